@@ -1,0 +1,156 @@
+//! How near matrix products come to what the machine can do: prefill and batched decode in GFLOP/s beside the FMA peak
+//! (core clock times the FMA lanes of the instruction set), decode of one row in GB/s of weights beside a plain read of
+//! memory. Plain loops and the best of several runs; one thread is timed in CPU time, which other processes disturb less.
+//!
+//! `cargo bench -p ns-llm-kernels --bench linear [-- threads...]`
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use ns_llm_kernels::cpu::linear::{MatrixSource, Operand, OperandFormat, PackedLinear, WeightFormat, matmul};
+use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
+use ns_llm_kernels::cpu::{Cpu, Isa};
+use ns_llm_kernels::dtype::DType;
+use ns_llm_kernels::host::HugeBuffer;
+
+/// Distinct weights that one pass over "memory" reads: far more than any cache.
+const STREAM_BYTES: usize = 640 << 20;
+/// Shapes of a layer of a 0.6B model, `[in, out]`.
+const SHAPES: [(usize, usize); 2] = [(1024, 3072), (3072, 1024)];
+
+fn main() {
+    let arguments: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
+    let thread_counts = if arguments.is_empty() { vec![1, 2] } else { arguments };
+    for threads in thread_counts {
+        let pool = Pool::new(threads, PoolPriority::Normal).expect("a few threads");
+        let cpu = Cpu::new(Arc::new(pool)).expect("a known instruction set");
+        let peak_gflops = threads as f64 * core_clock_ghz() * flops_per_cycle(cpu.isa());
+        let peak_gbytes = read_gbytes(&cpu);
+        println!(
+            "{}, {threads} threads: peak {peak_gflops:.0} GFLOP/s, memory {peak_gbytes:.1} GB/s",
+            cpu.isa().name()
+        );
+        for format in [WeightFormat::Bf16, WeightFormat::F16, WeightFormat::F32] {
+            for (in_features, out_features) in SHAPES {
+                let weight = packed(&cpu, format, in_features, out_features);
+                for rows in [512, 16] {
+                    let gflops = product_gflops(&cpu, &weight, rows);
+                    let share = 100.0 * gflops / peak_gflops;
+                    println!(
+                        "  {:4} [{rows:3}, {in_features}] x [{out_features}]: {gflops:5.1} GFLOP/s = {share:2.0} % of peak",
+                        format.name()
+                    );
+                }
+            }
+            let (in_features, out_features) = SHAPES[0];
+            let weight_bytes = packed(&cpu, format, in_features, out_features).len_bytes();
+            let weights: Vec<PackedLinear> =
+                (0..STREAM_BYTES / weight_bytes).map(|_| packed(&cpu, format, in_features, out_features)).collect();
+            for rows in [1, 2, 4, 8, 16, 32] {
+                let (gbytes, gflops) = stream(&cpu, &weights, rows);
+                let (memory, compute) = (100.0 * gbytes / peak_gbytes, 100.0 * gflops / peak_gflops);
+                println!(
+                    "  {:4} {rows:2} rows, weights from memory: {gbytes:4.1} GB/s = {memory:3.0} %, {gflops:5.1} GFLOP/s = {compute:2.0} %",
+                    format.name()
+                );
+            }
+        }
+    }
+}
+
+/// Multiply-adds count twice.
+fn flops_per_cycle(isa: Isa) -> f64 {
+    match isa.name() {
+        "portable" => 8.0,
+        "avx512bf16" => 128.0,
+        _ => 32.0, // two FMAs of eight lanes, or one of sixteen; more on servers that have two of sixteen
+    }
+}
+
+/// Seconds of the calling thread's CPU when it computes alone, else of the clock on the wall.
+fn seconds(threads: usize) -> f64 {
+    #[cfg(target_os = "linux")]
+    if threads == 1 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: writes one timespec.
+        unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+        return time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64;
+    }
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_secs_f64()
+}
+
+/// Shortest of `repeats` runs, in seconds.
+fn best_of(threads: usize, repeats: usize, mut run: impl FnMut()) -> f64 {
+    let time = |_| {
+        let start = seconds(threads);
+        run();
+        seconds(threads) - start
+    };
+    (0..repeats).map(time).fold(f64::INFINITY, f64::min)
+}
+
+/// A chain of one "or" and one multiplication takes four cycles a link on the cores this was written for.
+fn core_clock_ghz() -> f64 {
+    const LINKS: u64 = 2_000_000;
+    let best = best_of(1, 5, || {
+        let chain = (0..LINKS).fold(black_box(3_u64), |x, _| x.wrapping_mul(x | 1));
+        black_box(chain);
+    });
+    4.0 * LINKS as f64 / best / 1e9
+}
+
+/// Plain sums over memory, on all threads.
+fn read_gbytes(cpu: &Cpu) -> f64 {
+    const ITEM: usize = 1 << 20;
+    let mut buffer = HugeBuffer::zeroed("bench", STREAM_BYTES).expect("less than a GiB");
+    buffer.as_mut_slice::<u64>().fill(1);
+    let numbers = buffer.as_slice::<u64>();
+    let best = best_of(cpu.pool().num_threads(), 5, || {
+        let total = AtomicU64::new(0);
+        cpu.pool().run(numbers.len().div_ceil(ITEM), 1, |items| {
+            let part = &numbers[items.start * ITEM..numbers.len().min(items.end * ITEM)];
+            total.fetch_add(part.iter().sum(), Ordering::Relaxed);
+        });
+        black_box(total);
+    });
+    buffer.len_bytes() as f64 / best / 1e9
+}
+
+fn packed(cpu: &Cpu, format: WeightFormat, in_features: usize, out_features: usize) -> PackedLinear {
+    // bf16 between 0.5 and 1: any numbers do, as long as they are normal.
+    let bytes: Vec<u8> = (0..in_features * out_features).flat_map(|i| [(i * 7919 % 128) as u8, 0x3f]).collect();
+    let source = MatrixSource { bytes: &bytes, dtype: DType::Bf16, out_features, in_features, bias: None };
+    PackedLinear::pack(cpu, &[source], format).expect("sizes fit")
+}
+
+fn operand(cpu: &Cpu, weight: &PackedLinear, rows: usize) -> Operand {
+    let values: Vec<f32> = (0..rows * weight.in_features()).map(|i| (i * 31 % 997) as f32 * 1e-3).collect();
+    Operand::from_f32(OperandFormat::for_weights(cpu, weight.format()), rows, weight.in_features(), &values)
+}
+
+/// One matrix again and again.
+fn product_gflops(cpu: &Cpu, weight: &PackedLinear, rows: usize) -> f64 {
+    let x = operand(cpu, weight, rows);
+    let mut out = vec![0.0; rows * weight.out_features()];
+    let best = best_of(cpu.pool().num_threads(), 10_000 / (rows + 500), || {
+        matmul(cpu, &x, weight, &mut out).expect("sizes fit");
+    });
+    2.0 * (out.len() * weight.in_features()) as f64 / best / 1e9
+}
+
+/// All matrices one after the other: GB/s of weights and GFLOP/s.
+fn stream(cpu: &Cpu, weights: &[PackedLinear], rows: usize) -> (f64, f64) {
+    let x = operand(cpu, &weights[0], rows);
+    let mut out = vec![0.0; rows * weights[0].out_features()];
+    let best = best_of(cpu.pool().num_threads(), 3, || {
+        for weight in weights {
+            matmul(cpu, &x, weight, &mut out).expect("sizes fit");
+        }
+    });
+    let bytes: usize = weights.iter().map(PackedLinear::len_bytes).sum();
+    let flops = 2.0 * (out.len() * weights[0].in_features() * weights.len()) as f64;
+    (bytes as f64 / best / 1e9, flops / best / 1e9)
+}

@@ -1,0 +1,20 @@
+//! Operations on the CPU. Each family has safe entry points that check sizes and split the work over a [`pool`], a
+//! scalar form written for the eye, and one form per instruction set; [`dispatch`] chooses between them.
+
+pub mod attention;
+pub mod dispatch;
+pub mod embedding;
+pub mod kv_blocks;
+pub mod linear;
+pub mod logits;
+pub mod norm;
+pub mod pool;
+pub mod rope;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+pub use dispatch::{Cpu, Isa};

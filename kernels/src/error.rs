@@ -1,0 +1,92 @@
+//! What can go wrong in the kernels: sizes that do not fit together, memory or threads that cannot be had.
+
+/// Result of a kernel's entry point.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A refusal; nothing was computed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Memory could not be had.
+    #[error("{purpose} needs {needed_bytes} bytes, {available_bytes} are available")]
+    OutOfMemory {
+        /// What it was for.
+        purpose: &'static str,
+        /// What was asked.
+        needed_bytes: u64,
+        /// What is there.
+        available_bytes: u64,
+    },
+    /// Two sizes that must be equal are not.
+    #[error("{operation}: {dimension} is {actual}, must be {expected}")]
+    SizeMismatch {
+        /// Name of the entry point.
+        operation: &'static str,
+        /// Which size.
+        dimension: &'static str,
+        /// What the other arguments ask for.
+        expected: usize,
+        /// What was given.
+        actual: usize,
+    },
+    /// A size is impossible by itself.
+    #[error("{operation}: {dimension} is {value}, must be {expected}")]
+    InvalidSize {
+        /// Name of the entry point.
+        operation: &'static str,
+        /// Which size.
+        dimension: &'static str,
+        /// What was given.
+        value: usize,
+        /// What is possible, in words.
+        expected: &'static str,
+    },
+    /// An index points behind the end.
+    #[error("{operation}: {index} {value} is not below {limit}")]
+    IndexOutOfRange {
+        /// Name of the entry point.
+        operation: &'static str,
+        /// Which index.
+        index: &'static str,
+        /// What was given.
+        value: usize,
+        /// The first that is too large.
+        limit: usize,
+    },
+    /// Numbers of this type cannot be used there.
+    #[error("{operation}: element type {dtype} is not supported")]
+    UnsupportedDtype {
+        /// Name of the entry point.
+        operation: &'static str,
+        /// The type.
+        dtype: &'static str,
+    },
+    /// The activations are in a form that this product does not read.
+    #[error("{operation}: no kernel of `{isa}` multiplies {operand} activations with {weight} weights")]
+    UnsupportedFormats {
+        /// Name of the entry point.
+        operation: &'static str,
+        /// Name of the instruction set.
+        isa: &'static str,
+        /// Form of the activations.
+        operand: &'static str,
+        /// Form of the weights.
+        weight: &'static str,
+    },
+    /// An instruction set that this machine does not have, or that no kernel is written for.
+    #[error("instruction set `{name}` is not available here (available: {available})")]
+    UnknownIsa {
+        /// What was asked for.
+        name: String,
+        /// Names of what there is.
+        available: String,
+    },
+    /// The operating system refused a thread.
+    #[error("compute thread {thread_idx} could not be started: {reason}")]
+    ThreadSpawn {
+        /// Which thread of the pool.
+        thread_idx: usize,
+        /// What the system said.
+        reason: String,
+    },
+}
