@@ -1,0 +1,196 @@
+//! The fused operations that a device offers to models, and nothing else: no tensor library. Each is called by a
+//! model, enqueues its work and never waits for it (a CPU's queue has length zero); only [`Backend::sample`] reads
+//! back. Weights are packed when they are loaded, into a layout that only the backend knows.
+//!
+//! Row invariance (ARCHITECTURE.md): each element of a result depends only on its own row, its position and the
+//! model; never on the other rows of the batch, on how a prompt was cut into chunks, or on the number of threads.
+
+pub mod cpu;
+
+use std::sync::Arc;
+
+use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// Sizes of one attention layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// Keys further back than this are not seen (Mistral); `None`: all are.
+    pub sliding_window_tokens: Option<usize>,
+}
+
+/// Sizes of the KV blocks of all layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Blocks of the pool.
+    pub num_blocks: usize,
+    /// Tokens of a block.
+    pub block_tokens: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Element type.
+    pub dtype: KvDtype,
+}
+
+/// Element type of stored keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvDtype {
+    /// With f32 weights.
+    F32,
+    /// With all others.
+    F16,
+}
+
+impl KvDtype {
+    /// Name as in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvDtype::F32 => "f32",
+            KvDtype::F16 => "f16",
+        }
+    }
+}
+
+impl KvLayout {
+    /// Bytes of one block over all layers, keys and values.
+    pub fn block_bytes(&self) -> u64 {
+        let element_bytes = match self.dtype {
+            KvDtype::F32 => 4,
+            KvDtype::F16 => 2,
+        };
+        2 * element_bytes
+            * [self.num_layers, self.block_tokens, self.num_kv_heads, self.head_dim]
+                .iter()
+                .map(|&n| n as u64)
+                .product::<u64>()
+    }
+}
+
+/// Cosines and sines of rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the "rotate half" form:
+/// dimension `i` pairs with `i + rotary_dim / 2`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeTable {
+    /// Leading dimensions of a head that are rotated.
+    pub rotary_dim: usize,
+    /// `[positions, rotary_dim / 2]`
+    pub cos: Vec<f32>,
+    /// `[positions, rotary_dim / 2]`
+    pub sin: Vec<f32>,
+}
+
+/// What is fixed about the attention of one layer.
+pub struct AttentionLayer<B: Backend> {
+    /// Which layer's KV blocks it reads and writes.
+    pub layer_idx: usize,
+    /// Its sizes.
+    pub shape: AttentionShape,
+    /// Norms of each head of q and of k, `[head_dim]` (Qwen3).
+    pub qk_norm: Option<(B::Norm, B::Norm)>,
+    /// Rotary embedding, shared by all layers.
+    pub rope: Arc<B::Rope>,
+}
+
+/// A matrix as the checkpoint has it, or several that are multiplied with the same input.
+pub enum LinearWeight<'a> {
+    /// `parts` stacked along the output axis (q, k and v for example): each `[out_i, in]`; biases `[out_i]`, where a
+    /// missing one counts as zeros when another part has one.
+    Stacked(&'a [LinearPart<'a>]),
+    /// Gate and up projection of a SwiGLU feed-forward, both `[intermediate, in]`.
+    GateUp {
+        /// Goes through SiLU.
+        gate: LinearPart<'a>,
+        /// Is multiplied with it.
+        up: LinearPart<'a>,
+    },
+}
+
+/// One matrix and its bias.
+#[derive(Clone, Copy)]
+pub struct LinearPart<'a> {
+    /// `[out, in]`
+    pub weight: &'a Tensor,
+    /// `[out]`
+    pub bias: Option<&'a Tensor>,
+}
+
+/// A device and its operations.
+pub trait Backend: Sized + Send + 'static {
+    /// f32 activations `[rows, width]`: the residual stream, projections.
+    type Rows;
+    /// Activations `[rows, width]` in the form that matrix products read (f32, bf16, later int8 with scales).
+    type Operand;
+    /// A packed matrix with its bias. The token embedding is one too: an embedding row is a row of the matrix.
+    type Linear: Send;
+    /// A norm's weight `[width]` and epsilon.
+    type Norm: Send;
+    /// A [`RopeTable`] on the device.
+    type Rope: Send + Sync;
+    /// K and V blocks of all layers.
+    type Kv: Send;
+
+    // ---- loading -------------------------------------------------------------------------------------------------
+
+    /// Packs a matrix (in parallel).
+    fn load_linear(&self, weight: LinearWeight<'_>) -> Result<Self::Linear>;
+    /// Takes a norm's weight `[width]`.
+    fn load_norm(&self, weight: &Tensor, eps: f32) -> Result<Self::Norm>;
+    /// Takes a rotary table.
+    fn load_rope(&self, table: RopeTable) -> Result<Self::Rope>;
+    /// Allocates the KV blocks. Memory is touched only when a block is first written.
+    fn allocate_kv(&self, layout: KvLayout) -> Result<Self::Kv>;
+
+    // ---- one step, in the order of a layer -----------------------------------------------------------------------
+
+    /// Embedding of the batch's tokens: `[tokens, hidden_size]`.
+    fn embed(&self, embedding: &Self::Linear, batch: &Batch) -> Result<Self::Rows>;
+    /// `x / rms(x) * weight` of each row (Zhang & Sennrich 2019, arXiv:1910.07467).
+    fn rms_norm(&self, hidden: &Self::Rows, norm: &Self::Norm) -> Result<Self::Operand>;
+    /// `x W^T + bias`: `[rows, out]`.
+    fn linear(&self, x: &Self::Operand, weight: &Self::Linear) -> Result<Self::Rows>;
+    /// `hidden += x W^T + bias`.
+    fn linear_add(&self, hidden: &mut Self::Rows, x: &Self::Operand, weight: &Self::Linear) -> Result<()>;
+    /// `silu(x W_gate^T) * (x W_up^T)`: `[rows, intermediate]` (Shazeer 2020, arXiv:2002.05202).
+    fn linear_swiglu(&self, x: &Self::Operand, gate_up: &Self::Linear) -> Result<Self::Operand>;
+    /// Splits `qkv` `[tokens, (heads + 2 kv_heads) * head_dim]`; normalises each head of q and k where the model does
+    /// (Qwen3); rotates q and k; stores k and v into the batch's slots of this layer. Returns q
+    /// `[tokens, heads * head_dim]`.
+    fn rope_and_store(
+        &self,
+        qkv: Self::Rows,
+        layer: &AttentionLayer<Self>,
+        batch: &Batch,
+        kv: &mut Self::Kv,
+    ) -> Result<Self::Rows>;
+    /// Causal attention of `q` over the blocks of each row's own sequence: `[tokens, heads * head_dim]`.
+    fn paged_attention(
+        &self,
+        q: &Self::Rows,
+        layer: &AttentionLayer<Self>,
+        batch: &Batch,
+        kv: &Self::Kv,
+    ) -> Result<Self::Operand>;
+    /// The rows that reach the output matrix: `[outputs, hidden_size]`.
+    fn select_outputs(&self, hidden: &Self::Rows, batch: &Batch) -> Result<Self::Rows>;
+
+    // ---- the end of a step ---------------------------------------------------------------------------------------
+
+    /// Logits of `x` `[outputs, hidden_size]` and what `outputs` asks of them, one result per row, in order.
+    fn sample(&self, x: &Self::Operand, output: &Self::Linear, outputs: &[OutputRow]) -> Result<Vec<Sampled>>;
+    /// Logits `[rows, vocab_size]`, read back: for tests and evaluation only.
+    fn read_logits(&self, x: &Self::Operand, output: &Self::Linear) -> Result<Vec<f32>>;
+    /// Copies blocks in all layers.
+    fn copy_blocks(&self, kv: &mut Self::Kv, copies: &[BlockCopy]) -> Result<()>;
+}

@@ -1,0 +1,565 @@
+//! The fused operations on the CPU, through `ns_llm_kernels::cpu`. This file checks nothing that a kernel checks and
+//! computes nothing: it finds buffers, translates shapes and errors, and keeps the layout of what it returns.
+//!
+//! An error of a kernel in the middle of a step means that two parts of this engine disagree about a shape:
+//! [`Error::Internal`]. What comes from a checkpoint is checked when it is loaded.
+
+mod arena;
+mod sample;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ns_llm_kernels as kernels;
+use ns_llm_kernels::cpu::linear::{MatrixSource, OperandFormat, PackedLinear};
+use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
+use ns_llm_kernels::cpu::{Cpu, attention, embedding, kv_blocks, linear, norm, rope};
+
+use crate::backend::{AttentionLayer, AttentionShape, Backend, KvDtype, KvLayout, LinearPart, LinearWeight, RopeTable};
+use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
+use crate::config::{ThreadPriority, WeightFormat};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+pub use arena::CpuOperand;
+use arena::{Arena, Floats};
+use sample::SamplerScratches;
+
+/// How to start a [`CpuBackend`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuBackendOptions {
+    /// Compute threads, the caller's among them.
+    pub threads: usize,
+    /// Priority of the threads that are started.
+    pub priority: ThreadPriority,
+    /// Form of the matrices. Norms are always f32.
+    pub weights: WeightFormat,
+}
+
+/// The CPU as a device.
+pub struct CpuBackend {
+    cpu: Cpu,
+    weights: WeightFormat,
+    arena: Arc<Arena>,
+    scratches: SamplerScratches,
+    /// The attention rows of the step at hand, kept for their allocation.
+    sequences: Mutex<Sequences>,
+    weights_bytes: AtomicU64,
+    /// Whether a matrix was loaded that does not want bf16 activations.
+    needs_f32_operands: AtomicBool,
+}
+
+#[derive(Default)]
+struct Sequences {
+    list: Vec<attention::AttentionSequence>,
+    block_tables: Vec<u32>,
+}
+
+/// f32 activations `[rows, width]`, rows `stride` elements apart.
+pub struct CpuRows {
+    values: Floats,
+    rows: usize,
+    width: usize,
+    stride: usize,
+}
+
+/// A norm's weight and epsilon.
+pub struct CpuNorm {
+    weight: Vec<f32>,
+    eps: f32,
+}
+
+impl CpuBackend {
+    /// Starts the threads.
+    pub fn new(options: CpuBackendOptions) -> Result<Self> {
+        let priority = match options.priority {
+            ThreadPriority::BelowNormal => PoolPriority::BelowNormal,
+            ThreadPriority::Normal => PoolPriority::Normal,
+        };
+        let pool = Arc::new(Pool::new(options.threads, priority).map_err(start_error)?);
+        Ok(CpuBackend::on(Cpu::new(pool).map_err(start_error)?, options.weights))
+    }
+
+    /// The same on threads that are already there.
+    pub fn on(cpu: Cpu, weights: WeightFormat) -> Self {
+        CpuBackend {
+            cpu,
+            weights,
+            arena: Arc::default(),
+            scratches: SamplerScratches::default(),
+            sequences: Mutex::default(),
+            weights_bytes: AtomicU64::new(0),
+            needs_f32_operands: AtomicBool::new(false),
+        }
+    }
+
+    /// Instruction set in use, as in [`ModelInfo::isa`](crate::ModelInfo::isa).
+    pub fn isa_name(&self) -> &'static str {
+        self.cpu.isa().name()
+    }
+
+    /// Compute threads.
+    pub fn threads(&self) -> usize {
+        self.cpu.pool().num_threads()
+    }
+
+    /// Bytes of all packed matrices and norms so far.
+    pub fn weights_bytes(&self) -> u64 {
+        self.weights_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The form in which a matrix that is stored as `stored` is kept and multiplied.
+    pub fn weight_format(&self, stored: DType) -> linear::WeightFormat {
+        match self.weights {
+            WeightFormat::Auto => stored.into(),
+            WeightFormat::F32 => linear::WeightFormat::F32,
+            WeightFormat::Bf16 => linear::WeightFormat::Bf16,
+            WeightFormat::F16 => linear::WeightFormat::F16,
+        }
+    }
+
+    /// Matrices that are packed together have one form: f32 when they are stored in different ones.
+    fn common_format(&self, parts: &[LinearPart<'_>]) -> linear::WeightFormat {
+        let mut formats = parts.iter().map(|part| self.weight_format(part.weight.dtype));
+        let first = formats.next().unwrap_or(linear::WeightFormat::F32);
+        if formats.all(|format| format == first) { first } else { linear::WeightFormat::F32 }
+    }
+
+    /// bf16 only when all matrices want it: a model's activations have one form.
+    fn operand_format(&self) -> OperandFormat {
+        match self.needs_f32_operands.load(Ordering::Relaxed) {
+            true => OperandFormat::F32,
+            false => OperandFormat::for_weights(&self.cpu, linear::WeightFormat::Bf16),
+        }
+    }
+
+    fn rows(&self, rows: usize, width: usize) -> CpuRows {
+        CpuRows { values: self.arena.floats(rows * width), rows, width, stride: width }
+    }
+
+    fn operand(&self, rows: usize, width: usize) -> CpuOperand {
+        self.arena.operand(self.operand_format(), rows, width)
+    }
+}
+
+impl Backend for CpuBackend {
+    type Rows = CpuRows;
+    type Operand = CpuOperand;
+    type Linear = PackedLinear;
+    type Norm = CpuNorm;
+    type Rope = RopeTable;
+    type Kv = kv_blocks::KvBlocks;
+
+    fn load_linear(&self, weight: LinearWeight<'_>) -> Result<PackedLinear> {
+        let packed = match weight {
+            LinearWeight::Stacked(parts) => {
+                let biases = parts.iter().map(read_bias).collect::<Result<Vec<_>>>()?;
+                let sources = parts.iter().zip(&biases).map(|(part, bias)| matrix_source(part, bias.as_deref()));
+                let sources = sources.collect::<Result<Vec<_>>>()?;
+                PackedLinear::pack(&self.cpu, &sources, self.common_format(parts))
+            }
+            LinearWeight::GateUp { gate, up } => {
+                let biases = (read_bias(&gate)?, read_bias(&up)?);
+                let format = self.common_format(&[gate, up]);
+                let gate = matrix_source(&gate, biases.0.as_deref())?;
+                PackedLinear::pack_gate_up(&self.cpu, gate, matrix_source(&up, biases.1.as_deref())?, format)
+            }
+        };
+        let packed = packed.map_err(start_error)?;
+        self.weights_bytes.fetch_add(packed.len_bytes() as u64, Ordering::Relaxed);
+        if OperandFormat::for_weights(&self.cpu, packed.format()) == OperandFormat::F32 {
+            self.needs_f32_operands.store(true, Ordering::Relaxed);
+        }
+        Ok(packed)
+    }
+
+    fn load_norm(&self, weight: &Tensor, eps: f32) -> Result<CpuNorm> {
+        let weight = read_vector(weight)?;
+        self.weights_bytes.fetch_add(size_of_val(weight.as_slice()) as u64, Ordering::Relaxed);
+        Ok(CpuNorm { weight, eps })
+    }
+
+    fn load_rope(&self, table: RopeTable) -> Result<RopeTable> {
+        Ok(table)
+    }
+
+    fn allocate_kv(&self, layout: KvLayout) -> Result<kv_blocks::KvBlocks> {
+        let dtype = match layout.dtype {
+            KvDtype::F32 => DType::F32,
+            KvDtype::F16 => DType::F16,
+        };
+        let KvLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, .. } = layout;
+        let layout = kv_blocks::KvBlocksLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, dtype };
+        kv_blocks::KvBlocks::new(layout).map_err(start_error)
+    }
+
+    fn embed(&self, embedding: &PackedLinear, batch: &Batch) -> Result<CpuRows> {
+        assert!(batch.feedback.is_empty(), "a CPU step is collected before the next is launched");
+        let mut rows = self.rows(batch.num_tokens(), embedding.in_features());
+        embedding::embed(&self.cpu, embedding, &batch.token_ids, &mut rows.values).map_err(internal)?;
+        Ok(rows)
+    }
+
+    fn rms_norm(&self, hidden: &CpuRows, norm: &CpuNorm) -> Result<CpuOperand> {
+        let mut out = self.operand(hidden.rows, hidden.width);
+        norm::rms_norm(&self.cpu, hidden.dense(), &norm.weight, norm.eps, &mut out).map_err(internal)?;
+        Ok(out)
+    }
+
+    fn linear(&self, x: &CpuOperand, weight: &PackedLinear) -> Result<CpuRows> {
+        let mut out = self.rows(x.rows(), weight.out_features());
+        linear::matmul(&self.cpu, x, weight, &mut out.values).map_err(internal)?;
+        Ok(out)
+    }
+
+    fn linear_add(&self, hidden: &mut CpuRows, x: &CpuOperand, weight: &PackedLinear) -> Result<()> {
+        linear::matmul_add(&self.cpu, x, weight, hidden.dense_mut()).map_err(internal)
+    }
+
+    fn linear_swiglu(&self, x: &CpuOperand, gate_up: &PackedLinear) -> Result<CpuOperand> {
+        let mut out = self.operand(x.rows(), gate_up.out_features());
+        linear::matmul_swiglu(&self.cpu, x, gate_up, &mut out).map_err(internal)?;
+        Ok(out)
+    }
+
+    /// q stays where it is: the result is the first columns of `qkv`.
+    fn rope_and_store(
+        &self,
+        mut qkv: CpuRows,
+        layer: &AttentionLayer<Self>,
+        batch: &Batch,
+        kv: &mut kv_blocks::KvBlocks,
+    ) -> Result<CpuRows> {
+        fn head_norm(norm: &CpuNorm) -> rope::HeadNorm<'_> {
+            rope::HeadNorm { weight: &norm.weight, eps: norm.eps }
+        }
+        let RopeTable { rotary_dim, cos, sin } = &*layer.rope;
+        let rope_layer = rope::RopeLayer {
+            layer_idx: layer.layer_idx,
+            shape: attention_shape(&layer.shape),
+            qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (head_norm(q), head_norm(k))),
+            rope: rope::RopeTable { rotary_dim: *rotary_dim, cos, sin },
+        };
+        rope::rope_and_store(&self.cpu, qkv.dense_mut(), &rope_layer, &batch.positions, &batch.slots, kv)
+            .map_err(internal)?;
+        qkv.width = layer.shape.num_heads * layer.shape.head_dim;
+        Ok(qkv)
+    }
+
+    fn paged_attention(
+        &self,
+        q: &CpuRows,
+        layer: &AttentionLayer<Self>,
+        batch: &Batch,
+        kv: &kv_blocks::KvBlocks,
+    ) -> Result<CpuOperand> {
+        let mut out = self.operand(q.rows, q.width);
+        let mut sequences = self.sequences.lock().unwrap_or_else(PoisonError::into_inner);
+        sequences.take_from(batch);
+        let Sequences { list: sequences, block_tables } = &*sequences;
+        let attention_batch = attention::AttentionBatch { q: &q.values, q_stride: q.stride, sequences, block_tables };
+        let shape = attention_shape(&layer.shape);
+        attention::paged_attention(&self.cpu, (layer.layer_idx, &shape), &attention_batch, kv, &mut out)
+            .map_err(internal)?;
+        Ok(out)
+    }
+
+    fn select_outputs(&self, hidden: &CpuRows, batch: &Batch) -> Result<CpuRows> {
+        let mut selected = self.rows(batch.outputs.len(), hidden.width);
+        for (row, output) in selected.values.chunks_exact_mut(hidden.width.max(1)).zip(&batch.outputs) {
+            row.copy_from_slice(&hidden.values[output.token_row * hidden.stride..][..hidden.width]);
+        }
+        Ok(selected)
+    }
+
+    fn sample(&self, x: &CpuOperand, output: &PackedLinear, outputs: &[OutputRow]) -> Result<Vec<Sampled>> {
+        sample::sample(&self.cpu, &self.arena, &self.scratches, (x, output), outputs)
+    }
+
+    fn read_logits(&self, x: &CpuOperand, output: &PackedLinear) -> Result<Vec<f32>> {
+        let mut logits = vec![0.0; x.rows() * output.out_features()];
+        linear::matmul(&self.cpu, x, output, &mut logits).map_err(internal)?;
+        Ok(logits)
+    }
+
+    fn copy_blocks(&self, kv: &mut kv_blocks::KvBlocks, copies: &[BlockCopy]) -> Result<()> {
+        for copy in copies {
+            kv.copy_block(copy.from.0, copy.to.0);
+        }
+        Ok(())
+    }
+}
+
+impl CpuRows {
+    /// All elements; the rows must lie one behind the other.
+    fn dense(&self) -> &[f32] {
+        assert_eq!(self.stride, self.width, "only attention reads the queries out of q, k and v");
+        &self.values
+    }
+
+    fn dense_mut(&mut self) -> &mut [f32] {
+        assert_eq!(self.stride, self.width, "only attention reads the queries out of q, k and v");
+        &mut self.values
+    }
+}
+
+impl Sequences {
+    fn take_from(&mut self, batch: &Batch) {
+        self.block_tables.clear();
+        self.block_tables.extend(batch.block_tables.iter().map(|block| block.0));
+        self.list.clear();
+        self.list.extend(batch.sequences.iter().map(|sequence| attention::AttentionSequence {
+            rows: sequence.rows.clone(),
+            first_position: sequence.context_tokens - sequence.rows.len(),
+            blocks: sequence.blocks.clone(),
+        }));
+    }
+}
+
+fn attention_shape(shape: &AttentionShape) -> attention::AttentionShape {
+    let &AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens } = shape;
+    attention::AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens }
+}
+
+fn matrix_source<'a>(part: &LinearPart<'a>, bias: Option<&'a [f32]>) -> Result<MatrixSource<'a>> {
+    let Tensor { name, shape, dtype, data } = part.weight;
+    let &[out_features, in_features] = shape.as_slice() else {
+        return Err(Error::TensorShape { name: name.clone(), expected: vec![0, 0], actual: shape.clone() });
+    };
+    Ok(MatrixSource { bytes: data, dtype: *dtype, out_features, in_features, bias })
+}
+
+fn read_bias(part: &LinearPart<'_>) -> Result<Option<Vec<f32>>> {
+    let out_features = part.weight.shape.first().copied().unwrap_or(0);
+    let Some(bias) = part.bias else { return Ok(None) };
+    bias.expect_shape(&[out_features])?;
+    read_vector(bias).map(Some)
+}
+
+/// A tensor with one axis, as f32.
+fn read_vector(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.expect_shape(&[tensor.shape.iter().product()])?;
+    let mut values = vec![0.0; tensor.data.len() / tensor.dtype.size_bytes()];
+    tensor.dtype.decode(&tensor.data, &mut values);
+    Ok(values)
+}
+
+/// A refusal while the backend starts or a model is loaded.
+fn start_error(error: kernels::error::Error) -> Error {
+    use kernels::error::Error as Kernel;
+    match error {
+        Kernel::OutOfMemory { purpose, needed_bytes, available_bytes } => {
+            Error::OutOfMemory { purpose, needed_bytes, available_bytes }
+        }
+        Kernel::InvalidSize { dimension, value, expected, .. } => {
+            Error::InvalidArgument { field: dimension, value: value.to_string(), expected: expected.to_owned() }
+        }
+        Kernel::UnknownIsa { name, available } => Error::InvalidArgument {
+            field: kernels::cpu::dispatch::ISA_VARIABLE,
+            value: name,
+            expected: format!("one of {available}"),
+        },
+        other => internal(other),
+    }
+}
+
+/// A refusal in the middle of a step.
+fn internal(error: kernels::error::Error) -> Error {
+    Error::Internal { reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{BatchSequence, BlockId, Outcome, OutputKind, RowSampling, SeqId};
+    use crate::request::SamplingParams;
+
+    const HIDDEN: usize = 24;
+    const VOCAB: usize = 50;
+
+    fn backend(threads: usize, weights: WeightFormat) -> CpuBackend {
+        let priority = ThreadPriority::Normal;
+        CpuBackend::new(CpuBackendOptions { threads, priority, weights }).expect("threads")
+    }
+
+    fn tensor(name: &str, shape: &[usize]) -> Tensor {
+        let len = shape.iter().product::<usize>();
+        let values = (0..len).map(|i| ((i * 7919 + name.len()) % 101) as f32 / 101.0 - 0.5);
+        let data = values.flat_map(f32::to_le_bytes).collect();
+        Tensor { name: name.to_owned(), shape: shape.to_vec(), dtype: DType::F32, data }
+    }
+
+    /// A model of one layer: enough to call every operation.
+    struct Layer {
+        embedding: PackedLinear,
+        norm: CpuNorm,
+        qkv: PackedLinear,
+        o: PackedLinear,
+        gate_up: PackedLinear,
+        down: PackedLinear,
+        attention: AttentionLayer<CpuBackend>,
+    }
+
+    impl Layer {
+        fn load(b: &CpuBackend) -> Layer {
+            let stacked = |name: &str, out, width| {
+                let weight = tensor(name, &[out, width]);
+                b.load_linear(LinearWeight::Stacked(&[LinearPart { weight: &weight, bias: None }])).expect("loads")
+            };
+            let (gate, up) = (tensor("gate", &[40, HIDDEN]), tensor("up_proj", &[40, HIDDEN]));
+            let part = |weight| LinearPart { weight, bias: None };
+            let shape =
+                AttentionShape { num_heads: 4, num_kv_heads: 2, head_dim: 8, scale: 0.3, sliding_window_tokens: None };
+            let (cos, sin) = (0..64 * 4).map(|i| ((i as f32).cos(), (i as f32).sin())).unzip();
+            let rope = Arc::new(b.load_rope(RopeTable { rotary_dim: 8, cos, sin }).expect("loads"));
+            Layer {
+                embedding: stacked("embedding", VOCAB, HIDDEN),
+                norm: b.load_norm(&tensor("norm", &[HIDDEN]), 1e-6).expect("loads"),
+                qkv: stacked("qkv", 64, HIDDEN),
+                o: stacked("o", HIDDEN, 32),
+                gate_up: b.load_linear(LinearWeight::GateUp { gate: part(&gate), up: part(&up) }).expect("loads"),
+                down: stacked("down_projection", HIDDEN, 40),
+                attention: AttentionLayer { layer_idx: 0, shape, qk_norm: None, rope },
+            }
+        }
+
+        fn step(
+            &self,
+            b: &CpuBackend,
+            batch: &Batch,
+            kv: &mut kv_blocks::KvBlocks,
+        ) -> Result<(Vec<Sampled>, Vec<f32>)> {
+            let mut hidden = b.embed(&self.embedding, batch)?;
+            let qkv = b.linear(&b.rms_norm(&hidden, &self.norm)?, &self.qkv)?;
+            let q = b.rope_and_store(qkv, &self.attention, batch, kv)?;
+            b.linear_add(&mut hidden, &b.paged_attention(&q, &self.attention, batch, kv)?, &self.o)?;
+            let inner = b.linear_swiglu(&b.rms_norm(&hidden, &self.norm)?, &self.gate_up)?;
+            b.linear_add(&mut hidden, &inner, &self.down)?;
+            let x = b.rms_norm(&b.select_outputs(&hidden, batch)?, &self.norm)?;
+            Ok((b.sample(&x, &self.embedding, &batch.outputs)?, b.read_logits(&x, &self.embedding)?))
+        }
+    }
+
+    /// Tokens `start..end` of each of `num_sequences` sequences, every row an output.
+    fn batch(num_sequences: usize, start: usize, end: usize) -> Batch {
+        let params = Arc::new(SamplingParams::greedy());
+        let mut batch = Batch::default();
+        for sequence in 0..num_sequences {
+            let (first_row, first_block) = (batch.num_tokens(), batch.block_tables.len());
+            for position in start..end {
+                let sampling =
+                    RowSampling { params: params.clone(), history: vec![], prompt_tokens: 0, logprobs: None };
+                let kind = OutputKind::Sample(sampling);
+                let (token_row, seq) = (batch.num_tokens(), SeqId(sequence as u64));
+                batch.outputs.push(OutputRow { token_row, seq, position: position + 1, kind });
+                batch.token_ids.push(((sequence * 31 + position * 17) % VOCAB) as u32);
+                batch.positions.push(position as u32);
+                batch.slots.push((sequence * 32 + position) as u32);
+            }
+            batch.block_tables.extend([BlockId(2 * sequence as u32), BlockId(2 * sequence as u32 + 1)]);
+            batch.sequences.push(BatchSequence {
+                seq: SeqId(sequence as u64),
+                namespace: [0; 32],
+                rows: first_row..batch.num_tokens(),
+                context_tokens: end,
+                blocks: first_block..batch.block_tables.len(),
+            });
+        }
+        batch
+    }
+
+    fn pool(b: &CpuBackend) -> kv_blocks::KvBlocks {
+        let (num_layers, num_blocks, block_tokens, dtype) = (1, 80, 16, KvDtype::F16);
+        b.allocate_kv(KvLayout { num_layers, num_blocks, block_tokens, num_kv_heads: 2, head_dim: 8, dtype })
+            .expect("small")
+    }
+
+    /// A row gives the same token and the same logit bits alone as in a batch whose outputs fill several tiles of
+    /// logits, on any number of threads; the tokens are the largest logits.
+    #[test]
+    fn outputs_do_not_depend_on_the_batch() {
+        let alone = backend(1, WeightFormat::Auto);
+        let layer = Layer::load(&alone);
+        let mut kv = pool(&alone);
+        let mut want = Vec::new();
+        for position in 0..20 {
+            want.push(layer.step(&alone, &batch(1, position, position + 1), &mut kv).expect("runs"));
+        }
+        for threads in 1..=3 {
+            let b = backend(threads, WeightFormat::Auto);
+            let layer = Layer::load(&b);
+            let (sampled, logits) = layer.step(&b, &batch(5, 0, 20), &mut pool(&b)).expect("runs");
+            assert_eq!(sampled.len(), 100);
+            for (row, (one, one_logits)) in want.iter().enumerate() {
+                assert_eq!(sampled[row], one[0], "row {row}, {threads} threads");
+                assert_eq!(logits[row * VOCAB..][..VOCAB], one_logits[..], "row {row}, {threads} threads");
+                let Outcome::Token { token_id, .. } = one[0].outcome else { panic!("row {row} is not finite") };
+                assert!(one_logits.iter().all(|&logit| logit <= one_logits[token_id as usize]), "row {row}");
+            }
+        }
+    }
+
+    /// After one step of each size no buffer is allocated any more.
+    #[test]
+    fn steady_state_allocates_no_buffers() {
+        let b = backend(2, WeightFormat::Auto);
+        let layer = Layer::load(&b);
+        let mut kv = pool(&b);
+        let mut round = || {
+            for batch in [batch(1, 0, 20), batch(40, 0, 1), batch(3, 0, 1)] {
+                layer.step(&b, &batch, &mut kv).expect("runs");
+            }
+            b.arena.num_allocations()
+        };
+        let warm = round();
+        assert!(warm > 0);
+        assert_eq!((round(), round()), (warm, warm));
+    }
+
+    /// The form of the weights is the checkpoint's unless the options say otherwise, and f32 when parts differ.
+    #[test]
+    fn weight_formats_are_resolved() {
+        let auto = backend(1, WeightFormat::Auto);
+        let (a, mut b) = (tensor("a", &[32, 4]), tensor("b", &[32, 4]));
+        let part = |weight| LinearPart { weight, bias: None };
+        let format = |backend: &CpuBackend, parts: &[LinearPart<'_>]| {
+            backend.load_linear(LinearWeight::Stacked(parts)).expect("loads").format()
+        };
+        assert_eq!(format(&auto, &[part(&a)]), linear::WeightFormat::F32);
+        b.dtype = DType::Bf16;
+        b.data.truncate(32 * 4 * 2);
+        assert_eq!(format(&auto, &[part(&b)]), linear::WeightFormat::Bf16);
+        assert_eq!(format(&auto, &[part(&a), part(&b)]), linear::WeightFormat::F32);
+        assert_eq!(format(&backend(1, WeightFormat::F16), &[part(&a), part(&b)]), linear::WeightFormat::F16);
+        assert_eq!(auto.weights_bytes(), 32 * 4 * (4 + 2 + 8));
+    }
+
+    /// Tensors and sizes that do not fit are typed errors that name them.
+    #[test]
+    fn misfits_are_errors() {
+        let b = backend(1, WeightFormat::Auto);
+        let load = |weight: &Tensor, bias: Option<&Tensor>| {
+            b.load_linear(LinearWeight::Stacked(&[LinearPart { weight, bias }]))
+        };
+        let matrix = tensor("w", &[4, 6]);
+        let error = load(&tensor("cube", &[2, 2, 2]), None).err();
+        assert!(matches!(&error, Some(Error::TensorShape { name, .. }) if name == "cube"), "{error:?}");
+        let error = load(&matrix, Some(&tensor("b", &[5]))).err();
+        assert!(matches!(&error, Some(Error::TensorShape { name, .. }) if name == "b"), "{error:?}");
+        let error = b.load_norm(&tensor("n", &[2, 3]), 0.0).err();
+        assert!(matches!(&error, Some(Error::TensorShape { name, .. }) if name == "n"), "{error:?}");
+        let layout = KvLayout {
+            num_layers: 1,
+            num_blocks: 1,
+            block_tokens: 20,
+            num_kv_heads: 1,
+            head_dim: 8,
+            dtype: KvDtype::F32,
+        };
+        let error = b.allocate_kv(layout).err();
+        assert!(matches!(error, Some(Error::InvalidArgument { field: "block_tokens", .. })), "{error:?}");
+        let mut wrong = batch(1, 0, 1);
+        wrong.token_ids[0] = VOCAB as u32;
+        let error = b.embed(&Layer::load(&b).embedding, &wrong).err();
+        assert!(matches!(error, Some(Error::Internal { .. })), "{error:?}");
+    }
+}

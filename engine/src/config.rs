@@ -1,0 +1,304 @@
+//! Every limit and every default of the engine, each with its unit, its reason and what happens beyond it; and the
+//! options with which an engine is opened. A value is checked once, where it enters, and is immutable afterwards.
+
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+
+/// Tokens in one KV block.
+pub const DEFAULT_BLOCK_TOKENS: usize = 16;
+/// Keys that attention visits at once, counted from position 0 whatever the block size: part of the numerics
+/// (ARCHITECTURE.md, "Row invariance").
+pub const ATTENTION_PARTITION_TOKENS: usize = 64;
+/// Tokens one step may compute while no sequence is decoding.
+pub const PREFILL_BUDGET_TOKENS: usize = 512;
+/// Tokens one step may compute while some sequence is decoding: a long prompt must not stall the streams.
+pub const MIXED_BUDGET_TOKENS: usize = 128;
+/// Sequences that may run at once; more wait.
+pub const DEFAULT_MAX_RUNNING_SEQUENCES: usize = 64;
+/// Steps of waiting that lift a class of waiting sequences by one rank.
+pub const AGE_STEPS: u64 = 256;
+/// Share of the available memory that the KV pool takes by default.
+pub const DEFAULT_KV_MEMORY_SHARE: f64 = 0.25;
+/// Upper bound of the default KV pool.
+pub const DEFAULT_KV_MAX_BYTES: u64 = 2 << 30;
+/// The default pool holds at least one sequence of this many tokens.
+pub const DEFAULT_KV_MIN_TOKENS: usize = 4096;
+
+/// Requests that may wait; the next one is [`Error::Overloaded`](crate::Error::Overloaded).
+pub const MAX_WAITING_REQUESTS: usize = 1_000;
+/// Prompt tokens that may wait in all, beyond the first request.
+pub const MAX_WAITING_TOKENS: usize = 4_000_000;
+/// Bytes of prompts that may be between submission and admission, beyond the first request.
+pub const MAX_PENDING_PROMPT_BYTES: usize = 64 << 20;
+/// Choices of one request.
+pub const MAX_CHOICES: usize = 8;
+/// Alternatives reported with each token.
+pub const MAX_LOGPROBS: usize = 20;
+/// Stop strings of one request.
+pub const MAX_STOP_STRINGS: usize = 16;
+/// Length of one stop string, bytes.
+pub const MAX_STOP_STRING_BYTES: usize = 256;
+/// Stop tokens of one request.
+pub const MAX_STOP_TOKENS: usize = 64;
+/// Entries of `logit_bias`.
+pub const MAX_LOGIT_BIAS: usize = 1_024;
+/// Text of a prompt or of all messages together, bytes.
+pub const MAX_PROMPT_BYTES: usize = 4 << 20;
+/// Messages of one conversation.
+pub const MAX_MESSAGES: usize = 4_096;
+/// Namespace, user and request-id strings, bytes.
+pub const MAX_NAME_BYTES: usize = 512;
+/// New tokens of one request, before the context bounds them.
+pub const MAX_NEW_TOKENS: usize = 1 << 20;
+/// New tokens when the request does not say: a prompt alone must not run to the end of the context.
+pub const DEFAULT_MAX_TOKENS: usize = 64;
+/// Longest timeout of a request, milliseconds (one day).
+pub const MAX_TIMEOUT_MS: u64 = 86_400_000;
+/// Output of a chat template, bytes per token of the context. Tokens of plain English have four; those of long words and
+/// indented code more, and a prompt that has too many tokens is to be told so by their number.
+pub const TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN: usize = 32;
+/// Wall-clock limit of one template rendering, milliseconds. A rendering takes well under one; the rest is room for a
+/// machine that is busy with other things.
+pub const TEMPLATE_TIME_MS: u64 = 250;
+/// Instructions one template rendering may take.
+pub const TEMPLATE_FUEL: u64 = 2_000_000;
+/// Source text of a chat template, bytes.
+pub const MAX_TEMPLATE_BYTES: usize = 1 << 20;
+/// Header of a safetensors file, bytes (the format's own cap).
+pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 100_000_000;
+/// JSON files of a model folder (configuration, index, tokenizer), bytes.
+pub const MAX_JSON_BYTES: u64 = 256 << 20;
+/// JSON files that are kept as a tree while they are read (`config.json`, `generation_config.json`,
+/// `tokenizer_config.json`, the index of shards), bytes. A tree takes up to sixteen times its text.
+pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Files a checkpoint may be split into: each is held open while the model loads.
+pub const MAX_SHARDS: usize = 512;
+/// Axes of a tensor.
+pub const MAX_TENSOR_AXES: usize = 8;
+/// End tokens a model may name.
+pub const MAX_EOS_TOKENS: usize = 64;
+/// Compute threads.
+pub const MAX_THREADS: usize = 256;
+
+/// Blocks are whole vectors of keys: their tokens are a multiple of this.
+pub const BLOCK_TOKENS_MULTIPLE: usize = 16;
+/// Largest block, tokens.
+pub const MAX_BLOCK_TOKENS: usize = 1_024;
+/// Most sequences that an engine may be told to run at once.
+pub const MAX_RUNNING_SEQUENCES: usize = 4_096;
+/// Largest token budget of a step.
+pub const MAX_BUDGET_TOKENS: usize = 65_536;
+/// Longest waiting queue that an engine may be told to keep, requests.
+pub const MAX_WAITING_REQUESTS_LIMIT: usize = 1_000_000;
+
+/// Where the arithmetic runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Device {
+    /// The best that is there.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The first CUDA device.
+    Cuda,
+}
+
+/// In which form weights are kept and multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum WeightFormat {
+    /// As the checkpoint has them.
+    #[default]
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl WeightFormat {
+    /// Name as in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightFormat::Auto => "auto",
+            WeightFormat::F32 => "f32",
+            WeightFormat::Bf16 => "bf16",
+            WeightFormat::F16 => "f16",
+        }
+    }
+}
+
+/// How the compute threads stand to the other threads of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ThreadPriority {
+    /// Below: an event loop in the same process keeps its latency.
+    #[default]
+    BelowNormal,
+    /// The same.
+    Normal,
+}
+
+/// Progress of opening a model: what is being done, and how far it is (0.0 to 1.0 over all stages).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoadProgress {
+    /// Bytes of weights that are packed.
+    pub loaded_bytes: u64,
+    /// Bytes of weights in all.
+    pub total_bytes: u64,
+}
+
+impl LoadProgress {
+    /// Share that is done, 0.0 to 1.0.
+    pub fn fraction(&self) -> f64 {
+        if self.total_bytes == 0 { 1.0 } else { self.loaded_bytes as f64 / self.total_bytes as f64 }
+    }
+}
+
+/// Called while a model loads; returning `false` cancels the load with [`Error::Cancelled`](crate::Error::Cancelled).
+pub type ProgressCallback = Box<dyn FnMut(LoadProgress) -> bool + Send>;
+
+/// How to open an engine. Build it with [`EngineOptions::new`] and the methods below; [`Engine::open`] checks it.
+///
+/// [`Engine::open`]: crate::Engine::open
+#[non_exhaustive]
+pub struct EngineOptions {
+    /// Folder of the model.
+    pub model: PathBuf,
+    /// Where to compute.
+    pub device: Device,
+    /// Form of the weights.
+    pub weights: WeightFormat,
+    /// Compute threads; `None`: all cores, but one is left to the host when there are more than two.
+    pub threads: Option<usize>,
+    /// Priority of the compute threads.
+    pub thread_priority: ThreadPriority,
+    /// Longest sequence, prompt and answer, in tokens; `None`: the model's own, as far as the pool holds it.
+    pub context_tokens: Option<usize>,
+    /// Bytes of the KV pool; `None`: a quarter of the available memory, at most 2 GiB.
+    pub kv_bytes: Option<u64>,
+    /// Tokens in a KV block: a multiple of 16.
+    pub block_tokens: usize,
+    /// Sequences that may run at once.
+    pub max_running_sequences: usize,
+    /// Tokens one step may compute while nothing decodes (the chunk size of a long prompt).
+    pub prefill_budget_tokens: usize,
+    /// Tokens one step may compute while something decodes.
+    pub mixed_budget_tokens: usize,
+    /// Requests that may wait.
+    pub max_waiting_requests: usize,
+    /// Whether KV of earlier prompts may be used again.
+    pub prefix_cache: bool,
+    /// Hears how far loading is.
+    pub on_progress: Option<ProgressCallback>,
+}
+
+impl EngineOptions {
+    /// Options with every default, for the model in `model`.
+    pub fn new(model: impl Into<PathBuf>) -> Self {
+        EngineOptions {
+            model: model.into(),
+            device: Device::default(),
+            weights: WeightFormat::default(),
+            threads: None,
+            thread_priority: ThreadPriority::default(),
+            context_tokens: None,
+            kv_bytes: None,
+            block_tokens: DEFAULT_BLOCK_TOKENS,
+            max_running_sequences: DEFAULT_MAX_RUNNING_SEQUENCES,
+            prefill_budget_tokens: PREFILL_BUDGET_TOKENS,
+            mixed_budget_tokens: MIXED_BUDGET_TOKENS,
+            max_waiting_requests: MAX_WAITING_REQUESTS,
+            prefix_cache: true,
+            on_progress: None,
+        }
+    }
+    /// Checks every range that does not depend on a model.
+    pub fn validate(&self) -> Result<()> {
+        let check = |field: &'static str, value: usize, min: usize, max: usize| match (min..=max).contains(&value) {
+            true => Ok(()),
+            false => {
+                Err(Error::InvalidArgument { field, value: value.to_string(), expected: format!("{min} to {max}") })
+            }
+        };
+        if let Some(threads) = self.threads {
+            check("threads", threads, 1, MAX_THREADS)?;
+        }
+        if self.block_tokens % BLOCK_TOKENS_MULTIPLE != 0 {
+            return Err(Error::InvalidArgument {
+                field: "block_tokens",
+                value: self.block_tokens.to_string(),
+                expected: format!("a multiple of {BLOCK_TOKENS_MULTIPLE}"),
+            });
+        }
+        check("block_tokens", self.block_tokens, BLOCK_TOKENS_MULTIPLE, MAX_BLOCK_TOKENS)?;
+        check("max_running_sequences", self.max_running_sequences, 1, MAX_RUNNING_SEQUENCES)?;
+        check("prefill_budget_tokens", self.prefill_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
+        check("mixed_budget_tokens", self.mixed_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
+        check("max_waiting_requests", self.max_waiting_requests, 1, MAX_WAITING_REQUESTS_LIMIT)
+    }
+
+    /// Sets the number of compute threads.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+    /// Sets the form of the weights.
+    pub fn weights(mut self, weights: WeightFormat) -> Self {
+        self.weights = weights;
+        self
+    }
+    /// Sets the longest sequence.
+    pub fn context_tokens(mut self, tokens: usize) -> Self {
+        self.context_tokens = Some(tokens);
+        self
+    }
+    /// Sets the size of the KV pool.
+    pub fn kv_bytes(mut self, bytes: u64) -> Self {
+        self.kv_bytes = Some(bytes);
+        self
+    }
+    /// Sets who hears how far loading is.
+    pub fn on_progress(mut self, callback: impl FnMut(LoadProgress) -> bool + Send + 'static) -> Self {
+        self.on_progress = Some(Box::new(callback));
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each option is refused by name outside its range, and accepted at its ends.
+    #[test]
+    fn options_have_ranges() {
+        type Set = fn(&mut EngineOptions, usize);
+        let ranges: [(&str, usize, usize, Set); 6] = [
+            ("threads", 1, MAX_THREADS, |o, v| o.threads = Some(v)),
+            ("block_tokens", 16, MAX_BLOCK_TOKENS, |o, v| o.block_tokens = v),
+            ("max_running_sequences", 1, MAX_RUNNING_SEQUENCES, |o, v| o.max_running_sequences = v),
+            ("prefill_budget_tokens", 1, MAX_BUDGET_TOKENS, |o, v| o.prefill_budget_tokens = v),
+            ("mixed_budget_tokens", 1, MAX_BUDGET_TOKENS, |o, v| o.mixed_budget_tokens = v),
+            ("max_waiting_requests", 1, MAX_WAITING_REQUESTS_LIMIT, |o, v| o.max_waiting_requests = v),
+        ];
+        for (name, min, max, set) in ranges {
+            for (value, is_good) in [(min, true), (max, true), (0, false), (max + 16, false), (usize::MAX, false)] {
+                let mut options = EngineOptions::new("");
+                set(&mut options, value);
+                match options.validate() {
+                    Ok(()) => assert!(is_good, "{name} = {value} was accepted"),
+                    Err(Error::InvalidArgument { field, .. }) => {
+                        assert!(field == name && !is_good, "{field} = {value}")
+                    }
+                    Err(other) => panic!("{other}"),
+                }
+            }
+        }
+        let mut odd = EngineOptions::new("");
+        odd.block_tokens = 24;
+        assert_eq!(odd.validate().expect_err("not a multiple").code(), "invalid_argument");
+    }
+}

@@ -1,0 +1,217 @@
+//! The engine's handle: open, submit, close, ask. What it hands out is decided elsewhere: a request goes to the intake
+//! thread, from there to the worker, and comes back through its stream.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, SyncSender};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::{JoinHandle, ThreadId};
+use std::time::Instant;
+
+use crate::command::{Command, Pending, RequestId, Submission};
+use crate::config::EngineOptions;
+use crate::error::{Error, Result};
+use crate::intake::check_request_token_ids;
+use crate::memory_plan::MemoryPlan;
+use crate::open::{self, return_free_memory};
+use crate::request::{Event, FinishReason, Request, Summary, TokenLogprobs};
+use crate::sampler::check_token_ids;
+use crate::stats::{MemoryUse, ModelInfo, Stats};
+use crate::stream::{RequestStream, channel};
+use crate::text_model::TextModel;
+
+/// A model, ready to answer. Cheap to clone, `Send + Sync`. It closes when its last clone and the last stream are
+/// dropped, or when [`Engine::close`] is called.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+/// What all clones share. Handles only; the model itself belongs to the worker thread.
+struct Inner {
+    commands: Sender<Command>,
+    /// `None` once closed. Locked for a `try_send`; callers of any thread.
+    submissions: Mutex<Option<SyncSender<Submission>>>,
+    text: Arc<TextModel>,
+    info: ModelInfo,
+    plan: MemoryPlan,
+    /// Written by the worker after each turn of its loop.
+    stats: Arc<Mutex<Stats>>,
+    /// Why the worker ended; set by it.
+    ended: Arc<OnceLock<Error>>,
+    is_closing: Arc<AtomicBool>,
+    pending: Arc<Pending>,
+    /// Worker and intake. Taken by the first `close`, which holds the lock while it waits, so that a second one waits too.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    thread_ids: [ThreadId; 2],
+    next_request: AtomicU64,
+}
+
+/// One finished answer of [`Engine::complete`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// The text, without the prompt.
+    pub text: String,
+    /// Its tokens, the stop token included.
+    pub token_ids: Vec<u32>,
+    /// One entry per token when asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+}
+
+/// Everything about a finished request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    /// The answers, by choice.
+    pub choices: Vec<Choice>,
+    /// Counts and times.
+    pub summary: Summary,
+}
+
+impl Engine {
+    /// Loads a model and starts its worker. Blocks until it can answer; see
+    /// [`EngineOptions::on_progress`] to watch or cancel.
+    pub fn open(options: EngineOptions) -> Result<Engine> {
+        let max_waiting_requests = options.max_waiting_requests;
+        let running = open::start(options)?;
+        let inner = Inner {
+            commands: running.commands,
+            submissions: Mutex::new(Some(running.submissions)),
+            pending: Pending::new(max_waiting_requests),
+            is_closing: running.is_closing,
+            thread_ids: [running.worker.thread().id(), running.intake.thread().id()],
+            threads: Mutex::new(vec![running.worker, running.intake]),
+            text: running.text,
+            info: running.info,
+            plan: running.plan,
+            stats: running.stats,
+            ended: running.ended,
+            next_request: AtomicU64::new(0),
+        };
+        Ok(Engine { inner: Arc::new(inner) })
+    }
+
+    /// Submits a request and waits until it is admitted (tokenized, checked, queued): every fault of the request is an
+    /// error here. Its tokens arrive through the stream.
+    pub fn generate(&self, request: Request) -> Result<RequestStream> {
+        let mut stream = self.submit(request)?;
+        stream.wait_admitted()?;
+        Ok(stream)
+    }
+
+    /// Submits a request without waiting: never blocks and never does more than check ranges. Faults that need the
+    /// tokenizer or the template arrive as the stream's error. This is what an event loop calls.
+    pub fn submit(&self, request: Request) -> Result<RequestStream> {
+        request.validate()?;
+        check_request_token_ids(&request, self.inner.info.vocab_size)?;
+        let slot = self.inner.pending.take(&request)?;
+        let id = RequestId(self.inner.next_request.fetch_add(1, Ordering::Relaxed));
+        let commands = self.inner.commands.clone();
+        let (sender, stream) = channel(move || {
+            let _ = commands.send(Command::Cancel(id));
+        });
+        self.inner.enqueue(Submission { id, request, sender, submitted: Instant::now(), slot })?;
+        // An answer outlives the handle that asked for it.
+        Ok(stream.keep_alive(self.inner.clone()))
+    }
+
+    /// Submits a request and waits for all of it.
+    pub fn complete(&self, request: Request) -> Result<Completion> {
+        let empty = Choice {
+            text: String::new(),
+            token_ids: Vec::new(),
+            logprobs: Vec::new(),
+            finish_reason: FinishReason::Length,
+        };
+        let mut choices = vec![empty; request.n];
+        for event in self.generate(request)? {
+            match event? {
+                Event::Delta(delta) => {
+                    let choice = &mut choices[delta.choice];
+                    choice.text.push_str(&delta.text);
+                    choice.token_ids.extend(delta.token_ids);
+                    choice.logprobs.extend(delta.logprobs);
+                }
+                Event::Finished { choice, reason } => choices[choice].finish_reason = reason,
+                Event::Done(summary) => return Ok(Completion { choices, summary }),
+            }
+        }
+        Err(Error::Closed)
+    }
+
+    /// Tokens of `text`; `add_special` adds what the tokenizer's configuration puts around a prompt.
+    pub fn tokenize(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        self.inner.text.tokenizer.encode(text, add_special)
+    }
+
+    /// Text of `ids`, that of special tokens too; bytes that are not UTF-8 become U+FFFD.
+    pub fn detokenize(&self, ids: &[u32]) -> Result<String> {
+        check_token_ids("ids", ids.iter().copied(), self.inner.info.vocab_size)?;
+        Ok(self.inner.text.tokenizer.decode(ids, false))
+    }
+
+    /// What is loaded.
+    pub fn info(&self) -> &ModelInfo {
+        &self.inner.info
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> Stats {
+        self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Bytes held.
+    pub fn memory(&self) -> MemoryUse {
+        if self.inner.ended.get().is_some() {
+            return MemoryUse::default();
+        }
+        let stats = self.stats();
+        MemoryUse {
+            weights_bytes: self.inner.plan.weights_bytes,
+            kv_reserved_bytes: stats.kv_blocks_total as u64 * self.inner.plan.block_bytes,
+            kv_used_bytes: stats.kv_blocks_used as u64 * self.inner.plan.block_bytes,
+            kv_cached_bytes: stats.kv_blocks_cached as u64 * self.inner.plan.block_bytes,
+        }
+    }
+
+    /// Ends every request with [`Error::Closed`], stops the worker and frees the model. Blocks until that is done (at
+    /// most about one step); idempotent; all clones are closed.
+    pub fn close(&self) {
+        self.inner.request_close();
+        // A reader's waker may run on one of the engine's own threads, which cannot wait for its own end.
+        if self.inner.thread_ids.contains(&std::thread::current().id()) {
+            return;
+        }
+        let mut threads = self.inner.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for handle in threads.drain(..) {
+            // They catch panics; their results say nothing more.
+            let _ = handle.join();
+        }
+        return_free_memory();
+    }
+}
+
+impl Inner {
+    fn enqueue(&self, submission: Submission) -> Result<()> {
+        let submissions = self.submissions.lock().unwrap_or_else(PoisonError::into_inner);
+        match (self.ended.get(), submissions.as_ref()) {
+            (Some(error), _) => Err(error.clone()),
+            (None, None) => Err(Error::Closed),
+            // The channel has room for every pending slot, so a failure means that intake is gone.
+            (None, Some(submissions)) => submissions.try_send(submission).map_err(|_| Error::Closed),
+        }
+    }
+
+    fn request_close(&self) {
+        self.is_closing.store(true, Ordering::Release);
+        self.submissions.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let _ = self.commands.send(Command::Close);
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Not joined: the last handle may be dropped where nothing may block, such as an event loop.
+        self.request_close();
+    }
+}

@@ -1,0 +1,54 @@
+//! What the worker knows of compute: launch a batch, collect its tokens. [`ModelExecutor`] runs a model on a backend;
+//! in the scheduler's tests a fake takes its place that checks who reads whose KV.
+
+use crate::backend::Backend;
+use crate::batch::{Batch, BlockCopy, Sampled};
+use crate::error::Result;
+use crate::model::CausalLm;
+
+/// Runs batches, in the order in which they are launched.
+pub trait Executor: Send {
+    /// Starts a step. At most [`Executor::max_in_flight`] steps may be launched and not collected.
+    fn launch(&mut self, batch: &Batch) -> Result<()>;
+    /// Waits for the oldest launched step; one result per row of its `outputs`, in their order.
+    fn collect(&mut self) -> Result<Vec<Sampled>>;
+    /// Copies blocks; ordered with the launches.
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()>;
+    /// 1: a step must be collected before the next is launched. 2: the next may be launched first, with
+    /// [`Feedback`](crate::batch::Feedback) for tokens that are not collected yet.
+    fn max_in_flight(&self) -> usize {
+        1
+    }
+}
+
+/// Runs one model on one backend. Owns the weights, the KV blocks and the device.
+pub struct ModelExecutor<B: Backend> {
+    backend: B,
+    model: Box<dyn CausalLm<B>>,
+    kv: B::Kv,
+    sampled: Option<Vec<Sampled>>,
+}
+
+impl<B: Backend> ModelExecutor<B> {
+    /// Takes over a loaded model and its KV blocks.
+    pub fn new(backend: B, model: Box<dyn CausalLm<B>>, kv: B::Kv) -> Self {
+        ModelExecutor { backend, model, kv, sampled: None }
+    }
+}
+
+impl<B: Backend> Executor for ModelExecutor<B> {
+    fn launch(&mut self, batch: &Batch) -> Result<()> {
+        assert!(self.sampled.is_none(), "a step was launched before the last one was collected");
+        let hidden = self.model.forward(&self.backend, batch, &mut self.kv)?;
+        self.sampled = Some(self.backend.sample(&hidden, self.model.output(), &batch.outputs)?);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>> {
+        Ok(self.sampled.take().expect("collect() follows launch()"))
+    }
+
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
+        self.backend.copy_blocks(&mut self.kv, copies)
+    }
+}

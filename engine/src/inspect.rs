@@ -1,0 +1,89 @@
+//! What a model folder holds and what running it would take, from its headers alone: no weight is read.
+
+use crate::config::EngineOptions;
+use crate::error::Result;
+use crate::memory_plan::MemoryPlan;
+use crate::open::{ModelFiles, check_device, plan_memory};
+
+/// One tensor of the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Path in the checkpoint.
+    pub name: String,
+    /// Sizes, outermost axis first.
+    pub shape: Vec<usize>,
+    /// As the file calls it.
+    pub dtype: String,
+}
+
+/// Everything that can be said without reading weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Inspection {
+    /// As in `config.json`.
+    pub architecture: String,
+    /// Names as in `config.json`.
+    pub hyperparameters: Vec<(&'static str, String)>,
+    /// In alphabetical order.
+    pub tensors: Vec<TensorInfo>,
+    /// Numbers in all tensors.
+    pub num_parameters: u64,
+    /// Bytes of all tensors.
+    pub checkpoint_bytes: u64,
+    /// Entries of the tokenizer.
+    pub tokenizer_vocab_size: usize,
+    /// Texts of the control tokens.
+    pub special_tokens: Vec<String>,
+    /// Source of the chat template.
+    pub chat_template: Option<String>,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// How the weights would be kept.
+    pub weights: &'static str,
+    /// How keys and values would be kept.
+    pub kv_dtype: &'static str,
+    /// What it would hold, whether that fits this machine now or not.
+    pub plan: MemoryPlan,
+}
+
+/// Looks at the model that `options` name, as an engine with these options would run it.
+pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
+    options.validate()?;
+    check_device(options.device)?;
+    let files = ModelFiles::open(options)?;
+    let (format, layout, plan) = plan_memory(options, &files)?;
+    let config = &files.config;
+    let tensors: Vec<TensorInfo> = files
+        .weights
+        .entries()
+        .map(|(name, shape, dtype)| TensorInfo {
+            name: name.to_string(),
+            shape: shape.to_vec(),
+            dtype: format!("{dtype:?}"),
+        })
+        .collect();
+    Ok(Inspection {
+        architecture: config.architecture.name().to_string(),
+        hyperparameters: vec![
+            ("vocab_size", config.vocab_size.to_string()),
+            ("hidden_size", config.hidden_size.to_string()),
+            ("intermediate_size", config.intermediate_size.to_string()),
+            ("num_hidden_layers", config.num_hidden_layers.to_string()),
+            ("num_attention_heads", config.num_attention_heads.to_string()),
+            ("num_key_value_heads", config.num_key_value_heads.to_string()),
+            ("head_dim", config.head_dim.to_string()),
+            ("max_position_embeddings", config.max_position_embeddings.to_string()),
+            ("rope", format!("{:?}", config.rope)),
+            ("tie_word_embeddings", config.tie_word_embeddings.to_string()),
+        ],
+        num_parameters: tensors.iter().map(|tensor| tensor.shape.iter().map(|&n| n as u64).product::<u64>()).sum(),
+        tensors,
+        checkpoint_bytes: files.weights.total_bytes(),
+        tokenizer_vocab_size: files.tokenizer.vocab_size(),
+        special_tokens: files.tokenizer.special_tokens().map(|(_, text)| text.to_string()).collect(),
+        chat_template: files.tokenizer_config.chat_template.clone(),
+        eos_token_ids: files.eos_token_ids.clone(),
+        weights: format.name(),
+        kv_dtype: layout.dtype.name(),
+        plan,
+    })
+}

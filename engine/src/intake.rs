@@ -1,0 +1,181 @@
+//! From a [`Request`] to what the scheduler takes: renders messages, encodes text, fills in the model's defaults and
+//! checks all that needs the vocabulary. Runs on its own bounded thread, so that neither an event loop nor the step
+//! loop ever waits for a template or a tokenizer.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use sha2::{Digest, Sha256};
+
+use crate::chat::RenderContext;
+use crate::command::{Command, Prepared, Submission};
+use crate::config::{DEFAULT_MAX_TOKENS, TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN, TEMPLATE_TIME_MS};
+use crate::error::{Error, Result, panic_text};
+use crate::request::{Prompt, Request, SamplingParams};
+use crate::sampler::{check_token_ids, choice_seed};
+use crate::sequence::{NamespaceKey, SequenceSpec};
+use crate::text_model::TextModel;
+use crate::tokenizer::StopStrings;
+
+/// The intake thread: prepares submissions in order until their channel closes. Once the engine `is_closing`, what is
+/// left in the channel is only told so.
+pub(crate) fn run(
+    text: &TextModel,
+    epoch: Instant,
+    submissions: &Receiver<Submission>,
+    worker: &Sender<Command>,
+    is_closing: &AtomicBool,
+) {
+    for Submission { id, request, sender, submitted, slot } in submissions {
+        let given_up = match (is_closing.load(Ordering::Acquire), sender.is_cancelled()) {
+            (true, _) => Some(Error::Closed),
+            (_, true) => Some(Error::Cancelled),
+            _ => None,
+        };
+        let since_epoch = submitted.saturating_duration_since(epoch);
+        // A defect in a template engine or a tokenizer ends this request, and nobody else's.
+        let prepared = given_up.map_or_else(
+            || {
+                catch_unwind(AssertUnwindSafe(|| prepare(text, &request, since_epoch)))
+                    .unwrap_or_else(|panic| Err(Error::Internal { reason: panic_text(panic.as_ref()) }))
+            },
+            Err,
+        );
+        match prepared {
+            Ok((specs, seed)) => {
+                let stop = StopStrings::new(&request.stop);
+                let prepared = Prepared { id, specs, stop, seed, sender, submitted, slot };
+                // A worker that is gone drops the request, which ends its stream as closed.
+                let _ = worker.send(Command::Run(Box::new(prepared)));
+            }
+            Err(error) => {
+                sender.end(Err(error));
+                let _ = worker.send(Command::Refused);
+            }
+        }
+    }
+}
+
+/// One spec per choice, and the seed of the request. `submitted`: time since the worker's epoch.
+fn prepare(text: &TextModel, request: &Request, submitted: Duration) -> Result<(Vec<SequenceSpec>, u64)> {
+    let prompt: Arc<[u32]> = encode(text, &request.prompt)?.into();
+    let seed = request.sampling.seed.unwrap_or_else(draw_seed);
+    let mut stop_token_ids = request.stop_token_ids.clone();
+    if !request.ignore_eos {
+        stop_token_ids.extend(&text.eos_token_ids);
+    }
+    let stop_token_ids: Arc<[u32]> = stop_token_ids.into();
+    let params = SamplingParams::resolve(&request.sampling, &text.sampling_defaults, seed);
+    let specs = (0..request.n)
+        .map(|choice| SequenceSpec {
+            priority: request.priority,
+            prompt: prompt.clone(),
+            max_new_tokens: request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
+            stop_token_ids: stop_token_ids.clone(),
+            deadline_ms: request.timeout_ms.map(|timeout_ms| submitted.as_millis() as u64 + timeout_ms),
+            timeout_ms: request.timeout_ms.unwrap_or_default(),
+            namespace: namespace_key(request.namespace.as_deref()),
+            read_prefix_cache: request.prefix_cache,
+            // The choices share their prompt; its logprobs are reported once.
+            prompt_logprobs: (request.prompt_logprobs && choice == 0).then(|| request.logprobs.unwrap_or(0)),
+            logprobs: request.logprobs,
+            sampling: Arc::new(SamplingParams { seed: choice_seed(seed, choice), ..params.clone() }),
+        })
+        .collect();
+    Ok((specs, seed))
+}
+
+fn encode(text: &TextModel, prompt: &Prompt) -> Result<Vec<u32>> {
+    let ids = match prompt {
+        Prompt::Text(prompt) => text.tokenizer.encode(prompt, true)?,
+        Prompt::Tokens(ids) => ids.clone(),
+        Prompt::Chat(messages) => {
+            let template = text.chat_template.as_ref().ok_or(Error::NoChatTemplate)?;
+            let start = Instant::now();
+            let rendered = template.render(
+                messages,
+                &RenderContext {
+                    unix_seconds: SystemTime::now()
+                        .duration_since(UNIX_EPOCH)
+                        .map_or(0, |since| since.as_secs() as i64),
+                    max_output_bytes: text.context_tokens.saturating_mul(TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN),
+                    expired: &|| start.elapsed() > Duration::from_millis(TEMPLATE_TIME_MS),
+                },
+            )?;
+            text.tokenizer.encode_with_content(&rendered.text, &rendered.content)?
+        }
+    };
+    // A tokenizer can know more tokens than the model has rows for.
+    check_token_ids("prompt", ids.iter().copied(), text.vocab_size)?;
+    if ids.is_empty() {
+        return Err(Error::InvalidArgument {
+            field: "prompt",
+            value: "0 tokens".to_string(),
+            expected: "at least one token".to_string(),
+        });
+    }
+    Ok(ids)
+}
+
+/// Checks the token ids that a request names; costs no tokenizing, so it runs on the caller's thread.
+pub(crate) fn check_request_token_ids(request: &Request, vocab_size: usize) -> Result<()> {
+    if let Prompt::Tokens(ids) = &request.prompt {
+        check_token_ids("prompt", ids.iter().copied(), vocab_size)?;
+    }
+    check_token_ids("stop_token_ids", request.stop_token_ids.iter().copied(), vocab_size)?;
+    check_token_ids("logit_bias", request.sampling.logit_bias.iter().map(|&(id, _)| id), vocab_size)
+}
+
+/// Hash of a namespace: its text goes no further than here. `None` is the engine's own.
+fn namespace_key(namespace: Option<&str>) -> NamespaceKey {
+    let mut hash = Sha256::new();
+    hash.update(b"ns-llm namespace v1\0");
+    match namespace {
+        None => hash.update([0]),
+        Some(name) => {
+            hash.update([1]);
+            hash.update(name.as_bytes());
+        }
+    }
+    hash.finalize().into()
+}
+
+/// A seed for a request that gives none: the standard library's keyed hasher is keyed by the operating system.
+fn draw_seed() -> u64 {
+    // 53 bits, so that a JavaScript number holds the reported seed exactly.
+    RandomState::new().build_hasher().finish() >> 11
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Namespaces are distinct keys, and the engine's own is none that a caller can name.
+    #[test]
+    fn namespaces_do_not_collide() {
+        let keys = [None, Some(""), Some("a"), Some("\0"), Some("\u{1}a")].map(namespace_key);
+        for (i, key) in keys.iter().enumerate() {
+            assert!(!keys[..i].contains(key), "namespace {i} collides");
+        }
+    }
+
+    /// An id outside the vocabulary is refused by name, wherever a request names ids.
+    #[test]
+    fn ids_outside_the_vocabulary_are_refused() {
+        let mut bias = Request::prompt("x");
+        bias.sampling.logit_bias = vec![(7, 1.0)];
+        let mut stop = Request::prompt("x");
+        stop.stop_token_ids = vec![7];
+        for (request, name) in [(Request::tokens([1, 7]), "prompt"), (bias, "logit_bias"), (stop, "stop_token_ids")] {
+            let Err(Error::InvalidArgument { field, value, .. }) = check_request_token_ids(&request, 7) else {
+                panic!("{name} was not refused")
+            };
+            assert!(field.starts_with(name) && value == "7", "{field} {value}");
+            assert_eq!(check_request_token_ids(&request, 8), Ok(()));
+        }
+    }
+}

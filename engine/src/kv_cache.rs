@@ -1,0 +1,268 @@
+//! The KV cache of one model: gives sequences their blocks, shares full blocks between sequences with the same
+//! history, keeps the blocks of ended sequences until their place is needed. Paged as in Kwon et al. 2023
+//! (arXiv:2309.06180); blocks are found by content, so a prefix is shared also with sequences that ended long ago.
+//! Owns no KV numbers: it decides about block ids, the executor holds what they stand for.
+//!
+//! Invariants ([`KvCache::check_invariants`]): every block is exactly one of free, cached, owned and pinned; reference
+//! counts equal the tables' references; no block is twice in one table; the index names full blocks under their right
+//! keys; a block that a launched step writes is in one table only and not in the index.
+
+mod block_pool;
+mod prefix_index;
+
+use crate::error::Result;
+use crate::sequence::Sequence;
+use crate::sequence::{BlockId, SeqId};
+use block_pool::BlockPool;
+pub(crate) use block_pool::violated;
+pub use prefix_index::KvIdentity;
+use prefix_index::PrefixIndex;
+
+/// Sizes and identity of a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvCacheConfig {
+    /// Blocks of the pool, at least one.
+    pub num_blocks: usize,
+    /// Tokens of a block, at least one.
+    pub block_tokens: usize,
+    /// What the blocks' contents depend on besides tokens.
+    pub identity: KvIdentity,
+    /// Whether blocks are shared at all.
+    pub prefix_cache: bool,
+}
+
+/// What it takes to admit a sequence now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdmissionPlan {
+    /// Published blocks of its prefix.
+    pub cached: Vec<BlockId>,
+    /// Blocks that must be available: new ones, and those of `cached` that nobody holds now.
+    pub needed_blocks: usize,
+    /// Its next prefix block is just being computed by this sequence.
+    pub waits_for: Option<SeqId>,
+}
+
+/// How many blocks are in which state; their sum is the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BlockCounts {
+    /// Hold nothing.
+    pub free: usize,
+    /// Held by nobody; keep their contents until they are needed.
+    pub cached: usize,
+    /// Held by live sequences.
+    pub owned: usize,
+    /// Held by nobody, but a launched step still writes them.
+    pub pinned: usize,
+}
+
+/// The block manager.
+#[derive(Debug)]
+pub struct KvCache {
+    config: KvCacheConfig,
+    pool: BlockPool,
+    index: PrefixIndex,
+    num_evictions: u64,
+}
+
+impl KvCache {
+    /// An empty pool.
+    pub fn new(config: KvCacheConfig) -> Self {
+        assert!(config.num_blocks > 0 && config.block_tokens > 0, "a pool has blocks and a block has tokens");
+        KvCache {
+            pool: BlockPool::new(config.num_blocks),
+            index: PrefixIndex::new(&config.identity),
+            config,
+            num_evictions: 0,
+        }
+    }
+
+    /// Tokens of a block.
+    pub fn block_tokens(&self) -> usize {
+        self.config.block_tokens
+    }
+    /// Blocks of the pool.
+    pub fn num_blocks(&self) -> usize {
+        self.config.num_blocks
+    }
+    /// Blocks that `num_tokens` tokens of one sequence take.
+    pub fn blocks_for(&self, num_tokens: usize) -> usize {
+        num_tokens.div_ceil(self.config.block_tokens)
+    }
+    /// Blocks that can be given out now.
+    pub fn num_available(&self) -> usize {
+        self.pool.num_free() + self.pool.num_cached()
+    }
+    /// Blocks that become available when the launched steps are applied.
+    pub fn num_pinned(&self) -> usize {
+        self.pool.num_pinned()
+    }
+    /// Cached blocks that were given away.
+    pub fn num_evictions(&self) -> u64 {
+        self.num_evictions
+    }
+    /// Blocks by state.
+    pub fn counts(&self) -> BlockCounts {
+        let pool = &self.pool;
+        BlockCounts {
+            free: pool.num_free(),
+            cached: pool.num_cached(),
+            owned: pool.num_owned(),
+            pinned: pool.num_pinned(),
+        }
+    }
+    /// How often the block was given out: KV written before the last time is not its holder's.
+    pub fn num_allocations(&self, block: BlockId) -> u64 {
+        self.pool.num_allocations(block)
+    }
+    /// Blocks that an admission by `plan` would gain if the sequence lost its own: those that nobody else holds and
+    /// that are not part of the plan. (The same prefix has the same places in both tables.)
+    pub fn num_gained_blocks(&self, seq: &Sequence, plan: &AdmissionPlan) -> usize {
+        let gained = |&(idx, id): &(usize, &BlockId)| self.pool.num_refs(*id) == 1 && plan.cached.get(idx) != Some(id);
+        seq.blocks.iter().enumerate().filter(gained).count()
+    }
+
+    /// Finds the cached prefix of a waiting sequence, and what else it needs for the tokens it has.
+    pub fn plan_admission(&self, seq: &mut Sequence) -> AdmissionPlan {
+        let num_blocks = self.blocks_for(seq.tokens.len());
+        if !self.config.prefix_cache {
+            return AdmissionPlan { cached: Vec::new(), needed_blocks: num_blocks, waits_for: None };
+        }
+        let shareable = seq.max_cached_tokens() / self.config.block_tokens;
+        self.extend_keys(seq, shareable);
+        let keys = &seq.block_keys[..shareable];
+        let cached: Vec<BlockId> = keys.iter().map_while(|key| self.index.get(key)).collect();
+        let waits_for = keys.get(cached.len()).and_then(|key| self.index.claimed_by(key));
+        let num_idle = cached.iter().filter(|&&id| self.pool.num_refs(id) == 0).count();
+        AdmissionPlan { needed_blocks: num_blocks - cached.len() + num_idle, cached, waits_for }
+    }
+
+    /// Gives a waiting sequence the blocks of its plan: the cached prefix counts as computed, the rest is new and
+    /// covers all tokens it has. The blocks are given at once and not chunk by chunk, so that a prompt that was begun
+    /// can always be finished.
+    pub fn admit(&mut self, seq: &mut Sequence, plan: AdmissionPlan) {
+        assert!(seq.blocks.is_empty() && plan.needed_blocks <= self.num_available(), "the plan must fit");
+        for &id in &plan.cached {
+            self.pool.share(id);
+        }
+        let num_cached_tokens = plan.cached.len() * self.config.block_tokens;
+        seq.num_published = plan.cached.len();
+        seq.blocks = plan.cached;
+        seq.num_scheduled = num_cached_tokens;
+        seq.num_computed = num_cached_tokens;
+        let fits = self.extend(seq, seq.tokens.len());
+        assert!(fits, "the plan counted the blocks");
+        if self.config.prefix_cache {
+            let num_full = seq.tokens.len() / self.config.block_tokens;
+            self.extend_keys(seq, num_full);
+            for key in &seq.block_keys[seq.num_published..num_full] {
+                self.index.claim(*key, seq.id);
+            }
+        }
+    }
+
+    /// Grows the table until it covers `num_tokens`. False, with the table as far as it came, when no block is left.
+    pub fn extend(&mut self, seq: &mut Sequence, num_tokens: usize) -> bool {
+        while seq.blocks.len() < self.blocks_for(num_tokens) {
+            let Some((id, evicted)) = self.pool.allocate() else { return false };
+            if let Some(key) = evicted {
+                self.index.remove(&key);
+                self.num_evictions += 1;
+            }
+            seq.blocks.push(id);
+        }
+        true
+    }
+
+    /// Offers the sequence's computed full blocks to others.
+    pub fn publish(&mut self, seq: &mut Sequence) {
+        if !self.config.prefix_cache {
+            return;
+        }
+        let num_full = seq.num_computed / self.config.block_tokens;
+        self.extend_keys(seq, num_full);
+        for idx in seq.num_published..num_full {
+            let (key, id) = (seq.block_keys[idx], seq.blocks[idx]);
+            self.index.unclaim(&key, seq.id);
+            if self.index.insert(key, id) {
+                self.pool.set_key(id, key);
+            }
+        }
+        seq.num_published = seq.num_published.max(num_full);
+    }
+
+    /// Takes all blocks back. Published ones stay cached; the end of a prefix is given away before its beginning,
+    /// which more sequences share.
+    pub fn release(&mut self, seq: &mut Sequence) {
+        for key in seq.block_keys.iter().skip(seq.num_published) {
+            self.index.unclaim(key, seq.id);
+        }
+        for id in seq.blocks.drain(..).rev() {
+            self.pool.release(id);
+        }
+    }
+
+    /// A step that writes these blocks was launched; they are not given to anyone else before [`KvCache::unpin`].
+    pub fn pin(&mut self, blocks: &[BlockId]) {
+        blocks.iter().for_each(|&id| self.pool.pin(id));
+    }
+    /// The step was applied.
+    pub fn unpin(&mut self, blocks: &[BlockId]) {
+        blocks.iter().for_each(|&id| self.pool.unpin(id));
+    }
+
+    fn extend_keys(&self, seq: &mut Sequence, num_blocks: usize) {
+        let (namespace, block_tokens) = (&seq.spec.namespace, self.config.block_tokens);
+        self.index.extend_keys(&mut seq.block_keys, namespace, &seq.tokens, block_tokens, num_blocks);
+    }
+
+    /// Checks everything against the live sequences and the blocks that launched steps write (a block once per step).
+    pub fn check_invariants<'a>(
+        &self,
+        sequences: impl Iterator<Item = &'a Sequence>,
+        pinned: impl Iterator<Item = BlockId>,
+    ) -> Result<()> {
+        let mut table_refs = vec![0u32; self.num_blocks()];
+        let mut last_holder = vec![None; self.num_blocks()];
+        let mut num_unpublished = 0;
+        for seq in sequences {
+            for id in &seq.blocks {
+                table_refs[id.0 as usize] += 1;
+                let before = last_holder[id.0 as usize].replace(seq.id);
+                violated(before == Some(seq.id), || format!("block {} is twice in the table of {:?}", id.0, seq.id))?;
+            }
+            self.check_keys(seq)?;
+            num_unpublished += seq.block_keys.len().saturating_sub(seq.num_published);
+        }
+        let mut step_pins = vec![0u32; self.num_blocks()];
+        pinned.for_each(|id| step_pins[id.0 as usize] += 1);
+        self.pool.check_invariants(&table_refs, &step_pins)?;
+        violated(self.index.num_claims() > num_unpublished, || "a block is claimed by nobody".to_string())?;
+        self.check_index()
+    }
+
+    /// The sequence's keys are those of its tokens; its keyed blocks carry them; only computed blocks have one.
+    fn check_keys(&self, seq: &Sequence) -> Result<()> {
+        let mut keys = Vec::new();
+        let (namespace, num_keys) = (&seq.spec.namespace, seq.block_keys.len());
+        self.index.extend_keys(&mut keys, namespace, &seq.tokens, self.config.block_tokens, num_keys);
+        violated(keys != seq.block_keys, || format!("keys of {:?} are not those of its tokens", seq.id))?;
+        for (idx, &id) in seq.blocks.iter().enumerate() {
+            if let Some(key) = self.pool.key(id) {
+                violated(idx >= seq.num_published || keys[idx] != key, || {
+                    format!("block {} of {:?} has a wrong key", id.0, seq.id)
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Index and keyed blocks are the same set.
+    fn check_index(&self) -> Result<()> {
+        let ids = (0..self.num_blocks() as u32).map(BlockId);
+        let keyed: Vec<_> = ids.filter_map(|id| Some((id, self.pool.key(id)?))).collect();
+        for (id, key) in &keyed {
+            violated(self.index.get(key) != Some(*id), || format!("block {} is not under its key", id.0))?;
+        }
+        violated(keyed.len() != self.index.len(), || "the index names blocks that have no key".to_string())
+    }
+}

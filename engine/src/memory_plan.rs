@@ -1,0 +1,142 @@
+//! How many KV blocks an engine gets and how long a sequence may become, decided before any weight is read. Pure: memory that is available is an argument.
+
+use crate::backend::KvLayout;
+use crate::config::{DEFAULT_KV_MAX_BYTES, DEFAULT_KV_MEMORY_SHARE, DEFAULT_KV_MIN_TOKENS, EngineOptions};
+use crate::error::{Error, Result};
+
+/// What an engine will hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Weights, packed: before loading, as far as the checkpoint's header tells; after it, exactly.
+    pub weights_bytes: u64,
+    /// One KV block over all layers.
+    pub block_bytes: u64,
+    /// Blocks of the pool.
+    pub num_blocks: usize,
+    /// Longest sequence, tokens.
+    pub context_tokens: usize,
+}
+
+impl MemoryPlan {
+    /// Plans the pool. `layout.num_blocks` is ignored; `model_context_tokens` is the model's own limit.
+    pub fn new(
+        options: &EngineOptions,
+        layout: &KvLayout,
+        weights_bytes: u64,
+        model_context_tokens: usize,
+        available_bytes: u64,
+    ) -> Result<MemoryPlan> {
+        let block_tokens = layout.block_tokens;
+        let block_bytes = layout.block_bytes();
+        if let Some(context) = options.context_tokens.filter(|&context| context == 0 || context > model_context_tokens)
+        {
+            return Err(Error::InvalidArgument {
+                field: "context_tokens",
+                value: context.to_string(),
+                expected: format!("1 to {model_context_tokens}, the model's own limit"),
+            });
+        }
+        let wanted_context = options.context_tokens.unwrap_or(model_context_tokens);
+        let free_bytes = available_bytes.saturating_sub(weights_bytes);
+        let pool_bytes = match options.kv_bytes {
+            Some(bytes) if bytes < block_bytes => {
+                return Err(Error::InvalidArgument {
+                    field: "kv_bytes",
+                    value: bytes.to_string(),
+                    expected: format!("at least {block_bytes}, the size of one block"),
+                });
+            }
+            Some(bytes) => bytes,
+            None => default_pool_bytes(options, wanted_context, block_tokens, block_bytes, free_bytes),
+        };
+        // Slots are numbered in 32 bits.
+        let num_blocks = (pool_bytes / block_bytes).min(u64::from(u32::MAX) / block_tokens as u64) as usize;
+        let context_tokens = wanted_context.min(num_blocks * block_tokens);
+        Ok(MemoryPlan { weights_bytes, block_bytes, num_blocks, context_tokens })
+    }
+
+    /// Weights and pool together.
+    pub fn needed_bytes(&self) -> u64 {
+        self.weights_bytes.saturating_add(self.block_bytes.saturating_mul(self.num_blocks as u64))
+    }
+
+    /// Fails when the plan does not fit what is available.
+    pub fn check(&self, available_bytes: u64) -> Result<()> {
+        if self.needed_bytes() <= available_bytes {
+            return Ok(());
+        }
+        let needed_bytes = self.needed_bytes();
+        Err(Error::OutOfMemory { purpose: "weights and KV pool", needed_bytes, available_bytes })
+    }
+}
+
+/// A share of what is free, bounded above by a constant and by what all sequences together could use, and below by one
+/// sequence of useful length.
+fn default_pool_bytes(
+    options: &EngineOptions,
+    context_tokens: usize,
+    block_tokens: usize,
+    block_bytes: u64,
+    free_bytes: u64,
+) -> u64 {
+    let bytes_of = |tokens: usize| tokens.div_ceil(block_tokens) as u64 * block_bytes;
+    let share = (free_bytes as f64 * DEFAULT_KV_MEMORY_SHARE) as u64;
+    let all_sequences = bytes_of(context_tokens).saturating_mul(options.max_running_sequences as u64);
+    let one_sequence = bytes_of(context_tokens.min(DEFAULT_KV_MIN_TOKENS));
+    share.min(DEFAULT_KV_MAX_BYTES).min(all_sequences).max(one_sequence)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::KvDtype;
+
+    const GIB: u64 = 1 << 30;
+
+    fn layout() -> KvLayout {
+        // 2 * 2 bytes * 28 * 16 * 8 * 128 = 1,835,008 bytes a block
+        KvLayout {
+            num_layers: 28,
+            num_blocks: 0,
+            block_tokens: 16,
+            num_kv_heads: 8,
+            head_dim: 128,
+            dtype: KvDtype::F16,
+        }
+    }
+
+    fn plan(change: impl FnOnce(&mut EngineOptions), context: usize, available: u64) -> Result<MemoryPlan> {
+        let mut options = EngineOptions::new("");
+        change(&mut options);
+        let plan = MemoryPlan::new(&options, &layout(), GIB, context, available)?;
+        plan.check(available)?;
+        Ok(plan)
+    }
+
+    /// By default the pool is a quarter of what the weights leave, at most 2 GiB, and at least one useful sequence.
+    #[test]
+    fn default_pool() {
+        let block = layout().block_bytes();
+        assert_eq!(block, 1_835_008);
+        let roomy = plan(|_| (), 40_960, 64 * GIB).expect("fits");
+        assert_eq!(roomy.num_blocks as u64, 2 * GIB / block);
+        assert_eq!(roomy.context_tokens, roomy.num_blocks * 16, "the pool bounds the context");
+        let middling = plan(|_| (), 40_960, 5 * GIB).expect("fits");
+        assert_eq!(middling.num_blocks as u64, GIB / block);
+        let tight = plan(|_| (), 40_960, GIB + GIB / 2).expect("fits");
+        assert_eq!(tight.num_blocks, 4096 / 16);
+        let small_model = plan(|o| o.max_running_sequences = 2, 100, 64 * GIB).expect("fits");
+        assert_eq!((small_model.num_blocks, small_model.context_tokens), (14, 100));
+    }
+
+    /// What cannot be is refused by name before anything is read.
+    #[test]
+    fn impossible_plans_are_typed_errors() {
+        let code = |result: Result<MemoryPlan>| result.expect_err("must be refused").code();
+        assert_eq!(code(plan(|o| o.kv_bytes = Some(1000), 4096, 64 * GIB)), "invalid_argument");
+        assert_eq!(code(plan(|o| o.context_tokens = Some(4097), 4096, 64 * GIB)), "invalid_argument");
+        assert_eq!(code(plan(|o| o.context_tokens = Some(0), 4096, 64 * GIB)), "invalid_argument");
+        assert_eq!(code(plan(|o| o.kv_bytes = Some(64 * GIB), 4096, 64 * GIB)), "out_of_memory");
+        assert_eq!(code(plan(|_| (), 4096, GIB)), "out_of_memory");
+    }
+}

@@ -1,0 +1,56 @@
+//! From an architecture's name to a model that can run; the trait that the executor sees.
+
+pub mod config;
+pub mod layers;
+pub mod llama;
+pub mod load;
+pub mod mistral;
+pub mod qwen2;
+pub mod qwen3;
+
+use crate::backend::Backend;
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::loader::Weights;
+use crate::model::config::{Architecture, ModelConfig};
+use crate::model::load::{OnProgress, WeightLoader};
+
+/// A decoder-only language model on backend `B`.
+pub trait CausalLm<B: Backend>: Send {
+    /// Runs all layers over the batch, writes its K and V, and returns the final, normalised hidden states of the
+    /// batch's output rows: `[outputs, hidden_size]`.
+    fn forward(&self, backend: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Operand>;
+    /// The output matrix `[vocab_size, hidden_size]`.
+    fn output(&self) -> &B::Linear;
+}
+
+/// A model with its weights.
+pub struct LoadedModel<B: Backend> {
+    /// The model.
+    pub model: Box<dyn CausalLm<B>>,
+    /// Numbers in all weights; a matrix that is used twice counts once.
+    pub num_parameters: u64,
+    /// Bytes of these weights in the checkpoint.
+    pub checkpoint_bytes: u64,
+}
+
+/// Loads the model that `config` describes, for sequences of at most `context_tokens`. Every tensor of `weights` must
+/// be used, and none may be missing or of another shape. `on_progress` is called before the first tensor and after
+/// each one that is packed; when it returns `false`, the load ends with [`Error::Cancelled`](crate::Error::Cancelled).
+pub fn load<B: Backend>(
+    backend: &B,
+    weights: Weights,
+    config: &ModelConfig,
+    context_tokens: usize,
+    on_progress: OnProgress<'_>,
+) -> Result<LoadedModel<B>> {
+    let mut loader = WeightLoader::new(backend, weights, on_progress)?;
+    let model: Box<dyn CausalLm<B>> = match config.architecture {
+        Architecture::Llama => Box::new(llama::Llama::load(&mut loader, config, context_tokens)?),
+        Architecture::Mistral => Box::new(mistral::Mistral::load(&mut loader, config, context_tokens)?),
+        Architecture::Qwen2 => Box::new(qwen2::Qwen2::load(&mut loader, config, context_tokens)?),
+        Architecture::Qwen3 => Box::new(qwen3::Qwen3::load(&mut loader, config, context_tokens)?),
+    };
+    let (num_parameters, checkpoint_bytes) = loader.finish()?;
+    Ok(LoadedModel { model, num_parameters, checkpoint_bytes })
+}

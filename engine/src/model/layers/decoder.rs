@@ -1,0 +1,79 @@
+//! The decoder that the architectures have in common: embedding, layers one after the other, a last norm, and the
+//! output matrix. What happens inside a layer is each architecture's own.
+
+use std::sync::Arc;
+
+use crate::backend::{AttentionLayer, AttentionShape, Backend};
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::model::CausalLm;
+use crate::model::config::ModelConfig;
+use crate::model::layers::rope::rope_table;
+use crate::model::load::WeightLoader;
+
+/// One decoder layer of an architecture.
+pub trait DecoderLayer<B: Backend>: Sized + Send {
+    /// Takes the layer's weights; names are relative to `model.layers.N.`. `attention` holds the layer's sizes and
+    /// position in the KV blocks.
+    fn load(weights: &mut WeightLoader<'_, B>, config: &ModelConfig, attention: AttentionLayer<B>) -> Result<Self>;
+    /// `hidden`: `[tokens, hidden_size]`, updated in place. Writes this layer's K and V of the batch into `kv`.
+    fn forward(&self, b: &B, hidden: &mut B::Rows, batch: &Batch, kv: &mut B::Kv) -> Result<()>;
+}
+
+/// A decoder-only model with layers `L`.
+pub struct Decoder<B: Backend, L> {
+    /// `[vocab_size, hidden_size]`
+    embed_tokens: B::Linear,
+    layers: Vec<L>,
+    norm: B::Norm,
+    /// `[vocab_size, hidden_size]`; `None`: it is the embedding.
+    lm_head: Option<B::Linear>,
+}
+
+impl<B: Backend, L: DecoderLayer<B>> Decoder<B, L> {
+    /// Takes all weights, for sequences of at most `context_tokens`.
+    pub fn load(weights: &mut WeightLoader<'_, B>, config: &ModelConfig, context_tokens: usize) -> Result<Self> {
+        let rope = Arc::new(weights.backend().load_rope(rope_table(&config.rope, config.head_dim, context_tokens)?)?);
+        let vocabulary = [config.vocab_size, config.hidden_size];
+        let embed_tokens = weights.linear("model.embed_tokens", vocabulary, false)?;
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for layer_idx in 0..config.num_hidden_layers {
+            let attention = attention_layer(config, layer_idx, rope.clone());
+            layers.push(
+                weights.below(&format!("model.layers.{layer_idx}."), |weights| L::load(weights, config, attention))?,
+            );
+        }
+        let norm = weights.norm("model.norm", config.hidden_size, config.rms_norm_eps)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => weights.ignore("lm_head.weight"),
+            false => Some(weights.linear("lm_head", vocabulary, false)?),
+        };
+        Ok(Decoder { embed_tokens, layers, norm, lm_head })
+    }
+}
+
+fn attention_layer<B: Backend>(config: &ModelConfig, layer_idx: usize, rope: Arc<B::Rope>) -> AttentionLayer<B> {
+    let shape = AttentionShape {
+        num_heads: config.num_attention_heads,
+        num_kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        scale: (config.head_dim as f32).sqrt().recip(),
+        sliding_window_tokens: config.sliding_windows[layer_idx],
+    };
+    AttentionLayer { layer_idx, shape, qk_norm: None, rope }
+}
+
+impl<B: Backend, L: DecoderLayer<B>> CausalLm<B> for Decoder<B, L> {
+    fn forward(&self, b: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Operand> {
+        let mut hidden = b.embed(&self.embed_tokens, batch)?; //          [tokens, hidden_size]
+        for layer in &self.layers {
+            layer.forward(b, &mut hidden, batch, kv)?;
+        }
+        let outputs = b.select_outputs(&hidden, batch)?; //               [outputs, hidden_size]
+        b.rms_norm(&outputs, &self.norm)
+    }
+
+    fn output(&self) -> &B::Linear {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+}

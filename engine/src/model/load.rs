@@ -1,0 +1,124 @@
+//! Weights on their way from the checkpoint to a backend: taken by name, compared with the shape that the
+//! configuration asks for, packed, and their memory used again. Reports progress and can be cancelled between tensors.
+
+use crate::backend::{Backend, LinearPart, LinearWeight};
+use crate::config::LoadProgress;
+use crate::error::{Error, Result};
+use crate::loader::Weights;
+use crate::tensor::Tensor;
+
+/// Hears how far loading is; `false` cancels.
+pub type OnProgress<'a> = &'a mut dyn FnMut(LoadProgress) -> bool;
+
+/// Hands out packed weights. Names are those of the checkpoint without `.weight` and `.bias`, relative to a prefix.
+pub struct WeightLoader<'a, B: Backend> {
+    backend: &'a B,
+    weights: Weights,
+    on_progress: OnProgress<'a>,
+    prefix: String,
+    loaded: LoadProgress,
+    num_parameters: u64,
+}
+
+impl<'a, B: Backend> WeightLoader<'a, B> {
+    /// Begins with nothing taken.
+    pub fn new(backend: &'a B, weights: Weights, on_progress: OnProgress<'a>) -> Result<Self> {
+        let loaded = LoadProgress { loaded_bytes: 0, total_bytes: weights.total_bytes() };
+        let mut loader =
+            WeightLoader { backend, weights, on_progress, prefix: String::new(), loaded, num_parameters: 0 };
+        loader.report()?;
+        Ok(loader)
+    }
+
+    /// Where weights are packed.
+    pub fn backend(&self) -> &'a B {
+        self.backend
+    }
+
+    /// Runs `load` with `prefix` before every name.
+    pub fn below<T>(&mut self, prefix: &str, load: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let outer = std::mem::replace(&mut self.prefix, prefix.to_string());
+        let loaded = load(self);
+        self.prefix = outer;
+        loaded
+    }
+
+    /// The matrix `name` `[out, in]`, with its bias `[out]` if it has one.
+    pub fn linear(&mut self, name: &str, [out, width]: [usize; 2], bias: bool) -> Result<B::Linear> {
+        self.stacked(&[(name, out)], width, bias)
+    }
+
+    /// Several matrices `[out_i, in]` over the same input, given as names and `out_i`, as one.
+    pub fn stacked(&mut self, parts: &[(&str, usize)], width: usize, bias: bool) -> Result<B::Linear> {
+        let matrices = parts.iter().map(|(name, out)| self.matrix(name, [*out, width], bias));
+        let matrices = matrices.collect::<Result<Vec<_>>>()?;
+        let parts: Vec<_> = matrices.iter().map(Matrix::part).collect();
+        let packed = self.backend.load_linear(LinearWeight::Stacked(&parts))?;
+        self.done_with(matrices)?;
+        Ok(packed)
+    }
+
+    /// Gate and up projection of a SwiGLU feed-forward, both `[intermediate, in]`.
+    pub fn gate_up(&mut self, gate: &str, up: &str, shape: [usize; 2], bias: bool) -> Result<B::Linear> {
+        let (gate, up) = (self.matrix(gate, shape, bias)?, self.matrix(up, shape, bias)?);
+        let packed = self.backend.load_linear(LinearWeight::GateUp { gate: gate.part(), up: up.part() })?;
+        self.done_with(vec![gate, up])?;
+        Ok(packed)
+    }
+
+    /// The norm `name`, `[width]`.
+    pub fn norm(&mut self, name: &str, width: usize, eps: f32) -> Result<B::Norm> {
+        let weight = self.take(name, "weight", &[width])?;
+        let norm = self.backend.load_norm(&weight, eps)?;
+        self.done_with(vec![Matrix { weight, bias: None }])?;
+        Ok(norm)
+    }
+
+    /// Says that a tensor may be there without being used. Returns `None`, what stands in its place.
+    pub fn ignore<T>(&mut self, name: &str) -> Option<T> {
+        self.weights.ignore(name);
+        None
+    }
+
+    /// Fails if tensors are left over. Returns the numbers in all weights that were taken, and their bytes.
+    pub fn finish(self) -> Result<(u64, u64)> {
+        self.weights.finish()?;
+        Ok((self.num_parameters, self.loaded.loaded_bytes))
+    }
+
+    fn matrix(&mut self, name: &str, [out, width]: [usize; 2], bias: bool) -> Result<Matrix> {
+        let weight = self.take(name, "weight", &[out, width])?;
+        let bias = if bias { Some(self.take(name, "bias", &[out])?) } else { None };
+        Ok(Matrix { weight, bias })
+    }
+
+    fn take(&mut self, name: &str, kind: &str, shape: &[usize]) -> Result<Tensor> {
+        self.weights.take(&format!("{}{name}.{kind}", self.prefix), shape)
+    }
+
+    /// Counts what was packed, gives its memory back and reports.
+    fn done_with(&mut self, matrices: Vec<Matrix>) -> Result<()> {
+        for tensor in matrices.into_iter().flat_map(|matrix| [Some(matrix.weight), matrix.bias]).flatten() {
+            self.loaded.loaded_bytes += tensor.data.len() as u64;
+            self.num_parameters += (tensor.data.len() / tensor.dtype.size_bytes()) as u64;
+            self.weights.recycle(tensor);
+        }
+        self.report()
+    }
+
+    fn report(&mut self) -> Result<()> {
+        if (self.on_progress)(self.loaded) { Ok(()) } else { Err(Error::Cancelled) }
+    }
+}
+
+/// A tensor and its bias, as read.
+struct Matrix {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Matrix {
+    fn part(&self) -> LinearPart<'_> {
+        LinearPart { weight: &self.weight, bias: self.bias.as_ref() }
+    }
+}

@@ -1,0 +1,360 @@
+//! From a path to a running engine: the only place where loader, tokenizer, chat, model and backend meet.
+//!
+//! The worker thread loads the model itself: what it will own is made where it will live, and the compute pool packs
+//! weights with the same threads that later multiply them. A load that fails ends that thread and leaves nothing.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use ns_llm_kernels::host;
+pub(crate) use ns_llm_kernels::host::return_free_memory;
+use safetensors::Dtype;
+use sha2::{Digest, Sha256};
+
+use crate::backend::cpu::{CpuBackend, CpuBackendOptions};
+use crate::backend::{Backend, KvDtype, KvLayout};
+use crate::chat::{ChatTemplate, SpecialTokens};
+use crate::command::{Command, Submission};
+use crate::config::{
+    Device, EngineOptions, LoadProgress, MAX_THREADS, MAX_WAITING_TOKENS, ThreadPriority, WeightFormat,
+};
+use crate::error::{Error, Result, panic_text};
+use crate::executor::{Executor, ModelExecutor};
+use crate::intake;
+use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
+use crate::loader::{GenerationConfig, ModelFolder, Weights};
+use crate::memory_plan::MemoryPlan;
+use crate::model;
+use crate::model::config::ModelConfig;
+use crate::request::SamplingDefaults;
+use crate::scheduler::{Scheduler, SchedulerConfig};
+use crate::stats::{ModelInfo, Stats};
+use crate::text_model::TextModel;
+use crate::tokenizer::{Tokenizer, TokenizerConfig};
+use crate::worker::Worker;
+
+/// Version of the CPU kernels' numerics: changes when any of them may give other bits than before.
+const CPU_NUMERICS_VERSION: u32 = 1;
+/// Version of the layout of a KV block.
+const KV_LAYOUT_VERSION: u32 = 1;
+
+/// A loaded model with everything that runs it.
+pub struct Loaded {
+    /// Weights, KV blocks and device.
+    pub executor: ModelExecutor<CpuBackend>,
+    /// Over an empty pool.
+    pub scheduler: Scheduler,
+    /// Tokenizer, template and defaults.
+    pub text: Arc<TextModel>,
+    /// What is loaded.
+    pub info: ModelInfo,
+    /// Bytes.
+    pub plan: MemoryPlan,
+}
+
+/// The threads of a running engine, and the ways to them.
+pub(crate) struct Running {
+    pub(crate) commands: Sender<Command>,
+    pub(crate) submissions: SyncSender<Submission>,
+    pub(crate) worker: JoinHandle<()>,
+    pub(crate) intake: JoinHandle<()>,
+    /// Set when the engine shall close: intake then prepares nothing more.
+    pub(crate) is_closing: Arc<AtomicBool>,
+    /// Written by the worker after each turn of its loop.
+    pub(crate) stats: Arc<Mutex<Stats>>,
+    /// Why the worker ended; set by it.
+    pub(crate) ended: Arc<OnceLock<Error>>,
+    pub(crate) text: Arc<TextModel>,
+    pub(crate) info: ModelInfo,
+    pub(crate) plan: MemoryPlan,
+}
+
+/// What the worker thread says when its model is loaded.
+struct Ready {
+    text: Arc<TextModel>,
+    info: ModelInfo,
+    plan: MemoryPlan,
+}
+
+/// Loads a model on a worker thread of its own and starts the intake thread.
+pub(crate) fn start(options: EngineOptions) -> Result<Running> {
+    options.validate()?;
+    let epoch = Instant::now();
+    let max_waiting_requests = options.max_waiting_requests;
+    let (command_sender, commands) = channel();
+    let (ready_sender, ready) = sync_channel(1);
+    let stats = Arc::new(Mutex::new(Stats::default()));
+    let ended = Arc::new(OnceLock::new());
+    let worker = {
+        let (stats, ended) = (stats.clone(), ended.clone());
+        spawn("ns-llm-worker", move || {
+            let priority = options.thread_priority;
+            if let Some((loaded, ready)) = load_and_report(options, &ready_sender) {
+                // The worker computes too. Only now: the threads that it started have inherited its priority.
+                if priority == ThreadPriority::BelowNormal {
+                    host::lower_thread_priority();
+                }
+                let Loaded { executor, scheduler, text, .. } = loaded;
+                let worker = Worker::new(executor, scheduler, text, commands, stats, epoch);
+                // From here on `Engine::open` may return.
+                let _ = ready_sender.send(Ok(ready));
+                worker.run(&ended);
+            }
+            host::return_free_memory();
+        })?
+    };
+    let Ready { text, info, plan } = ready.recv().unwrap_or(Err(Error::Closed))?;
+    let (submission_sender, submissions) = sync_channel(max_waiting_requests);
+    let is_closing = Arc::new(AtomicBool::new(false));
+    let intake = {
+        let (text, commands, is_closing) = (text.clone(), command_sender.clone(), is_closing.clone());
+        spawn("ns-llm-intake", move || intake::run(&text, epoch, &submissions, &commands, &is_closing))?
+    };
+    let (commands, submissions) = (command_sender, submission_sender);
+    Ok(Running { commands, submissions, worker, intake, is_closing, stats, ended, text, info, plan })
+}
+
+/// Loads, or reports why not; a panic while loading is a typed error like any other.
+fn load_and_report(options: EngineOptions, ready: &SyncSender<Result<Ready>>) -> Option<(Loaded, Ready)> {
+    let loaded = catch_unwind(AssertUnwindSafe(|| load(options)))
+        .unwrap_or_else(|panic| Err(Error::Internal { reason: panic_text(panic.as_ref()) }));
+    match loaded {
+        Ok(loaded) => {
+            let ready = Ready { text: loaded.text.clone(), info: loaded.info.clone(), plan: loaded.plan };
+            Some((loaded, ready))
+        }
+        Err(error) => {
+            let _ = ready.send(Err(error));
+            None
+        }
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name.to_string())
+        .spawn(body)
+        .map_err(|e| Error::Internal { reason: format!("thread {name} could not be started: {e}") })
+}
+
+/// A model folder, read as far as it can be without its weights: everything is checked that can be.
+pub(crate) struct ModelFiles {
+    pub(crate) config: ModelConfig,
+    pub(crate) generation: GenerationConfig,
+    pub(crate) tokenizer_config: TokenizerConfig,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) chat_template: Option<ChatTemplate>,
+    pub(crate) eos_token_ids: Vec<u32>,
+    pub(crate) weights: Weights,
+}
+
+impl ModelFiles {
+    pub(crate) fn open(options: &EngineOptions) -> Result<ModelFiles> {
+        let folder = ModelFolder::open(&options.model)?;
+        let config = ModelConfig::from_json(&folder.config()?)?;
+        let generation = folder.generation_config()?;
+        let tokenizer_config = tokenizer_config(&folder)?;
+        let tokenizer = Tokenizer::from_json(&folder.tokenizer_json()?, &tokenizer_config)?;
+        Ok(ModelFiles {
+            chat_template: chat_template(&tokenizer_config, &tokenizer)?,
+            tokenizer,
+            eos_token_ids: eos_token_ids(&generation, &config)?,
+            weights: folder.weights()?,
+            config,
+            generation,
+            tokenizer_config,
+        })
+    }
+}
+
+/// `tokenizer_config.json`, every part of which is optional; a `chat_template.jinja` goes before its template.
+fn tokenizer_config(folder: &ModelFolder) -> Result<TokenizerConfig> {
+    let mut config = match folder.tokenizer_config()? {
+        Some(file) => TokenizerConfig::parse(&file.into_value())?,
+        None => TokenizerConfig::default(),
+    };
+    config.chat_template = folder.chat_template()?.or(config.chat_template);
+    Ok(config)
+}
+
+/// The compiled template, if the model has one.
+fn chat_template(config: &TokenizerConfig, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+    let special = SpecialTokens {
+        named: config.special_tokens.clone(),
+        texts: tokenizer.special_tokens().map(|(_, text)| text.to_string()).collect(),
+    };
+    config.chat_template.as_ref().map(|source| ChatTemplate::new(source, special)).transpose()
+}
+
+/// What `generation_config.json` recommends.
+fn sampling_defaults(generation: &GenerationConfig) -> SamplingDefaults {
+    SamplingDefaults {
+        temperature: generation.temperature,
+        top_k: generation.top_k,
+        top_p: generation.top_p,
+        min_p: generation.min_p,
+        repetition_penalty: generation.repetition_penalty,
+    }
+}
+
+/// End tokens of `generation_config.json`, else those of `config.json`, all in the vocabulary.
+fn eos_token_ids(generation: &GenerationConfig, config: &ModelConfig) -> Result<Vec<u32>> {
+    let ids = if generation.eos_token_ids.is_empty() { &config.eos_token_ids } else { &generation.eos_token_ids };
+    match ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        None => Ok(ids.clone()),
+        Some(id) => Err(Error::Config {
+            file: "generation_config.json",
+            field: "eos_token_id".to_string(),
+            reason: format!("{id} is outside the vocabulary of {} entries", config.vocab_size),
+        }),
+    }
+}
+
+/// Refuses a device that this build does not have.
+pub(crate) fn check_device(device: Device) -> Result<()> {
+    match device {
+        Device::Auto | Device::Cpu => Ok(()),
+        Device::Cuda => Err(Error::DeviceUnavailable {
+            device: "cuda".to_string(),
+            reason: "this build has no CUDA support".to_string(),
+        }),
+    }
+}
+
+/// All cores, but one is left to the host program where there are more than two.
+fn default_threads() -> usize {
+    match host::usable_cores() {
+        cores @ ..=2 => cores.max(1),
+        cores => (cores - 1).min(MAX_THREADS),
+    }
+}
+
+/// Form of the weights, layout of the KV pool, and the bytes of both.
+pub(crate) fn plan_memory(options: &EngineOptions, files: &ModelFiles) -> Result<(WeightFormat, KvLayout, MemoryPlan)> {
+    let format = match options.weights {
+        WeightFormat::Auto => stored_format(&files.weights),
+        format => format,
+    };
+    let dtype = if format == WeightFormat::F32 { KvDtype::F32 } else { KvDtype::F16 };
+    let layout = files.config.kv_layout(0, options.block_tokens, dtype);
+    let element_bytes = if format == WeightFormat::F32 { 4 } else { 2 };
+    let elements = |shape: &[usize]| shape.iter().map(|&n| n as u64).product::<u64>();
+    let weights_bytes = files.weights.entries().map(|(_, shape, _)| elements(shape) * element_bytes).sum();
+    let plan = MemoryPlan::new(
+        options,
+        &layout,
+        weights_bytes,
+        files.config.max_position_embeddings,
+        host::available_memory_bytes().unwrap_or(u64::MAX),
+    )?;
+    Ok((format, KvLayout { num_blocks: plan.num_blocks, ..layout }, plan))
+}
+
+/// The form in which the checkpoint has most of its bytes.
+fn stored_format(weights: &Weights) -> WeightFormat {
+    let mut bytes = [(WeightFormat::F32, 0u64), (WeightFormat::Bf16, 0), (WeightFormat::F16, 0)];
+    for (_, shape, dtype) in weights.entries() {
+        let (idx, size) = match dtype {
+            Dtype::F32 => (0, 4),
+            Dtype::BF16 => (1, 2),
+            Dtype::F16 => (2, 2),
+            // No model can use it; loading will say so by name.
+            _ => continue,
+        };
+        bytes[idx].1 += size * shape.iter().map(|&n| n as u64).product::<u64>();
+    }
+    bytes.into_iter().max_by_key(|&(_, bytes)| bytes).map_or(WeightFormat::F32, |(format, _)| format)
+}
+
+/// Loads a model on the calling thread.
+pub fn load(mut options: EngineOptions) -> Result<Loaded> {
+    let start = Instant::now();
+    check_device(options.device)?;
+    let files = ModelFiles::open(&options)?;
+    let (format, layout, mut plan) = plan_memory(&options, &files)?;
+    plan.check(host::available_memory_bytes().unwrap_or(u64::MAX))?;
+    let backend = CpuBackend::new(CpuBackendOptions {
+        threads: options.threads.unwrap_or_else(default_threads),
+        priority: options.thread_priority,
+        weights: format,
+    })?;
+    let identity = kv_identity(&files, format, &layout, &backend);
+    let config = files.config;
+    let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
+    let loaded = model::load(&backend, files.weights, &config, plan.context_tokens, &mut *on_progress)?;
+    plan.weights_bytes = backend.weights_bytes();
+    let kv = backend.allocate_kv(layout)?;
+    let info = ModelInfo {
+        name: model_name(&options.model),
+        architecture: config.architecture.name().to_string(),
+        num_parameters: loaded.num_parameters,
+        num_layer_parameters: config.num_layer_parameters(),
+        vocab_size: config.vocab_size,
+        context_tokens: plan.context_tokens,
+        has_chat_template: files.chat_template.is_some(),
+        weights: format.name(),
+        kv_dtype: layout.dtype.name(),
+        device: "cpu",
+        isa: backend.isa_name(),
+        threads: backend.threads(),
+        load_ms: start.elapsed().as_secs_f64() * 1e3,
+    };
+    let text = Arc::new(TextModel {
+        tokenizer: files.tokenizer,
+        chat_template: files.chat_template,
+        sampling_defaults: sampling_defaults(&files.generation),
+        eos_token_ids: files.eos_token_ids,
+        vocab_size: config.vocab_size,
+        context_tokens: plan.context_tokens,
+    });
+    let executor = ModelExecutor::new(backend, loaded.model, kv);
+    let scheduler = Scheduler::new(
+        scheduler_config(&options, &plan, executor.max_in_flight()),
+        KvCache::new(KvCacheConfig {
+            num_blocks: plan.num_blocks,
+            block_tokens: options.block_tokens,
+            identity,
+            prefix_cache: options.prefix_cache,
+        }),
+    );
+    Ok(Loaded { executor, scheduler, text, info, plan })
+}
+
+fn scheduler_config(options: &EngineOptions, plan: &MemoryPlan, max_in_flight: usize) -> SchedulerConfig {
+    SchedulerConfig {
+        max_running_sequences: options.max_running_sequences,
+        prefill_budget_tokens: options.prefill_budget_tokens,
+        mixed_budget_tokens: options.mixed_budget_tokens,
+        max_waiting_requests: options.max_waiting_requests,
+        max_waiting_tokens: MAX_WAITING_TOKENS,
+        max_in_flight,
+        ..SchedulerConfig::new(plan.context_tokens)
+    }
+}
+
+/// What the contents of a block depend on. Blocks do not leave the process, so the fingerprint covers names, shapes
+/// and types of the weights and the hyperparameters, not the weights' bytes.
+fn kv_identity(files: &ModelFiles, format: WeightFormat, layout: &KvLayout, backend: &CpuBackend) -> KvIdentity {
+    let mut hash = Sha256::new();
+    hash.update(format!("{:?}", files.config));
+    for (name, shape, dtype) in files.weights.entries() {
+        hash.update(format!("{name} {shape:?} {dtype:?}\n"));
+    }
+    KvIdentity {
+        fingerprint: hash.finalize().into(),
+        kv_layout: format!("v{KV_LAYOUT_VERSION} {} block {}", layout.dtype.name(), layout.block_tokens),
+        numerics_id: format!("cpu {} v{CPU_NUMERICS_VERSION} weights {}", backend.isa_name(), format.name()),
+        adapter: String::new(),
+    }
+}
+
+/// Last component of the path as the caller gave it, links resolved.
+fn model_name(path: &Path) -> String {
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    real.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}

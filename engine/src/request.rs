@@ -1,0 +1,416 @@
+//! What a user submits and what comes back: plain public values, no behaviour but the checks of their ranges.
+//! Rust, C and Node all build this one [`Request`]; nothing else reaches the scheduler.
+
+use std::sync::Arc;
+
+use crate::config::*;
+use crate::error::{Error, Result};
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Message {
+    /// "system", "user", "assistant" or what the model's template knows.
+    pub role: String,
+    /// Plain text. Text of special tokens in here stays text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role` saying `content`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Message { role: role.into(), content: content.into() }
+    }
+}
+
+/// What to continue.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prompt {
+    /// Text, encoded as the tokenizer's configuration says; special tokens written in it count as special tokens.
+    Text(String),
+    /// Token ids, taken as they are.
+    Tokens(Vec<u32>),
+    /// A conversation, rendered by the model's chat template with the assistant's turn opened.
+    Chat(Vec<Message>),
+}
+
+/// Who goes first. Waiting raises a request's rank, so that no class starves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Priority {
+    /// Before the others, also by preempting them.
+    High,
+    /// The default.
+    #[default]
+    Normal,
+    /// When there is room.
+    Background,
+}
+
+/// How a token is chosen from the logits. `None` means: as `generation_config.json` says, else the neutral value.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
+pub struct SamplingOptions {
+    /// 0 is greedy; 0.0 to 100.0.
+    pub temperature: Option<f32>,
+    /// Keep the `k` most likely; 0 keeps all.
+    pub top_k: Option<u32>,
+    /// Keep the most likely tokens whose probabilities reach this sum; above 0.0, to 1.0.
+    pub top_p: Option<f32>,
+    /// Keep tokens of at least this share of the best one's probability; 0.0 to 1.0.
+    pub min_p: Option<f32>,
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or answer; above 0.0, to 100.0.
+    pub repetition_penalty: Option<f32>,
+    /// Subtracted once from the logit of each token seen in the answer; -2.0 to 2.0.
+    pub presence_penalty: Option<f32>,
+    /// Subtracted per occurrence in the answer; -2.0 to 2.0.
+    pub frequency_penalty: Option<f32>,
+    /// Added to logits by token id; -100.0 to 100.0 each.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Key of the draws; an unset one is drawn at admission and reported.
+    pub seed: Option<u64>,
+}
+
+/// One request, with every option. Build it with [`Request::prompt`], [`Request::tokens`] or [`Request::chat`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Request {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Most new tokens of each choice; `None`: [`DEFAULT_MAX_TOKENS`]. 0 computes the prompt only.
+    pub max_tokens: Option<usize>,
+    /// How tokens are chosen.
+    pub sampling: SamplingOptions,
+    /// Text at which a choice ends; it is not part of the answer. Special tokens leave no text: name them in
+    /// `stop_token_ids`.
+    pub stop: Vec<String>,
+    /// Tokens at which a choice ends, besides the model's own end tokens.
+    pub stop_token_ids: Vec<u32>,
+    /// Whether the model's end tokens are ignored (for measurements).
+    pub ignore_eos: bool,
+    /// Number of choices.
+    pub n: usize,
+    /// Alternatives to report with each new token; `None`: no logprobs at all.
+    pub logprobs: Option<usize>,
+    /// Whether to report the logprob of every prompt token (from the second on). Such a request computes its whole
+    /// prompt: cached blocks hold no logits.
+    pub prompt_logprobs: bool,
+    /// Who goes first.
+    pub priority: Priority,
+    /// Limit from submission to the end, milliseconds.
+    pub timeout_ms: Option<u64>,
+    /// Requests share prefix KV only within one namespace; `None`: the namespace of this engine.
+    pub namespace: Option<String>,
+    /// Whether this request may use KV of earlier prompts.
+    pub prefix_cache: bool,
+}
+
+impl Request {
+    fn new(prompt: Prompt) -> Self {
+        Request {
+            prompt,
+            max_tokens: None,
+            sampling: SamplingOptions::default(),
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            n: 1,
+            logprobs: None,
+            prompt_logprobs: false,
+            priority: Priority::Normal,
+            timeout_ms: None,
+            namespace: None,
+            prefix_cache: true,
+        }
+    }
+    /// A request that continues `text`.
+    pub fn prompt(text: impl Into<String>) -> Self {
+        Request::new(Prompt::Text(text.into()))
+    }
+    /// A request that continues `ids`.
+    pub fn tokens(ids: impl Into<Vec<u32>>) -> Self {
+        Request::new(Prompt::Tokens(ids.into()))
+    }
+    /// A request that answers a conversation.
+    pub fn chat(messages: impl Into<Vec<Message>>) -> Self {
+        Request::new(Prompt::Chat(messages.into()))
+    }
+    /// Sets the most new tokens of each choice.
+    pub fn max_tokens(mut self, max_tokens: usize) -> Self {
+        self.max_tokens = Some(max_tokens);
+        self
+    }
+    /// Sets the temperature.
+    pub fn temperature(mut self, temperature: f32) -> Self {
+        self.sampling.temperature = Some(temperature);
+        self
+    }
+    /// Sets the key of the draws.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.sampling.seed = Some(seed);
+        self
+    }
+    /// Adds a text at which a choice ends.
+    pub fn stop(mut self, text: impl Into<String>) -> Self {
+        self.stop.push(text.into());
+        self
+    }
+
+    /// Checks every range that does not depend on a model. Costs no more than reading the request once.
+    pub fn validate(&self) -> Result<()> {
+        let s = &self.sampling;
+        in_range("temperature", s.temperature, 0.0, 100.0)?;
+        in_range("top_p", s.top_p, f32::MIN_POSITIVE, 1.0)?;
+        in_range("min_p", s.min_p, 0.0, 1.0)?;
+        in_range("repetition_penalty", s.repetition_penalty, f32::MIN_POSITIVE, 100.0)?;
+        in_range("presence_penalty", s.presence_penalty, -2.0, 2.0)?;
+        in_range("frequency_penalty", s.frequency_penalty, -2.0, 2.0)?;
+        at_most("logit_bias (entries)", s.logit_bias.len(), MAX_LOGIT_BIAS)?;
+        for &(_, bias) in &s.logit_bias {
+            in_range("logit_bias", Some(bias), -100.0, 100.0)?;
+        }
+        if let Some(max_tokens) = self.max_tokens {
+            at_most("max_tokens", max_tokens, MAX_NEW_TOKENS)?;
+        }
+        if self.n == 0 || self.n > MAX_CHOICES {
+            return Err(invalid("n", self.n, format!("1 to {MAX_CHOICES}")));
+        }
+        if let Some(logprobs) = self.logprobs {
+            at_most("logprobs", logprobs, MAX_LOGPROBS)?;
+        }
+        at_most("stop (strings)", self.stop.len(), MAX_STOP_STRINGS)?;
+        for stop in &self.stop {
+            if stop.is_empty() {
+                return Err(invalid("stop", "\"\"", "not empty".to_string()));
+            }
+            at_most("stop (bytes of one string)", stop.len(), MAX_STOP_STRING_BYTES)?;
+        }
+        at_most("stop_token_ids (entries)", self.stop_token_ids.len(), MAX_STOP_TOKENS)?;
+        if let Some(timeout_ms) = self.timeout_ms {
+            if timeout_ms == 0 || timeout_ms > MAX_TIMEOUT_MS {
+                return Err(invalid("timeout_ms", timeout_ms, format!("1 to {MAX_TIMEOUT_MS}")));
+            }
+        }
+        if let Some(namespace) = &self.namespace {
+            at_most("namespace (bytes)", namespace.len(), MAX_NAME_BYTES)?;
+        }
+        match &self.prompt {
+            Prompt::Text(text) => at_most("prompt (bytes)", text.len(), MAX_PROMPT_BYTES),
+            Prompt::Tokens(ids) => at_most("prompt (bytes)", ids.len().saturating_mul(4), MAX_PROMPT_BYTES),
+            Prompt::Chat(messages) => {
+                if messages.is_empty() {
+                    return Err(invalid("messages", "[]", "at least one message".to_string()));
+                }
+                at_most("messages (entries)", messages.len(), MAX_MESSAGES)?;
+                let bytes = messages.iter().map(|m| m.role.len() + m.content.len()).fold(0, usize::saturating_add);
+                at_most("messages (bytes)", bytes, MAX_PROMPT_BYTES)
+            }
+        }
+    }
+}
+
+fn invalid(field: &'static str, value: impl std::fmt::Display, expected: String) -> Error {
+    Error::InvalidArgument { field, value: value.to_string(), expected }
+}
+
+fn in_range(field: &'static str, value: Option<f32>, min: f32, max: f32) -> Result<()> {
+    match value {
+        Some(v) if !(min..=max).contains(&v) => Err(invalid(field, v, format!("{min} to {max}"))),
+        _ => Ok(()),
+    }
+}
+
+fn at_most(field: &'static str, value: usize, max: usize) -> Result<()> {
+    if value > max { Err(invalid(field, value, format!("at most {max}"))) } else { Ok(()) }
+}
+
+/// A token and the natural logarithm of its probability under the model (before temperature, truncation and penalties).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Logprob {
+    /// The token.
+    pub token_id: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+}
+
+/// Logprob of a chosen token, and of the most likely ones at its position.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token that was chosen (or was given, in a prompt).
+    pub chosen: Logprob,
+    /// The most likely tokens, best first; as many as were asked for.
+    pub top: Arc<[Logprob]>,
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FinishReason {
+    /// A stop string, a stop token or one of the model's end tokens.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+}
+
+impl FinishReason {
+    /// "stop" or "length", as OpenAI's interface writes them.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+        }
+    }
+}
+
+/// Something new about a request, in order. The last event of a request is [`Event::Done`] or an error.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Event {
+    /// New tokens and text of one choice.
+    Delta(Delta),
+    /// One choice has ended.
+    Finished {
+        /// Which choice, from 0.
+        choice: usize,
+        /// Why.
+        reason: FinishReason,
+    },
+    /// All choices have ended.
+    Done(Summary),
+}
+
+/// New tokens of one choice and the text they complete. Text is always whole UTF-8 and never holds a part of a stop
+/// string; what may still become one is held back, so `text` can be empty and can lag behind `token_ids`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Delta {
+    /// Which choice, from 0.
+    pub choice: usize,
+    /// New text.
+    pub text: String,
+    /// New tokens.
+    pub token_ids: Vec<u32>,
+    /// One entry per token when asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+}
+
+/// Counts and times of a finished request.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Summary {
+    /// Token counts.
+    pub usage: Usage,
+    /// Times.
+    pub timings: Timings,
+    /// The seed that was used; give it again to get the same answer.
+    pub seed: u64,
+    /// For each prompt token from the second on, when asked for.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+/// Token counts of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of all answers, stop tokens included.
+    pub completion_tokens: usize,
+    /// Tokens of the prompt whose KV was found in the cache (of the first choice).
+    pub cached_tokens: usize,
+    /// How often a sequence of this request was preempted.
+    pub preemptions: usize,
+}
+
+/// Times of a request, milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Timings {
+    /// From submission to the first step that computed it.
+    pub queue_ms: f64,
+    /// From that step to the first token.
+    pub prompt_ms: f64,
+    /// From submission to the first token.
+    pub first_token_ms: f64,
+    /// From the first token to the last.
+    pub decode_ms: f64,
+    /// From submission to the end.
+    pub total_ms: f64,
+}
+
+/// Sampling that a model's `generation_config.json` recommends; `None` where it says nothing. A file with
+/// `"do_sample": false` recommends a temperature of 0.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct SamplingDefaults {
+    /// 0 is greedy.
+    pub temperature: Option<f32>,
+    /// 0 keeps all.
+    pub top_k: Option<u32>,
+    /// 1 keeps all.
+    pub top_p: Option<f32>,
+    /// 0 keeps all.
+    pub min_p: Option<f32>,
+    /// 1 changes nothing.
+    pub repetition_penalty: Option<f32>,
+}
+
+/// Sampling as it will be done: every value definite. Made at admission from [`SamplingOptions`], the model's
+/// `generation_config.json` and the neutral values of [`SamplingParams::greedy`], in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+    /// 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// 0 changes nothing.
+    pub presence_penalty: f32,
+    /// 0 changes nothing.
+    pub frequency_penalty: f32,
+    /// Sorted by token id, each id once.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Key of the draws of this choice.
+    pub seed: u64,
+}
+
+impl SamplingParams {
+    /// Greedy, with nothing else applied.
+    pub fn greedy() -> Self {
+        SamplingParams {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
+    }
+    /// What `options` ask for; where they are silent what the model's author recommends; else the neutral value.
+    /// `seed` is used when the options name none. An id that `logit_bias` holds twice counts once, with its last value.
+    pub fn resolve(options: &SamplingOptions, defaults: &SamplingDefaults, seed: u64) -> Self {
+        let neutral = SamplingParams::greedy();
+        let mut logit_bias: Vec<(u32, f32)> = options.logit_bias.iter().rev().copied().collect();
+        logit_bias.sort_by_key(|&(token_id, _)| token_id);
+        logit_bias.dedup_by_key(|&mut (token_id, _)| token_id);
+        SamplingParams {
+            temperature: options.temperature.or(defaults.temperature).unwrap_or(neutral.temperature),
+            top_k: options.top_k.or(defaults.top_k).unwrap_or(neutral.top_k),
+            top_p: options.top_p.or(defaults.top_p).unwrap_or(neutral.top_p),
+            min_p: options.min_p.or(defaults.min_p).unwrap_or(neutral.min_p),
+            repetition_penalty: options
+                .repetition_penalty
+                .or(defaults.repetition_penalty)
+                .unwrap_or(neutral.repetition_penalty),
+            presence_penalty: options.presence_penalty.unwrap_or(neutral.presence_penalty),
+            frequency_penalty: options.frequency_penalty.unwrap_or(neutral.frequency_penalty),
+            logit_bias,
+            seed: options.seed.unwrap_or(seed),
+        }
+    }
+    /// Whether the tokens so far change the logits.
+    pub fn reads_history(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+}

@@ -1,0 +1,88 @@
+//! Counters, times and sizes of an engine, as a snapshot of plain values.
+
+/// What an engine has done and is doing. Counters only grow.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Stats {
+    /// Sequences that are being computed.
+    pub num_requests_running: usize,
+    /// Sequences that wait.
+    pub num_requests_waiting: usize,
+    /// Blocks of the KV pool.
+    pub kv_blocks_total: usize,
+    /// Blocks that live sequences hold.
+    pub kv_blocks_used: usize,
+    /// Blocks that hold KV for later, and are given away when needed.
+    pub kv_blocks_cached: usize,
+    /// Blocks that hold nothing.
+    pub kv_blocks_free: usize,
+    /// Requests admitted: the finished, cancelled, failed and live ones.
+    pub requests_total: u64,
+    /// Requests that ended by themselves.
+    pub requests_finished: u64,
+    /// Requests that were cancelled (a dropped stream counts).
+    pub requests_cancelled: u64,
+    /// Admitted requests that ended in an error.
+    pub requests_failed: u64,
+    /// Requests that were refused or given up before they were admitted.
+    pub requests_refused: u64,
+    /// Prompt tokens of admitted requests.
+    pub prompt_tokens_total: u64,
+    /// Prompt tokens that the prefix cache was asked for.
+    pub prefix_cache_queries_total: u64,
+    /// Prompt tokens that it had.
+    pub prefix_cache_hits_total: u64,
+    /// Tokens produced.
+    pub generation_tokens_total: u64,
+    /// Tokens computed, those of preempted sequences again.
+    pub computed_tokens_total: u64,
+    /// Sequences that lost their blocks and were computed again.
+    pub preemptions_total: u64,
+    /// Steps run.
+    pub steps_total: u64,
+    /// Milliseconds since the engine was opened.
+    pub uptime_ms: u64,
+}
+
+/// Bytes that an engine holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryUse {
+    /// Packed weights.
+    pub weights_bytes: u64,
+    /// The KV pool, as reserved.
+    pub kv_reserved_bytes: u64,
+    /// The part of it that live sequences hold.
+    pub kv_used_bytes: u64,
+    /// The part of it that is kept for later.
+    pub kv_cached_bytes: u64,
+}
+
+/// What is loaded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInfo {
+    /// Last component of the model's path.
+    pub name: String,
+    /// As in `config.json`, such as `Qwen3ForCausalLM`.
+    pub architecture: String,
+    /// Numbers in all weights.
+    pub num_parameters: u64,
+    /// Those that are multiplied with every token of a prompt: the matrices of the layers.
+    pub num_layer_parameters: u64,
+    /// Entries of the vocabulary.
+    pub vocab_size: usize,
+    /// Longest sequence of this engine, tokens.
+    pub context_tokens: usize,
+    /// Whether messages can be rendered.
+    pub has_chat_template: bool,
+    /// How the weights are kept: "f32", "bf16", "f16".
+    pub weights: &'static str,
+    /// How keys and values are kept: "f32", "f16".
+    pub kv_dtype: &'static str,
+    /// Device kind: "cpu" or "cuda".
+    pub device: &'static str,
+    /// Instruction set in use, such as "avx2" or "portable".
+    pub isa: &'static str,
+    /// Compute threads.
+    pub threads: usize,
+    /// Milliseconds that opening took.
+    pub load_ms: f64,
+}

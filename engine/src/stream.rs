@@ -1,0 +1,353 @@
+//! The two ends of one request's events: [`EventSender`] with the worker, [`RequestStream`] with whoever waits for the
+//! answer, in a blocking form (an iterator), a polling form and a runtime-neutral async form.
+//!
+//! Invariants: a stream ends exactly once, with [`Event::Done`] or an error, also when its sender is lost; a slow
+//! reader costs no more memory than its answer, because text that nobody has read yet grows in one event per choice;
+//! the worker never waits for a reader. Dropping the stream cancels the request.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::request::{Delta, Event};
+
+/// What both ends share. The lock is held for a push or a pop only, by the worker, the intake thread and one reader.
+struct Channel {
+    state: Mutex<State>,
+    /// Signalled when `state` changes; for blocking readers.
+    changed: Condvar,
+    /// Set by the reader, read by intake and worker: the request shall end.
+    cancelled: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<Result<Event>>,
+    admitted: bool,
+    /// The last event was pushed.
+    ended: bool,
+    /// For the async reader.
+    waker: Option<Waker>,
+}
+
+impl Channel {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held leaves a queue that is whole: every change below is a single push or pop.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The writing end. Losing it without [`EventSender::end`] ends the stream with [`Error::Closed`].
+pub struct EventSender {
+    channel: Arc<Channel>,
+}
+
+/// Makes the two ends; `on_cancel` is called (once, on the cancelling thread) when the reader wants no more.
+pub fn channel(on_cancel: impl Fn() + Send + Sync + 'static) -> (EventSender, RequestStream) {
+    let channel =
+        Arc::new(Channel { state: Mutex::default(), changed: Condvar::new(), cancelled: AtomicBool::new(false) });
+    let canceller = Canceller { channel: channel.clone(), on_cancel: Arc::new(on_cancel) };
+    (EventSender { channel }, RequestStream { canceller, _keep_alive: None })
+}
+
+impl EventSender {
+    /// Whether the reader wants no more.
+    pub fn is_cancelled(&self) -> bool {
+        self.channel.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Tells a reader in [`RequestStream::wait_admitted`] that the request will run.
+    pub fn admit(&self) {
+        self.update(|state| state.admitted = true);
+    }
+
+    /// Appends an event; a delta is merged into the unread delta of the same choice, if there is one.
+    pub fn send(&self, event: Event) {
+        self.update(|state| match event {
+            Event::Delta(new) => match unread_delta(&mut state.queue, new.choice) {
+                Some(unread) => merge(unread, new),
+                None => state.queue.push_back(Ok(Event::Delta(new))),
+            },
+            event => state.queue.push_back(Ok(event)),
+        });
+    }
+
+    /// Appends the last event.
+    pub fn end(self, last: Result<Event>) {
+        self.end_once(last);
+    }
+
+    fn end_once(&self, last: Result<Event>) {
+        self.update(|state| {
+            if !state.ended {
+                state.ended = true;
+                state.queue.push_back(last);
+            }
+        });
+    }
+
+    fn update(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.channel.lock();
+        change(&mut state);
+        let waker = state.waker.take();
+        drop(state);
+        self.channel.changed.notify_all();
+        // A waker is foreign code: it runs outside the lock, and its panic is not the worker's.
+        if let Some(waker) = waker {
+            let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
+        }
+    }
+}
+
+impl Drop for EventSender {
+    fn drop(&mut self) {
+        self.end_once(Err(Error::Closed));
+    }
+}
+
+/// The delta of `choice` that nobody has read. A choice that has ended gets none, so the search is one per choice.
+fn unread_delta(queue: &mut VecDeque<Result<Event>>, choice: usize) -> Option<&mut Delta> {
+    queue.iter_mut().rev().find_map(|event| match event {
+        Ok(Event::Delta(delta)) if delta.choice == choice => Some(delta),
+        _ => None,
+    })
+}
+
+fn merge(unread: &mut Delta, new: Delta) {
+    unread.text.push_str(&new.text);
+    unread.token_ids.extend(new.token_ids);
+    unread.logprobs.extend(new.logprobs);
+}
+
+/// Events of one request, in order. The last item is [`Event::Done`] or an error; after it there is `None` for ever.
+/// Dropping it cancels the request.
+pub struct RequestStream {
+    canceller: Canceller,
+    /// Whatever must live as long as the answer is read.
+    _keep_alive: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// Cancels one request from anywhere; cheap to clone. Cancelling twice, or after the end, has no effect.
+#[derive(Clone)]
+pub struct Canceller {
+    channel: Arc<Channel>,
+    on_cancel: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl Canceller {
+    /// Asks for the end; the stream then gives [`Error::Cancelled`] within one step of the engine.
+    pub fn cancel(&self) {
+        let has_ended = self.channel.lock().ended;
+        if !has_ended && !self.channel.cancelled.swap(true, Ordering::AcqRel) {
+            (self.on_cancel)();
+        }
+    }
+}
+
+impl RequestStream {
+    /// Keeps `engine` alive as long as this stream.
+    pub(crate) fn keep_alive(mut self, engine: Arc<dyn Any + Send + Sync>) -> Self {
+        self._keep_alive = Some(engine);
+        self
+    }
+
+    /// Waits for the next event.
+    pub fn next_event(&mut self) -> Option<Result<Event>> {
+        let mut state = self.channel().lock();
+        loop {
+            if let Poll::Ready(event) = pop(&mut state) {
+                return event;
+            }
+            state = self.channel().changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits at most `timeout`; `Poll::Pending` when nothing came.
+    pub fn next_timeout(&mut self, timeout: Duration) -> Poll<Option<Result<Event>>> {
+        // A timeout beyond the clock's range is as good as none.
+        let Some(deadline) = Instant::now().checked_add(timeout) else { return Poll::Ready(self.next_event()) };
+        let mut state = self.channel().lock();
+        loop {
+            if let Poll::Ready(event) = pop(&mut state) {
+                return Poll::Ready(event);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Poll::Pending;
+            }
+            (state, _) = self.channel().changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The next event if it is there; otherwise wakes `cx` when there is one. Same contract as `Stream::poll_next`.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Event>>> {
+        // Foreign code runs outside the lock: the clone before it, the drop of the last waker after it.
+        let waker = cx.waker().clone();
+        let mut state = self.channel().lock();
+        let event = pop(&mut state);
+        let unused = if event.is_pending() { state.waker.replace(waker) } else { Some(waker) };
+        drop(state);
+        drop(unused);
+        event
+    }
+
+    /// Waits until the request is admitted or refused; a refusal is the error, and ends the stream.
+    pub(crate) fn wait_admitted(&mut self) -> Result<()> {
+        let mut state = self.channel().lock();
+        while !state.admitted && !state.ended {
+            state = self.channel().changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.admitted {
+            return Ok(());
+        }
+        match state.queue.pop_front() {
+            Some(Err(error)) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// A handle that cancels this request from anywhere.
+    pub fn canceller(&self) -> Canceller {
+        self.canceller.clone()
+    }
+
+    fn channel(&self) -> &Channel {
+        &self.canceller.channel
+    }
+}
+
+fn pop(state: &mut State) -> Poll<Option<Result<Event>>> {
+    match state.queue.pop_front() {
+        Some(event) => Poll::Ready(Some(event)),
+        None if state.ended => Poll::Ready(None),
+        None => Poll::Pending,
+    }
+}
+
+impl Iterator for RequestStream {
+    type Item = Result<Event>;
+    fn next(&mut self) -> Option<Result<Event>> {
+        self.next_event()
+    }
+}
+
+impl Drop for RequestStream {
+    fn drop(&mut self) {
+        self.canceller.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::request::Summary;
+
+    fn delta(choice: usize, text: &str) -> Event {
+        Event::Delta(Delta { choice, text: text.to_string(), token_ids: vec![1], ..Delta::default() })
+    }
+
+    fn quiet() -> (EventSender, RequestStream) {
+        channel(|| ())
+    }
+
+    /// Unread deltas of one choice become one event with all text and tokens, also when those of another choice come
+    /// between them.
+    #[test]
+    fn a_slow_reader_gets_merged_deltas() {
+        let (sender, mut stream) = quiet();
+        for _ in 0..1000 {
+            sender.send(delta(0, "a"));
+            sender.send(delta(1, "b"));
+        }
+        sender.end(Ok(Event::Done(Summary::default())));
+        let events: Vec<Event> = stream.by_ref().map(|event| event.expect("no error was sent")).collect();
+        assert_eq!(events.len(), 3);
+        let Event::Delta(first) = &events[0] else { panic!("a delta comes first") };
+        assert_eq!((first.text.len(), first.token_ids.len()), (1000, 1000));
+        assert!(stream.next_event().is_none(), "after the end there is nothing, for ever");
+    }
+
+    /// A sender that is lost ends the stream with an error, exactly once; one that ended it adds nothing.
+    #[test]
+    fn every_stream_ends_once() {
+        let (sender, stream) = quiet();
+        drop(sender);
+        let events: Vec<_> = stream.collect();
+        assert_eq!(events, [Err(Error::Closed)]);
+        let (sender, stream) = quiet();
+        sender.end(Err(Error::Closed));
+        assert_eq!(stream.collect::<Vec<_>>(), [Err(Error::Closed)]);
+    }
+
+    /// Cancelling, by hand or by dropping the stream, is heard once, and not at all after the end.
+    #[test]
+    fn cancel_is_heard_once() {
+        let heard = Arc::new(AtomicUsize::new(0));
+        let listen = |heard: &Arc<AtomicUsize>| {
+            let heard = heard.clone();
+            move || {
+                heard.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let (sender, stream) = channel(listen(&heard));
+        stream.canceller().cancel();
+        drop(stream);
+        assert_eq!(heard.load(Ordering::Relaxed), 1);
+        assert!(sender.is_cancelled());
+        let (sender, stream) = channel(listen(&heard));
+        sender.end(Err(Error::Closed));
+        drop(stream);
+        assert_eq!(heard.load(Ordering::Relaxed), 1, "a request that has ended is not cancelled");
+    }
+
+    /// A reader's waker that panics harms nobody else, and a wait beyond the range of the clock is no panic.
+    #[test]
+    fn foreign_code_is_contained() {
+        struct Angry;
+        impl std::task::Wake for Angry {
+            fn wake(self: Arc<Self>) {
+                panic!("a waker's own defect");
+            }
+        }
+        let (sender, mut stream) = quiet();
+        let waker = Waker::from(Arc::new(Angry));
+        assert!(stream.poll_next(&mut Context::from_waker(&waker)).is_pending());
+        sender.send(delta(0, "x"));
+        assert!(matches!(stream.next_timeout(Duration::MAX), Poll::Ready(Some(Ok(Event::Delta(_))))));
+    }
+
+    /// The async form registers its waker before it answers "pending", so that no event is missed.
+    #[test]
+    fn poll_wakes_its_reader() {
+        struct Count(AtomicUsize);
+        impl std::task::Wake for Count {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let wakes = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = Waker::from(wakes.clone());
+        let (sender, mut stream) = quiet();
+        assert!(stream.poll_next(&mut Context::from_waker(&waker)).is_pending());
+        sender.send(delta(0, "x"));
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert!(stream.poll_next(&mut Context::from_waker(&waker)).is_ready());
+    }
+
+    /// A blocking reader on another thread gets the event that is sent later, and a bounded wait gives up.
+    #[test]
+    fn blocking_readers_wait() {
+        let (sender, mut stream) = quiet();
+        assert!(stream.next_timeout(Duration::from_millis(1)).is_pending());
+        let reader = std::thread::spawn(move || stream.next_event());
+        sender.send(delta(0, "late"));
+        assert!(matches!(reader.join().expect("the reader does not panic"), Some(Ok(Event::Delta(_)))));
+    }
+}

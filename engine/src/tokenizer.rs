@@ -1,0 +1,241 @@
+//! Text to ids and back, through the `tokenizers` crate. Knows no model, template or request; one [`Tokenizer`] is shared
+//! by all threads.
+//!
+//! Beside plain encoding there is one for texts of which a part came from a user: special tokens written in that part
+//! stay text ([`Tokenizer::encode_with_content`]). Decoding is a table of bytes per token (`tokenizer/pieces.rs`), so
+//! that a stream costs the same per token however long it is (`tokenizer/stream.rs`).
+
+mod added;
+mod config;
+mod pieces;
+mod stop;
+mod stream;
+
+use std::ops::Range;
+
+use serde_json::Value;
+use tokenizers::{
+    Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Token,
+};
+
+use crate::config::MAX_JSON_BYTES;
+use crate::error::{Error, Result};
+use added::{AddedTokens, Found};
+pub use config::TokenizerConfig;
+use pieces::PieceTable;
+pub use stop::{StopMatcher, StopStrings};
+pub use stream::{TextDecoder, TextStart, TextStream};
+
+const FILE: &str = "tokenizer.json";
+
+/// A vocabulary and its rules.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    added: AddedTokens,
+    pieces: PieceTable,
+    /// `[num_ids]` whether the token is special.
+    special: Vec<bool>,
+    /// Ids that go before a prompt.
+    prefix: Vec<u32>,
+    /// Ids that go behind a prompt.
+    suffix: Vec<u32>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, and the choices that `tokenizer_config.json` makes.
+    pub fn from_json(tokenizer_json: &[u8], config: &TokenizerConfig) -> Result<Self> {
+        if tokenizer_json.len() as u64 > MAX_JSON_BYTES {
+            return Err(file_error("(file)", format!("has {} bytes, at most {MAX_JSON_BYTES}", tokenizer_json.len())));
+        }
+        let json: Value = serde_json::from_slice(tokenizer_json).map_err(|e| file_error("(root)", e.to_string()))?;
+        let mut inner =
+            tokenizers::Tokenizer::from_bytes(tokenizer_json).map_err(|e| file_error("(root)", e.to_string()))?;
+        // Files may keep the settings of their training; a prompt is neither cut nor filled up silently.
+        inner.with_truncation(None).map_err(|e| file_error("truncation", e.to_string()))?;
+        inner.with_padding(None);
+        let pieces = PieceTable::new(&inner, &json["decoder"])?;
+        let added = AddedTokens::new(inner.get_added_tokens_decoder());
+        let mut special = vec![false; pieces.num_ids()];
+        added.special().for_each(|(token_id, _)| special[token_id as usize] = true);
+        let mut tokenizer = Tokenizer { inner, added, pieces, special, prefix: Vec::new(), suffix: Vec::new() };
+        tokenizer.set_prompt_frame(config)?;
+        Ok(tokenizer)
+    }
+
+    /// Ids of `text`. Special tokens written in it count. `add_special`: with what the configuration puts around a
+    /// prompt.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(encode_error)?;
+        if !add_special {
+            return Ok(encoding.get_ids().to_vec());
+        }
+        Ok([&self.prefix, encoding.get_ids(), &self.suffix].concat())
+    }
+
+    /// Ids of `text`, in which the text of special tokens is text.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_with_content(text, &[0..text.len()])
+    }
+
+    /// Ids of `text`, of which the ranges `content` came from somebody who may not write special tokens. An occurrence
+    /// that touches none of them counts; any other is text. An empty range forbids occurrences across its place.
+    ///
+    /// When this makes no difference the ids are exactly those of [`Tokenizer::encode`]: text on both sides of a
+    /// range's border is always encoded together.
+    pub fn encode_with_content(&self, text: &str, content: &[Range<usize>]) -> Result<Vec<u32>> {
+        let counts = |token: Range<usize>| !touches(content, &token);
+        let all = self.added.find(text, |_| true);
+        let own = self.added.find(text, counts);
+        let num_special = own.iter().filter(|found| self.is_special(found.token_id)).count();
+        let allowed = |ids: &[u32]| ids.iter().filter(|&&id| self.is_special(id)).count() <= num_special;
+        if all == own {
+            let ids = self.encode(text, false)?;
+            if allowed(&ids) {
+                return Ok(ids);
+            }
+        }
+        let ids = self.encode_between(text, &own)?;
+        if allowed(&ids) {
+            return Ok(ids);
+        }
+        // A model of whole words can yield a special token from plain text: cut such words behind their first letter.
+        self.encode_between(text, &self.cut_words(text, &own))
+    }
+
+    /// Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        let mut decoder = TextDecoder::new(self, TextStart::Beginning, skip_special);
+        let mut text = String::new();
+        ids.iter().for_each(|&token_id| decoder.push(self, token_id, &mut text));
+        decoder.finish(&mut text);
+        text
+    }
+
+    /// One more than the highest id. The model's output can be wider (rows of padding).
+    pub fn vocab_size(&self) -> usize {
+        self.special.len()
+    }
+    /// Whether the token is special: it controls, and leaves no text in an answer.
+    pub fn is_special(&self, token_id: u32) -> bool {
+        self.special.get(token_id as usize).copied().unwrap_or(false)
+    }
+    /// All special tokens with their texts, the longest first.
+    pub fn special_tokens(&self) -> impl Iterator<Item = (u32, &str)> {
+        self.added.special()
+    }
+    /// The id of a token, by the text that the vocabulary has for it.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+    /// The bytes that a token stands for; empty when there is no such token.
+    pub fn token_bytes(&self, token_id: u32) -> &[u8] {
+        self.pieces.bytes(token_id)
+    }
+
+    /// Finds out what `tokenizer.json` puts around a text, and lets the configuration overrule it.
+    fn set_prompt_frame(&mut self, config: &TokenizerConfig) -> Result<()> {
+        let ids = |add_special| {
+            let encoding = self.inner.encode_fast("a", add_special).map_err(encode_error)?;
+            Ok(encoding.get_ids().to_vec())
+        };
+        let (bare, framed): (Vec<u32>, Vec<u32>) = (ids(false)?, ids(true)?);
+        let inside = (0..=framed.len().saturating_sub(bare.len())).find(|&at| framed[at..].starts_with(&bare));
+        let Some(at) = inside else {
+            return Err(file_error("post_processor", "changes the tokens of a text".to_string()));
+        };
+        let token = |name: &'static str, wanted: Option<bool>| match (wanted, config.special_tokens.get(name)) {
+            (None, _) => Ok(None),
+            (Some(false), _) => Ok(Some(Vec::new())),
+            (Some(true), Some(text)) => match self.inner.token_to_id(text) {
+                Some(token_id) => Ok(Some(vec![token_id])),
+                None => Err(config_error(name, format!("`{text}` is not in the vocabulary"))),
+            },
+            (Some(true), None) => Err(config_error(name, "is not set, but is to be added".to_string())),
+        };
+        let prefix = token("bos_token", config.add_bos_token)?;
+        let suffix = token("eos_token", config.add_eos_token)?;
+        self.suffix = suffix.unwrap_or_else(|| framed[at + bare.len()..].to_vec());
+        self.prefix = prefix.unwrap_or_else(|| framed[..at].to_vec());
+        Ok(())
+    }
+
+    /// Ids of `text` with the tokens of `found` in their places and everything else as text. An entry with the id
+    /// [`CUT`] only keeps what is before it and behind it apart.
+    fn encode_between(&self, text: &str, found: &[Found]) -> Result<Vec<u32>> {
+        let mut parts = PreTokenizedString::from(text);
+        parts.split(|_, whole| Ok(split_at(&whole, found))).map_err(encode_error)?;
+        if let Some(normalizer) = self.inner.get_normalizer() {
+            parts.normalize(|part| normalizer.normalize(part)).map_err(encode_error)?;
+        }
+        if let Some(pre_tokenizer) = self.inner.get_pre_tokenizer() {
+            pre_tokenizer.pre_tokenize(&mut parts).map_err(encode_error)?;
+        }
+        parts.tokenize(|part| self.inner.get_model().tokenize(part.get())).map_err(encode_error)?;
+        let splits = parts.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        Ok(splits.iter().filter_map(|(_, _, tokens)| tokens.as_ref()).flatten().map(|token| token.id).collect())
+    }
+
+    /// `own`, and a cut behind the first character of each special token's text that is not among them.
+    fn cut_words(&self, text: &str, own: &[Found]) -> Vec<Found> {
+        let taken = |token: &Range<usize>| own.iter().any(|found| overlap(&found.range, token));
+        let others = self.added.find(text, |token| !taken(&token));
+        let mut found = own.to_vec();
+        for other in others.into_iter().filter(|other| self.is_special(other.token_id) && !taken(&other.range)) {
+            let first = text[other.range.clone()].chars().next().map_or(0, char::len_utf8);
+            let place = other.range.start + first;
+            found.push(Found { token_id: CUT, range: place..place });
+        }
+        found.sort_by_key(|found| found.range.start);
+        found
+    }
+}
+
+/// Stands for a place between two parts of a text, not for a token.
+const CUT: u32 = u32::MAX;
+
+/// The parts of `whole` between the tokens of `found`, and these.
+fn split_at(whole: &NormalizedString, found: &[Found]) -> Vec<(NormalizedString, Option<Vec<Token>>)> {
+    let slice = |range: Range<usize>| {
+        whole.slice(tokenizers::normalizer::Range::Original(range)).expect("found on character boundaries")
+    };
+    let (mut parts, mut at) = (Vec::new(), 0);
+    for Found { token_id, range } in found {
+        if at < range.start {
+            parts.push((slice(at..range.start), None));
+        }
+        if *token_id != CUT {
+            let token = slice(range.clone());
+            let value = token.get().to_string();
+            let offsets = (0, value.len());
+            parts.push((token, Some(vec![Token::new(*token_id, value, offsets)])));
+        }
+        at = range.end;
+    }
+    if at < whole.get().len() {
+        parts.push((slice(at..whole.get().len()), None));
+    }
+    parts
+}
+
+/// Whether two ranges have a byte in common, or one is a place inside the other.
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+/// Whether a range touches one of `content`, which are in order and apart.
+fn touches(content: &[Range<usize>], range: &Range<usize>) -> bool {
+    let first = content.partition_point(|content| content.end <= range.start);
+    content[first..].first().is_some_and(|content| overlap(content, range))
+}
+
+fn encode_error(error: tokenizers::Error) -> Error {
+    Error::Tokenizer { reason: error.to_string() }
+}
+
+fn file_error(field: &str, reason: String) -> Error {
+    Error::Config { file: FILE, field: field.to_string(), reason }
+}
+
+fn config_error(field: &str, reason: String) -> Error {
+    Error::Config { file: "tokenizer_config.json", field: field.to_string(), reason }
+}

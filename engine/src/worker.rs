@@ -1,0 +1,324 @@
+//! The worker: the one thread that owns model, KV blocks and scheduler. Its loop: take commands, schedule a step, launch
+//! it, collect its tokens, tell the readers. It sleeps when there is nothing to do.
+//!
+//! Invariants: every request that reaches it gets exactly one last event, also when a step fails or something panics;
+//! cancelling and cleaning up never wait for a step to be scheduled; a reader can never hold it up.
+
+mod answer;
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use crate::batch::SeqId;
+use crate::command::{Command, Prepared, RequestId};
+use crate::error::{Error, panic_text};
+use crate::executor::Executor;
+use crate::request::{FinishReason, Summary, Usage};
+use crate::scheduler::{Scheduler, SequenceEvent, Step};
+use crate::stats::Stats;
+use crate::text_model::TextModel;
+use crate::tokenizer::{TextStart, TextStream};
+use answer::{AfterToken, Answer};
+
+/// Everything that the worker thread owns.
+pub(crate) struct Worker<E: Executor> {
+    executor: E,
+    scheduler: Scheduler,
+    text: Arc<TextModel>,
+    commands: Receiver<Command>,
+    /// Written after each turn of the loop; read by the engine's handles.
+    stats: Arc<Mutex<Stats>>,
+    epoch: Instant,
+    answers: HashMap<RequestId, Answer>,
+    /// Whose sequence: request and choice.
+    owners: HashMap<SeqId, (RequestId, usize)>,
+    /// Launched and not yet collected, oldest first.
+    in_flight: VecDeque<Step>,
+    totals: Totals,
+}
+
+/// Counters of requests; those of tokens and blocks are the scheduler's.
+#[derive(Default)]
+struct Totals {
+    admitted: u64,
+    refused: u64,
+    /// Admitted, and ended by themselves, by their readers, or in an error.
+    finished: u64,
+    cancelled: u64,
+    failed: u64,
+}
+
+/// Whether the loop goes on.
+#[derive(PartialEq, Eq)]
+enum Turn {
+    Continue,
+    Close,
+}
+
+impl<E: Executor> Worker<E> {
+    pub(crate) fn new(
+        executor: E,
+        scheduler: Scheduler,
+        text: Arc<TextModel>,
+        commands: Receiver<Command>,
+        stats: Arc<Mutex<Stats>>,
+        epoch: Instant,
+    ) -> Self {
+        let worker = Worker {
+            executor,
+            scheduler,
+            text,
+            commands,
+            stats,
+            epoch,
+            answers: HashMap::new(),
+            owners: HashMap::new(),
+            in_flight: VecDeque::new(),
+            totals: Totals::default(),
+        };
+        worker.publish_stats();
+        worker
+    }
+
+    /// Runs until it is told to close, or until a defect makes going on impossible. All requests are settled, and
+    /// `ended` says why, when it returns.
+    pub(crate) fn run(mut self, ended: &OnceLock<Error>) {
+        let last = loop {
+            // A panic is a defect of this library: it ends this engine, typed, and nothing else.
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(Turn::Continue) => {}
+                Ok(Turn::Close) => break Error::Closed,
+                Err(panic) => break Error::Internal { reason: panic_text(panic.as_ref()) },
+            }
+        };
+        // First, so that whoever sees its stream end finds the engine closed and the request counted.
+        let _ = ended.set(last.clone());
+        self.totals.failed += self.answers.len() as u64;
+        let idle = Stats { num_requests_running: 0, num_requests_waiting: 0, kv_blocks_used: 0, ..self.stats() };
+        self.publish(idle);
+        for (_, answer) in self.answers.drain() {
+            answer.fail(last.clone());
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Run(prepared) = command {
+                prepared.sender.end(Err(last.clone()));
+            }
+        }
+    }
+
+    /// One turn of the loop.
+    fn turn(&mut self) -> Turn {
+        if self.take_commands() == Turn::Close {
+            return Turn::Close;
+        }
+        let expired = self.scheduler.expire(self.now_ms());
+        self.deliver(expired);
+        while self.in_flight.len() < self.executor.max_in_flight() {
+            let Some(step) = self.scheduler.schedule(self.now_ms()) else { break };
+            self.launch(step);
+        }
+        self.collect();
+        self.publish_stats();
+        Turn::Continue
+    }
+
+    fn launch(&mut self, step: Step) {
+        let now = Instant::now();
+        for seq in &step.started {
+            if let Some(answer) = self.owners.get(seq).and_then(|(id, _)| self.answers.get_mut(id)) {
+                answer.start(now);
+            }
+        }
+        let batch = self.scheduler.batch(&step);
+        match self.executor.launch(&batch) {
+            Ok(()) => self.in_flight.push_back(step),
+            Err(error) => {
+                // Steps are applied in order: those before the failed one first. Only its own sequences end.
+                while !self.in_flight.is_empty() {
+                    self.collect();
+                }
+                let events = self.scheduler.fail_step(step, &error);
+                self.deliver(events);
+            }
+        }
+    }
+
+    /// Applies the oldest step in flight, if there is one.
+    fn collect(&mut self) {
+        let Some(step) = self.in_flight.pop_front() else { return };
+        let events = match self.executor.collect() {
+            Ok(sampled) => self.scheduler.apply(step, &sampled, self.now_ms()),
+            Err(error) => self.scheduler.fail_step(step, &error),
+        };
+        self.deliver(events);
+    }
+
+    /// Takes what is there; sleeps for the next command when there is nothing else to do.
+    fn take_commands(&mut self) -> Turn {
+        if self.in_flight.is_empty() && !self.scheduler.has_work() {
+            self.publish_stats();
+            match self.commands.recv() {
+                Ok(command) => {
+                    if self.take(command) == Turn::Close {
+                        return Turn::Close;
+                    }
+                }
+                Err(_) => return Turn::Close,
+            }
+        }
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => {
+                    if self.take(command) == Turn::Close {
+                        return Turn::Close;
+                    }
+                }
+                Err(TryRecvError::Empty) => return Turn::Continue,
+                Err(TryRecvError::Disconnected) => return Turn::Close,
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) -> Turn {
+        match command {
+            Command::Run(prepared) => self.admit(*prepared),
+            Command::Refused => self.totals.refused += 1,
+            Command::Cancel(id) => self.cancel(id),
+            Command::Close => return Turn::Close,
+        }
+        Turn::Continue
+    }
+
+    fn admit(&mut self, prepared: Prepared) {
+        // The slot is given back when the request waits in the scheduler, or is refused.
+        let Prepared { id, specs, stop, seed, sender, submitted, slot: _slot } = prepared;
+        if sender.is_cancelled() {
+            self.totals.refused += 1;
+            sender.end(Err(Error::Cancelled));
+            return;
+        }
+        let (prompt_tokens, stop_token_ids) = (specs[0].prompt.len(), specs[0].stop_token_ids.clone());
+        let seqs = match self.scheduler.add(specs, self.now_ms()) {
+            Ok(seqs) => seqs,
+            Err(error) => {
+                self.totals.refused += 1;
+                sender.end(Err(error));
+                return;
+            }
+        };
+        self.totals.admitted += 1;
+        sender.admit();
+        let usage = Usage { prompt_tokens, ..Usage::default() };
+        let mut answer = Answer::new(sender, submitted, Summary { usage, seed, ..Summary::default() }, stop_token_ids);
+        for (choice, seq) in seqs.into_iter().enumerate() {
+            self.owners.insert(seq, (id, choice));
+            let text = TextStream::new(&self.text.tokenizer, TextStart::Continuation, stop.clone());
+            answer.add_choice(seq, text);
+        }
+        self.answers.insert(id, answer);
+    }
+
+    fn cancel(&mut self, id: RequestId) {
+        if let Some(answer) = self.remove(id) {
+            self.totals.cancelled += 1;
+            self.publish_stats();
+            answer.fail(Error::Cancelled);
+        }
+    }
+
+    /// Forgets a request; its sequences end and their blocks are free.
+    fn remove(&mut self, id: RequestId) -> Option<Answer> {
+        let answer = self.answers.remove(&id)?;
+        for seq in answer.sequences() {
+            self.owners.remove(&seq);
+            self.scheduler.cancel(seq);
+        }
+        Some(answer)
+    }
+
+    fn deliver(&mut self, events: Vec<SequenceEvent>) {
+        for event in events {
+            // A sequence without an owner belongs to a request that was cancelled: what comes late is dropped.
+            let Some(&(id, choice)) = self.owners.get(&event.seq()) else { continue };
+            match event {
+                SequenceEvent::Token { seq, token_id, logprobs, .. } => {
+                    let Some(answer) = self.answers.get_mut(&id) else { continue };
+                    if answer.push_token(&self.text.tokenizer, choice, token_id, logprobs, Instant::now())
+                        == AfterToken::StopFound
+                    {
+                        let ended = self.scheduler.finish(seq, FinishReason::Stop);
+                        self.deliver(ended.into_iter().collect());
+                    }
+                }
+                SequenceEvent::PromptLogprobs { logprobs, .. } => {
+                    if let Some(answer) = self.answers.get_mut(&id) {
+                        answer.push_prompt_logprobs(logprobs);
+                    }
+                }
+                SequenceEvent::Finished { seq, reason, usage } => self.finish(id, choice, seq, reason, usage),
+                SequenceEvent::Failed { error, .. } => {
+                    if let Some(answer) = self.remove(id) {
+                        self.totals.failed += 1;
+                        self.publish_stats();
+                        answer.fail(error);
+                    }
+                }
+            }
+        }
+    }
+
+    fn finish(&mut self, id: RequestId, choice: usize, seq: SeqId, reason: FinishReason, usage: Usage) {
+        self.owners.remove(&seq);
+        let Some(answer) = self.answers.get_mut(&id) else { return };
+        answer.finish_choice(choice, reason, usage);
+        if answer.is_finished() {
+            self.totals.finished += 1;
+            // Before the last event: whoever has seen it finds it counted.
+            self.publish_stats();
+            if let Some(answer) = self.answers.remove(&id) {
+                answer.end(Instant::now());
+            }
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.epoch.elapsed().as_millis() as u64
+    }
+
+    fn publish_stats(&self) {
+        self.publish(self.stats());
+    }
+
+    fn publish(&self, stats: Stats) {
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+    }
+
+    fn stats(&self) -> Stats {
+        let (counters, counts) = (self.scheduler.counters(), self.scheduler.counts());
+        let blocks = counts.blocks;
+        Stats {
+            num_requests_running: counts.running,
+            num_requests_waiting: counts.waiting,
+            kv_blocks_total: self.scheduler.kv().num_blocks(),
+            kv_blocks_used: blocks.owned + blocks.pinned,
+            kv_blocks_cached: blocks.cached,
+            kv_blocks_free: blocks.free,
+            requests_total: self.totals.admitted,
+            requests_finished: self.totals.finished,
+            requests_cancelled: self.totals.cancelled,
+            requests_failed: self.totals.failed,
+            requests_refused: self.totals.refused,
+            prompt_tokens_total: counters.prompt_tokens,
+            prefix_cache_queries_total: counters.prefix_query_tokens,
+            prefix_cache_hits_total: counters.prefix_hit_tokens,
+            generation_tokens_total: counters.generated_tokens,
+            computed_tokens_total: counters.computed_tokens,
+            preemptions_total: counters.preemptions,
+            steps_total: counters.steps,
+            uptime_ms: self.now_ms(),
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! The scheduler and the fake executor, driven as the worker drives them, with everything checked on the way: tokens
+//! against what the prompt alone implies, one final event per sequence, every invariant after every step.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use ns_llm::batch::{NamespaceKey, SeqId};
+use ns_llm::executor::Executor;
+use ns_llm::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
+use ns_llm::scheduler::{MAX_PREEMPTIONS, Scheduler, SchedulerConfig, SequenceEvent, Step};
+use ns_llm::sequence::SequenceSpec;
+use ns_llm::{Error, FinishReason, Priority, Result, SamplingParams, Usage};
+
+use crate::fake_executor::{Digest, FakeExecutor};
+
+/// A specification with every option off.
+pub fn spec(prompt: impl Into<Arc<[u32]>>, max_new_tokens: usize) -> SequenceSpec {
+    SequenceSpec {
+        priority: Priority::Normal,
+        prompt: prompt.into(),
+        max_new_tokens,
+        stop_token_ids: Arc::from([]),
+        deadline_ms: None,
+        timeout_ms: 0,
+        namespace: [0; 32],
+        read_prefix_cache: true,
+        prompt_logprobs: None,
+        logprobs: None,
+        sampling: Arc::new(SamplingParams::greedy()),
+    }
+}
+
+/// A pool of the test's model.
+pub fn kv_cache(num_blocks: usize, block_tokens: usize) -> KvCache {
+    let identity = KvIdentity {
+        fingerprint: [7; 32],
+        kv_layout: "fake".to_string(),
+        numerics_id: "fake".to_string(),
+        adapter: String::new(),
+    };
+    KvCache::new(KvCacheConfig { num_blocks, block_tokens, identity, prefix_cache: true })
+}
+
+/// What is known of an added sequence without looking into the scheduler, and what came of it.
+#[derive(Debug)]
+pub struct Tracked {
+    pub spec: SequenceSpec,
+    /// All tokens that it produces if nothing but itself ends it.
+    pub answer: Vec<u32>,
+    /// How it then ends; `None`: its logits are not finite after the answer.
+    pub ending: Option<FinishReason>,
+    /// Tokens after which the worker finds a stop string.
+    pub stop_string_after: Option<usize>,
+    pub received: Vec<u32>,
+    pub num_scored: usize,
+    pub end: Option<std::result::Result<FinishReason, Error>>,
+    pub usage: Usage,
+    pub forced_preemptions: usize,
+    pub added_at_step: u64,
+    pub started_at_step: Option<u64>,
+    /// Preemptions when the scheduler last had its way, those by hand included.
+    num_preemptions: u32,
+    /// Sum of `max_kv_tokens` in the documented bound of waiting.
+    bound_tokens: u64,
+}
+
+/// A scheduler with its executor and clock.
+pub struct Simulation {
+    pub scheduler: Scheduler,
+    pub executor: FakeExecutor,
+    pub now_ms: u64,
+    pub tracked: BTreeMap<SeqId, Tracked>,
+    pub steps: VecDeque<Step>,
+    /// Most preemptions by hand of one sequence so far.
+    max_forced: usize,
+}
+
+impl Simulation {
+    pub fn new(config: SchedulerConfig, kv: KvCache) -> Self {
+        let executor = FakeExecutor::new(kv.num_blocks(), kv.block_tokens(), config.max_in_flight);
+        let scheduler = Scheduler::new(config, kv);
+        let (tracked, steps) = (BTreeMap::new(), VecDeque::new());
+        Simulation { scheduler, executor, now_ms: 0, tracked, steps, max_forced: 0 }
+    }
+
+    /// Adds a request of one choice that must be accepted.
+    pub fn add(&mut self, spec: SequenceSpec) -> SeqId {
+        self.add_request(vec![spec], None, None).expect("the request can run")[0]
+    }
+
+    /// Adds a request; each choice finds a stop string after `stop_string_after` tokens, or has logits that are not
+    /// finite after `non_finite_after` tokens.
+    pub fn add_request(
+        &mut self,
+        specs: Vec<SequenceSpec>,
+        stop_string_after: Option<usize>,
+        non_finite_after: Option<usize>,
+    ) -> Result<Vec<SeqId>> {
+        let live_tokens: u64 = self.scheduler.sequences().map(|seq| seq.spec.max_kv_tokens() as u64).sum();
+        let siblings: u64 = specs.iter().map(|spec| (spec.prompt.len() + spec.max_new_tokens) as u64).sum();
+        let added_at_step = self.scheduler.counters().steps;
+        let ids = self.scheduler.add(specs, self.now_ms)?;
+        for &id in &ids {
+            let spec = self.scheduler.sequence(id).expect("just added").spec.clone();
+            let (answer, ending) = expected_answer(&spec, non_finite_after);
+            let non_finite_at = non_finite_after.map(|num| spec.prompt.len() + num);
+            self.executor.register(id, spec.namespace, &spec.prompt, non_finite_at);
+            let tracked = Tracked {
+                spec,
+                answer,
+                ending,
+                stop_string_after,
+                received: Vec::new(),
+                num_scored: 0,
+                end: None,
+                usage: Usage::default(),
+                forced_preemptions: 0,
+                added_at_step,
+                started_at_step: None,
+                num_preemptions: 0,
+                bound_tokens: live_tokens + siblings,
+            };
+            self.tracked.insert(id, tracked);
+        }
+        Ok(ids)
+    }
+
+    pub fn cancel(&mut self, seq: SeqId) -> bool {
+        let event = self.scheduler.cancel(seq);
+        let was_live = event.is_some();
+        assert_eq!(was_live, self.tracked.get(&seq).is_some_and(|tracked| tracked.end.is_none()));
+        event.into_iter().for_each(|event| self.hear(event));
+        was_live
+    }
+
+    pub fn preempt(&mut self, seq: SeqId) -> bool {
+        let preempted = self.scheduler.preempt(seq);
+        if preempted {
+            let tracked = self.tracked.get_mut(&seq).expect("tracked");
+            tracked.forced_preemptions += 1;
+            tracked.num_preemptions += 1;
+            self.max_forced = self.max_forced.max(tracked.forced_preemptions);
+        }
+        preempted
+    }
+
+    /// Schedules and launches a step if one can be. False when there was none.
+    pub fn launch(&mut self) -> bool {
+        let expired = self.scheduler.expire(self.now_ms);
+        expired.into_iter().for_each(|event| self.hear(event));
+        self.note_waiting();
+        let scheduled = self.scheduler.schedule(self.now_ms);
+        self.check_preemptions();
+        let Some(step) = scheduled else {
+            let stuck = self.steps.is_empty() && self.scheduler.has_work();
+            assert!(!stuck, "nothing runs though sequences are live: {:?}", self.scheduler.counts());
+            return false;
+        };
+        self.note_started(&step);
+        let batch = self.scheduler.batch(&step);
+        assert_eq!(batch.num_tokens(), step.num_tokens);
+        assert!(step.num_tokens <= self.scheduler.config().max_step_tokens());
+        self.executor.note_allocations(self.scheduler.kv());
+        self.executor.launch(&batch).expect("the fake does not fail");
+        self.steps.push_back(step);
+        self.check();
+        true
+    }
+
+    /// Applies the oldest launched step. Stop strings are found in what it brought.
+    pub fn apply(&mut self) {
+        let step = self.steps.pop_front().expect("a step was launched");
+        let sampled = self.executor.collect().expect("the fake does not fail");
+        let events = self.scheduler.apply(step, &sampled, self.now_ms);
+        events.into_iter().for_each(|event| self.hear(event));
+        self.check();
+        let found =
+            |tracked: &Tracked| tracked.end.is_none() && tracked.stop_string_after == Some(tracked.received.len());
+        let found: Vec<_> = self.tracked.iter().filter(|(_, tracked)| found(tracked)).map(|(&seq, _)| seq).collect();
+        for seq in found {
+            let event = self.scheduler.finish(seq, FinishReason::Stop).expect("it is live");
+            self.hear(event);
+        }
+    }
+
+    /// One turn of the worker: launch what can be, then apply once no more steps may be in flight.
+    pub fn turn(&mut self) {
+        let max_in_flight = self.scheduler.config().max_in_flight;
+        let launched = self.steps.len() < max_in_flight && self.launch();
+        if self.steps.len() == max_in_flight || (!launched && !self.steps.is_empty()) {
+            self.apply();
+        }
+    }
+
+    /// Runs until nothing is live.
+    pub fn drain(&mut self) {
+        let live_tokens: usize = self.scheduler.sequences().map(|seq| seq.spec.max_kv_tokens() + 1).sum();
+        let max_turns = 100 + 2 * (1 + self.max_preemptions()) * live_tokens;
+        for _ in 0..max_turns {
+            if !self.scheduler.has_work() {
+                return self.check_idle();
+            }
+            self.now_ms += 1;
+            self.turn();
+        }
+        panic!("{:?} after {max_turns} turns", self.scheduler.counts());
+    }
+
+    /// Nothing is live: every sequence had its end, and every block is free or cached.
+    pub fn check_idle(&self) {
+        assert!(self.tracked.values().all(|tracked| tracked.end.is_some()), "a sequence was not settled");
+        let (counts, counters) = (self.scheduler.counts(), self.scheduler.counters());
+        assert_eq!((counts.waiting, counts.running, counts.in_flight), (0, 0, 0));
+        assert_eq!(counts.blocks.free + counts.blocks.cached, self.scheduler.kv().num_blocks());
+        assert_eq!(counters.accepted, counters.finished + counters.cancelled + counters.failed);
+        assert_eq!(self.scheduler.next_deadline(), None);
+        let received: usize = self.tracked.values().map(|tracked| tracked.received.len()).sum();
+        assert_eq!(counters.generated_tokens, received as u64);
+    }
+
+    fn max_preemptions(&self) -> usize {
+        MAX_PREEMPTIONS as usize + self.max_forced
+    }
+
+    fn check(&self) {
+        self.scheduler.check_invariants().expect("invariants hold");
+        let (counts, counters) = (self.scheduler.counts(), self.scheduler.counters());
+        let blocks = counts.blocks;
+        let ended = counters.finished + counters.cancelled + counters.failed;
+        assert_eq!(blocks.free + blocks.cached + blocks.owned + blocks.pinned, self.scheduler.kv().num_blocks());
+        assert_eq!(counters.accepted, ended + (counts.waiting + counts.running) as u64);
+        let unsettled = self.tracked.values().filter(|tracked| tracked.end.is_none()).count();
+        assert_eq!(unsettled, counts.waiting + counts.running, "the caller and the scheduler disagree on who lives");
+    }
+
+    /// What scheduling did: nobody who was preempted [`MAX_PREEMPTIONS`] times is preempted again, but by hand.
+    fn check_preemptions(&mut self) {
+        for seq in self.scheduler.sequences() {
+            let tracked = self.tracked.get_mut(&seq.id).expect("tracked");
+            let preempted = seq.num_preemptions > tracked.num_preemptions;
+            assert!(!preempted || tracked.num_preemptions < MAX_PREEMPTIONS, "{:?} was protected", seq.id);
+            tracked.num_preemptions = seq.num_preemptions;
+        }
+    }
+
+    /// The bound of waiting counts those that run `3 * age_steps` steps after the arrival.
+    fn note_waiting(&mut self) {
+        let (step, age_steps) = (self.scheduler.counters().steps, self.scheduler.config().age_steps);
+        let running = self.scheduler.sequences().filter(|seq| self.scheduler.is_running(seq.id));
+        let running_tokens: u64 = running.map(|seq| seq.spec.max_kv_tokens() as u64).sum();
+        for tracked in self.tracked.values_mut() {
+            if tracked.started_at_step.is_none() && step == tracked.added_at_step + 3 * age_steps {
+                tracked.bound_tokens += running_tokens;
+            }
+        }
+    }
+
+    fn note_started(&mut self, step: &Step) {
+        let age_steps = self.scheduler.config().age_steps;
+        let runs = 1 + self.max_preemptions() as u64;
+        for seq in &step.started {
+            let tracked = self.tracked.get_mut(seq).expect("tracked");
+            assert!(tracked.spec.deadline_ms.is_none_or(|deadline| deadline > self.now_ms), "begun after its deadline");
+            assert_eq!(tracked.started_at_step.replace(step.id), None, "begun twice");
+            let waited = step.id - tracked.added_at_step;
+            let bound = 3 * age_steps + runs * tracked.bound_tokens + 2;
+            assert!(waited <= bound, "{seq:?} waited {waited} steps, the bound is {bound}");
+        }
+    }
+
+    /// Takes an event and compares it with what the prompt implies.
+    pub fn hear(&mut self, event: SequenceEvent) {
+        match event {
+            SequenceEvent::Token { seq, token_id, index, logprobs } => {
+                let tracked = self.live(seq);
+                assert_eq!(index, tracked.received.len());
+                assert_eq!(Some(&token_id), tracked.answer.get(index), "{seq:?} gets a wrong token at {index}");
+                assert_eq!(logprobs.map(|logprobs| logprobs.top.len()), tracked.spec.logprobs);
+                tracked.received.push(token_id);
+            }
+            SequenceEvent::PromptLogprobs { seq, logprobs } => {
+                let tracked = self.live(seq);
+                for logprob in logprobs {
+                    let (before, target) = (&tracked.spec.prompt[..=tracked.num_scored], tracked.num_scored + 1);
+                    let digest = digest_of(&tracked.spec.namespace, before);
+                    assert_eq!(logprob.chosen.token_id, tracked.spec.prompt[target]);
+                    assert_eq!(logprob.chosen.logprob, digest.logprob(logprob.chosen.token_id));
+                    tracked.num_scored += 1;
+                }
+            }
+            SequenceEvent::Finished { seq, reason, usage } => {
+                let tracked = self.end(seq, Ok(reason), usage);
+                if tracked.received.len() == tracked.answer.len() && tracked.ending.is_some() {
+                    assert_eq!(Some(reason), tracked.ending);
+                } else {
+                    assert_eq!(tracked.stop_string_after, Some(tracked.received.len()), "{seq:?} ended early");
+                    assert_eq!(reason, FinishReason::Stop);
+                }
+                if tracked.spec.prompt_logprobs.is_some() {
+                    assert_eq!(tracked.num_scored, tracked.spec.prompt.len() - 1);
+                }
+            }
+            SequenceEvent::Failed { seq, error, usage } => {
+                let now_ms = self.now_ms;
+                let tracked = self.end(seq, Err(error.clone()), usage);
+                match error {
+                    Error::NonFiniteLogits { position } => {
+                        assert_eq!((tracked.ending, &tracked.received), (None, &tracked.answer));
+                        assert_eq!(position, tracked.spec.prompt.len() + tracked.answer.len());
+                    }
+                    Error::DeadlineExceeded { timeout_ms } => {
+                        assert!(tracked.spec.deadline_ms.is_some_and(|deadline| deadline <= now_ms));
+                        assert_eq!(timeout_ms, tracked.spec.timeout_ms);
+                    }
+                    Error::Cancelled => {}
+                    other => panic!("{seq:?} failed: {other}"),
+                }
+            }
+        }
+    }
+
+    fn live(&mut self, seq: SeqId) -> &mut Tracked {
+        let tracked = self.tracked.get_mut(&seq).expect("tracked");
+        assert!(tracked.end.is_none(), "an event of {seq:?} after its end");
+        tracked
+    }
+
+    fn end(&mut self, seq: SeqId, end: std::result::Result<FinishReason, Error>, usage: Usage) -> &Tracked {
+        let tracked = self.live(seq);
+        let counted = (usage.prompt_tokens, usage.completion_tokens);
+        assert_eq!(counted, (tracked.spec.prompt.len(), tracked.received.len()));
+        let automatic = usage.preemptions - tracked.forced_preemptions;
+        assert!(automatic <= MAX_PREEMPTIONS as usize, "{seq:?} was preempted {automatic} times");
+        tracked.end = Some(end);
+        tracked.usage = usage;
+        tracked
+    }
+}
+
+/// Every token of the answer and its end, from the specification alone.
+fn expected_answer(spec: &SequenceSpec, non_finite_after: Option<usize>) -> (Vec<u32>, Option<FinishReason>) {
+    let mut digest = digest_of(&spec.namespace, &spec.prompt);
+    let mut answer = Vec::new();
+    while answer.len() < spec.max_new_tokens {
+        if non_finite_after == Some(answer.len()) {
+            return (answer, None);
+        }
+        let token = digest.next_token(spec.sampling.seed);
+        answer.push(token);
+        digest = digest.push(token);
+        if spec.stop_token_ids.contains(&token) {
+            return (answer, Some(FinishReason::Stop));
+        }
+    }
+    (answer, Some(FinishReason::Length))
+}
+
+fn digest_of(namespace: &NamespaceKey, tokens: &[u32]) -> Digest {
+    tokens.iter().fold(Digest::new(namespace), |digest, &token| digest.push(token))
+}
+
+/// A namespace for tests.
+pub fn namespace(name: u8) -> NamespaceKey {
+    [name; 32]
+}
