@@ -1,0 +1,197 @@
+//! `ns-llm bench`: how fast a model runs here. Rules, the same as for the engines it is compared with: the prompt is
+//! random token ids of which only the last position's logits are needed; decoding is greedy after a prompt of one
+//! token, the first token left out and the end of text ignored; n parallel sequences have different prompts, and their
+//! generated tokens are counted while all n of them are generating. No prompt repeats, so the prefix cache is off; and
+//! prompts are computed in full chunks also while others decode, since it is their speed that is measured.
+
+use std::time::Instant;
+
+use clap::Args;
+use ns_llm::{Engine, Event, Request, Result};
+use serde_json::{Value, json};
+
+use crate::model::{ModelOptions, open};
+use crate::{CommandResult, show};
+
+/// Sizes of one parallel sequence.
+const PARALLEL_PROMPT_TOKENS: usize = 128;
+const PARALLEL_GEN_TOKENS: usize = 64;
+/// Lowest token id of a random prompt: below are bytes and control tokens in most vocabularies.
+const FIRST_RANDOM_ID: u64 = 300;
+const LAST_RANDOM_ID: u64 = 100_000;
+
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Length of the prompt
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    prompt_tokens: usize,
+    /// Length of the answer
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    gen_tokens: usize,
+    /// Numbers of parallel sequences, such as 1,4,8 (empty: none)
+    #[arg(long, value_name = "LIST", default_value = "")]
+    parallel: String,
+    /// Runs of each figure; the median is shown
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    repeat: usize,
+    /// Print the JSON object on one line
+    #[arg(long)]
+    json: bool,
+}
+
+struct Parallel {
+    n: usize,
+    gen_tps: f64,
+    prompt_tps: f64,
+    total_tps: f64,
+}
+
+pub(crate) fn run(options: Options) -> CommandResult {
+    let counts: Vec<usize> = options
+        .parallel
+        .split(',')
+        .map(str::trim)
+        .filter(|n| !n.is_empty())
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
+    let longest = counts.iter().max().copied().unwrap_or(1);
+    let mut engine_options = options.model.engine_options();
+    engine_options.prefix_cache = false;
+    engine_options.mixed_budget_tokens = engine_options.prefill_budget_tokens;
+    engine_options.max_running_sequences = longest.max(1);
+    let engine = open(engine_options)?;
+
+    let mut prompts = RandomPrompts { state: 1, vocab_size: engine.info().vocab_size as u64 };
+    one_stream(&engine, prompts.next(16), 2)?; // first touch of buffers and threads
+    let mut prompt_ms = Vec::new();
+    let mut decode_tps = Vec::new();
+    for _ in 0..options.repeat.max(1) {
+        prompt_ms.push(one_stream(&engine, prompts.next(options.prompt_tokens), 1)?.timings.prompt_ms);
+        let decode = one_stream(&engine, prompts.next(1), options.gen_tokens)?;
+        decode_tps.push(decode.usage.completion_tokens.saturating_sub(1) as f64 / (decode.timings.decode_ms / 1e3));
+    }
+    let parallel = counts
+        .into_iter()
+        .map(|n| {
+            let runs = (0..options.repeat.max(1))
+                .map(|_| parallel_run(&engine, &mut prompts, n))
+                .collect::<Result<Vec<_>>>()?;
+            Ok(median_by(runs, |run| run.gen_tps))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let report = report(&engine, &options, median(prompt_ms), median(decode_tps), &parallel);
+    show(format_args!("{}\n", if options.json { report.to_string() } else { serde_json::to_string_pretty(&report)? }))?;
+    Ok(())
+}
+
+fn report(engine: &Engine, options: &Options, prompt_ms: f64, decode_tps: f64, parallel: &[Parallel]) -> Value {
+    let info = engine.info();
+    let prompt_tps = options.prompt_tokens as f64 / (prompt_ms / 1e3);
+    let round = |x: f64| (x * 100.0).round() / 100.0;
+    json!({
+        "model": info.name,
+        "weights": info.weights,
+        "isa": info.isa,
+        "threads": info.threads,
+        "load_ms": round(info.load_ms),
+        "peak_rss_mib": peak_rss_mib(),
+        "prompt_tps": round(prompt_tps),
+        "decode_tps": round(decode_tps),
+        "ttft_ms": round(prompt_ms),
+        "decode_gb_per_s": round(engine.memory().weights_bytes as f64 * decode_tps / 1e9),
+        "prompt_gops": round(2.0 * info.num_layer_parameters as f64 * prompt_tps / 1e9),
+        "parallel": parallel.iter().map(|run| json!({
+            "n": run.n,
+            "gen_tps": round(run.gen_tps),
+            "prompt_tps": round(run.prompt_tps),
+            "total_tps": round(run.total_tps),
+        })).collect::<Vec<_>>(),
+    })
+}
+
+fn one_stream(engine: &Engine, prompt: Vec<u32>, max_tokens: usize) -> Result<ns_llm::Summary> {
+    Ok(engine.complete(greedy(prompt, max_tokens))?.summary)
+}
+
+fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
+    let mut request = Request::tokens(prompt).max_tokens(max_tokens).temperature(0.0);
+    request.ignore_eos = true;
+    request
+}
+
+/// `n` sequences at once. One thread reads each stream, so that arrival times are those of the engine.
+fn parallel_run(engine: &Engine, prompts: &mut RandomPrompts, n: usize) -> Result<Parallel> {
+    let start = Instant::now();
+    let streams = (0..n)
+        .map(|_| engine.submit(greedy(prompts.next(PARALLEL_PROMPT_TOKENS), PARALLEL_GEN_TOKENS)))
+        .collect::<Result<Vec<_>>>()?;
+    let readers: Vec<_> = streams
+        .into_iter()
+        .map(|stream| {
+            std::thread::spawn(move || -> Result<Vec<f64>> {
+                let mut arrivals = Vec::with_capacity(PARALLEL_GEN_TOKENS);
+                for event in stream {
+                    if let Event::Delta(delta) = event? {
+                        arrivals.resize(arrivals.len() + delta.token_ids.len(), start.elapsed().as_secs_f64());
+                    }
+                }
+                Ok(arrivals)
+            })
+        })
+        .collect();
+    let arrivals = readers
+        .into_iter()
+        .map(|reader| reader.join().expect("a reader does not panic"))
+        .collect::<Result<Vec<Vec<f64>>>>()?;
+    let all_started = arrivals.iter().map(|times| times[0]).fold(0.0, f64::max);
+    let first_ended = arrivals.iter().map(|times| times[times.len() - 1]).fold(f64::INFINITY, f64::min);
+    let last_ended = arrivals.iter().map(|times| times[times.len() - 1]).fold(0.0, f64::max);
+    let in_window = arrivals.iter().flatten().filter(|&&at| at > all_started && at <= first_ended).count();
+    Ok(Parallel {
+        n,
+        gen_tps: in_window as f64 / (first_ended - all_started),
+        prompt_tps: (n * PARALLEL_PROMPT_TOKENS) as f64 / all_started,
+        total_tps: (n * (PARALLEL_PROMPT_TOKENS + PARALLEL_GEN_TOKENS)) as f64 / last_ended,
+    })
+}
+
+/// Prompts of random ids that never repeat (SplitMix64, Steele et al. 2014).
+struct RandomPrompts {
+    state: u64,
+    vocab_size: u64,
+}
+
+impl RandomPrompts {
+    fn next(&mut self, tokens: usize) -> Vec<u32> {
+        let last = LAST_RANDOM_ID.min(self.vocab_size - 1);
+        let first = FIRST_RANDOM_ID.min(last);
+        (0..tokens).map(|_| (first + self.draw() % (last - first + 1)) as u32).collect()
+    }
+
+    fn draw(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+fn median(values: Vec<f64>) -> f64 {
+    median_by(values, |&value| value)
+}
+
+fn median_by<T>(mut runs: Vec<T>, figure: impl Fn(&T) -> f64) -> T {
+    runs.sort_by(|a, b| figure(a).total_cmp(&figure(b)));
+    let middle = runs.len() / 2;
+    runs.swap_remove(middle)
+}
+
+/// Largest resident size so far; `None` where the system does not tell.
+fn peak_rss_mib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok().map(|kib| kib / 1024)
+}

@@ -1,0 +1,85 @@
+//! `ns-llm inspect`: what a model consists of, and the memory it would take, without reading its weights.
+
+use std::fmt::Write;
+
+use clap::Args;
+use ns_llm::inspect::{Inspection, inspect};
+use serde_json::json;
+
+use crate::model::ModelOptions;
+use crate::{CommandResult, show};
+
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(options: Options) -> CommandResult {
+    let inspection = inspect(&options.model.engine_options())?;
+    if options.json {
+        show(format_args!("{}\n", to_json(&inspection)))?;
+    } else {
+        show(to_table(&inspection)?)?;
+    }
+    Ok(())
+}
+
+fn to_json(i: &Inspection) -> serde_json::Value {
+    json!({
+        "architecture": i.architecture,
+        "hyperparameters": i.hyperparameters.iter().map(|(name, value)| (*name, value.clone())).collect::<std::collections::BTreeMap<_, _>>(),
+        "tensors": i.tensors.iter().map(|t| json!({ "name": t.name, "shape": t.shape, "dtype": t.dtype })).collect::<Vec<_>>(),
+        "num_parameters": i.num_parameters,
+        "checkpoint_bytes": i.checkpoint_bytes,
+        "tokenizer": { "vocab_size": i.tokenizer_vocab_size, "special_tokens": i.special_tokens },
+        "chat_template": i.chat_template,
+        "eos_token_ids": i.eos_token_ids,
+        "memory": {
+            "weights": i.weights,
+            "weights_bytes": i.plan.weights_bytes,
+            "kv_dtype": i.kv_dtype,
+            "kv_block_bytes": i.plan.block_bytes,
+            "kv_blocks": i.plan.num_blocks,
+            "kv_bytes": i.plan.block_bytes * i.plan.num_blocks as u64,
+            "context_tokens": i.plan.context_tokens,
+        },
+    })
+}
+
+/// A table for people.
+fn to_table(i: &Inspection) -> Result<String, std::fmt::Error> {
+    let mut out = String::new();
+    writeln!(out, "architecture      {}", i.architecture)?;
+    for (name, value) in &i.hyperparameters {
+        writeln!(out, "  {name:<24}{value}")?;
+    }
+    writeln!(out, "parameters        {}", i.num_parameters)?;
+    writeln!(out, "checkpoint        {}", mib(i.checkpoint_bytes))?;
+    writeln!(out, "tokenizer         {} entries, special: {}", i.tokenizer_vocab_size, i.special_tokens.join(" "))?;
+    writeln!(out, "end tokens        {:?}", i.eos_token_ids)?;
+    writeln!(out, "chat template     {}", if i.chat_template.is_some() { "yes" } else { "no" })?;
+    writeln!(out, "memory plan")?;
+    writeln!(out, "  weights         {} as {}", mib(i.plan.weights_bytes), i.weights)?;
+    writeln!(
+        out,
+        "  KV pool         {} as {}: {} blocks of {} bytes",
+        mib(i.plan.block_bytes * i.plan.num_blocks as u64),
+        i.kv_dtype,
+        i.plan.num_blocks,
+        i.plan.block_bytes
+    )?;
+    writeln!(out, "  context         {} tokens", i.plan.context_tokens)?;
+    writeln!(out, "tensors           {}", i.tensors.len())?;
+    for tensor in &i.tensors {
+        writeln!(out, "  {:<56}{:<6}{:?}", tensor.name, tensor.dtype, tensor.shape)?;
+    }
+    Ok(out)
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
