@@ -1,0 +1,187 @@
+//! The callback thread of an engine: it takes the events of all the engine's requests from their streams and tells them
+//! to C, one at a time.
+//!
+//! It is a small executor. Each stream is polled with a waker that puts the request's handle into the thread's mailbox,
+//! so the thread sleeps until some request has something to say, and requests take turns, one event each. One thread
+//! per request was rejected: a full queue would be a thousand threads; calling from the engine's worker too: a slow
+//! callback would hold up every sequence.
+//!
+//! Invariants: a request that was accepted by [`Dispatcher::watch`] gets exactly one last event, and is settled after
+//! the callback has returned from it. [`Dispatcher::close`] comes after everything that `watch` accepted, and the
+//! thread ends when it has heard of it and settled every request.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, JoinHandle};
+
+use ns_llm_core::{Error, Event, RequestStream, Summary};
+
+use crate::callback::in_callback;
+use crate::event::Listener;
+use crate::panic::message_of;
+use crate::request::LiveRequest;
+
+/// Stack of the callback thread, where the program's own code runs; the header promises it.
+const STACK_BYTES: usize = 2 << 20;
+
+/// The handle on the thread.
+pub(crate) struct Dispatcher {
+    /// `None` once closed. Held by `watch` and `close` for the length of a send, so that nothing is sent after `Close`.
+    mailbox: Mutex<Option<Sender<Message>>>,
+    /// Taken by the one who joins.
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+enum Message {
+    /// A new request.
+    Watch(Watched),
+    /// The request of this handle has something to say.
+    Ready(u64),
+    /// No more requests will come.
+    Close,
+}
+
+/// One request, its events and who hears them.
+pub(crate) struct Watched {
+    pub(crate) stream: RequestStream,
+    pub(crate) listener: Listener,
+    pub(crate) request: Arc<LiveRequest>,
+}
+
+impl Dispatcher {
+    pub(crate) fn start() -> Result<Dispatcher, Error> {
+        let (mailbox, messages) = channel();
+        let callbacks = Callbacks { mailbox: mailbox.clone(), messages, watched: HashMap::new(), closing: false };
+        let builder = thread::Builder::new().name("ns-llm-callback".to_string()).stack_size(STACK_BYTES);
+        let thread = builder.spawn(|| callbacks.run()).map_err(|error| Error::Internal {
+            reason: format!("the callback thread could not be started: {error}"),
+        })?;
+        Ok(Dispatcher { mailbox: Mutex::new(Some(mailbox)), thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Takes over a request: from now on its listener hears of it, last of its end.
+    pub(crate) fn watch(&self, watched: Watched) -> Result<(), Error> {
+        let mailbox = self.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let mailbox = mailbox.as_ref().ok_or(Error::Closed)?;
+        mailbox.send(Message::Watch(watched)).map_err(|_| Error::Closed)
+    }
+
+    /// Takes no more requests and waits until those it has are settled, unless called from inside a callback: then they
+    /// are settled when that has returned. Idempotent. Ending the requests is the engine's part.
+    pub(crate) fn close(&self) {
+        if let Some(mailbox) = self.mailbox.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // A failed send means that the thread has ended, which is all that is wanted.
+            let _ = mailbox.send(Message::Close);
+        }
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread.filter(|_| !in_callback()) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the thread owns.
+struct Callbacks {
+    /// For the wakers.
+    mailbox: Sender<Message>,
+    messages: Receiver<Message>,
+    /// By handle.
+    watched: HashMap<u64, Turn>,
+    closing: bool,
+}
+
+/// A request between its turns.
+struct Turn {
+    watched: Watched,
+    bell: Arc<Bell>,
+    /// The listener wants to hear no more than the end.
+    refused: bool,
+}
+
+/// Wakes the thread for one request, at most once per turn.
+struct Bell {
+    request: u64,
+    mailbox: Sender<Message>,
+    rung: AtomicBool,
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+    fn wake_by_ref(self: &Arc<Self>) {
+        if !self.rung.swap(true, Ordering::AcqRel) {
+            // The thread ends only when no request is left, so a failed send wakes nobody who still listens.
+            let _ = self.mailbox.send(Message::Ready(self.request));
+        }
+    }
+}
+
+impl Callbacks {
+    fn run(mut self) {
+        while !(self.closing && self.watched.is_empty()) {
+            // Always a message: this thread holds a sender itself.
+            let Ok(message) = self.messages.recv() else { return };
+            match message {
+                Message::Watch(watched) => self.welcome(watched),
+                Message::Ready(request) => self.advance(request),
+                Message::Close => self.closing = true,
+            }
+        }
+    }
+
+    fn welcome(&mut self, watched: Watched) {
+        let request = watched.listener.request;
+        let bell = Arc::new(Bell { request, mailbox: self.mailbox.clone(), rung: AtomicBool::new(false) });
+        self.watched.insert(request, Turn { watched, bell: bell.clone(), refused: false });
+        bell.wake_by_ref();
+    }
+
+    /// Gives one request its turn: at most one event.
+    fn advance(&mut self, request: u64) {
+        let Some(Turn { watched, bell, refused }) = self.watched.get_mut(&request) else { return };
+        bell.rung.store(false, Ordering::Release);
+        let waker = Waker::from(bell.clone());
+        let end = match next_event(&mut watched.stream, &waker) {
+            Poll::Pending => return,
+            Poll::Ready(Ok(Event::Done(summary))) => Ok(summary),
+            Poll::Ready(Err(error)) => Err(error),
+            Poll::Ready(Ok(event)) => {
+                // What was computed before the refusal took effect is not told.
+                if !*refused && !watched.listener.tell(&event) {
+                    *refused = true;
+                    watched.request.cancel();
+                }
+                waker.wake();
+                return;
+            }
+        };
+        watched.listener.tell_end(&end);
+        self.settle(request, end);
+    }
+
+    /// Forgets a request whose last event was told, and lets those go on who wait for it.
+    fn settle(&mut self, request: u64, end: Result<Summary, Error>) {
+        if let Some(Turn { watched: Watched { stream, request, .. }, .. }) = self.watched.remove(&request) {
+            drop(stream);
+            request.settle(end);
+        }
+    }
+}
+
+/// The next event of a stream. That it ends without a last event, or panics, is a defect that this request alone hears
+/// of.
+fn next_event(stream: &mut RequestStream, waker: &Waker) -> Poll<Result<Event, Error>> {
+    let polled = catch_unwind(AssertUnwindSafe(|| stream.poll_next(&mut Context::from_waker(waker))));
+    polled.map_or_else(
+        |payload| Poll::Ready(Err(Error::Internal { reason: message_of(&*payload) })),
+        |polled| {
+            let missing = || Err(Error::Internal { reason: "the request ended without a last event".to_string() });
+            polled.map(|event| event.unwrap_or_else(missing))
+        },
+    )
+}

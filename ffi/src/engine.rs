@@ -1,0 +1,305 @@
+//! # Engine
+//!
+//! An engine is a loaded model with its KV blocks, its worker, its compute threads and its callback thread. It serves
+//! many requests at once; a program normally opens one engine per model.
+
+use std::ffi::{c_char, c_void};
+use std::sync::Arc;
+
+use ns_llm_core::config::MAX_THREADS;
+use ns_llm_core::{Device, Engine, EngineOptions, LoadProgress, ThreadPriority, WeightFormat};
+
+use crate::callback::{UserData, as_callback};
+use crate::dispatcher::Dispatcher;
+use crate::handle::{HandleKind, HandleTable, check_process};
+use crate::panic::boundary;
+use crate::params::{SizedStruct, read_struct};
+use crate::status::{Failure, ns_llm_status};
+use crate::text::{Out, fill_buffer, ns_llm_text, read_text};
+
+/// An engine: an id, not a pointer. 0 is never an engine.
+pub type ns_llm_engine = u64;
+
+/// Where an engine computes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ns_llm_device {
+    /// The best that is there.
+    NS_LLM_DEVICE_AUTO = 0,
+    /// The CPU.
+    NS_LLM_DEVICE_CPU = 1,
+    /// The first CUDA device.
+    NS_LLM_DEVICE_CUDA = 2,
+}
+
+/// In which form an engine keeps and multiplies weights.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ns_llm_weights {
+    /// As the model's files have them.
+    NS_LLM_WEIGHTS_AUTO = 0,
+    /// 32-bit floats.
+    NS_LLM_WEIGHTS_F32 = 1,
+    /// bfloat16.
+    NS_LLM_WEIGHTS_BF16 = 2,
+    /// IEEE half precision.
+    NS_LLM_WEIGHTS_F16 = 3,
+}
+
+/// A flag of `ns_llm_engine_params`: KV of earlier prompts is not used again.
+pub const NS_LLM_ENGINE_NO_PREFIX_CACHE: u32 = 1;
+/// A flag of `ns_llm_engine_params`: compute threads get the same priority as the program's own threads, not a lower
+/// one.
+pub const NS_LLM_ENGINE_NORMAL_PRIORITY: u32 = 2;
+
+/// Hears how far loading is; both sizes are bytes of weights. Called by ns_llm_engine_open(), one call at a time, on
+/// the calling thread or on a loading thread, and never after it has returned. Returns `true` to go on, `false` to
+/// cancel: then ns_llm_engine_open() returns NS_LLM_CANCELLED. It must return: no longjmp, no C++ exception.
+pub type ns_llm_progress_callback =
+    Option<unsafe extern "C" fn(loaded_bytes: u64, total_bytes: u64, user_data: *mut c_void) -> bool>;
+
+/// How to open an engine. A struct of zeros, but for `struct_size` and `model`, asks for every default.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct ns_llm_engine_params {
+    /// `sizeof(ns_llm_engine_params)`.
+    pub struct_size: usize,
+    /// Path of the model's folder.
+    pub model: ns_llm_text,
+    /// A value of `ns_llm_device`.
+    pub device: u32,
+    /// A value of `ns_llm_weights`.
+    pub weights: u32,
+    /// Any of the `NS_LLM_ENGINE_` flags.
+    pub flags: u32,
+    /// Compute threads. 0: all cores, less one that is left to the program if there are more than two.
+    pub threads: u32,
+    /// Longest sequence, prompt and answer, in tokens. 0: the model's own, as far as the KV pool holds it.
+    pub context_tokens: usize,
+    /// Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB.
+    pub kv_bytes: u64,
+    /// Tokens in a KV block, a multiple of 16. 0: 16.
+    pub block_tokens: usize,
+    /// Sequences that may run at once; more wait. 0: 64.
+    pub max_running_sequences: usize,
+    /// Requests that may wait; the next one gets NS_LLM_OVERLOADED. 0: 1000.
+    pub max_waiting_requests: usize,
+    /// Tokens that one step may compute while nothing decodes. 0: 512.
+    pub prefill_budget_tokens: usize,
+    /// Tokens that one step may compute while something decodes. 0: 128.
+    pub mixed_budget_tokens: usize,
+    /// Hears how far loading is, or NULL.
+    pub progress: ns_llm_progress_callback,
+    /// Handed to `progress`.
+    pub progress_user_data: *mut c_void,
+}
+
+// SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
+unsafe impl SizedStruct for ns_llm_engine_params {}
+
+/// Longest path, bytes.
+const MAX_PATH_BYTES: usize = 32 << 10;
+
+/// What an engine handle stands for.
+pub(crate) struct LiveEngine {
+    pub(crate) engine: Engine,
+    pub(crate) dispatcher: Dispatcher,
+}
+
+/// All open engines.
+pub(crate) static ENGINES: HandleTable<LiveEngine> = HandleTable::new(HandleKind::Engine);
+
+/// Loads a model and starts an engine for it. Returns when it can answer, which may take seconds.
+///
+/// Ownership:  `params` and what it points to are copied. `*out_engine` is a new handle; free it with
+///             ns_llm_engine_free().
+/// Threads:    any, also concurrently, also inside a callback.
+/// NULL:       `params`, `params->model.data` and `out_engine` must not be NULL.
+/// Returns:    NS_LLM_OK; NS_LLM_CANCELLED if the progress callback said so; NS_LLM_NULL_ARGUMENT,
+///             NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the
+///             parameters; any status from 300 to 399 about the files; NS_LLM_OUT_OF_MEMORY; NS_LLM_DEVICE_UNAVAILABLE;
+///             NS_LLM_OVERLOADED if 16777216 engines are open; NS_LLM_FORKED_PROCESS in the child of a process that had
+///             opened an engine; NS_LLM_INTERNAL.
+/// On failure: `*out_engine` is 0, and nothing is left behind.
+///
+/// # Safety
+/// `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its callback
+/// callable until this function returns. `out_engine` points to a writable `ns_llm_engine`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ns_llm_engine_open(
+    params: *const ns_llm_engine_params,
+    out_engine: *mut ns_llm_engine,
+) -> ns_llm_status {
+    boundary(|| {
+        // SAFETY: promised by the caller.
+        let out = unsafe { Out::new("out_engine", out_engine, 0) }?;
+        // Before the model is loaded, not after.
+        check_process()?;
+        // SAFETY: promised by the caller.
+        let params = unsafe { read_struct("params", params) }?;
+        // SAFETY: promised by the caller, about the text that `params` holds.
+        let options = unsafe { read_options(&params) }?;
+        let engine = Engine::open(options)?;
+        let dispatcher = Dispatcher::start()?;
+        out.set(ENGINES.insert(Arc::new(LiveEngine { engine, dispatcher }))?);
+        Ok(())
+    })
+}
+
+/// Ends all requests of an engine with NS_LLM_CLOSED, stops its threads and frees its memory.
+///
+/// Outside of callbacks it returns when that is done and every last event has been told, so nothing of the engine calls
+/// the program any more; this takes about one step, and as long as the callback that is running, so do not hold a lock
+/// that the callback takes. Inside a callback the last events are told after that callback has returned. Request
+/// handles stay valid until they are freed. Calls that other threads are in the middle of end with NS_LLM_CLOSED.
+///
+/// Ownership:  `engine` is dead afterwards; it may be freed before or after its requests.
+/// Threads:    any, also inside a callback.
+/// NULL:       0 is allowed and does nothing.
+/// Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE if it is not an engine or was freed before; NS_LLM_FORKED_PROCESS;
+///             NS_LLM_INTERNAL.
+/// On failure: nothing changed.
+#[unsafe(no_mangle)]
+pub extern "C" fn ns_llm_engine_free(engine: ns_llm_engine) -> ns_llm_status {
+    boundary(|| {
+        if engine != 0 {
+            let live = ENGINES.remove(engine)?;
+            live.engine.close();
+            live.dispatcher.close();
+        }
+        Ok(())
+    })
+}
+
+/// Writes what is loaded, as a JSON object: "name", "architecture", "weights", "kv_dtype", "device", "isa" (texts);
+/// "num_parameters", "vocab_size", "context_tokens", "threads", "load_ms" (numbers); "has_chat_template" (true or
+/// false). Later versions add members.
+///
+/// Ownership:  `buffer` is the caller's; the text has no NUL at its end.
+/// Threads:    any, also inside a callback.
+/// NULL:       `buffer` may be NULL if `capacity` is 0, to ask for the size; `out_size` must not be NULL.
+/// Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
+///             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: `buffer` is unchanged. `*out_size` is the size that is needed after NS_LLM_BUFFER_TOO_SMALL, else 0.
+///
+/// # Safety
+/// `buffer` points to `capacity` writable bytes and `out_size` to a writable `size_t`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ns_llm_engine_info(
+    engine: ns_llm_engine,
+    buffer: *mut c_char,
+    capacity: usize,
+    out_size: *mut usize,
+) -> ns_llm_status {
+    boundary(|| {
+        // SAFETY: promised by the caller.
+        let out = unsafe { Out::new("out_size", out_size, 0) }?;
+        let info = info_json(&ENGINES.get(engine)?.engine);
+        // SAFETY: promised by the caller.
+        unsafe { fill_buffer(buffer.cast::<u8>(), capacity, &out, info.as_bytes()) }
+    })
+}
+
+fn info_json(engine: &Engine) -> String {
+    let info = engine.info();
+    serde_json::json!({
+        "name": info.name,
+        "architecture": info.architecture,
+        "weights": info.weights,
+        "kv_dtype": info.kv_dtype,
+        "device": info.device,
+        "isa": info.isa,
+        "num_parameters": info.num_parameters,
+        "vocab_size": info.vocab_size,
+        "context_tokens": info.context_tokens,
+        "threads": info.threads,
+        "load_ms": info.load_ms,
+        "has_chat_template": info.has_chat_template,
+    })
+    .to_string()
+}
+
+/// # Safety
+/// `params.model` is readable, and `params.progress` callable with `params.progress_user_data` on any thread while the
+/// engine is being opened.
+unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, Failure> {
+    if params.model.data.is_null() {
+        return Err(Failure::NullArgument { argument: "model" });
+    }
+    // SAFETY: promised by the caller.
+    let mut options = EngineOptions::new(unsafe { read_text("model", params.model, MAX_PATH_BYTES) }?);
+    options.device = device(params.device)?;
+    options.weights = weights(params.weights)?;
+    options.threads = unless_zero(params.threads as usize);
+    if params.threads as usize > MAX_THREADS {
+        return Err(Failure::invalid("threads", params.threads, format!("at most {MAX_THREADS}")));
+    }
+    apply_flags(params.flags, &mut options)?;
+    options.context_tokens = unless_zero(params.context_tokens);
+    options.kv_bytes = unless_zero(params.kv_bytes);
+    let sizes = [
+        (&mut options.block_tokens, params.block_tokens),
+        (&mut options.max_running_sequences, params.max_running_sequences),
+        (&mut options.max_waiting_requests, params.max_waiting_requests),
+        (&mut options.prefill_budget_tokens, params.prefill_budget_tokens),
+        (&mut options.mixed_budget_tokens, params.mixed_budget_tokens),
+    ];
+    for (option, given) in sizes {
+        *option = unless_zero(given).unwrap_or(*option);
+    }
+    if let Some(function) = params.progress {
+        // SAFETY: promised by the caller.
+        options.on_progress = Some(Box::new(unsafe { progress(function, UserData(params.progress_user_data)) }));
+    }
+    Ok(options)
+}
+
+/// # Safety
+/// `function` may be called with `user_data`, on any thread, for as long as the result lives.
+unsafe fn progress(
+    function: unsafe extern "C" fn(u64, u64, *mut c_void) -> bool,
+    user_data: UserData,
+) -> impl FnMut(LoadProgress) -> bool + Send + 'static {
+    move |progress: LoadProgress| {
+        // Bound whole, because a closure that captured the bare pointer would not be `Send`.
+        let UserData(pointer) = { user_data };
+        // SAFETY: promised by the caller.
+        as_callback(|| unsafe { function(progress.loaded_bytes, progress.total_bytes, pointer) })
+    }
+}
+
+/// Zero stands for the default.
+fn unless_zero<T: Default + PartialEq>(value: T) -> Option<T> {
+    (value != T::default()).then_some(value)
+}
+
+fn device(value: u32) -> Result<Device, Failure> {
+    match value {
+        0 => Ok(Device::Auto),
+        1 => Ok(Device::Cpu),
+        2 => Ok(Device::Cuda),
+        _ => Err(Failure::invalid("device", value, "a value of ns_llm_device")),
+    }
+}
+
+fn weights(value: u32) -> Result<WeightFormat, Failure> {
+    match value {
+        0 => Ok(WeightFormat::Auto),
+        1 => Ok(WeightFormat::F32),
+        2 => Ok(WeightFormat::Bf16),
+        3 => Ok(WeightFormat::F16),
+        _ => Err(Failure::invalid("weights", value, "a value of ns_llm_weights")),
+    }
+}
+
+fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {
+    let known = NS_LLM_ENGINE_NO_PREFIX_CACHE | NS_LLM_ENGINE_NORMAL_PRIORITY;
+    if flags & !known != 0 {
+        return Err(Failure::Unsupported { argument: "params", reason: format!("flags {:#x}", flags & !known) });
+    }
+    options.prefix_cache = flags & NS_LLM_ENGINE_NO_PREFIX_CACHE == 0;
+    if flags & NS_LLM_ENGINE_NORMAL_PRIORITY != 0 {
+        options.thread_priority = ThreadPriority::Normal;
+    }
+    Ok(())
+}

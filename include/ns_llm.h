@@ -1,0 +1,757 @@
+/*
+ * ns_llm.h - the C interface of ns-llm, a native LLM inference engine in one process.
+ *
+ * This file is written from the doc comments of the library; do not edit it. It is C11 and C++17.
+ *
+ *
+ * A whole program
+ *
+ *     static bool print(const ns_llm_event *event, void *user_data) {
+ *         (void)user_data;
+ *         fwrite(event->text.data, 1, event->text.size, event->kind == NS_LLM_EVENT_FAILED ? stderr : stdout);
+ *         return true;
+ *     }
+ *
+ *     int main(void) {
+ *         ns_llm_engine engine;
+ *         ns_llm_engine_params where = { .struct_size = sizeof where, .model = { "models/demo", 11 } };
+ *         if (ns_llm_engine_open(&where, &engine) != NS_LLM_OK) {
+ *             fprintf(stderr, "%s\n", ns_llm_last_error(NULL));
+ *             return 1;
+ *         }
+ *         ns_llm_request request;
+ *         ns_llm_request_params what = { .struct_size = sizeof what, .prompt = { "Once upon a time", 16 } };
+ *         ns_llm_status status = ns_llm_generate(engine, &what, print, NULL, &request);
+ *         if (status == NS_LLM_OK)
+ *             status = ns_llm_request_wait(request, NS_LLM_FOREVER, NULL);
+ *         if (status != NS_LLM_OK)
+ *             fprintf(stderr, "%s: %s\n", ns_llm_status_name(status), ns_llm_last_error(NULL));
+ *         ns_llm_request_free(request);
+ *         ns_llm_engine_free(engine);
+ *         return status != NS_LLM_OK;
+ *     }
+ *
+ *
+ * Lifecycle
+ *
+ * Open an engine on a model; submit requests to it, as many at once as you like; hear their events in a callback;
+ * free each request and the engine, in any order. There is nothing to initialise and nothing global: loading the
+ * library starts no thread, reads no environment, installs no signal handler, prints nothing.
+ *
+ * Handles are 64-bit ids, not pointers. A handle that was freed, never given, or is of another kind is answered with
+ * NS_LLM_BAD_HANDLE by every function, for the life of the process: no id is used twice. 0 is never a handle;
+ * functions that free accept it and do nothing, so a handle can be set to 0 and freed without a question.
+ *
+ *
+ * Threads
+ *
+ * Every function may be called from any thread at any time, several at once on the same engine or request, and from
+ * inside callbacks; what cannot work inside a callback says so with NS_LLM_IN_CALLBACK and does not hang. Functions
+ * that free end what is running, and wait for it, so that nothing calls back into memory that is going away; inside a
+ * callback they do not wait, and the rest happens when the callback has returned.
+ *
+ * An engine computes on threads of its own and calls back on one thread of its own, never on the thread that
+ * submitted. The program's threads, signal handlers and floating-point state are left alone. A child of fork() has
+ * none of these threads: if an engine was opened before the fork, every function that could use one answers
+ * NS_LLM_FORKED_PROCESS there.
+ *
+ *
+ * Ownership
+ *
+ * What you pass in is copied before the function returns, except `user_data`, which stays yours and is only handed
+ * back. What the library passes to a callback is the library's and ends with the callback. Results are written to
+ * buffers and structs of yours; there is nothing to release but handles.
+ *
+ * Text is a pointer and a size in bytes, UTF-8, without a NUL at the end; text that is not UTF-8 is refused. Only
+ * version, status names and ns_llm_last_error() are NUL-terminated. Where a number of elements or bytes is 0, the
+ * pointer is not looked at.
+ *
+ *
+ * Errors
+ *
+ * Functions that can fail return an ns_llm_status, and ns_llm_last_error() has a sentence about it. Every fault of a
+ * request, of a model's files or of the machine is a status; the library does not abort, exit, or let anything unwind
+ * into the program. A fault of one request is told to that request alone. Out-parameters have a defined value also on
+ * failure: each function says which.
+ *
+ *
+ * Versions and growth
+ *
+ * Structs begin with `struct_size`: set it to the struct's sizeof, and zero what you do not set. A program built with
+ * an older header gets defaults for fields that it does not know. A program built with a newer one gets
+ * NS_LLM_UNSUPPORTED, and not silence, if it sets a field that the library does not know. Any other size is
+ * NS_LLM_INVALID_ARGUMENT. Fields are only ever added at the end, numbers of statuses and other constants are never
+ * reused, functions are not removed within a major version (before 1.0: a minor version).
+ */
+
+#ifndef NS_LLM_H
+#define NS_LLM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/*
+ * Version -------------------------------------------------------------------------------------------------------
+ *
+ * `NS_LLM_VERSION_NUMBER` is what you compiled against, ns_llm_version_number() is what you run with. Programs work
+ * with any library of the same major version that is at least as new; while the major version is 0, of the same minor
+ * version.
+ */
+
+/** The version of this header. */
+#define NS_LLM_VERSION_MAJOR 0
+#define NS_LLM_VERSION_MINOR 1
+#define NS_LLM_VERSION_PATCH 0
+
+/** The version of this header as one number, which grows with the version. */
+#define NS_LLM_VERSION_NUMBER (NS_LLM_VERSION_MAJOR * 1000000 + NS_LLM_VERSION_MINOR * 1000 + NS_LLM_VERSION_PATCH)
+
+/**
+ * The version of the library that is running, in the form of `NS_LLM_VERSION_NUMBER`: 1002003 is 1.2.3.
+ *
+ * Threads:    any. Cannot fail.
+ */
+uint32_t ns_llm_version_number(void);
+
+/**
+ * The version of the library that is running, as text such as "1.2.3".
+ *
+ * Ownership:  the text is the library's, ends with NUL and lives as long as the library is loaded.
+ * Threads:    any. Cannot fail.
+ */
+const char *ns_llm_version(void);
+
+/*
+ * Errors --------------------------------------------------------------------------------------------------------
+ *
+ * Every function that can fail returns a status, and leaves a sentence about it that names the field, the value and
+ * the limit, or the file and the place in it: see ns_llm_last_error(). Decide by the status, show the sentence.
+ */
+
+/**
+ * How a call ended. Numbers are never reused and never change their meaning; newer libraries may return new ones, so
+ * treat an unknown number as a failure. 1 to 99 are about the call itself, 100 to 199 about a request, 200 to 299
+ * about its life, 300 to 399 about files, 400 to 499 about the machine.
+ */
+typedef enum ns_llm_status {
+    /** It worked. */
+    NS_LLM_OK = 0,
+    /** A pointer that must point to something is NULL. */
+    NS_LLM_NULL_ARGUMENT = 1,
+    /** A handle was never given, was freed, or belongs to something of another kind. */
+    NS_LLM_BAD_HANDLE = 2,
+    /** A text is not UTF-8. */
+    NS_LLM_INVALID_UTF8 = 3,
+    /** A pointer is not aligned for what it points to. */
+    NS_LLM_MISALIGNED_POINTER = 4,
+    /** The caller's header is newer than this library, and an option that the library does not know is in use. */
+    NS_LLM_UNSUPPORTED = 5,
+    /** The result does not fit the caller's buffer; the size that is needed was written. */
+    NS_LLM_BUFFER_TOO_SMALL = 6,
+    /** The time given for waiting passed. Nothing changed; wait again. */
+    NS_LLM_TIMEOUT = 7,
+    /** The function waits for callbacks to return, so it cannot be called from inside one. */
+    NS_LLM_IN_CALLBACK = 8,
+    /** This process was forked from one that had opened an engine, whose threads stayed there. Fork first, then open. */
+    NS_LLM_FORKED_PROCESS = 9,
+    /** A field is outside its range. */
+    NS_LLM_INVALID_ARGUMENT = 100,
+    /** The prompt does not fit the context. */
+    NS_LLM_PROMPT_TOO_LONG = 101,
+    /** Prompt and answer need more KV blocks than the engine has, even alone. */
+    NS_LLM_EXCEEDS_KV_POOL = 102,
+    /** A queue is full. Nothing was lost; try again later. */
+    NS_LLM_OVERLOADED = 103,
+    /** The model's chat template refused the messages or broke one of its bounds. */
+    NS_LLM_TEMPLATE = 104,
+    /** Text could not be turned into tokens. */
+    NS_LLM_TOKENIZER = 105,
+    /** Messages were given, but the model has no chat template. */
+    NS_LLM_NO_CHAT_TEMPLATE = 106,
+    /** The caller cancelled. */
+    NS_LLM_CANCELLED = 200,
+    /** The request did not end within its timeout. */
+    NS_LLM_DEADLINE_EXCEEDED = 201,
+    /** The model computed a value that is not finite. Only this request ended. */
+    NS_LLM_NON_FINITE_LOGITS = 202,
+    /** The engine was freed. */
+    NS_LLM_CLOSED = 203,
+    /** A defect of this library. The process is unharmed; free the engine and open a new one. */
+    NS_LLM_INTERNAL = 204,
+    /** A file or folder could not be read. */
+    NS_LLM_IO = 300,
+    /** A file that the model needs is not there. */
+    NS_LLM_MISSING_FILE = 301,
+    /** A configuration file is not what it should be. */
+    NS_LLM_CONFIG = 302,
+    /** A weights file is damaged or lies about itself. */
+    NS_LLM_WEIGHTS = 303,
+    /** A tensor that the model needs is in no file. */
+    NS_LLM_MISSING_TENSOR = 304,
+    /** The files hold tensors that the model has no use for. */
+    NS_LLM_UNUSED_TENSORS = 305,
+    /** A tensor has another shape than the configuration says. */
+    NS_LLM_TENSOR_SHAPE = 306,
+    /** A tensor has an element type that cannot be used there. */
+    NS_LLM_TENSOR_DTYPE = 307,
+    /** The model's architecture is not known. */
+    NS_LLM_UNKNOWN_ARCHITECTURE = 308,
+    /** A file is not the JSON that it should be. */
+    NS_LLM_INVALID_JSON = 309,
+    /** Memory for weights or KV could not be had. */
+    NS_LLM_OUT_OF_MEMORY = 400,
+    /** The device that was asked for is not there. */
+    NS_LLM_DEVICE_UNAVAILABLE = 401,
+} ns_llm_status;
+
+/**
+ * The sentence about the last call on this thread that failed; "" if none did.
+ *
+ * Ownership:  the text is the library's and ends with NUL. It is valid until the next call on this thread that fails,
+ *             or the end of the thread. Calls that succeed leave it as it is, so ask right after a failure.
+ * Threads:    any; each thread has its own.
+ * NULL:       `out_size` may be NULL; otherwise it receives the size in bytes, without the NUL.
+ * Cannot fail and never returns NULL.
+ *
+ * The caller promises:
+ * `out_size` is NULL or points to a writable `size_t`.
+ */
+const char *ns_llm_last_error(size_t *out_size);
+
+/**
+ * The name of a status: lower case, such as "prompt_too_long"; "unknown" for a number that this library does not have.
+ * Names are as stable as the numbers, and are the `code` of errors in Rust and JavaScript.
+ *
+ * Ownership:  the text is the library's, ends with NUL and lives as long as the library is loaded.
+ * Threads:    any. Cannot fail.
+ */
+const char *ns_llm_status_name(int status);
+
+/*
+ * Text ----------------------------------------------------------------------------------------------------------
+ *
+ * A text is a pointer and a size in bytes, in UTF-8, without a NUL at the end. It may hold any character, NUL too.
+ */
+
+/** A text inside a struct or an array. `data` may be NULL where `size` is 0. */
+typedef struct ns_llm_text {
+    /** The first byte. */
+    const char *data;
+    /** Number of bytes. */
+    size_t size;
+} ns_llm_text;
+
+/*
+ * Engine --------------------------------------------------------------------------------------------------------
+ *
+ * An engine is a loaded model with its KV blocks, its worker, its compute threads and its callback thread. It serves
+ * many requests at once; a program normally opens one engine per model.
+ */
+
+/** A flag of `ns_llm_engine_params`: KV of earlier prompts is not used again. */
+#define NS_LLM_ENGINE_NO_PREFIX_CACHE 1
+
+/**
+ * A flag of `ns_llm_engine_params`: compute threads get the same priority as the program's own threads, not a lower
+ * one.
+ */
+#define NS_LLM_ENGINE_NORMAL_PRIORITY 2
+
+/** Where an engine computes. */
+typedef enum ns_llm_device {
+    /** The best that is there. */
+    NS_LLM_DEVICE_AUTO = 0,
+    /** The CPU. */
+    NS_LLM_DEVICE_CPU = 1,
+    /** The first CUDA device. */
+    NS_LLM_DEVICE_CUDA = 2,
+} ns_llm_device;
+
+/** In which form an engine keeps and multiplies weights. */
+typedef enum ns_llm_weights {
+    /** As the model's files have them. */
+    NS_LLM_WEIGHTS_AUTO = 0,
+    /** 32-bit floats. */
+    NS_LLM_WEIGHTS_F32 = 1,
+    /** bfloat16. */
+    NS_LLM_WEIGHTS_BF16 = 2,
+    /** IEEE half precision. */
+    NS_LLM_WEIGHTS_F16 = 3,
+} ns_llm_weights;
+
+/**
+ * Hears how far loading is; both sizes are bytes of weights. Called by ns_llm_engine_open(), one call at a time, on
+ * the calling thread or on a loading thread, and never after it has returned. Returns `true` to go on, `false` to
+ * cancel: then ns_llm_engine_open() returns NS_LLM_CANCELLED. It must return: no longjmp, no C++ exception.
+ */
+typedef bool (*ns_llm_progress_callback)(uint64_t loaded_bytes, uint64_t total_bytes, void *user_data);
+
+/** How to open an engine. A struct of zeros, but for `struct_size` and `model`, asks for every default. */
+typedef struct ns_llm_engine_params {
+    /** `sizeof(ns_llm_engine_params)`. */
+    size_t struct_size;
+    /** Path of the model's folder. */
+    ns_llm_text model;
+    /** A value of `ns_llm_device`. */
+    uint32_t device;
+    /** A value of `ns_llm_weights`. */
+    uint32_t weights;
+    /** Any of the `NS_LLM_ENGINE_` flags. */
+    uint32_t flags;
+    /** Compute threads. 0: all cores, less one that is left to the program if there are more than two. */
+    uint32_t threads;
+    /** Longest sequence, prompt and answer, in tokens. 0: the model's own, as far as the KV pool holds it. */
+    size_t context_tokens;
+    /** Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB. */
+    uint64_t kv_bytes;
+    /** Tokens in a KV block, a multiple of 16. 0: 16. */
+    size_t block_tokens;
+    /** Sequences that may run at once; more wait. 0: 64. */
+    size_t max_running_sequences;
+    /** Requests that may wait; the next one gets NS_LLM_OVERLOADED. 0: 1000. */
+    size_t max_waiting_requests;
+    /** Tokens that one step may compute while nothing decodes. 0: 512. */
+    size_t prefill_budget_tokens;
+    /** Tokens that one step may compute while something decodes. 0: 128. */
+    size_t mixed_budget_tokens;
+    /** Hears how far loading is, or NULL. */
+    ns_llm_progress_callback progress;
+    /** Handed to `progress`. */
+    void *progress_user_data;
+} ns_llm_engine_params;
+
+/** An engine: an id, not a pointer. 0 is never an engine. */
+typedef uint64_t ns_llm_engine;
+
+/**
+ * Loads a model and starts an engine for it. Returns when it can answer, which may take seconds.
+ *
+ * Ownership:  `params` and what it points to are copied. `*out_engine` is a new handle; free it with
+ *             ns_llm_engine_free().
+ * Threads:    any, also concurrently, also inside a callback.
+ * NULL:       `params`, `params->model.data` and `out_engine` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_CANCELLED if the progress callback said so; NS_LLM_NULL_ARGUMENT,
+ *             NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the
+ *             parameters; any status from 300 to 399 about the files; NS_LLM_OUT_OF_MEMORY; NS_LLM_DEVICE_UNAVAILABLE;
+ *             NS_LLM_OVERLOADED if 16777216 engines are open; NS_LLM_FORKED_PROCESS in the child of a process that had
+ *             opened an engine; NS_LLM_INTERNAL.
+ * On failure: `*out_engine` is 0, and nothing is left behind.
+ *
+ * The caller promises:
+ * `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its callback
+ * callable until this function returns. `out_engine` points to a writable `ns_llm_engine`.
+ */
+ns_llm_status ns_llm_engine_open(const struct ns_llm_engine_params *params, ns_llm_engine *out_engine);
+
+/**
+ * Ends all requests of an engine with NS_LLM_CLOSED, stops its threads and frees its memory.
+ *
+ * Outside of callbacks it returns when that is done and every last event has been told, so nothing of the engine calls
+ * the program any more; this takes about one step, and as long as the callback that is running, so do not hold a lock
+ * that the callback takes. Inside a callback the last events are told after that callback has returned. Request
+ * handles stay valid until they are freed. Calls that other threads are in the middle of end with NS_LLM_CLOSED.
+ *
+ * Ownership:  `engine` is dead afterwards; it may be freed before or after its requests.
+ * Threads:    any, also inside a callback.
+ * NULL:       0 is allowed and does nothing.
+ * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE if it is not an engine or was freed before; NS_LLM_FORKED_PROCESS;
+ *             NS_LLM_INTERNAL.
+ * On failure: nothing changed.
+ */
+ns_llm_status ns_llm_engine_free(ns_llm_engine engine);
+
+/**
+ * Writes what is loaded, as a JSON object: "name", "architecture", "weights", "kv_dtype", "device", "isa" (texts);
+ * "num_parameters", "vocab_size", "context_tokens", "threads", "load_ms" (numbers); "has_chat_template" (true or
+ * false). Later versions add members.
+ *
+ * Ownership:  `buffer` is the caller's; the text has no NUL at its end.
+ * Threads:    any, also inside a callback.
+ * NULL:       `buffer` may be NULL if `capacity` is 0, to ask for the size; `out_size` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
+ *             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `buffer` is unchanged. `*out_size` is the size that is needed after NS_LLM_BUFFER_TOO_SMALL, else 0.
+ *
+ * The caller promises:
+ * `buffer` points to `capacity` writable bytes and `out_size` to a writable `size_t`.
+ */
+ns_llm_status ns_llm_engine_info(ns_llm_engine engine, char *buffer, size_t capacity, size_t *out_size);
+
+/*
+ * Events --------------------------------------------------------------------------------------------------------
+ *
+ * What a request has to say arrives as a sequence of events, in this order: any number of DELTA, one FINISHED for each
+ * choice, and as the very last either DONE or FAILED. Whatever happens to an accepted request - it ends, it is
+ * cancelled, its handle or its engine is freed - it gets exactly one last event.
+ */
+
+/** What an event tells. Ignore kinds that you do not know. */
+typedef enum ns_llm_event_kind {
+    /** New tokens of one choice, and the text that they complete: `choice`, `text`, `token_ids`. */
+    NS_LLM_EVENT_DELTA = 1,
+    /** One choice has ended: `choice`, `finish_reason`. */
+    NS_LLM_EVENT_FINISHED = 2,
+    /** The last event of a request that ended by itself: `summary`. */
+    NS_LLM_EVENT_DONE = 3,
+    /** The last event of any other: `status` says why, `text` says it in a sentence. */
+    NS_LLM_EVENT_FAILED = 4,
+} ns_llm_event_kind;
+
+/** Why a choice ended. */
+typedef enum ns_llm_finish_reason {
+    /** It has not, or for a reason that is newer than this header. */
+    NS_LLM_FINISH_OTHER = 0,
+    /** A stop text, a stop token or one of the model's end tokens. */
+    NS_LLM_FINISH_STOP = 1,
+    /** `max_tokens`, or the end of the context. */
+    NS_LLM_FINISH_LENGTH = 2,
+} ns_llm_finish_reason;
+
+/** A request: an id, not a pointer. 0 is never a request. */
+typedef uint64_t ns_llm_request;
+
+/** Counts and times of a request that ended by itself. Times are milliseconds. */
+typedef struct ns_llm_summary {
+    /** `sizeof(ns_llm_summary)`: set by whoever owns the struct. */
+    size_t struct_size;
+    /** Tokens of the prompt. */
+    uint64_t prompt_tokens;
+    /** Tokens of all choices, stop tokens included. */
+    uint64_t completion_tokens;
+    /** Tokens of the prompt that were found in the prefix cache and not computed. */
+    uint64_t cached_tokens;
+    /** How often the request lost its KV to others and was computed again (its tokens are the same). */
+    uint64_t preemptions;
+    /** The seed that was used. Give it again to get the same answer. */
+    uint64_t seed;
+    /** From submission to the first step that computed the request. */
+    double queue_ms;
+    /** From that step to the first token. */
+    double prompt_ms;
+    /** From submission to the first token. */
+    double first_token_ms;
+    /** From the first token to the last. */
+    double decode_ms;
+    /** From submission to the end. */
+    double total_ms;
+} ns_llm_summary;
+
+/**
+ * One event. The struct and everything in it belong to the library and are valid until the callback returns; copy what
+ * you keep. Fields that its kind does not name are zero or empty; `text.data` is never NULL.
+ */
+typedef struct ns_llm_event {
+    /** Size of the struct as the library knows it. Fields that you know and an older library does not lie beyond it. */
+    size_t struct_size;
+    /** The request: the value that ns_llm_generate() gives, also if that has not returned yet. */
+    ns_llm_request request;
+    /** What this event tells. */
+    enum ns_llm_event_kind kind;
+    /** Which choice, from 0. */
+    uint32_t choice;
+    /**
+     * New text of the choice, or the sentence about a failure. Whole UTF-8 characters, never a part of a stop text;
+     * what may still become either is held back, so the text can be empty and can lag behind the tokens.
+     */
+    ns_llm_text text;
+    /** New tokens of the choice. */
+    const uint32_t *token_ids;
+    /** Number of `token_ids`. */
+    size_t num_token_ids;
+    /** Why the choice ended. */
+    enum ns_llm_finish_reason finish_reason;
+    /** Why the request failed: what ns_llm_request_wait() returns. */
+    ns_llm_status status;
+    /** Counts and times, or NULL. */
+    const struct ns_llm_summary *summary;
+} ns_llm_event;
+
+/**
+ * Receives the events of a request, on the engine's callback thread: one thread per engine, made by
+ * ns_llm_engine_open(), with a stack of 2 MiB. Events of one engine never overlap, so a callback that blocks holds up
+ * the events of all its requests (but not their computing).
+ *
+ * Returns `true` to go on, `false` to cancel the request: then only its last event still comes. What the last event
+ * returns is ignored. A callback may call any function of this header, freeing its own request and engine included,
+ * except those that say NS_LLM_IN_CALLBACK. It must return: no longjmp, no C++ exception.
+ */
+typedef bool (*ns_llm_event_callback)(const struct ns_llm_event *event, void *user_data);
+
+/*
+ * Request -------------------------------------------------------------------------------------------------------
+ *
+ * A request is one prompt and its answer. Submitting one returns at once; its events come to the callback, and
+ * ns_llm_request_wait() waits for the end. Each accepted request has a handle that the program frees.
+ */
+
+/** A bit of `ns_llm_request_params.set`: `max_tokens` holds a value. */
+#define NS_LLM_SET_MAX_TOKENS 1
+
+/** A bit of `ns_llm_request_params.set`: `seed` holds a value. */
+#define NS_LLM_SET_SEED 2
+
+/** A bit of `ns_llm_request_params.set`: `temperature` holds a value. */
+#define NS_LLM_SET_TEMPERATURE 4
+
+/** A bit of `ns_llm_request_params.set`: `top_k` holds a value. */
+#define NS_LLM_SET_TOP_K 8
+
+/** A bit of `ns_llm_request_params.set`: `top_p` holds a value. */
+#define NS_LLM_SET_TOP_P 16
+
+/** A bit of `ns_llm_request_params.set`: `min_p` holds a value. */
+#define NS_LLM_SET_MIN_P 32
+
+/** A bit of `ns_llm_request_params.set`: `repetition_penalty` holds a value. */
+#define NS_LLM_SET_REPETITION_PENALTY 64
+
+/** A bit of `ns_llm_request_params.set`: `presence_penalty` holds a value. */
+#define NS_LLM_SET_PRESENCE_PENALTY 128
+
+/** A bit of `ns_llm_request_params.set`: `frequency_penalty` holds a value. */
+#define NS_LLM_SET_FREQUENCY_PENALTY 256
+
+/** A flag of `ns_llm_request_params`: the model's end tokens do not end the answer (for measurements). */
+#define NS_LLM_REQUEST_IGNORE_EOS 1
+
+/** A flag of `ns_llm_request_params`: KV of earlier prompts is not used for this one. */
+#define NS_LLM_REQUEST_NO_PREFIX_CACHE 2
+
+/** For ns_llm_request_wait(): no limit. */
+#define NS_LLM_FOREVER UINT64_MAX
+
+/** Who goes first. Waiting raises a request's rank, so none waits for ever. */
+typedef enum ns_llm_priority {
+    /** The default. */
+    NS_LLM_PRIORITY_NORMAL = 0,
+    /** Before the others. */
+    NS_LLM_PRIORITY_HIGH = 1,
+    /** When there is room. */
+    NS_LLM_PRIORITY_BACKGROUND = 2,
+} ns_llm_priority;
+
+/** One turn of a conversation. */
+typedef struct ns_llm_message {
+    /** "system", "user", "assistant", or what the model's chat template knows. */
+    ns_llm_text role;
+    /** What was said. Names of special tokens in here are plain text. */
+    ns_llm_text content;
+} ns_llm_message;
+
+/** Added to the logit of one token. */
+typedef struct ns_llm_logit_bias {
+    /** The token. */
+    uint32_t token_id;
+    /** -100 to 100. */
+    float bias;
+} ns_llm_logit_bias;
+
+/**
+ * What to generate. Zero is the default of every field but `struct_size` and the prompt. Where zero is also a value of
+ * its own, as in temperature 0, the field has a bit in `set`: with the bit the field is the value, also if it is zero;
+ * without it the field must be zero, and the model's generation_config.json decides, or else the neutral value.
+ */
+typedef struct ns_llm_request_params {
+    /** `sizeof(ns_llm_request_params)`. */
+    size_t struct_size;
+    /** Which of the fields `max_tokens` to `frequency_penalty` hold a value: any of the `NS_LLM_SET_` bits. */
+    uint64_t set;
+    /**
+     * What to continue: a text, in which names of special tokens count as special tokens. Exactly one of
+     * `prompt.data`, `prompt_token_ids` and `messages` is not NULL. At most 4 MiB.
+     */
+    ns_llm_text prompt;
+    /** What to continue: tokens. */
+    const uint32_t *prompt_token_ids;
+    /** Number of `prompt_token_ids`. */
+    size_t num_prompt_token_ids;
+    /** What to answer: a conversation, rendered by the model's chat template. */
+    const struct ns_llm_message *messages;
+    /** Number of `messages`; at most 4096, and 4 MiB in all. */
+    size_t num_messages;
+    /** Most new tokens of each choice. Unset: 64. 0 computes the prompt only. */
+    size_t max_tokens;
+    /** Key of the draws. Unset: drawn, and reported in the summary. */
+    uint64_t seed;
+    /** 0 is greedy: the most likely token, always. 0 to 100. */
+    float temperature;
+    /** Keep the `top_k` most likely tokens; 0 keeps all. */
+    uint32_t top_k;
+    /** Keep the most likely tokens whose probabilities add up to this. Above 0, to 1. */
+    float top_p;
+    /** Keep tokens that have at least this share of the best one's probability. 0 to 1. */
+    float min_p;
+    /**
+     * Divides positive and multiplies negative logits of tokens seen in prompt or answer. Above 0, to 100; 1 is
+     * neutral.
+     */
+    float repetition_penalty;
+    /** Taken from the logit of each token seen in the answer. -2 to 2. */
+    float presence_penalty;
+    /** Taken from the logit of each token, as often as it was seen in the answer. -2 to 2. */
+    float frequency_penalty;
+    /** A value of `ns_llm_priority`. */
+    uint32_t priority;
+    /** Number of choices, 1 to 8. 0: 1. */
+    uint32_t n;
+    /** Any of the `NS_LLM_REQUEST_` flags. */
+    uint32_t flags;
+    /**
+     * Limit from submission to the end, milliseconds, after which the request fails with NS_LLM_DEADLINE_EXCEEDED. 0:
+     * none.
+     */
+    uint64_t timeout_ms;
+    /** Texts that end a choice; they are not part of the answer. */
+    const ns_llm_text *stop;
+    /** Number of `stop`; at most 16, of at most 256 bytes each. */
+    size_t num_stop;
+    /** Tokens that end a choice, besides the model's own end tokens. */
+    const uint32_t *stop_token_ids;
+    /** Number of `stop_token_ids`; at most 64. */
+    size_t num_stop_token_ids;
+    /** Biases of tokens. */
+    const struct ns_llm_logit_bias *logit_bias;
+    /** Number of `logit_bias`; at most 1024. */
+    size_t num_logit_bias;
+    /**
+     * Requests share KV of common prefixes only within one namespace. NULL: the namespace of the engine. At most 512
+     * bytes.
+     */
+    ns_llm_text cache_namespace;
+} ns_llm_request_params;
+
+/**
+ * Submits one request. Returns when it is checked, turned into tokens and queued, so what is wrong with it is said
+ * here; the answer arrives through `callback`. The first events may arrive before this function has returned.
+ *
+ * Ownership:  `params` and what it points to are copied. `user_data` is the program's, and must stay valid until the
+ *             last event has returned. `*out_request` is a new handle; free it with ns_llm_request_free(), before or
+ *             after the engine, as you like.
+ * Threads:    any, also concurrently on one engine, also inside a callback.
+ * NULL:       `params`, `callback` and `out_request` must not be NULL; `user_data` may be.
+ * Returns:    NS_LLM_OK; NS_LLM_OVERLOADED (try later); NS_LLM_PROMPT_TOO_LONG; NS_LLM_EXCEEDS_KV_POOL;
+ *             NS_LLM_TEMPLATE, NS_LLM_NO_CHAT_TEMPLATE or NS_LLM_TOKENIZER about the prompt; NS_LLM_NULL_ARGUMENT,
+ *             NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the
+ *             parameters; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the engine is being freed; NS_LLM_FORKED_PROCESS;
+ *             NS_LLM_INTERNAL.
+ * On failure: `*out_request` is 0, and `callback` was not and will not be called.
+ *
+ * The caller promises:
+ * `params` points to a `size_t` and to as many readable bytes as that says, and its texts and arrays are readable.
+ * `callback` may be called with `user_data` on the engine's callback thread until the last event has returned.
+ * `out_request` points to a writable `ns_llm_request`.
+ */
+ns_llm_status ns_llm_generate(ns_llm_engine engine,
+                              const struct ns_llm_request_params *params,
+                              ns_llm_event_callback callback,
+                              void *user_data,
+                              ns_llm_request *out_request);
+
+/**
+ * Waits until the last event of a request has been told, and says how it ended.
+ *
+ * Ownership:  `*out_summary` is the caller's.
+ * Threads:    any but a callback, also several for one request.
+ * NULL:       `out_summary` may be NULL; otherwise its `struct_size` must be set.
+ * Returns:    how the request ended: NS_LLM_OK, or the `status` of its NS_LLM_EVENT_FAILED, such as NS_LLM_CANCELLED;
+ *             NS_LLM_TIMEOUT if it has not ended within `timeout_ms` (NS_LLM_FOREVER: wait on; 0: just ask);
+ *             NS_LLM_IN_CALLBACK inside a callback; NS_LLM_BAD_HANDLE; NS_LLM_MISALIGNED_POINTER;
+ *             NS_LLM_INVALID_ARGUMENT about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `*out_summary` is unchanged.
+ *
+ * The caller promises:
+ * `out_summary` is NULL, or points to a `size_t` and to as many writable bytes as that says.
+ */
+ns_llm_status ns_llm_request_wait(ns_llm_request request, uint64_t timeout_ms, ns_llm_summary *out_summary);
+
+/**
+ * Asks a request to end. Returns at once; the last event comes within about one step, with NS_LLM_CANCELLED unless the
+ * request had ended already. Cancelling again, or after the end, changes nothing.
+ *
+ * Threads:    any, also inside a callback.
+ * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE (also for 0); NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ */
+ns_llm_status ns_llm_request_cancel(ns_llm_request request);
+
+/**
+ * Cancels a request that has not ended, and frees its handle.
+ *
+ * Outside of callbacks it returns when the last event has been told, so `user_data` is the program's own again; this
+ * takes about one step, and as long as the callback that is running, so do not hold a lock that the callback takes.
+ * Inside a callback it returns at once, and the last event comes after that callback has returned.
+ *
+ * Ownership:  `request` is dead afterwards.
+ * Threads:    any, also inside a callback; other threads that wait for the request go on waiting, for its end.
+ * NULL:       0 is allowed and does nothing.
+ * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE if it is not a request or was freed before; NS_LLM_FORKED_PROCESS;
+ *             NS_LLM_INTERNAL.
+ * On failure: nothing changed.
+ */
+ns_llm_status ns_llm_request_free(ns_llm_request request);
+
+/*
+ * Tokenizer -----------------------------------------------------------------------------------------------------
+ *
+ * Text to token ids and back, with the tokenizer of an engine's model.
+ */
+
+/** A flag of ns_llm_tokenize(): adds the tokens that the model's configuration puts around a prompt. */
+#define NS_LLM_TOKENIZE_ADD_SPECIAL 1
+
+/**
+ * Writes the tokens of a text. Names of special tokens in it become special tokens.
+ *
+ * Ownership:  `text` and `buffer` are the caller's.
+ * Threads:    any, also concurrently, also inside a callback.
+ * NULL:       `text` may be NULL if `text_size` is 0, `buffer` if `capacity` is 0 (to ask for the number of tokens);
+ *             `out_num` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
+ *             NS_LLM_INVALID_UTF8; NS_LLM_INVALID_ARGUMENT if the text has more than 4 MiB; NS_LLM_UNSUPPORTED about
+ *             `flags`; NS_LLM_TOKENIZER; NS_LLM_CLOSED; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `buffer` is unchanged. `*out_num` is the number of tokens after NS_LLM_BUFFER_TOO_SMALL, else 0.
+ *
+ * The caller promises:
+ * `text` points to `text_size` readable bytes, `buffer` to `capacity` writable values and `out_num` to a writable
+ * `size_t`.
+ */
+ns_llm_status ns_llm_tokenize(ns_llm_engine engine,
+                              const char *text,
+                              size_t text_size,
+                              uint32_t flags,
+                              uint32_t *buffer,
+                              size_t capacity,
+                              size_t *out_num);
+
+/**
+ * Writes the text of tokens. Bytes that are not UTF-8 become U+FFFD.
+ *
+ * Ownership:  `token_ids` and `buffer` are the caller's; the text has no NUL at its end.
+ * Threads:    any, also concurrently, also inside a callback.
+ * NULL:       `token_ids` may be NULL if `num_token_ids` is 0, `buffer` if `capacity` is 0 (to ask for the size);
+ *             `out_size` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
+ *             NS_LLM_INVALID_ARGUMENT if there are more than 1048576 tokens or one is not in the vocabulary;
+ *             NS_LLM_TOKENIZER; NS_LLM_CLOSED; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `buffer` is unchanged. `*out_size` is the size that is needed after NS_LLM_BUFFER_TOO_SMALL, else 0.
+ *
+ * The caller promises:
+ * `token_ids` points to `num_token_ids` readable values, `buffer` to `capacity` writable bytes and `out_size` to a
+ * writable `size_t`.
+ */
+ns_llm_status ns_llm_detokenize(ns_llm_engine engine,
+                                const uint32_t *token_ids,
+                                size_t num_token_ids,
+                                char *buffer,
+                                size_t capacity,
+                                size_t *out_size);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* NS_LLM_H */
