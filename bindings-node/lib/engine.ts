@@ -1,0 +1,202 @@
+/**
+ * The engine's handle in JavaScript: defaults, overloads, signals and disposal. All work happens on the engine's own
+ * threads; no method here waits for it on JavaScript's thread.
+ */
+
+import { onAbort } from './abort.js';
+import { AbortError, fromNative, NsLlmError, wrapErrors } from './errors.js';
+import { DEMO_MODEL, native } from './native.js';
+import type { NativeEngine, NativeOpening } from './native.js';
+import { abortSignal, describe, plainObject, toNativeRequest, toTokenIds } from './request.js';
+import type { GenerateOptions, Prompt, TokenIds } from './request.js';
+import { ResponseStream } from './stream.js';
+import type { Completion, ReadMode } from './stream.js';
+import type { MemoryUse, ModelInfo, Stats } from '../native.js';
+
+export type { MemoryUse, ModelInfo, Stats } from '../native.js';
+
+/** How far loading is. */
+export interface LoadProgress {
+  /** Bytes of weights that are ready. */
+  loadedBytes: number;
+  /** Bytes of weights in all. */
+  totalBytes: number;
+  /** Share that is done, 0 to 1. */
+  fraction: number;
+}
+
+/** How to open a model. Everything is optional. */
+export interface OpenOptions {
+  /** Folder of the model: `config.json`, safetensors, `tokenizer.json`. Default: the small model that ships. */
+  model?: string | undefined;
+  /** Where to compute. Default `auto`: the best that is there. */
+  device?: 'auto' | 'cpu' | 'cuda' | undefined;
+  /** Form in which weights are kept and multiplied. Default `auto`: as the checkpoint has them. */
+  weights?: 'auto' | 'f32' | 'bf16' | 'f16' | undefined;
+  /** Compute threads, 1 to 256. Default: all cores, but one is left to the host when there are more than two. */
+  threads?: number | undefined;
+  /** Priority of the compute threads. Default `below-normal`: the event loop of this process keeps its latency. */
+  threadPriority?: 'below-normal' | 'normal' | undefined;
+  /** Longest sequence, prompt and answer together, tokens. Default: the model's own, as far as the KV pool holds it. */
+  contextTokens?: number | undefined;
+  /** Bytes of the KV pool. Default: a quarter of the available memory, at most 2 GiB. */
+  kvBytes?: number | undefined;
+  /** Tokens in a KV block, a multiple of 16. Default 16. */
+  blockTokens?: number | undefined;
+  /** Sequences that may run at once; more wait. Default 64. */
+  maxRunningSequences?: number | undefined;
+  /** Tokens one step may compute while nothing decodes (the chunk size of a long prompt). Default 512. */
+  prefillBudgetTokens?: number | undefined;
+  /** Tokens one step may compute while something decodes. Default 128. */
+  mixedBudgetTokens?: number | undefined;
+  /** Requests that may wait; the next one is `overloaded`. Default 1,000. */
+  maxWaitingRequests?: number | undefined;
+  /** Whether KV of earlier prompts may be used again. Default true. */
+  prefixCache?: boolean | undefined;
+  /** Aborts loading; `open` rejects with an {@link AbortError} whose `cause` is the signal's reason. */
+  signal?: AbortSignal | undefined;
+  /** Hears how far loading is. What it throws ends loading, and `open` rejects with it. */
+  onProgress?: ((progress: LoadProgress) => void) | undefined;
+}
+
+/** How to turn text into tokens. */
+export interface TokenizeOptions {
+  /** Whether to add what the tokenizer's configuration puts around a prompt. Default true, as for a prompt. */
+  addSpecial?: boolean | undefined;
+}
+
+/** A model, ready to answer any number of requests at once. Close it when it is not needed any more. */
+export class Engine {
+  /** What is loaded, and how it is run. Stays readable after {@link close}. */
+  readonly info: Readonly<ModelInfo>;
+  readonly #native: NativeEngine;
+  #closing: Promise<void> | undefined;
+
+  private constructor(engine: NativeEngine) {
+    if (!(engine instanceof native.NativeEngine)) {
+      throw new NsLlmError('invalid_argument', 'an Engine is made by Engine.open()');
+    }
+    this.#native = engine;
+    this.info = Object.freeze(engine.info());
+  }
+
+  /** Loads a model on a thread of its own and gives its engine. */
+  static open(model: string, options?: OpenOptions): Promise<Engine>;
+  static open(options?: OpenOptions): Promise<Engine>;
+  static async open(modelOrOptions?: string | OpenOptions, more?: OpenOptions): Promise<Engine> {
+    const isPath = typeof modelOrOptions === 'string';
+    const given = (isPath ? more : modelOrOptions) ?? {};
+    const { signal, onProgress, ...options } = plainObject('options', given, 'an object, after an optional path');
+    const abort = abortSignal(signal);
+    if (onProgress !== undefined && typeof onProgress !== 'function') {
+      throw new NsLlmError('invalid_argument', `onProgress is ${describe(onProgress)}, must be a function`);
+    }
+    if (abort?.aborted) {
+      throw new AbortError(abort.reason);
+    }
+    const model = isPath ? modelOrOptions : (options.model ?? DEMO_MODEL);
+    const opening = wrapErrors(() => new native.NativeOpening({ ...options, model }));
+    return new Engine(await load(opening, abort, onProgress));
+  }
+
+  /** Answers a request and gives all of it. */
+  async generate(prompt: Prompt, options: GenerateOptions = {}): Promise<Completion> {
+    return this.#submit(prompt, options, 'whole').result;
+  }
+
+  /**
+   * Answers a request chunk by chunk: `for await (const chunk of engine.stream('Once'))`. A fault of the arguments is
+   * thrown here, one that needs the tokenizer or the template (such as `prompt_too_long`) by the loop.
+   */
+  stream(prompt: Prompt, options: GenerateOptions = {}): ResponseStream {
+    return this.#submit(prompt, options, 'chunks');
+  }
+
+  /** Tokens of `text`. */
+  async tokenize(text: string, options: TokenizeOptions = {}): Promise<number[]> {
+    const { addSpecial = true } = plainObject('options', options, 'an object');
+    if (typeof addSpecial !== 'boolean') {
+      throw new NsLlmError('invalid_argument', `addSpecial is ${describe(addSpecial)}, must be true or false`);
+    }
+    return settled(() => this.#native.tokenize(text, addSpecial));
+  }
+
+  /** Text of `ids`; bytes that are not UTF-8 become U+FFFD. */
+  async detokenize(ids: TokenIds): Promise<string> {
+    return settled(() => this.#native.detokenize(toTokenIds('ids', ids)));
+  }
+
+  /** What was done so far and is being done. */
+  stats(): Stats {
+    return wrapErrors(() => this.#native.stats());
+  }
+
+  /** Bytes held outside JavaScript's heap. */
+  memory(): MemoryUse {
+    return wrapErrors(() => this.#native.memory());
+  }
+
+  /** Ends every request with `closed` and frees the model. May be called at any time, and again. */
+  close(): Promise<void> {
+    this.#closing ??= settled(() => this.#native.close());
+    return this.#closing;
+  }
+
+  // Node below 20.5 has no such symbol; the method is then unreachable under a harmless name.
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  #submit(prompt: Prompt, given: GenerateOptions, mode: ReadMode): ResponseStream {
+    const { signal, ...options } = plainObject('options', given, 'an object');
+    const request = toNativeRequest(prompt, options);
+    const submit = () => wrapErrors(() => this.#native.submit(request));
+    return new ResponseStream(submit, abortSignal(signal), mode);
+  }
+}
+
+/** The promise of a native call, whose errors, thrown or rejected, are those of this package. */
+async function settled<T>(call: () => Promise<T>): Promise<T> {
+  try {
+    return await call();
+  } catch (error) {
+    throw fromNative(error);
+  }
+}
+
+async function load(
+  opening: NativeOpening,
+  signal: AbortSignal | undefined,
+  onProgress: OpenOptions['onProgress'],
+): Promise<NativeEngine> {
+  let thrown: { error: unknown } | undefined;
+  const report = (loadedBytes: number, totalBytes: number): void => {
+    try {
+      const fraction = totalBytes > 0 ? loadedBytes / totalBytes : 1;
+      if (!thrown) {
+        onProgress?.({ loadedBytes, totalBytes, fraction });
+      }
+    } catch (error) {
+      thrown = { error };
+      opening.cancel();
+    }
+  };
+  const givenUp = (): { error: unknown } | undefined =>
+    thrown ?? (signal?.aborted ? { error: new AbortError(signal.reason) } : undefined);
+  const removeListener = signal && onAbort(signal, () => opening.cancel());
+  try {
+    const engine = await settled(() => (onProgress ? opening.start(report) : opening.start()));
+    const reason = givenUp();
+    if (reason) {
+      // Too late for the loader to notice.
+      await engine.close();
+      throw reason.error;
+    }
+    return engine;
+  } catch (error) {
+    const reason = givenUp();
+    throw reason ? reason.error : error;
+  } finally {
+    removeListener?.();
+  }
+}

@@ -1,0 +1,19 @@
+/**
+ * `ns-llm` for Node: native LLM inference inside your process.
+ *
+ * ```ts
+ * import { Engine } from 'ns-llm';
+ * const engine = await Engine.open();
+ * for await (const chunk of engine.stream('Once upon a time')) process.stdout.write(chunk.text);
+ * await engine.close();
+ * ```
+ */
+
+export { Engine } from './engine.js';
+export type { LoadProgress, MemoryUse, ModelInfo, OpenOptions, Stats, TokenizeOptions } from './engine.js';
+export { AbortError, NsLlmError } from './errors.js';
+export type { ErrorCode } from './errors.js';
+export { DEMO_MODEL } from './native.js';
+export type { GenerateOptions, Message, Prompt, TokenIds } from './request.js';
+export { ResponseStream } from './stream.js';
+export type { Choice, Chunk, Completion, FinishReason, Logprob, Timings, TokenLogprobs, Usage } from './stream.js';

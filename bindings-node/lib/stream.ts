@@ -1,0 +1,297 @@
+/**
+ * The answer to one request, while it is made: an async iterator over its chunks, which also knows the whole answer at
+ * the end. One native read is in flight at a time, whoever asked for it; what it brings is kept until someone takes it.
+ */
+
+import { onAbort } from './abort.js';
+import { AbortError, fromNative, NsLlmError } from './errors.js';
+import type { NativeEvent, NativeStream, NativeSummary } from './native.js';
+import type { Timings, TokenLogprobs, Usage } from '../native.js';
+
+export type { Logprob, Timings, TokenLogprobs, Usage } from '../native.js';
+
+/** Why a choice ended: a stop string, stop token or end token; or `maxTokens` or the end of the context. */
+export type FinishReason = 'stop' | 'length';
+
+/** New tokens of one choice and the text they complete. */
+export interface Chunk {
+  /** Which choice, from 0. */
+  choice: number;
+  /**
+   * New text: whole characters, and never a part of a stop string. What may still become either is held back, so it can
+   * be empty and lag behind `tokenIds`.
+   */
+  text: string;
+  /** New tokens. */
+  tokenIds: number[];
+  /** One entry per token, when asked for. */
+  logprobs?: TokenLogprobs[];
+}
+
+/** One finished answer. */
+export interface Choice {
+  /** The text, without the prompt. */
+  text: string;
+  /** Its tokens, the stop token included. */
+  tokenIds: number[];
+  /** Why it ended. */
+  finishReason: FinishReason;
+  /** One entry per token, when asked for. */
+  logprobs?: TokenLogprobs[];
+}
+
+/** Everything about a finished request. Its own text, tokens and finish reason are those of the first choice. */
+export interface Completion extends Choice {
+  /** All choices, in order. */
+  choices: Choice[];
+  /** Token counts. */
+  usage: Usage;
+  /** Times, milliseconds. */
+  timings: Timings;
+  /** The seed that was used; give it again to get the same answer. A bigint only when a number would not be exact. */
+  seed: number | bigint;
+  /** For each prompt token from the second on, when asked for. */
+  promptLogprobs?: TokenLogprobs[];
+}
+
+/** How the native side is read: chunk by chunk, or in one piece when nobody looks at chunks. */
+export type ReadMode = 'chunks' | 'whole';
+
+/** Listeners of streams that were forgotten without an end, to be taken off their signals. */
+const forgotten = new FinalizationRegistry<() => void>((removeListener) => removeListener());
+
+/**
+ * A request that is being answered: `for await (const chunk of stream)`. Leaving the loop cancels the request at once and
+ * frees its memory. It can be read once.
+ */
+export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, undefined> {
+  /** Not there when the request was aborted before it was submitted. It keeps the engine open. */
+  readonly #native: NativeStream | undefined;
+  readonly #mode: ReadMode;
+  readonly #result = withResolvers<Completion>();
+  /** Rejects when the request is given up here, so that nobody waits for the engine's last step. */
+  readonly #interrupted = withResolvers<never>();
+  readonly #choices: Choice[] = [];
+  #chunks: Chunk[] = [];
+  #reading: Promise<void> | undefined;
+  #draining = false;
+  #state: 'open' | 'finished' | 'left' | 'failed' = 'open';
+  #unreportedError: { error: unknown } | undefined;
+  #removeListener: (() => void) | undefined;
+
+  /** @internal */
+  constructor(submit: () => NativeStream, signal: AbortSignal | undefined, mode: ReadMode) {
+    this.#mode = mode;
+    // Nobody has to look at these: an error is also thrown by the loop.
+    this.#result.promise.catch(() => {});
+    this.#interrupted.promise.catch(() => {});
+    if (signal?.aborted) {
+      this.#fail(new AbortError(signal.reason));
+      return;
+    }
+    this.#native = submit();
+    if (signal) {
+      this.#listen(signal);
+    }
+  }
+
+  /** The whole answer. Asking for it reads the stream to its end; chunks stay there for a loop to take. */
+  get result(): Promise<Completion> {
+    if (!this.#draining) {
+      this.#draining = true;
+      void this.#drain();
+    }
+    return this.#result.promise;
+  }
+
+  /** Gives the request up at once. A loop over the stream ends; {@link result} rejects with `cancelled`. */
+  cancel(): void {
+    if (this.#state === 'open') {
+      this.#interrupt('left', new NsLlmError('cancelled', 'the stream was left before its end'));
+    }
+  }
+
+  /** The next chunk. */
+  async next(): Promise<IteratorResult<Chunk, undefined>> {
+    for (;;) {
+      const chunk = this.#chunks.shift();
+      if (chunk) {
+        return { done: false, value: chunk };
+      }
+      if (this.#state !== 'open') {
+        return this.#end();
+      }
+      await this.#read();
+    }
+  }
+
+  /** Called when a loop is left early: {@link cancel}. */
+  async return(): Promise<IteratorResult<Chunk, undefined>> {
+    this.cancel();
+    this.#chunks = [];
+    this.#unreportedError = undefined;
+    return { done: true, value: undefined };
+  }
+
+  /** Called by a generator that delegates here and is thrown into: {@link cancel}, then the error goes on. */
+  async throw(error: unknown): Promise<IteratorResult<Chunk, undefined>> {
+    await this.return();
+    throw error;
+  }
+
+  [Symbol.asyncIterator](): this {
+    return this;
+  }
+
+  // Node below 20.5 has no such symbol; the method is then unreachable under a harmless name.
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.return();
+  }
+
+  #end(): IteratorResult<Chunk, undefined> {
+    const failure = this.#unreportedError;
+    if (failure) {
+      this.#unreportedError = undefined;
+      throw failure.error;
+    }
+    return { done: true, value: undefined };
+  }
+
+  async #drain(): Promise<void> {
+    while (this.#state === 'open') {
+      await this.#read();
+    }
+  }
+
+  /** One batch of events. Never rejects: what goes wrong becomes the state. */
+  #read(): Promise<void> {
+    this.#reading ??= this.#readBatch().finally(() => {
+      this.#reading = undefined;
+    });
+    return this.#reading;
+  }
+
+  async #readBatch(): Promise<void> {
+    try {
+      const events = await Promise.race([this.#nextEvents(), this.#interrupted.promise]);
+      if (this.#state !== 'open') {
+        return;
+      }
+      if (!events) {
+        throw new NsLlmError('internal', 'the stream ended without a summary');
+      }
+      events.forEach((event) => this.#take(event));
+    } catch (error) {
+      if (this.#state === 'open') {
+        this.#fail(fromNative(error));
+      }
+    }
+  }
+
+  async #nextEvents(): Promise<NativeEvent[] | null | undefined> {
+    const native = this.#native!;
+    return this.#mode === 'whole' ? native.rest() : native.next();
+  }
+
+  #take({ delta, finished, done }: NativeEvent): void {
+    if (delta) {
+      const { logprobs, ...rest } = delta;
+      const chunk: Chunk = logprobs.length > 0 ? { ...rest, logprobs } : rest;
+      this.#append(chunk);
+      if (this.#mode === 'chunks') {
+        this.#chunks.push(chunk);
+      }
+    }
+    if (finished) {
+      this.#choice(finished.choice).finishReason = finished.reason;
+    }
+    if (done) {
+      this.#finish(done);
+    }
+  }
+
+  #append({ choice: index, text, tokenIds, logprobs }: Chunk): void {
+    const choice = this.#choice(index);
+    choice.text += text;
+    // Not push(...): a late reader gets its whole answer at once, and a call takes only so many arguments.
+    for (const tokenId of tokenIds) {
+      choice.tokenIds.push(tokenId);
+    }
+    if (logprobs) {
+      choice.logprobs ??= [];
+      for (const entry of logprobs) {
+        choice.logprobs.push(entry);
+      }
+    }
+  }
+
+  #choice(index: number): Choice {
+    while (this.#choices.length <= index) {
+      this.#choices.push({ text: '', tokenIds: [], finishReason: 'length' });
+    }
+    return this.#choices[index]!;
+  }
+
+  #finish({ usage, timings, seed, promptLogprobs }: NativeSummary): void {
+    this.#settle('finished');
+    const completion: Completion = { ...this.#choice(0), choices: this.#choices, usage, timings, seed };
+    if (promptLogprobs.length > 0) {
+      completion.promptLogprobs = promptLogprobs;
+    }
+    this.#result.resolve(completion);
+  }
+
+  #fail(error: unknown): void {
+    this.#settle('failed');
+    this.#unreportedError = { error };
+    this.#result.reject(error);
+  }
+
+  #interrupt(state: 'left' | 'failed', error: unknown): void {
+    this.#chunks = [];
+    if (state === 'failed') {
+      this.#fail(error);
+    } else {
+      this.#settle(state);
+      this.#result.reject(error);
+    }
+    this.#native?.cancel();
+    this.#interrupted.reject(error);
+  }
+
+  #settle(state: 'finished' | 'left' | 'failed'): void {
+    this.#state = state;
+    this.#removeListener?.();
+    forgotten.unregister(this);
+  }
+
+  /** The signal may live long: it holds this stream weakly, so that a forgotten stream can be collected and cancelled. */
+  #listen(signal: AbortSignal): void {
+    const weak = new WeakRef(this);
+    const removeListener = onAbort(signal, () => {
+      const stream = weak.deref();
+      if (stream && stream.#state === 'open') {
+        stream.#interrupt('failed', new AbortError(signal.reason));
+      }
+    });
+    this.#removeListener = removeListener;
+    forgotten.register(this, removeListener, this);
+  }
+}
+
+interface Resolvers<T> {
+  promise: Promise<T>;
+  resolve: (value: T) => void;
+  reject: (error: unknown) => void;
+}
+
+/** `Promise.withResolvers`, which Node 20 does not have. */
+function withResolvers<T>(): Resolvers<T> {
+  let resolve!: (value: T) => void;
+  let reject!: (error: unknown) => void;
+  const promise = new Promise<T>((onValue, onError) => {
+    resolve = onValue;
+    reject = onError;
+  });
+  return { promise, resolve, reject };
+}

@@ -1,0 +1,344 @@
+//! JavaScript objects as the engine's requests and options. This reads properties and refuses wrong types and unknown
+//! names; which values a field may have, and every default, is the engine's business.
+
+use napi::bindgen_prelude::{BigInt, FromNapiValue, JsObjectValue, Object, Uint32ArraySlice, Unknown};
+use napi::{JsString, JsValue, ValueType};
+use ns_llm::config::{MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
+use ns_llm::{
+    Device, EngineOptions, Message, Priority, Prompt, Request, SamplingOptions, ThreadPriority, WeightFormat,
+};
+
+use crate::error::{Result, from_napi, invalid, to_js};
+
+/// Largest integer that a JavaScript number holds exactly, 2^53 - 1.
+const MAX_SAFE_INTEGER: f64 = 9_007_199_254_740_991.0;
+
+/// Every name that [`read_request`] knows. Another name is most likely a typing error, and refused.
+const REQUEST_FIELDS: &[&str] = &[
+    "prompt",
+    "messages",
+    "tokens",
+    "maxTokens",
+    "temperature",
+    "topK",
+    "topP",
+    "minP",
+    "repetitionPenalty",
+    "presencePenalty",
+    "frequencyPenalty",
+    "logitBias",
+    "seed",
+    "stop",
+    "stopTokenIds",
+    "ignoreEos",
+    "n",
+    "logprobs",
+    "promptLogprobs",
+    "priority",
+    "timeoutMs",
+    "namespace",
+    "prefixCache",
+];
+
+/// Every name that [`read_engine_options`] knows.
+const ENGINE_FIELDS: &[&str] = &[
+    "model",
+    "device",
+    "weights",
+    "threads",
+    "threadPriority",
+    "contextTokens",
+    "kvBytes",
+    "blockTokens",
+    "maxRunningSequences",
+    "prefillBudgetTokens",
+    "mixedBudgetTokens",
+    "maxWaitingRequests",
+    "prefixCache",
+];
+
+/// One request from one plain object.
+pub(crate) fn read_request(object: &Object) -> Result<Request> {
+    let fields = Fields::of(object, REQUEST_FIELDS)?;
+    let mut request = match read_prompt(&fields)? {
+        Prompt::Text(text) => Request::prompt(text),
+        Prompt::Tokens(ids) => Request::tokens(ids),
+        Prompt::Chat(messages) => Request::chat(messages),
+    };
+    request.max_tokens = fields.integer("maxTokens")?.map(as_usize);
+    request.sampling = read_sampling(&fields)?;
+    request.stop = fields.strings("stop")?;
+    request.stop_token_ids = fields.token_ids("stopTokenIds")?.unwrap_or_default();
+    request.ignore_eos = fields.boolean("ignoreEos")?.unwrap_or(request.ignore_eos);
+    request.n = fields.integer("n")?.map_or(request.n, as_usize);
+    request.logprobs = fields.integer("logprobs")?.map(as_usize);
+    request.prompt_logprobs = fields.boolean("promptLogprobs")?.unwrap_or(request.prompt_logprobs);
+    request.priority = fields.one_of("priority", PRIORITIES)?.unwrap_or(request.priority);
+    request.timeout_ms = fields.integer("timeoutMs")?;
+    request.namespace = fields.string("namespace")?;
+    request.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(request.prefix_cache);
+    Ok(request)
+}
+
+/// The options of an engine from one plain object; `model` is a path.
+pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
+    let fields = Fields::of(object, ENGINE_FIELDS)?;
+    let model = fields.string("model")?.filter(|path| !path.is_empty() && !path.contains('\0'));
+    let model = model.ok_or_else(|| to_js(&invalid("model", "no path", "the path of a model folder")))?;
+    let mut options = EngineOptions::new(model);
+    options.device = fields.one_of("device", DEVICES)?.unwrap_or_default();
+    options.weights = fields.one_of("weights", WEIGHTS)?.unwrap_or_default();
+    options.threads = fields.integer("threads")?.map(as_usize);
+    options.thread_priority = fields.one_of("threadPriority", THREAD_PRIORITIES)?.unwrap_or_default();
+    options.context_tokens = fields.integer("contextTokens")?.map(as_usize);
+    options.kv_bytes = fields.integer("kvBytes")?;
+    for (name, size) in [
+        ("blockTokens", &mut options.block_tokens),
+        ("maxRunningSequences", &mut options.max_running_sequences),
+        ("prefillBudgetTokens", &mut options.prefill_budget_tokens),
+        ("mixedBudgetTokens", &mut options.mixed_budget_tokens),
+        ("maxWaitingRequests", &mut options.max_waiting_requests),
+    ] {
+        *size = fields.integer(name)?.map_or(*size, as_usize);
+    }
+    options.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(options.prefix_cache);
+    Ok(options)
+}
+
+const PRIORITIES: &[(&str, Priority)] =
+    &[("high", Priority::High), ("normal", Priority::Normal), ("background", Priority::Background)];
+const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
+const WEIGHTS: &[(&str, WeightFormat)] = &[
+    ("auto", WeightFormat::Auto),
+    ("f32", WeightFormat::F32),
+    ("bf16", WeightFormat::Bf16),
+    ("f16", WeightFormat::F16),
+];
+const THREAD_PRIORITIES: &[(&str, ThreadPriority)] =
+    &[("below-normal", ThreadPriority::BelowNormal), ("normal", ThreadPriority::Normal)];
+
+/// Exactly one of `prompt` (text), `messages` and `tokens`.
+fn read_prompt(fields: &Fields) -> Result<Prompt> {
+    let text = fields.string("prompt")?.map(Prompt::Text);
+    let chat = fields.messages("messages")?.map(Prompt::Chat);
+    let tokens = fields.token_ids("tokens")?.map(Prompt::Tokens);
+    let mut given = [text, chat, tokens].into_iter().flatten();
+    match (given.next(), given.next()) {
+        (Some(prompt), None) => Ok(prompt),
+        (None, _) => Err(to_js(&invalid("prompt", "not given", "a string, or `messages`, or `tokens`"))),
+        (Some(_), Some(_)) => {
+            Err(to_js(&invalid("prompt", "given twice", "only one of `prompt`, `messages` and `tokens`")))
+        }
+    }
+}
+
+fn read_sampling(fields: &Fields) -> Result<SamplingOptions> {
+    let mut sampling = SamplingOptions::default();
+    sampling.temperature = fields.number("temperature")?;
+    sampling.top_k = fields.u32("topK")?;
+    sampling.top_p = fields.number("topP")?;
+    sampling.min_p = fields.number("minP")?;
+    sampling.repetition_penalty = fields.number("repetitionPenalty")?;
+    sampling.presence_penalty = fields.number("presencePenalty")?;
+    sampling.frequency_penalty = fields.number("frequencyPenalty")?;
+    sampling.logit_bias = fields.logit_bias("logitBias")?;
+    sampling.seed = fields.seed("seed")?;
+    Ok(sampling)
+}
+
+/// A count that is beyond the engine's limits anyway keeps being so.
+fn as_usize(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// The properties of one object, read by name and type. `undefined` and `null` mean: not given.
+struct Fields<'a, 'env>(&'a Object<'env>);
+
+impl<'a, 'env> Fields<'a, 'env> {
+    fn of(object: &'a Object<'env>, known: &[&str]) -> Result<Self> {
+        for name in Object::keys(object).map_err(from_napi)? {
+            if !known.contains(&name.as_str()) {
+                return Err(to_js(&invalid("option", format!("\"{name}\""), &format!("one of {}", known.join(", ")))));
+            }
+        }
+        Ok(Fields(object))
+    }
+
+    fn get(&self, name: &'static str) -> Result<Option<Unknown<'env>>> {
+        let value = self.0.get::<Unknown>(name).map_err(from_napi)?;
+        Ok(value.filter(|value| !matches!(value.get_type(), Ok(ValueType::Undefined | ValueType::Null))))
+    }
+
+    fn boolean(&self, name: &'static str) -> Result<Option<bool>> {
+        self.get(name)?.map(|value| cast(name, value, ValueType::Boolean, "true or false")).transpose()
+    }
+
+    fn double(&self, name: &'static str) -> Result<Option<f64>> {
+        self.get(name)?.map(|value| cast(name, value, ValueType::Number, "a number")).transpose()
+    }
+
+    fn number(&self, name: &'static str) -> Result<Option<f32>> {
+        Ok(self.double(name)?.map(|value| value as f32))
+    }
+
+    fn integer(&self, name: &'static str) -> Result<Option<u64>> {
+        self.double(name)?.map(|value| integer(name, value, MAX_SAFE_INTEGER)).transpose()
+    }
+
+    fn u32(&self, name: &'static str) -> Result<Option<u32>> {
+        let value = self.double(name)?.map(|value| integer(name, value, f64::from(u32::MAX))).transpose()?;
+        Ok(value.map(|value| value as u32))
+    }
+
+    fn string(&self, name: &'static str) -> Result<Option<String>> {
+        self.get(name)?.map(|value| read_text(name, value)).transpose()
+    }
+
+    /// A string or an array of strings.
+    fn strings(&self, name: &'static str) -> Result<Vec<String>> {
+        let Some(value) = self.get(name)? else { return Ok(Vec::new()) };
+        if matches!(value.get_type(), Ok(ValueType::String)) {
+            return Ok(vec![read_text(name, value)?]);
+        }
+        elements(name, value, MAX_STOP_STRINGS, "a string or an array of strings")?
+            .into_iter()
+            .map(|element| read_text(name, element))
+            .collect()
+    }
+
+    /// A copy of a `Uint32Array`, so that the caller may change or transfer it at once.
+    fn token_ids(&self, name: &'static str) -> Result<Option<Vec<u32>>> {
+        let Some(value) = self.get(name)? else { return Ok(None) };
+        let described = type_name(&value);
+        let ids = Uint32ArraySlice::from_unknown(value);
+        let ids = ids.map_err(|_| to_js(&invalid(name, described, "an array of token ids")))?;
+        if ids.len() > MAX_PROMPT_BYTES / 4 {
+            let limit = format!("at most {} ids", MAX_PROMPT_BYTES / 4);
+            return Err(to_js(&invalid(name, format!("{} ids long", ids.len()), &limit)));
+        }
+        Ok(Some(ids.to_vec()))
+    }
+
+    fn messages(&self, name: &'static str) -> Result<Option<Vec<Message>>> {
+        let Some(value) = self.get(name)? else { return Ok(None) };
+        let expected = "an array of { role, content }";
+        let messages = elements(name, value, MAX_MESSAGES, expected)?;
+        messages.into_iter().map(|value| message(name, value, expected)).collect::<Result<_>>().map(Some)
+    }
+
+    /// An object whose keys are token ids.
+    fn logit_bias(&self, name: &'static str) -> Result<Vec<(u32, f32)>> {
+        let Some(value) = self.get(name)? else { return Ok(Vec::new()) };
+        let object = object(name, value, "an object from token ids to numbers")?;
+        let keys = Object::keys(&object).map_err(from_napi)?;
+        if keys.len() > MAX_LOGIT_BIAS {
+            let limit = format!("at most {MAX_LOGIT_BIAS} entries");
+            return Err(to_js(&invalid(name, format!("{} entries long", keys.len()), &limit)));
+        }
+        keys.iter().map(|key| bias(name, &object, key)).collect()
+    }
+
+    /// A seed has 64 bits, so it may also be a bigint.
+    fn seed(&self, name: &'static str) -> Result<Option<u64>> {
+        let Some(value) = self.get(name)? else { return Ok(None) };
+        if !matches!(value.get_type(), Ok(ValueType::BigInt)) {
+            return self.integer(name);
+        }
+        let (negative, seed, lossless) = BigInt::from_unknown(value).map_err(from_napi)?.get_u64();
+        if negative || !lossless {
+            return Err(to_js(&invalid(name, "a bigint beyond 64 bits", "0 to 2^64 - 1")));
+        }
+        Ok(Some(seed))
+    }
+
+    fn one_of<T: Copy>(&self, name: &'static str, choices: &[(&str, T)]) -> Result<Option<T>> {
+        let Some(value) = self.string(name)? else { return Ok(None) };
+        if let Some(&(_, choice)) = choices.iter().find(|(text, _)| *text == value) {
+            return Ok(Some(choice));
+        }
+        let names: Vec<_> = choices.iter().map(|(text, _)| format!("\"{text}\"")).collect();
+        Err(to_js(&invalid(name, format!("\"{}\"", shortened(&value)), &format!("one of {}", names.join(", ")))))
+    }
+}
+
+fn message(name: &'static str, value: Unknown, expected: &str) -> Result<Message> {
+    let value = object(name, value, expected)?;
+    let part = |key: &'static str| -> Result<String> {
+        let part = value.get::<Unknown>(key).map_err(from_napi)?;
+        let part = part.ok_or_else(|| to_js(&invalid(name, format!("without a {key}"), expected)))?;
+        read_text(if key == "role" { "messages[].role" } else { "messages[].content" }, part)
+    };
+    Ok(Message::new(part("role")?, part("content")?))
+}
+
+fn bias(name: &'static str, object: &Object, key: &str) -> Result<(u32, f32)> {
+    let id = key.parse().map_err(|_| {
+        to_js(&invalid(
+            name,
+            format!("an object with the key \"{}\"", shortened(key)),
+            "an object whose keys are token ids",
+        ))
+    })?;
+    let value = object.get::<Unknown>(key).map_err(from_napi)?;
+    let value = value.ok_or_else(|| to_js(&invalid(name, "undefined", "a number for each token id")))?;
+    let value: f64 = cast(name, value, ValueType::Number, "a number for each token id")?;
+    Ok((id, value as f32))
+}
+
+/// An integer that `value` stands for exactly.
+fn integer(name: &'static str, value: f64, max: f64) -> Result<u64> {
+    // NaN is in no range.
+    if (0.0..=max).contains(&value) && value.fract() == 0.0 {
+        return Ok(value as u64);
+    }
+    Err(to_js(&invalid(name, value.to_string(), &format!("an integer from 0 to {max}"))))
+}
+
+/// A string. One that is too long for any prompt is refused before it is copied: UTF-8 is never shorter than UTF-16.
+pub(crate) fn read_text(name: &'static str, value: Unknown) -> Result<String> {
+    let text: JsString = cast(name, value, ValueType::String, "a string")?;
+    let len = text.utf16_len().map_err(from_napi)?;
+    if len > MAX_PROMPT_BYTES {
+        let limit = format!("at most {MAX_PROMPT_BYTES} bytes");
+        return Err(to_js(&invalid(name, format!("{len} characters long"), &limit)));
+    }
+    text.into_utf8().and_then(|text| text.into_owned()).map_err(from_napi)
+}
+
+fn object<'env>(name: &'static str, value: Unknown<'env>, expected: &str) -> Result<Object<'env>> {
+    cast(name, value, ValueType::Object, expected)
+}
+
+/// The elements of an array of at most `max`.
+fn elements<'env>(name: &'static str, value: Unknown<'env>, max: usize, expected: &str) -> Result<Vec<Unknown<'env>>> {
+    let array = object(name, value, expected)?;
+    if !array.is_array().map_err(from_napi)? {
+        return Err(to_js(&invalid(name, "an object", expected)));
+    }
+    let len = array.get_array_length().map_err(from_napi)?;
+    if len as usize > max {
+        return Err(to_js(&invalid(name, format!("{len} entries long"), &format!("at most {max} entries"))));
+    }
+    (0..len).map(|index| array.get_element(index).map_err(from_napi)).collect()
+}
+
+fn cast<T: FromNapiValue>(name: &'static str, value: Unknown, wanted: ValueType, expected: &str) -> Result<T> {
+    if value.get_type().map_err(from_napi)? != wanted {
+        return Err(to_js(&invalid(name, type_name(&value), expected)));
+    }
+    T::from_unknown(value).map_err(from_napi)
+}
+
+/// What a value is, for a message.
+fn type_name(value: &Unknown) -> String {
+    match value.get_type() {
+        Ok(ValueType::Object) => "an object".into(),
+        Ok(other) => format!("a {}", other.to_string().to_lowercase()),
+        Err(_) => "not readable".into(),
+    }
+}
+
+/// The start of a text, for a message.
+fn shortened(text: &str) -> String {
+    text.chars().take(40).collect()
+}

@@ -1,0 +1,142 @@
+//! Counters, times and sizes as JavaScript sees them: the same names in camel case. 64-bit counts become numbers, which
+//! are exact up to 2^53.
+
+use napi_derive::napi;
+
+/// What an engine has done and is doing. Counters only grow.
+#[napi(object, object_from_js = false)]
+pub struct Stats {
+    /// Sequences that are being computed.
+    pub num_requests_running: f64,
+    /// Sequences that wait.
+    pub num_requests_waiting: f64,
+    /// Blocks of the KV pool.
+    pub kv_blocks_total: f64,
+    /// Blocks that live sequences hold.
+    pub kv_blocks_used: f64,
+    /// Blocks that hold KV for later, and are given away when needed.
+    pub kv_blocks_cached: f64,
+    /// Blocks that hold nothing.
+    pub kv_blocks_free: f64,
+    /// Requests admitted.
+    pub requests_total: f64,
+    /// Requests that ended by themselves.
+    pub requests_finished: f64,
+    /// Requests that were cancelled.
+    pub requests_cancelled: f64,
+    /// Requests that ended with an error, at admission or later.
+    pub requests_failed: f64,
+    /// Prompt tokens of admitted requests.
+    pub prompt_tokens_total: f64,
+    /// Prompt tokens that the prefix cache was asked for.
+    pub prefix_cache_queries_total: f64,
+    /// Prompt tokens that it had.
+    pub prefix_cache_hits_total: f64,
+    /// Tokens produced.
+    pub generation_tokens_total: f64,
+    /// Tokens computed, those of preempted sequences again.
+    pub computed_tokens_total: f64,
+    /// Sequences that lost their blocks and were computed again.
+    pub preemptions_total: f64,
+    /// Steps run.
+    pub steps_total: f64,
+    /// Milliseconds since the engine was opened.
+    pub uptime_ms: f64,
+}
+
+impl From<ns_llm::Stats> for Stats {
+    fn from(stats: ns_llm::Stats) -> Self {
+        Stats {
+            num_requests_running: stats.num_requests_running as f64,
+            num_requests_waiting: stats.num_requests_waiting as f64,
+            kv_blocks_total: stats.kv_blocks_total as f64,
+            kv_blocks_used: stats.kv_blocks_used as f64,
+            kv_blocks_cached: stats.kv_blocks_cached as f64,
+            kv_blocks_free: stats.kv_blocks_free as f64,
+            requests_total: stats.requests_total as f64,
+            requests_finished: stats.requests_finished as f64,
+            requests_cancelled: stats.requests_cancelled as f64,
+            requests_failed: stats.requests_failed as f64,
+            prompt_tokens_total: stats.prompt_tokens_total as f64,
+            prefix_cache_queries_total: stats.prefix_cache_queries_total as f64,
+            prefix_cache_hits_total: stats.prefix_cache_hits_total as f64,
+            generation_tokens_total: stats.generation_tokens_total as f64,
+            computed_tokens_total: stats.computed_tokens_total as f64,
+            preemptions_total: stats.preemptions_total as f64,
+            steps_total: stats.steps_total as f64,
+            uptime_ms: stats.uptime_ms as f64,
+        }
+    }
+}
+
+/// Bytes that an engine holds outside JavaScript's heap.
+#[napi(object, object_from_js = false)]
+pub struct MemoryUse {
+    /// Packed weights.
+    pub weights_bytes: f64,
+    /// The KV pool, as reserved.
+    pub kv_reserved_bytes: f64,
+    /// The part of it that live sequences hold.
+    pub kv_used_bytes: f64,
+    /// The part of it that is kept for later.
+    pub kv_cached_bytes: f64,
+}
+
+impl From<ns_llm::MemoryUse> for MemoryUse {
+    fn from(memory: ns_llm::MemoryUse) -> Self {
+        MemoryUse {
+            weights_bytes: memory.weights_bytes as f64,
+            kv_reserved_bytes: memory.kv_reserved_bytes as f64,
+            kv_used_bytes: memory.kv_used_bytes as f64,
+            kv_cached_bytes: memory.kv_cached_bytes as f64,
+        }
+    }
+}
+
+/// What is loaded, and how it is run.
+#[napi(object, object_from_js = false)]
+pub struct ModelInfo {
+    /// Last component of the model's path.
+    pub name: String,
+    /// As in `config.json`, such as `Qwen3ForCausalLM`.
+    pub architecture: String,
+    /// Numbers in all weights.
+    pub num_parameters: f64,
+    /// Entries of the vocabulary.
+    pub vocab_size: f64,
+    /// Longest sequence of this engine, tokens.
+    pub context_tokens: f64,
+    /// Whether messages can be rendered.
+    pub has_chat_template: bool,
+    /// How the weights are kept: "f32", "bf16", "f16".
+    pub weights: String,
+    /// How keys and values are kept: "f32", "f16".
+    pub kv_dtype: String,
+    /// Device kind: "cpu" or "cuda".
+    pub device: String,
+    /// Instruction set in use: "avx512bf16", "avx512", "avx2", "portable".
+    pub isa: String,
+    /// Compute threads.
+    pub threads: f64,
+    /// Milliseconds that opening took.
+    pub load_ms: f64,
+}
+
+impl From<&ns_llm::ModelInfo> for ModelInfo {
+    fn from(info: &ns_llm::ModelInfo) -> Self {
+        ModelInfo {
+            name: info.name.clone(),
+            architecture: info.architecture.clone(),
+            num_parameters: info.num_parameters as f64,
+            vocab_size: info.vocab_size as f64,
+            context_tokens: info.context_tokens as f64,
+            has_chat_template: info.has_chat_template,
+            weights: info.weights.to_string(),
+            kv_dtype: info.kv_dtype.to_string(),
+            device: info.device.to_string(),
+            isa: info.isa.to_string(),
+            threads: info.threads as f64,
+            load_ms: info.load_ms,
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The reading end of one request. JavaScript asks for what is next and gets everything that is ready at once.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use napi::Env;
+use napi::bindgen_prelude::{BigInt, Either, PromiseRaw};
+use napi_derive::napi;
+use ns_llm::{Canceller, Error, Event, RequestStream};
+
+use crate::error::{Result, from_napi};
+
+/// Events that one promise brings at most: a reader that comes late shares the event loop with the others.
+const MAX_EVENTS_PER_BATCH: usize = 1_024;
+
+/// Largest integer that a JavaScript number holds exactly, 2^53 - 1.
+const MAX_SAFE_INTEGER: u64 = (1 << 53) - 1;
+
+/// A submitted request. Dropping it cancels the request.
+#[napi]
+pub struct NativeStream {
+    reader: Rc<RefCell<Reader>>,
+    canceller: Canceller,
+}
+
+struct Reader {
+    events: RequestStream,
+    /// An error that came after events of the same batch; it is the next thing to report.
+    error: Option<Error>,
+}
+
+#[napi]
+impl NativeStream {
+    pub(crate) fn new(events: RequestStream) -> Self {
+        let canceller = events.canceller();
+        NativeStream { reader: Rc::new(RefCell::new(Reader { events, error: None })), canceller }
+    }
+
+    /// All events that are ready, once there is one; `null` after the last.
+    #[napi(catch_unwind)]
+    pub fn next<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, Option<Vec<NativeEvent>>>> {
+        let reader = Rc::clone(&self.reader);
+        crate::event_loop::promise(env, move |_, cx| reader.borrow_mut().poll_batch(cx)).map_err(from_napi)
+    }
+
+    /// All events to the end, in one promise: nothing of them enters JavaScript before.
+    #[napi(catch_unwind)]
+    pub fn rest<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, Vec<NativeEvent>>> {
+        let reader = Rc::clone(&self.reader);
+        let mut events = Vec::new();
+        let poll = move |_: &Env, cx: &mut Context<'_>| reader.borrow_mut().poll_rest(cx, &mut events);
+        crate::event_loop::promise(env, poll).map_err(from_napi)
+    }
+
+    /// Asks for the end: the next promise rejects with `cancelled` within one step.
+    #[napi(catch_unwind)]
+    pub fn cancel(&self) {
+        self.canceller.cancel();
+    }
+}
+
+impl Reader {
+    fn poll_batch(&mut self, cx: &mut Context<'_>) -> Poll<ns_llm::Result<Option<Vec<NativeEvent>>>> {
+        if let Some(error) = self.error.take() {
+            return Poll::Ready(Err(error));
+        }
+        let mut batch = Vec::new();
+        while batch.len() < MAX_EVENTS_PER_BATCH {
+            match self.events.poll_next(cx) {
+                Poll::Ready(Some(Ok(event))) => batch.extend(NativeEvent::of(event)),
+                Poll::Ready(Some(Err(error))) if batch.is_empty() => return Poll::Ready(Err(error)),
+                Poll::Ready(Some(Err(error))) => {
+                    self.error = Some(error);
+                    break;
+                }
+                Poll::Ready(None) if batch.is_empty() => return Poll::Ready(Ok(None)),
+                Poll::Pending if batch.is_empty() => return Poll::Pending,
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        Poll::Ready(Ok(Some(batch)))
+    }
+
+    fn poll_rest(
+        &mut self,
+        cx: &mut Context<'_>,
+        events: &mut Vec<NativeEvent>,
+    ) -> Poll<ns_llm::Result<Vec<NativeEvent>>> {
+        loop {
+            match self.poll_batch(cx) {
+                Poll::Ready(Ok(Some(batch))) => events.extend(batch),
+                Poll::Ready(Ok(None)) => return Poll::Ready(Ok(std::mem::take(events))),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+}
+
+/// Something new about a request; exactly one of the fields is set.
+#[napi(object, object_from_js = false)]
+#[derive(Default)]
+pub struct NativeEvent {
+    /// New tokens and text of one choice.
+    pub delta: Option<NativeDelta>,
+    /// One choice has ended.
+    pub finished: Option<NativeFinished>,
+    /// All choices have ended.
+    pub done: Option<NativeSummary>,
+}
+
+impl NativeEvent {
+    /// `None` for a kind of event that this face does not know yet.
+    fn of(event: Event) -> Option<Self> {
+        let event = match event {
+            Event::Delta(delta) => NativeEvent { delta: Some(delta.into()), ..Self::default() },
+            Event::Finished { choice, reason } => {
+                let finished = NativeFinished { choice: choice as u32, reason: reason.as_str().to_string() };
+                NativeEvent { finished: Some(finished), ..Self::default() }
+            }
+            Event::Done(summary) => NativeEvent { done: Some(summary.into()), ..Self::default() },
+            _ => return None,
+        };
+        Some(event)
+    }
+}
+
+/// New tokens of one choice and the text they complete.
+#[napi(object, object_from_js = false)]
+pub struct NativeDelta {
+    /// Which choice, from 0.
+    pub choice: u32,
+    /// New text.
+    pub text: String,
+    /// New tokens.
+    pub token_ids: Vec<u32>,
+    /// One entry per token; empty when not asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+}
+
+impl From<ns_llm::Delta> for NativeDelta {
+    fn from(delta: ns_llm::Delta) -> Self {
+        NativeDelta {
+            choice: delta.choice as u32,
+            text: delta.text,
+            token_ids: delta.token_ids,
+            logprobs: delta.logprobs.iter().map(TokenLogprobs::from).collect(),
+        }
+    }
+}
+
+/// Which choice ended, and why.
+#[napi(object, object_from_js = false)]
+pub struct NativeFinished {
+    /// Which choice, from 0.
+    pub choice: u32,
+    /// Why it ended.
+    #[napi(ts_type = "'stop' | 'length'")]
+    pub reason: String,
+}
+
+/// A token and the natural logarithm of its probability under the model.
+#[napi(object, object_from_js = false)]
+pub struct Logprob {
+    /// The token.
+    pub token_id: u32,
+    /// Its log-probability.
+    pub logprob: f64,
+}
+
+impl From<&ns_llm::Logprob> for Logprob {
+    fn from(logprob: &ns_llm::Logprob) -> Self {
+        Logprob { token_id: logprob.token_id, logprob: f64::from(logprob.logprob) }
+    }
+}
+
+/// Logprob of a chosen token, and of the most likely ones at its position.
+#[napi(object, object_from_js = false)]
+pub struct TokenLogprobs {
+    /// The token that was chosen (or was given, in a prompt).
+    pub chosen: Logprob,
+    /// The most likely tokens, best first; as many as were asked for.
+    pub top: Vec<Logprob>,
+}
+
+impl From<&ns_llm::TokenLogprobs> for TokenLogprobs {
+    fn from(logprobs: &ns_llm::TokenLogprobs) -> Self {
+        TokenLogprobs { chosen: (&logprobs.chosen).into(), top: logprobs.top.iter().map(Logprob::from).collect() }
+    }
+}
+
+/// Token counts of a request.
+#[napi(object, object_from_js = false)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: f64,
+    /// Tokens of all answers, stop tokens included.
+    pub completion_tokens: f64,
+    /// Tokens of the prompt whose KV was found in the cache (of the first choice).
+    pub cached_tokens: f64,
+    /// How often a sequence of this request was preempted.
+    pub preemptions: f64,
+}
+
+/// Times of a request, milliseconds.
+#[napi(object, object_from_js = false)]
+pub struct Timings {
+    /// From submission to the first step that computed it.
+    pub queue_ms: f64,
+    /// From that step to the first token.
+    pub prompt_ms: f64,
+    /// From submission to the first token.
+    pub first_token_ms: f64,
+    /// From the first token to the last.
+    pub decode_ms: f64,
+    /// From submission to the end.
+    pub total_ms: f64,
+}
+
+/// Counts and times of a finished request.
+#[napi(object, object_from_js = false)]
+pub struct NativeSummary {
+    /// Token counts.
+    pub usage: Usage,
+    /// Times.
+    pub timings: Timings,
+    /// The seed that was used: a number when that is exact, else a bigint.
+    pub seed: Either<f64, BigInt>,
+    /// For each prompt token from the second on; empty when not asked for.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+impl From<ns_llm::Summary> for NativeSummary {
+    fn from(summary: ns_llm::Summary) -> Self {
+        let (usage, timings, seed) = (summary.usage, summary.timings, summary.seed);
+        NativeSummary {
+            usage: Usage {
+                prompt_tokens: usage.prompt_tokens as f64,
+                completion_tokens: usage.completion_tokens as f64,
+                cached_tokens: usage.cached_tokens as f64,
+                preemptions: usage.preemptions as f64,
+            },
+            timings: Timings {
+                queue_ms: timings.queue_ms,
+                prompt_ms: timings.prompt_ms,
+                first_token_ms: timings.first_token_ms,
+                decode_ms: timings.decode_ms,
+                total_ms: timings.total_ms,
+            },
+            seed: if seed <= MAX_SAFE_INTEGER { Either::A(seed as f64) } else { Either::B(BigInt::from(seed)) },
+            prompt_logprobs: summary.prompt_logprobs.iter().map(TokenLogprobs::from).collect(),
+        }
+    }
+}

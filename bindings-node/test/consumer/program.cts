@@ -1,0 +1,10 @@
+/** A user's program, compiled but never run: the types of the package as `require` sees them. */
+
+import llm = require('ns-llm');
+
+export async function tell(): Promise<string> {
+  const engine: llm.Engine = await llm.Engine.open();
+  const { text, finishReason }: llm.Completion = await engine.generate('Once upon a time');
+  await engine.close();
+  return finishReason === 'stop' ? text : '';
+}

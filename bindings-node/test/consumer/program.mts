@@ -1,0 +1,43 @@
+/** A user's program, compiled but never run: the types of the package as `import` sees them. */
+
+import { AbortError, Engine, NsLlmError, type Chunk, type Completion, type GenerateOptions } from 'ns-llm';
+
+export async function tell(signal: AbortSignal): Promise<string> {
+  await using engine = await Engine.open('models/demo', {
+    threads: 2,
+    signal,
+    onProgress: ({ fraction }) => fraction.toFixed(2),
+  });
+  const options: GenerateOptions = { maxTokens: 64, seed: 1n, stop: ['.'], logitBias: { 5: -100 }, signal };
+  const { text, usage, timings, logprobs }: Completion = await engine.generate('Once upon a time', options);
+  const total: number = usage.promptTokens + timings.totalMs + (logprobs?.[0]?.top[0]?.logprob ?? 0);
+  const stream = engine.stream({ messages: [{ role: 'user', content: 'Hello' }] }, { temperature: 0.7, n: 2 });
+  for await (const chunk of stream) {
+    const { choice, text: piece, tokenIds }: Chunk = chunk;
+    tokenIds.push(choice, piece.length);
+  }
+  const seed: number | bigint = (await stream.result).seed;
+  const blocks: number = engine.stats().kvBlocksUsed + engine.memory().weightsBytes + engine.info.vocabSize;
+  await engine.generate({ tokens: await engine.tokenize('a', { addSpecial: false }) }, { seed });
+  return `${text} ${total} ${blocks}`;
+}
+
+export function explain(error: unknown): string {
+  if (error instanceof AbortError) {
+    return String(error.cause);
+  }
+  return error instanceof NsLlmError && error.code === 'overloaded' ? 'try later' : 'unknown';
+}
+
+export async function refused(engine: Engine): Promise<void> {
+  // @ts-expect-error: a misspelt option
+  await engine.generate('Once', { maxToken: 5 });
+  // @ts-expect-error: a wrong type
+  await engine.generate('Once', { temperature: '0' });
+  // @ts-expect-error: not a prompt
+  engine.stream(5);
+  // @ts-expect-error: an engine is made by Engine.open()
+  new Engine();
+  // @ts-expect-error: not one of the forms
+  await Engine.open('models/demo', { weights: 'q4' });
+}

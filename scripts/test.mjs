@@ -1,0 +1,77 @@
+// `npm test`: every test there is, each suite after the other even when one fails: Rust (unit, integration, doctests and
+// the C programs of the ffi crate, all through cargo), then Node. The last line is the sum over all runners; the exit code
+// is 0 only when every suite ran to its end and nothing failed.
+
+import { readdirSync } from 'node:fs';
+import { join } from 'node:path';
+
+import { build } from './build.mjs';
+import { ROOT, run } from './process.mjs';
+
+const NODE_TESTS = join(ROOT, 'bindings-node', 'dist', 'test');
+
+const total = { passed: 0, failed: 0, skipped: 0 };
+for (const suite of [rustTests, nodeTests]) {
+  const { passed, failed, skipped } = await suite();
+  total.passed += passed;
+  total.failed += failed;
+  total.skipped += skipped;
+}
+if (total.passed === 0) {
+  console.error('no test ran');
+  process.exitCode = 1;
+}
+if (total.failed > 0) {
+  process.exitCode = 1;
+}
+console.log(`\n${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
+
+async function rustTests() {
+  title('Rust and C: cargo test --workspace');
+  const counts = { passed: 0, failed: 0, skipped: 0 };
+  const onLine = (line) => {
+    const match = /^test result: \S+ (\d+) passed; (\d+) failed; (\d+) ignored;/.exec(line);
+    if (match) {
+      counts.passed += Number(match[1]);
+      counts.failed += Number(match[2]);
+      counts.skipped += Number(match[3]);
+    }
+  };
+  const code = await run('cargo', ['test', '--workspace', '--no-fail-fast'], { onLine });
+  return atLeastOneFailure(counts, code);
+}
+
+async function nodeTests() {
+  title('Node: node --test');
+  const counts = { passed: 0, failed: 0, skipped: 0 };
+  try {
+    await build();
+  } catch (error) {
+    console.error(`build failed: ${error.message}`);
+    return atLeastOneFailure(counts, 1);
+  }
+  const fields = { pass: 'passed', fail: 'failed', cancelled: 'failed', skipped: 'skipped', todo: 'skipped' };
+  const onLine = (line) => {
+    const match = /^[ℹ#] (pass|fail|cancelled|skipped|todo) (\d+)$/.exec(line);
+    if (match) {
+      counts[fields[match[1]]] += Number(match[2]);
+    }
+  };
+  const code = await run(process.execPath, ['--test', '--test-reporter=spec', ...nodeTestFiles()], { onLine });
+  return atLeastOneFailure(counts, code);
+}
+
+/** Compiled tests whose source is still there. */
+function nodeTestFiles() {
+  const sources = readdirSync(join(ROOT, 'bindings-node', 'test')).filter((name) => /\.test\.m?ts$/.test(name));
+  return sources.map((name) => join(NODE_TESTS, name.replace(/ts$/, 'js')));
+}
+
+/** A suite that fails without a failed test (it did not build, crashed, or could not start) counts as one. */
+function atLeastOneFailure(counts, code) {
+  return code !== 0 && counts.failed === 0 ? { ...counts, failed: 1 } : counts;
+}
+
+function title(text) {
+  console.log(`\n== ${text}\n`);
+}
