@@ -173,6 +173,8 @@ typedef enum ns_llm_status {
     NS_LLM_TOKENIZER = 105,
     /** Messages were given, but the model has no chat template. */
     NS_LLM_NO_CHAT_TEMPLATE = 106,
+    /** The model is not made for what was asked, such as writing text with an embedding model. */
+    NS_LLM_NOT_SUPPORTED = 107,
     /** The caller cancelled. */
     NS_LLM_CANCELLED = 200,
     /** The request did not end within its timeout. */
@@ -183,6 +185,8 @@ typedef enum ns_llm_status {
     NS_LLM_CLOSED = 203,
     /** A defect of this library. The process is unharmed; free the engine and open a new one. */
     NS_LLM_INTERNAL = 204,
+    /** The model computed a vector that is not finite. Only this request ended. */
+    NS_LLM_NON_FINITE_EMBEDDING = 205,
     /** A file or folder could not be read. */
     NS_LLM_IO = 300,
     /** A file that the model needs is not there. */

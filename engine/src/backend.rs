@@ -28,6 +28,17 @@ pub struct AttentionShape {
     pub sliding_window_tokens: Option<usize>,
 }
 
+/// How the final states of a sequence's tokens become one vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their mean (Reimers & Gurevych 2019, arXiv:1908.10084).
+    Mean,
+    /// That of the first token (BERT's `[CLS]`).
+    First,
+    /// That of the last token.
+    Last,
+}
+
 /// Sizes of the KV blocks of all layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
@@ -158,6 +169,8 @@ pub trait Backend: Sized + Send + 'static {
     fn embed(&self, embedding: &Self::Linear, batch: &Batch) -> Result<Self::Rows>;
     /// `x / rms(x) * weight` of each row (Zhang & Sennrich 2019, arXiv:1910.07467).
     fn rms_norm(&self, hidden: &Self::Rows, norm: &Self::Norm) -> Result<Self::Operand>;
+    /// The same in f32, for results that no product reads.
+    fn rms_norm_rows(&self, hidden: &Self::Rows, norm: &Self::Norm) -> Result<Self::Rows>;
     /// `x W^T + bias`: `[rows, out]`.
     fn linear(&self, x: &Self::Operand, weight: &Self::Linear) -> Result<Self::Rows>;
     /// `hidden += x W^T + bias`.
@@ -165,8 +178,8 @@ pub trait Backend: Sized + Send + 'static {
     /// `silu(x W_gate^T) * (x W_up^T)`: `[rows, intermediate]` (Shazeer 2020, arXiv:2002.05202).
     fn linear_swiglu(&self, x: &Self::Operand, gate_up: &Self::Linear) -> Result<Self::Operand>;
     /// Splits `qkv` `[tokens, (heads + 2 kv_heads) * head_dim]`; normalises each head of q and k where the model does
-    /// (Qwen3); rotates q and k; stores k and v into the batch's slots of this layer. Returns q
-    /// `[tokens, heads * head_dim]`.
+    /// (Qwen3); rotates q and k; stores k and v into the batch's slots of this layer (of the only layer that `kv` has,
+    /// where whole sequences are encoded). Returns q `[tokens, heads * head_dim]`.
     fn rope_and_store(
         &self,
         qkv: Self::Rows,
@@ -191,6 +204,9 @@ pub trait Backend: Sized + Send + 'static {
     fn sample(&self, x: &Self::Operand, output: &Self::Linear, outputs: &[OutputRow]) -> Result<Vec<Sampled>>;
     /// Logits `[rows, vocab_size]`, read back: for tests and evaluation only.
     fn read_logits(&self, x: &Self::Operand, output: &Self::Linear) -> Result<Vec<f32>>;
+    /// One vector `[width]` per sequence of the batch from the rows of `hidden` `[tokens, width]` that are its own, read
+    /// back.
+    fn pool(&self, hidden: &Self::Rows, batch: &Batch, pooling: Pooling) -> Result<Vec<Vec<f32>>>;
     /// Copies blocks in all layers.
     fn copy_blocks(&self, kv: &mut Self::Kv, copies: &[BlockCopy]) -> Result<()>;
 }

@@ -139,6 +139,24 @@ impl Batch {
         batch
     }
 
+    /// Whole sequences, one behind the other, over blocks that are theirs for this step alone: block 0 is the first of the
+    /// first sequence. No row reaches the output matrix.
+    pub fn whole_sequences<'a>(sequences: impl Iterator<Item = (SeqId, &'a [u32])>, block_tokens: usize) -> Batch {
+        let mut batch = Batch::default();
+        for (seq, tokens) in sequences {
+            let rows = batch.token_ids.len()..batch.token_ids.len() + tokens.len();
+            let first_block = batch.block_tables.len();
+            let blocks = first_block..first_block + tokens.len().div_ceil(block_tokens);
+            batch.token_ids.extend_from_slice(tokens);
+            batch.positions.extend((0..tokens.len()).map(index32));
+            batch.slots.extend((0..tokens.len()).map(|position| index32(first_block * block_tokens + position)));
+            batch.block_tables.extend(blocks.clone().map(|block| BlockId(index32(block))));
+            let (namespace, context_tokens) = (NamespaceKey::default(), tokens.len());
+            batch.sequences.push(BatchSequence { seq, namespace, rows, context_tokens, blocks });
+        }
+        batch
+    }
+
     fn push_rows(&mut self, chunk: &Chunk, sequence: &Sequence, block_tokens: usize) {
         let rows = self.token_ids.len()..self.token_ids.len() + chunk.positions.len();
         match chunk.feedback {

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use crate::config::MAX_PENDING_PROMPT_BYTES;
+use crate::embedding::EmbeddingRequest;
 use crate::error::{Error, Result};
 use crate::request::{Prompt, Request};
-use crate::sequence::SequenceSpec;
+use crate::sequence::{EncodeSpec, SequenceSpec};
 use crate::stream::EventSender;
 use crate::tokenizer::StopStrings;
 
@@ -28,10 +29,30 @@ pub(crate) enum Command {
     Close,
 }
 
+/// What a user asks for.
+pub(crate) enum Work {
+    Generate(Request),
+    Embed(EmbeddingRequest),
+}
+
+impl Work {
+    /// Bytes of its prompts.
+    fn prompt_bytes(&self) -> usize {
+        match self {
+            Work::Embed(request) => request.input_bytes(),
+            Work::Generate(request) => match &request.prompt {
+                Prompt::Text(text) => text.len(),
+                Prompt::Tokens(ids) => size_of_val(ids.as_slice()),
+                Prompt::Chat(messages) => messages.iter().map(|m| m.role.len() + m.content.len()).sum(),
+            },
+        }
+    }
+}
+
 /// A request on its way in.
 pub(crate) struct Submission {
     pub(crate) id: RequestId,
-    pub(crate) request: Request,
+    pub(crate) work: Work,
     pub(crate) sender: EventSender,
     pub(crate) submitted: Instant,
     pub(crate) slot: PendingSlot,
@@ -40,13 +61,34 @@ pub(crate) struct Submission {
 /// A request that the scheduler can take.
 pub(crate) struct Prepared {
     pub(crate) id: RequestId,
-    /// One per choice.
-    pub(crate) specs: Vec<SequenceSpec>,
-    pub(crate) stop: StopStrings,
-    pub(crate) seed: u64,
+    pub(crate) work: PreparedWork,
     pub(crate) sender: EventSender,
     pub(crate) submitted: Instant,
     pub(crate) slot: PendingSlot,
+}
+
+/// The sequences of a request.
+pub(crate) enum PreparedWork {
+    /// One per choice.
+    Generate { specs: Vec<SequenceSpec>, stop: StopStrings, seed: u64 },
+    /// One per input.
+    Embed(Vec<PreparedInput>, VectorForm),
+}
+
+/// One input of an embedding request.
+pub(crate) struct PreparedInput {
+    pub(crate) spec: EncodeSpec,
+    /// It lost its end.
+    pub(crate) truncated: bool,
+}
+
+/// What is done with a vector before it goes to its reader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VectorForm {
+    /// Leading elements to keep.
+    pub(crate) dimensions: usize,
+    /// To unit length.
+    pub(crate) normalize: bool,
 }
 
 /// Requests, and bytes of their prompts, that are on their way to the scheduler. Counted by atomics: callers of any
@@ -68,13 +110,9 @@ impl Pending {
         Arc::new(Pending { max_requests, requests: AtomicUsize::new(0), prompt_bytes: AtomicUsize::new(0) })
     }
 
-    /// A place for `request`, unless too many requests or bytes are pending. One request always fits.
-    pub(crate) fn take(self: &Arc<Self>, request: &Request) -> Result<PendingSlot> {
-        let prompt_bytes = match &request.prompt {
-            Prompt::Text(text) => text.len(),
-            Prompt::Tokens(ids) => size_of_val(ids.as_slice()),
-            Prompt::Chat(messages) => messages.iter().map(|message| message.role.len() + message.content.len()).sum(),
-        };
+    /// A place for `work`, unless too many requests or bytes are pending. One request always fits.
+    pub(crate) fn take(self: &Arc<Self>, work: &Work) -> Result<PendingSlot> {
+        let prompt_bytes = work.prompt_bytes();
         // The slot gives back what was added, also when the request is refused below.
         let requests = self.requests.fetch_add(1, Ordering::AcqRel);
         let bytes = self.prompt_bytes.fetch_add(prompt_bytes, Ordering::AcqRel);
@@ -105,12 +143,12 @@ mod tests {
     #[test]
     fn slots_are_bounded_and_come_back() {
         let pending = Pending::new(2);
-        let small = Request::prompt("x");
+        let small = Work::Generate(Request::prompt("x"));
         let first = pending.take(&small).expect("empty");
         let second = pending.take(&small).expect("one of two");
         assert!(matches!(pending.take(&small), Err(Error::Overloaded { waiting: 2, limit: 2, .. })));
         drop(first);
-        let large = Request::prompt("y".repeat(MAX_PENDING_PROMPT_BYTES));
+        let large = Work::Generate(Request::prompt("y".repeat(MAX_PENDING_PROMPT_BYTES)));
         assert!(matches!(pending.take(&large), Err(Error::Overloaded { limit: MAX_PENDING_PROMPT_BYTES, .. })));
         drop(second);
         let alone = pending.take(&large).expect("one request always fits");

@@ -47,6 +47,10 @@ pub const MAX_LOGIT_BIAS: usize = 1_024;
 pub const MAX_PROMPT_BYTES: usize = 4 << 20;
 /// Messages of one conversation.
 pub const MAX_MESSAGES: usize = 4_096;
+/// Inputs of one embedding request.
+pub const MAX_EMBEDDING_INPUTS: usize = 2_048;
+/// Longest input that a decoder turns into a vector, tokens: it is computed in one step, while nobody else is served.
+pub const MAX_DECODER_EMBEDDING_TOKENS: usize = 512;
 /// Namespace, user and request-id strings, bytes.
 pub const MAX_NAME_BYTES: usize = 512;
 /// New tokens of one request, before the context bounds them.

@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 use std::time::Instant;
 
-use crate::command::{Command, Pending, RequestId, Submission};
+use crate::command::{Command, Pending, RequestId, Submission, Work};
 use crate::config::EngineOptions;
+use crate::embedding::{EmbeddingRequest, Embeddings};
 use crate::error::{Error, Result};
-use crate::intake::check_request_token_ids;
+use crate::intake::{check_embedding_request, check_request_token_ids};
 use crate::memory_plan::MemoryPlan;
 use crate::open::{self, return_free_memory};
-use crate::request::{Event, FinishReason, Request, Summary, TokenLogprobs};
+use crate::request::{Embedding, Event, FinishReason, Request, Summary, TokenLogprobs};
 use crate::sampler::check_token_ids;
 use crate::stats::{MemoryUse, ModelInfo, Stats};
 use crate::stream::{RequestStream, channel};
@@ -103,14 +104,30 @@ impl Engine {
     /// tokenizer or the template arrive as the stream's error. This is what an event loop calls.
     pub fn submit(&self, request: Request) -> Result<RequestStream> {
         request.validate()?;
-        check_request_token_ids(&request, self.inner.info.vocab_size)?;
-        let slot = self.inner.pending.take(&request)?;
+        let info = &self.inner.info;
+        check_request_token_ids(&request, info.vocab_size)?;
+        if !info.can_generate {
+            return Err(Error::NotSupported { feature: "generate text", architecture: info.architecture.clone() });
+        }
+        self.submit_work(Work::Generate(request))
+    }
+
+    /// Submits inputs to be turned into vectors, without waiting. Each comes as an [`Event::Embedding`], in any order.
+    /// Faults that need the tokenizer arrive as the stream's error.
+    pub fn submit_embedding(&self, request: EmbeddingRequest) -> Result<RequestStream> {
+        request.validate()?;
+        check_embedding_request(&request, self.inner.info.vocab_size, self.inner.info.embedding_dimensions)?;
+        self.submit_work(Work::Embed(request))
+    }
+
+    fn submit_work(&self, work: Work) -> Result<RequestStream> {
+        let slot = self.inner.pending.take(&work)?;
         let id = RequestId(self.inner.next_request.fetch_add(1, Ordering::Relaxed));
         let commands = self.inner.commands.clone();
         let (sender, stream) = channel(move || {
             let _ = commands.send(Command::Cancel(id));
         });
-        self.inner.enqueue(Submission { id, request, sender, submitted: Instant::now(), slot })?;
+        self.inner.enqueue(Submission { id, work, sender, submitted: Instant::now(), slot })?;
         // An answer outlives the handle that asked for it.
         Ok(stream.keep_alive(self.inner.clone()))
     }
@@ -133,7 +150,22 @@ impl Engine {
                     choice.logprobs.extend(delta.logprobs);
                 }
                 Event::Finished { choice, reason } => choices[choice].finish_reason = reason,
+                Event::Embedding { .. } => unreachable!("a generation has no vectors"),
                 Event::Done(summary) => return Ok(Completion { choices, summary }),
+            }
+        }
+        Err(Error::Closed)
+    }
+
+    /// Turns inputs into vectors and waits for all of them. Any model can: one that was made for it, or a decoder, whose
+    /// final states are averaged.
+    pub fn embed(&self, request: EmbeddingRequest) -> Result<Embeddings> {
+        let mut embeddings = vec![Embedding::default(); request.inputs.len()];
+        for event in self.submit_embedding(request)? {
+            match event? {
+                Event::Embedding { input, embedding } => embeddings[input] = embedding,
+                Event::Done(summary) => return Ok(Embeddings { embeddings, summary }),
+                Event::Delta(_) | Event::Finished { .. } => unreachable!("vectors have no text"),
             }
         }
         Err(Error::Closed)

@@ -68,6 +68,15 @@ pub enum Error {
     #[error("the model has no chat template; give a plain prompt or set one")]
     NoChatTemplate,
 
+    /// The model is not made for what was asked.
+    #[error("{architecture} does not {feature}")]
+    NotSupported {
+        /// What was asked, as a verb, such as "generate text".
+        feature: &'static str,
+        /// As in `config.json`.
+        architecture: String,
+    },
+
     // ---- the life of a request ----------------------------------------------------------------------------------
     /// The caller cancelled the request.
     #[error("the request was cancelled")]
@@ -83,6 +92,12 @@ pub enum Error {
     NonFiniteLogits {
         /// Position of the token that was to be sampled.
         position: usize,
+    },
+    /// The vector of this input was not finite. Only this request ended.
+    #[error("the vector of an input of {tokens} tokens is not finite")]
+    NonFiniteEmbedding {
+        /// Length of the input.
+        tokens: usize,
     },
     /// The engine was closed.
     #[error("the engine is closed")]
@@ -216,9 +231,11 @@ impl Error {
             Error::Template { .. } => "template",
             Error::Tokenizer { .. } => "tokenizer",
             Error::NoChatTemplate => "no_chat_template",
+            Error::NotSupported { .. } => "not_supported",
             Error::Cancelled => "cancelled",
             Error::DeadlineExceeded { .. } => "deadline_exceeded",
             Error::NonFiniteLogits { .. } => "non_finite_logits",
+            Error::NonFiniteEmbedding { .. } => "non_finite_embedding",
             Error::Closed => "closed",
             Error::Internal { .. } => "internal",
             Error::Io { .. } => "io",

@@ -1,10 +1,10 @@
 //! What the worker knows of compute: launch a batch, collect its tokens. [`ModelExecutor`] runs a model on a backend;
 //! in the scheduler's tests a fake takes its place that checks who reads whose KV.
 
-use crate::backend::Backend;
+use crate::backend::{Backend, KvLayout};
 use crate::batch::{Batch, BlockCopy, Sampled};
 use crate::error::Result;
-use crate::model::CausalLm;
+use crate::model::Model;
 
 /// Runs batches, in the order in which they are launched.
 pub trait Executor: Send {
@@ -12,6 +12,11 @@ pub trait Executor: Send {
     fn launch(&mut self, batch: &Batch) -> Result<()>;
     /// Waits for the oldest launched step; one result per row of its `outputs`, in their order.
     fn collect(&mut self) -> Result<Vec<Sampled>>;
+    /// Computes whole sequences, over blocks of their own, and waits for it: one vector per sequence, in their order.
+    /// Called while no step is launched.
+    fn encode(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>>;
+    /// Tokens of a block of [`Executor::encode`]'s batches.
+    fn encode_block_tokens(&self) -> usize;
     /// Copies blocks; ordered with the launches.
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()>;
     /// 1: a step must be collected before the next is launched. 2: the next may be launched first, with
@@ -24,15 +29,20 @@ pub trait Executor: Send {
 /// Runs one model on one backend. Owns the weights, the KV blocks and the device.
 pub struct ModelExecutor<B: Backend> {
     backend: B,
-    model: Box<dyn CausalLm<B>>,
+    model: Box<dyn Model<B>>,
     kv: B::Kv,
+    /// Keys and values of one layer of the sequences that are being encoded; each layer takes the place of the last.
+    encode_kv: B::Kv,
+    encode_block_tokens: usize,
     sampled: Option<Vec<Sampled>>,
 }
 
 impl<B: Backend> ModelExecutor<B> {
-    /// Takes over a loaded model and its KV blocks.
-    pub fn new(backend: B, model: Box<dyn CausalLm<B>>, kv: B::Kv) -> Self {
-        ModelExecutor { backend, model, kv, sampled: None }
+    /// Takes over a loaded model and its KV blocks. `encode_kv`: blocks of one layer, for whole sequences.
+    pub fn new(backend: B, model: Box<dyn Model<B>>, kv: B::Kv, encode_kv: KvLayout) -> Result<Self> {
+        let encode_block_tokens = encode_kv.block_tokens;
+        let encode_kv = backend.allocate_kv(encode_kv)?;
+        Ok(ModelExecutor { backend, model, kv, encode_kv, encode_block_tokens, sampled: None })
     }
 }
 
@@ -40,12 +50,22 @@ impl<B: Backend> Executor for ModelExecutor<B> {
     fn launch(&mut self, batch: &Batch) -> Result<()> {
         assert!(self.sampled.is_none(), "a step was launched before the last one was collected");
         let hidden = self.model.forward(&self.backend, batch, &mut self.kv)?;
-        self.sampled = Some(self.backend.sample(&hidden, self.model.output(), &batch.outputs)?);
+        self.sampled = Some(self.backend.sample(&hidden, self.model.output()?, &batch.outputs)?);
         Ok(())
     }
 
     fn collect(&mut self) -> Result<Vec<Sampled>> {
         Ok(self.sampled.take().expect("collect() follows launch()"))
+    }
+
+    fn encode(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>> {
+        assert!(self.sampled.is_none(), "sequences were encoded before the last step was collected");
+        let hidden = self.model.encode(&self.backend, batch, &mut self.encode_kv)?;
+        self.backend.pool(&hidden, batch, self.model.pooling())
+    }
+
+    fn encode_block_tokens(&self) -> usize {
+        self.encode_block_tokens
     }
 
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sha2::{Digest, Sha256};
 
 use crate::chat::RenderContext;
-use crate::command::{Command, Prepared, Submission};
+use crate::command::{Command, Prepared, PreparedInput, PreparedWork, Submission, VectorForm, Work};
 use crate::config::{DEFAULT_MAX_TOKENS, TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN, TEMPLATE_TIME_MS};
+use crate::embedding::{EmbeddingInput, EmbeddingRequest};
 use crate::error::{Error, Result, panic_text};
 use crate::request::{Prompt, Request, SamplingParams};
 use crate::sampler::{check_token_ids, choice_seed};
-use crate::sequence::{NamespaceKey, SequenceSpec};
+use crate::sequence::{EncodeSpec, NamespaceKey, SequenceSpec};
 use crate::text_model::TextModel;
 use crate::tokenizer::StopStrings;
 
@@ -30,7 +31,7 @@ pub(crate) fn run(
     worker: &Sender<Command>,
     is_closing: &AtomicBool,
 ) {
-    for Submission { id, request, sender, submitted, slot } in submissions {
+    for Submission { id, work, sender, submitted, slot } in submissions {
         let given_up = match (is_closing.load(Ordering::Acquire), sender.is_cancelled()) {
             (true, _) => Some(Error::Closed),
             (_, true) => Some(Error::Cancelled),
@@ -40,15 +41,14 @@ pub(crate) fn run(
         // A defect in a template engine or a tokenizer ends this request, and nobody else's.
         let prepared = given_up.map_or_else(
             || {
-                catch_unwind(AssertUnwindSafe(|| prepare(text, &request, since_epoch)))
+                catch_unwind(AssertUnwindSafe(|| prepare(text, &work, since_epoch)))
                     .unwrap_or_else(|panic| Err(Error::Internal { reason: panic_text(panic.as_ref()) }))
             },
             Err,
         );
         match prepared {
-            Ok((specs, seed)) => {
-                let stop = StopStrings::new(&request.stop);
-                let prepared = Prepared { id, specs, stop, seed, sender, submitted, slot };
+            Ok(work) => {
+                let prepared = Prepared { id, work, sender, submitted, slot };
                 // A worker that is gone drops the request, which ends its stream as closed.
                 let _ = worker.send(Command::Run(Box::new(prepared)));
             }
@@ -60,8 +60,16 @@ pub(crate) fn run(
     }
 }
 
-/// One spec per choice, and the seed of the request. `submitted`: time since the worker's epoch.
-fn prepare(text: &TextModel, request: &Request, submitted: Duration) -> Result<(Vec<SequenceSpec>, u64)> {
+/// `submitted`: time since the worker's epoch.
+fn prepare(text: &TextModel, work: &Work, submitted: Duration) -> Result<PreparedWork> {
+    match work {
+        Work::Generate(request) => prepare_generation(text, request, submitted),
+        Work::Embed(request) => prepare_embedding(text, request, submitted),
+    }
+}
+
+/// One spec per choice.
+fn prepare_generation(text: &TextModel, request: &Request, submitted: Duration) -> Result<PreparedWork> {
     let prompt: Arc<[u32]> = encode(text, &request.prompt)?.into();
     let seed = request.sampling.seed.unwrap_or_else(draw_seed);
     let mut stop_token_ids = request.stop_token_ids.clone();
@@ -86,7 +94,31 @@ fn prepare(text: &TextModel, request: &Request, submitted: Duration) -> Result<(
             sampling: Arc::new(SamplingParams { seed: choice_seed(seed, choice), ..params.clone() }),
         })
         .collect();
-    Ok((specs, seed))
+    Ok(PreparedWork::Generate { specs, stop: StopStrings::new(&request.stop), seed })
+}
+
+/// One spec per input, each cut to what the model takes at once if the request allows it.
+fn prepare_embedding(text: &TextModel, request: &EmbeddingRequest, submitted: Duration) -> Result<PreparedWork> {
+    let limit_tokens = text.max_embedding_tokens;
+    let deadline_ms = request.timeout_ms.map(|timeout_ms| submitted.as_millis() as u64 + timeout_ms);
+    let prepare_input = |input: &EmbeddingInput| {
+        let (mut ids, whole_tokens) = match input {
+            EmbeddingInput::Text(input) => text.tokenizer.encode_truncated(input, limit_tokens)?,
+            EmbeddingInput::Tokens(ids) => (ids.clone(), ids.len()),
+        };
+        if whole_tokens > limit_tokens && !request.truncate {
+            let context_tokens = limit_tokens;
+            return Err(Error::PromptTooLong { prompt_tokens: whole_tokens, limit_tokens, context_tokens });
+        }
+        ids.truncate(limit_tokens);
+        check_prompt_ids("input", &ids, text.vocab_size)?;
+        let timeout_ms = request.timeout_ms.unwrap_or_default();
+        let spec = EncodeSpec { priority: request.priority, tokens: ids.into(), deadline_ms, timeout_ms };
+        Ok(PreparedInput { spec, truncated: whole_tokens > limit_tokens })
+    };
+    let inputs = request.inputs.iter().map(prepare_input).collect::<Result<Vec<_>>>()?;
+    let dimensions = request.dimensions.unwrap_or(text.embedding_dimensions);
+    Ok(PreparedWork::Embed(inputs, VectorForm { dimensions, normalize: request.normalize }))
 }
 
 fn encode(text: &TextModel, prompt: &Prompt) -> Result<Vec<u32>> {
@@ -109,16 +141,35 @@ fn encode(text: &TextModel, prompt: &Prompt) -> Result<Vec<u32>> {
             text.tokenizer.encode_with_content(&rendered.text, &rendered.content)?
         }
     };
-    // A tokenizer can know more tokens than the model has rows for.
-    check_token_ids("prompt", ids.iter().copied(), text.vocab_size)?;
-    if ids.is_empty() {
-        return Err(Error::InvalidArgument {
-            field: "prompt",
-            value: "0 tokens".to_string(),
-            expected: "at least one token".to_string(),
-        });
-    }
+    check_prompt_ids("prompt", &ids, text.vocab_size)?;
     Ok(ids)
+}
+
+/// There is something to compute, and the model has rows for it: a tokenizer can know more tokens than the model.
+fn check_prompt_ids(field: &'static str, ids: &[u32], vocab_size: usize) -> Result<()> {
+    check_token_ids(field, ids.iter().copied(), vocab_size)?;
+    if !ids.is_empty() {
+        return Ok(());
+    }
+    let (value, expected) = ("0 tokens".to_string(), "at least one token".to_string());
+    Err(Error::InvalidArgument { field, value, expected })
+}
+
+/// Checks what an embedding request names; costs no tokenizing, so it runs on the caller's thread.
+pub(crate) fn check_embedding_request(request: &EmbeddingRequest, vocab_size: usize, dimensions: usize) -> Result<()> {
+    for input in &request.inputs {
+        if let EmbeddingInput::Tokens(ids) = input {
+            check_token_ids("input", ids.iter().copied(), vocab_size)?;
+        }
+    }
+    match request.dimensions {
+        Some(wanted) if wanted > dimensions => Err(Error::InvalidArgument {
+            field: "dimensions",
+            value: wanted.to_string(),
+            expected: format!("at most {dimensions}"),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Checks the token ids that a request names; costs no tokenizing, so it runs on the caller's thread.

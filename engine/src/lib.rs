@@ -1,7 +1,33 @@
-//! ns-llm: a native LLM inference engine in one process.
+//! ns-llm: a native LLM inference engine in one process. Opens a model folder, answers any number of requests at once,
+//! and shares the work of common prefixes between them.
+//!
+//! ```
+//! use ns_llm::{EmbeddingRequest, Engine, EngineOptions, Event, Request};
+//!
+//! # fn main() -> ns_llm::Result<()> {
+//! # let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/demo");
+//! let engine = Engine::open(EngineOptions::new(model))?;
+//!
+//! // All at once, or event by event as they are made. Dropping a stream cancels its request.
+//! let story = engine.complete(Request::prompt("Once upon a time").max_tokens(24).temperature(0.0))?;
+//! let mut text = String::new();
+//! for event in engine.generate(Request::prompt("Once upon a time").max_tokens(24).temperature(0.0))? {
+//!     if let Event::Delta(delta) = event? {
+//!         text.push_str(&delta.text);
+//!     }
+//! }
+//! assert_eq!(text, story.choices[0].text);
+//!
+//! // Texts to vectors of unit length.
+//! let vectors = engine.embed(EmbeddingRequest::new(["a red fox", "a quick fox"]))?;
+//! assert_eq!(vectors.embeddings.len(), 2);
+//! # Ok(())
+//! # }
+//! ```
 
 mod command;
 pub mod config;
+mod embedding;
 mod engine;
 mod error;
 pub mod inspect;
@@ -44,13 +70,14 @@ pub mod text_model;
 pub mod tokenizer;
 
 pub use config::{Device, EngineOptions, LoadProgress, ProgressCallback, ThreadPriority, WeightFormat};
+pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
 pub use engine::{Choice, Completion, Engine};
 #[doc(hidden)]
 pub use error::panic_text;
 pub use error::{Error, Result};
 pub use request::{
-    Delta, Event, FinishReason, Logprob, Message, Priority, Prompt, Request, SamplingDefaults, SamplingOptions,
-    SamplingParams, Summary, Timings, TokenLogprobs, Usage,
+    Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request, SamplingDefaults,
+    SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
 };
 pub use stats::{MemoryUse, ModelInfo, Stats};
 pub use stream::{Canceller, RequestStream};

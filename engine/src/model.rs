@@ -8,26 +8,34 @@ pub mod mistral;
 pub mod qwen2;
 pub mod qwen3;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Pooling};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::loader::Weights;
 use crate::model::config::{Architecture, ModelConfig};
 use crate::model::load::{OnProgress, WeightLoader};
 
-/// A decoder-only language model on backend `B`.
-pub trait CausalLm<B: Backend>: Send {
+/// A language model on backend `B`.
+pub trait Model<B: Backend>: Send {
     /// Runs all layers over the batch, writes its K and V, and returns the final, normalised hidden states of the
     /// batch's output rows: `[outputs, hidden_size]`.
+    /// [`Error::NotSupported`](crate::Error::NotSupported) for a model that only encodes, as for [`Model::output`].
     fn forward(&self, backend: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Operand>;
     /// The output matrix `[vocab_size, hidden_size]`.
-    fn output(&self) -> &B::Linear;
+    fn output(&self) -> Result<&B::Linear>;
+    /// Runs all layers over whole sequences and returns the final, normalised hidden states of all rows: `[tokens,
+    /// hidden_size]`. `kv` has one layer, which each layer of the model overwrites.
+    fn encode(&self, backend: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Rows>;
+    /// How the states of a sequence become its vector.
+    fn pooling(&self) -> Pooling {
+        Pooling::Mean
+    }
 }
 
 /// A model with its weights.
 pub struct LoadedModel<B: Backend> {
     /// The model.
-    pub model: Box<dyn CausalLm<B>>,
+    pub model: Box<dyn Model<B>>,
     /// Numbers in all weights; a matrix that is used twice counts once.
     pub num_parameters: u64,
     /// Bytes of these weights in the checkpoint.
@@ -45,7 +53,7 @@ pub fn load<B: Backend>(
     on_progress: OnProgress<'_>,
 ) -> Result<LoadedModel<B>> {
     let mut loader = WeightLoader::new(backend, weights, on_progress)?;
-    let model: Box<dyn CausalLm<B>> = match config.architecture {
+    let model: Box<dyn Model<B>> = match config.architecture {
         Architecture::Llama => Box::new(llama::Llama::load(&mut loader, config, context_tokens)?),
         Architecture::Mistral => Box::new(mistral::Mistral::load(&mut loader, config, context_tokens)?),
         Architecture::Qwen2 => Box::new(qwen2::Qwen2::load(&mut loader, config, context_tokens)?),

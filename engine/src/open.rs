@@ -21,7 +21,8 @@ use crate::backend::{Backend, KvDtype, KvLayout};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    Device, EngineOptions, LoadProgress, MAX_THREADS, MAX_WAITING_TOKENS, ThreadPriority, WeightFormat,
+    Device, EngineOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS, MAX_THREADS, MAX_WAITING_TOKENS, ThreadPriority,
+    WeightFormat,
 };
 use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
@@ -289,6 +290,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let loaded = model::load(&backend, files.weights, &config, plan.context_tokens, &mut *on_progress)?;
     plan.weights_bytes = backend.weights_bytes();
     let kv = backend.allocate_kv(layout)?;
+    let max_embedding_tokens = plan.context_tokens.min(MAX_DECODER_EMBEDDING_TOKENS);
     let info = ModelInfo {
         name: model_name(&options.model),
         architecture: config.architecture.name().to_string(),
@@ -296,6 +298,9 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         num_layer_parameters: config.num_layer_parameters(),
         vocab_size: config.vocab_size,
         context_tokens: plan.context_tokens,
+        can_generate: true,
+        embedding_dimensions: config.hidden_size,
+        max_embedding_tokens,
         has_chat_template: files.chat_template.is_some(),
         weights: format.name(),
         kv_dtype: layout.dtype.name(),
@@ -311,10 +316,13 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         eos_token_ids: files.eos_token_ids,
         vocab_size: config.vocab_size,
         context_tokens: plan.context_tokens,
+        max_embedding_tokens,
+        embedding_dimensions: config.hidden_size,
     });
-    let executor = ModelExecutor::new(backend, loaded.model, kv);
+    let encode_kv = encode_layout(&layout, options.prefill_budget_tokens.max(max_embedding_tokens));
+    let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv)?;
     let scheduler = Scheduler::new(
-        scheduler_config(&options, &plan, executor.max_in_flight()),
+        scheduler_config(&options, &plan, max_embedding_tokens, executor.max_in_flight()),
         KvCache::new(KvCacheConfig {
             num_blocks: plan.num_blocks,
             block_tokens: options.block_tokens,
@@ -325,8 +333,20 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     Ok(Loaded { executor, scheduler, text, info, plan })
 }
 
-fn scheduler_config(options: &EngineOptions, plan: &MemoryPlan, max_in_flight: usize) -> SchedulerConfig {
+/// Blocks of one layer for the sequences of a step that encodes. Each sequence has blocks of its own, so there are at
+/// most as many blocks as tokens; what is never written takes no memory.
+fn encode_layout(layout: &KvLayout, max_step_tokens: usize) -> KvLayout {
+    KvLayout { num_layers: 1, num_blocks: max_step_tokens, ..*layout }
+}
+
+fn scheduler_config(
+    options: &EngineOptions,
+    plan: &MemoryPlan,
+    max_encode_tokens: usize,
+    max_in_flight: usize,
+) -> SchedulerConfig {
     SchedulerConfig {
+        max_encode_tokens,
         max_running_sequences: options.max_running_sequences,
         prefill_budget_tokens: options.prefill_budget_tokens,
         mixed_budget_tokens: options.mixed_budget_tokens,

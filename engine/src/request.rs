@@ -184,11 +184,7 @@ impl Request {
             at_most("stop (bytes of one string)", stop.len(), MAX_STOP_STRING_BYTES)?;
         }
         at_most("stop_token_ids (entries)", self.stop_token_ids.len(), MAX_STOP_TOKENS)?;
-        if let Some(timeout_ms) = self.timeout_ms {
-            if timeout_ms == 0 || timeout_ms > MAX_TIMEOUT_MS {
-                return Err(invalid("timeout_ms", timeout_ms, format!("1 to {MAX_TIMEOUT_MS}")));
-            }
-        }
+        check_timeout(self.timeout_ms)?;
         if let Some(namespace) = &self.namespace {
             at_most("namespace (bytes)", namespace.len(), MAX_NAME_BYTES)?;
         }
@@ -207,7 +203,7 @@ impl Request {
     }
 }
 
-fn invalid(field: &'static str, value: impl std::fmt::Display, expected: String) -> Error {
+pub(crate) fn invalid(field: &'static str, value: impl std::fmt::Display, expected: String) -> Error {
     Error::InvalidArgument { field, value: value.to_string(), expected }
 }
 
@@ -218,8 +214,17 @@ fn in_range(field: &'static str, value: Option<f32>, min: f32, max: f32) -> Resu
     }
 }
 
-fn at_most(field: &'static str, value: usize, max: usize) -> Result<()> {
+pub(crate) fn at_most(field: &'static str, value: usize, max: usize) -> Result<()> {
     if value > max { Err(invalid(field, value, format!("at most {max}"))) } else { Ok(()) }
+}
+
+pub(crate) fn check_timeout(timeout_ms: Option<u64>) -> Result<()> {
+    match timeout_ms {
+        Some(timeout_ms) if timeout_ms == 0 || timeout_ms > MAX_TIMEOUT_MS => {
+            Err(invalid("timeout_ms", timeout_ms, format!("1 to {MAX_TIMEOUT_MS}")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A token and the natural logarithm of its probability under the model (before temperature, truncation and penalties).
@@ -273,7 +278,14 @@ pub enum Event {
         /// Why.
         reason: FinishReason,
     },
-    /// All choices have ended.
+    /// The vector of one input of an embedding request.
+    Embedding {
+        /// Which input, from 0.
+        input: usize,
+        /// Its vector.
+        embedding: Embedding,
+    },
+    /// Everything has ended.
     Done(Summary),
 }
 
@@ -289,6 +301,17 @@ pub struct Delta {
     pub token_ids: Vec<u32>,
     /// One entry per token when asked for.
     pub logprobs: Vec<TokenLogprobs>,
+}
+
+/// The vector of one input.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Embedding {
+    /// [`ModelInfo::embedding_dimensions`](crate::ModelInfo::embedding_dimensions) numbers, or as many as were asked for.
+    pub values: Vec<f32>,
+    /// Tokens that it was computed from.
+    pub tokens: usize,
+    /// Whether the input was longer and lost its end.
+    pub truncated: bool,
 }
 
 /// Counts and times of a finished request.

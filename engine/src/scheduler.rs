@@ -15,7 +15,8 @@
 //!
 //! **Settling.** Each added sequence has exactly one final event, [`SequenceEvent::Finished`] or
 //! [`SequenceEvent::Failed`]: from [`Scheduler::apply`], [`Scheduler::expire`] or [`Scheduler::fail_step`], or as the
-//! `Some` of [`Scheduler::finish`] or [`Scheduler::cancel`]. After it nothing more is said of the sequence.
+//! `Some` of [`Scheduler::finish`] or [`Scheduler::cancel`]. After it nothing more is said of the sequence. Sequences that
+//! are encoded to vectors ([`Scheduler::add_encodings`]) end in [`Scheduler::apply_encoding`], or in the same other ways.
 //!
 //! **Order of admission.** Classes High, Normal, Background; first come, first served inside a class; a class rises by
 //! one rank for every `age_steps` steps that its longest-waiting sequence has waited. A sequence that lacks blocks or a
@@ -34,6 +35,7 @@
 
 mod apply;
 mod budget;
+mod encode;
 mod preempt;
 mod schedule;
 mod waiting;
@@ -46,6 +48,8 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{BlockCounts, KvCache, violated};
 use crate::request::{FinishReason, TokenLogprobs, Usage};
 use crate::sequence::{Chunk, Sequence, SequenceSpec};
+use encode::EncodeQueue;
+pub use encode::EncodeStep;
 pub use preempt::MAX_PREEMPTIONS;
 use waiting::{Waiting, WaitingQueue};
 
@@ -54,6 +58,8 @@ use waiting::{Waiting, WaitingQueue};
 pub struct SchedulerConfig {
     /// Longest sequence, prompt and answer.
     pub context_tokens: usize,
+    /// Longest sequence that is encoded to a vector.
+    pub max_encode_tokens: usize,
     /// Sequences that may run at once.
     pub max_running_sequences: usize,
     /// Tokens of a step while no sequence decodes.
@@ -75,6 +81,7 @@ impl SchedulerConfig {
     pub fn new(context_tokens: usize) -> Self {
         SchedulerConfig {
             context_tokens,
+            max_encode_tokens: context_tokens.min(config::MAX_DECODER_EMBEDDING_TOKENS),
             max_running_sequences: config::DEFAULT_MAX_RUNNING_SEQUENCES,
             prefill_budget_tokens: config::PREFILL_BUDGET_TOKENS,
             mixed_budget_tokens: config::MIXED_BUDGET_TOKENS,
@@ -104,7 +111,7 @@ pub struct Step {
     pub started: Vec<SeqId>,
 }
 
-/// Something new about a sequence. Its last event is `Finished` or `Failed`.
+/// Something new about a sequence. Its last event is `Finished`, `Encoded` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SequenceEvent {
     /// A new token.
@@ -124,6 +131,15 @@ pub enum SequenceEvent {
         seq: SeqId,
         /// One per token.
         logprobs: Vec<TokenLogprobs>,
+    },
+    /// It has become a vector; its last event.
+    Encoded {
+        /// Which one.
+        seq: SeqId,
+        /// The vector.
+        values: Vec<f32>,
+        /// Its token counts.
+        usage: Usage,
     },
     /// It has ended.
     Finished {
@@ -151,6 +167,7 @@ impl SequenceEvent {
         match *self {
             SequenceEvent::Token { seq, .. }
             | SequenceEvent::PromptLogprobs { seq, .. }
+            | SequenceEvent::Encoded { seq, .. }
             | SequenceEvent::Finished { seq, .. }
             | SequenceEvent::Failed { seq, .. } => seq,
         }
@@ -186,6 +203,10 @@ pub struct Counters {
     pub recomputed_tokens: u64,
     /// New tokens.
     pub generated_tokens: u64,
+    /// Tokens of sequences that were encoded to vectors.
+    pub encoded_tokens: u64,
+    /// Steps that encoded.
+    pub encode_steps: u64,
     /// Tokens that were chosen for sequences that had ended, and were dropped.
     pub surplus_tokens: u64,
     /// Times that a sequence lost its blocks, by hand too.
@@ -234,6 +255,8 @@ pub struct Scheduler {
     /// All live sequences: each waits or runs.
     sequences: BTreeMap<SeqId, Sequence>,
     waiting: WaitingQueue,
+    /// Live too, of the other kind of work.
+    encodings: EncodeQueue,
     /// In the order of admission.
     running: Vec<SeqId>,
     deadlines: BTreeSet<(u64, SeqId)>,
@@ -252,6 +275,7 @@ impl Scheduler {
             kv,
             sequences: BTreeMap::new(),
             waiting: WaitingQueue::default(),
+            encodings: EncodeQueue::default(),
             running: Vec::new(),
             deadlines: BTreeSet::new(),
             in_flight: VecDeque::new(),
@@ -295,11 +319,13 @@ impl Scheduler {
     }
 
     fn check_queue(&self, new_tokens: usize) -> Result<()> {
-        let (waiting, limit) = (self.waiting.num_requests(), self.config.max_waiting_requests);
+        let waiting = self.waiting.num_requests() + self.encodings.waiting.num_requests();
+        let limit = self.config.max_waiting_requests;
         if waiting >= limit {
             return Err(Error::Overloaded { queue: "waiting queue (requests)", waiting, limit });
         }
-        let (tokens, limit) = (self.waiting.num_tokens(), self.config.max_waiting_tokens);
+        let tokens = self.waiting.num_tokens() + self.encodings.waiting.num_tokens();
+        let limit = self.config.max_waiting_tokens;
         if waiting > 0 && tokens + new_tokens > limit {
             return Err(Error::Overloaded { queue: "waiting queue (tokens)", waiting: tokens, limit });
         }
@@ -371,7 +397,10 @@ impl Scheduler {
             if deadline_ms > now_ms {
                 break;
             }
-            let timeout_ms = self.sequences[&seq].spec.timeout_ms;
+            let timeout_ms = match self.encodings.timeout_ms(seq) {
+                Some(timeout_ms) => timeout_ms,
+                None => self.sequences[&seq].spec.timeout_ms,
+            };
             self.counters.expired += 1;
             events.push(self.fail(seq, Error::DeadlineExceeded { timeout_ms }));
         }
@@ -385,6 +414,12 @@ impl Scheduler {
     }
 
     fn remove(&mut self, seq: SeqId) -> Option<Usage> {
+        if let Some(spec) = self.encodings.remove(seq) {
+            if let Some(deadline_ms) = spec.deadline_ms {
+                self.deadlines.remove(&(deadline_ms, seq));
+            }
+            return Some(Usage { prompt_tokens: spec.tokens.len(), ..Usage::default() });
+        }
         let mut sequence = self.sequences.remove(&seq)?;
         if self.waiting.remove(seq).is_none() {
             self.running.retain(|&id| id != seq);
@@ -398,7 +433,7 @@ impl Scheduler {
 
     /// Whether any sequence is live or any step in flight.
     pub fn has_work(&self) -> bool {
-        !self.sequences.is_empty() || !self.in_flight.is_empty()
+        !self.sequences.is_empty() || !self.in_flight.is_empty() || self.encodings.len() > 0
     }
     /// The earliest deadline of a live sequence.
     pub fn next_deadline(&self) -> Option<u64> {
@@ -431,7 +466,7 @@ impl Scheduler {
     /// What there is now.
     pub fn counts(&self) -> Counts {
         Counts {
-            waiting: self.waiting.len(),
+            waiting: self.waiting.len() + self.encodings.len(),
             running: self.running.len(),
             in_flight: self.in_flight.len(),
             blocks: self.kv.counts(),
@@ -443,9 +478,13 @@ impl Scheduler {
     pub fn check_invariants(&self) -> Result<()> {
         let c = &self.counters;
         let ended = c.finished + c.cancelled + c.failed;
-        violated(c.accepted != ended + self.sequences.len() as u64, || "sequences do not add up".to_string())?;
+        let live = self.sequences.len() + self.encodings.len();
+        violated(c.accepted != ended + live as u64, || "sequences do not add up".to_string())?;
         violated(self.waiting.len() + self.running.len() != self.sequences.len(), || {
             "a sequence neither waits nor runs".to_string()
+        })?;
+        violated(self.encodings.waiting.len() != self.encodings.len(), || {
+            "a sequence to be encoded does not wait".to_string()
         })?;
         violated(self.running.len() > self.config.max_running_sequences, || "too many run".to_string())?;
         for seq in self.sequences.values() {

@@ -59,6 +59,19 @@ impl SequenceSpec {
     }
 }
 
+/// A sequence that is to become one vector.
+#[derive(Debug, Clone)]
+pub struct EncodeSpec {
+    /// Its class.
+    pub priority: Priority,
+    /// At least one token, at most the scheduler's `max_encode_tokens`.
+    pub tokens: Arc<[u32]>,
+    /// When it fails if it has not ended, milliseconds on the caller's clock.
+    pub deadline_ms: Option<u64>,
+    /// The limit that gave the deadline, milliseconds: only named in the error.
+    pub timeout_ms: u64,
+}
+
 /// The part of a sequence that one step computes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chunk {

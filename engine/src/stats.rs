@@ -33,6 +33,8 @@ pub struct Stats {
     pub prefix_cache_hits_total: u64,
     /// Tokens produced.
     pub generation_tokens_total: u64,
+    /// Tokens of inputs that were turned into vectors.
+    pub embedding_tokens_total: u64,
     /// Tokens computed, those of preempted sequences again.
     pub computed_tokens_total: u64,
     /// Sequences that lost their blocks and were computed again.
@@ -71,6 +73,12 @@ pub struct ModelInfo {
     pub vocab_size: usize,
     /// Longest sequence of this engine, tokens.
     pub context_tokens: usize,
+    /// Whether it can write text; otherwise it makes vectors only.
+    pub can_generate: bool,
+    /// Elements of a vector that an embedding request gets.
+    pub embedding_dimensions: usize,
+    /// Longest input of an embedding request, tokens; more is cut.
+    pub max_embedding_tokens: usize,
     /// Whether messages can be rendered.
     pub has_chat_template: bool,
     /// How the weights are kept: "f32", "bf16", "f16".

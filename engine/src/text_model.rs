@@ -18,4 +18,8 @@ pub struct TextModel {
     pub vocab_size: usize,
     /// Longest sequence of this engine.
     pub context_tokens: usize,
+    /// Longest input that is turned into a vector, tokens.
+    pub max_embedding_tokens: usize,
+    /// Elements of a vector.
+    pub embedding_dimensions: usize,
 }

@@ -72,6 +72,15 @@ impl Tokenizer {
         Ok([&self.prefix, encoding.get_ids(), &self.suffix].concat())
     }
 
+    /// Ids of `text` with what the configuration puts around a prompt, cut to `limit_tokens` inside of that; and how many
+    /// there were.
+    pub fn encode_truncated(&self, text: &str, limit_tokens: usize) -> Result<(Vec<u32>, usize)> {
+        let ids = self.encode(text, false)?;
+        let num_around = self.prefix.len() + self.suffix.len();
+        let kept = ids.len().min(limit_tokens.saturating_sub(num_around));
+        Ok(([&self.prefix, &ids[..kept], &self.suffix].concat(), ids.len() + num_around))
+    }
+
     /// Ids of `text`, in which the text of special tokens is text.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with_content(text, &[0..text.len()])

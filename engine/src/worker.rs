@@ -13,12 +13,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use crate::batch::SeqId;
-use crate::command::{Command, Prepared, RequestId};
-use crate::error::{Error, panic_text};
+use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, VectorForm};
+use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
 use crate::request::{FinishReason, Summary, Usage};
 use crate::scheduler::{Scheduler, SequenceEvent, Step};
 use crate::stats::Stats;
+use crate::stream::EventSender;
 use crate::text_model::TextModel;
 use crate::tokenizer::{TextStart, TextStream};
 use answer::{AfterToken, Answer};
@@ -121,6 +122,7 @@ impl<E: Executor> Worker<E> {
             self.launch(step);
         }
         self.collect();
+        self.encode();
         self.publish_stats();
         Turn::Continue
     }
@@ -153,6 +155,23 @@ impl<E: Executor> Worker<E> {
             Ok(sampled) => self.scheduler.apply(step, &sampled, self.now_ms()),
             Err(error) => self.scheduler.fail_step(step, &error),
         };
+        self.deliver(events);
+    }
+
+    /// One step of whole sequences, if any wait and no other step is in flight.
+    fn encode(&mut self) {
+        if !self.in_flight.is_empty() {
+            return;
+        }
+        let Some(step) = self.scheduler.schedule_encoding(self.now_ms()) else { return };
+        let now = Instant::now();
+        for seq in step.sequences() {
+            if let Some(answer) = self.owners.get(&seq).and_then(|(id, _)| self.answers.get_mut(id)) {
+                answer.start(now);
+            }
+        }
+        let vectors = self.executor.encode(&step.batch(self.executor.encode_block_tokens()));
+        let events = self.scheduler.apply_encoding(step, vectors);
         self.deliver(events);
     }
 
@@ -194,31 +213,71 @@ impl<E: Executor> Worker<E> {
 
     fn admit(&mut self, prepared: Prepared) {
         // The slot is given back when the request waits in the scheduler, or is refused.
-        let Prepared { id, specs, stop, seed, sender, submitted, slot: _slot } = prepared;
+        let Prepared { id, work, sender, submitted, slot: _slot } = prepared;
         if sender.is_cancelled() {
             self.totals.refused += 1;
             sender.end(Err(Error::Cancelled));
             return;
         }
-        let (prompt_tokens, stop_token_ids) = (specs[0].prompt.len(), specs[0].stop_token_ids.clone());
-        let seqs = match self.scheduler.add(specs, self.now_ms()) {
-            Ok(seqs) => seqs,
+        match work {
+            PreparedWork::Generate { specs, stop, seed } => {
+                let usage = Usage { prompt_tokens: specs[0].prompt.len(), ..Usage::default() };
+                let stop_token_ids = specs[0].stop_token_ids.clone();
+                let Some((sender, seqs)) = self.accept(sender, |scheduler, now_ms| scheduler.add(specs, now_ms)) else {
+                    return;
+                };
+                let summary = Summary { usage, seed, ..Summary::default() };
+                let mut answer = Answer::new(sender, submitted, summary, stop_token_ids);
+                for (choice, seq) in seqs.into_iter().enumerate() {
+                    self.owners.insert(seq, (id, choice));
+                    let text = TextStream::new(&self.text.tokenizer, TextStart::Continuation, stop.clone());
+                    answer.add_choice(seq, text);
+                }
+                self.answers.insert(id, answer);
+            }
+            PreparedWork::Embed(inputs, form) => self.admit_embedding(id, inputs, form, sender, submitted),
+        }
+    }
+
+    fn admit_embedding(
+        &mut self,
+        id: RequestId,
+        inputs: Vec<PreparedInput>,
+        form: VectorForm,
+        sender: EventSender,
+        submitted: Instant,
+    ) {
+        let truncated: Vec<bool> = inputs.iter().map(|input| input.truncated).collect();
+        let specs = inputs.into_iter().map(|input| input.spec).collect();
+        let accepted = self.accept(sender, |scheduler, now_ms| scheduler.add_encodings(specs, now_ms));
+        let Some((sender, seqs)) = accepted else { return };
+        let mut answer = Answer::new(sender, submitted, Summary::default(), Arc::default());
+        for (input, (seq, truncated)) in seqs.into_iter().zip(truncated).enumerate() {
+            self.owners.insert(seq, (id, input));
+            answer.add_input(seq, form, truncated);
+        }
+        self.answers.insert(id, answer);
+    }
+
+    /// Gives a request's sequences to the scheduler; a refusal is the request's end.
+    fn accept(
+        &mut self,
+        sender: EventSender,
+        add: impl FnOnce(&mut Scheduler, u64) -> Result<Vec<SeqId>>,
+    ) -> Option<(EventSender, Vec<SeqId>)> {
+        let now_ms = self.now_ms();
+        match add(&mut self.scheduler, now_ms) {
+            Ok(seqs) => {
+                self.totals.admitted += 1;
+                sender.admit();
+                Some((sender, seqs))
+            }
             Err(error) => {
                 self.totals.refused += 1;
                 sender.end(Err(error));
-                return;
+                None
             }
-        };
-        self.totals.admitted += 1;
-        sender.admit();
-        let usage = Usage { prompt_tokens, ..Usage::default() };
-        let mut answer = Answer::new(sender, submitted, Summary { usage, seed, ..Summary::default() }, stop_token_ids);
-        for (choice, seq) in seqs.into_iter().enumerate() {
-            self.owners.insert(seq, (id, choice));
-            let text = TextStream::new(&self.text.tokenizer, TextStart::Continuation, stop.clone());
-            answer.add_choice(seq, text);
         }
-        self.answers.insert(id, answer);
     }
 
     fn cancel(&mut self, id: RequestId) {
@@ -258,6 +317,13 @@ impl<E: Executor> Worker<E> {
                         answer.push_prompt_logprobs(logprobs);
                     }
                 }
+                SequenceEvent::Encoded { seq, values, usage } => {
+                    self.owners.remove(&seq);
+                    if let Some(answer) = self.answers.get_mut(&id) {
+                        answer.push_vector(choice, values, usage);
+                    }
+                    self.settle(id);
+                }
                 SequenceEvent::Finished { seq, reason, usage } => self.finish(id, choice, seq, reason, usage),
                 SequenceEvent::Failed { error, .. } => {
                     if let Some(answer) = self.remove(id) {
@@ -274,7 +340,12 @@ impl<E: Executor> Worker<E> {
         self.owners.remove(&seq);
         let Some(answer) = self.answers.get_mut(&id) else { return };
         answer.finish_choice(choice, reason, usage);
-        if answer.is_finished() {
+        self.settle(id);
+    }
+
+    /// Ends a request whose last part has ended.
+    fn settle(&mut self, id: RequestId) {
+        if self.answers.get(&id).is_some_and(Answer::is_finished) {
             self.totals.finished += 1;
             // Before the last event: whoever has seen it finds it counted.
             self.publish_stats();
@@ -315,6 +386,7 @@ impl<E: Executor> Worker<E> {
             prefix_cache_queries_total: counters.prefix_query_tokens,
             prefix_cache_hits_total: counters.prefix_hit_tokens,
             generation_tokens_total: counters.generated_tokens,
+            embedding_tokens_total: counters.encoded_tokens,
             computed_tokens_total: counters.computed_tokens,
             preemptions_total: counters.preemptions,
             steps_total: counters.steps,

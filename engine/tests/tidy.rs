@@ -10,7 +10,21 @@ const MAX_FILE_LINES: usize = 800;
 /// Direct imports inside `engine/src`: a module and what it may name. Everything may use `error` and `config`.
 const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     // The handle, and what makes it.
-    ("engine", &["command", "intake", "memory_plan", "open", "request", "sampler", "stats", "stream", "text_model"]),
+    (
+        "engine",
+        &[
+            "command",
+            "embedding",
+            "intake",
+            "memory_plan",
+            "open",
+            "request",
+            "sampler",
+            "stats",
+            "stream",
+            "text_model",
+        ],
+    ),
     ("inspect", &["memory_plan", "open"]),
     (
         "open",
@@ -33,7 +47,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     // The threads.
-    ("intake", &["chat", "command", "request", "sampler", "sequence", "text_model", "tokenizer"]),
+    ("intake", &["chat", "command", "embedding", "request", "sampler", "sequence", "text_model", "tokenizer"]),
     (
         "worker",
         &[
@@ -49,7 +63,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "tokenizer",
         ],
     ),
-    ("command", &["request", "sequence", "stream", "tokenizer"]),
+    ("command", &["embedding", "request", "sequence", "stream", "tokenizer"]),
     ("stream", &["request"]),
     ("text_model", &["chat", "request", "tokenizer"]),
     // The core: numbers only.
@@ -68,6 +82,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("chat", &["request"]),
     ("tensor", &[]),
     ("tokenizer", &[]),
+    ("embedding", &["request"]),
     ("request", &[]),
     ("stats", &[]),
     ("config", &[]),

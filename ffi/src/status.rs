@@ -52,6 +52,8 @@ pub enum ns_llm_status {
     NS_LLM_TOKENIZER = 105,
     /// Messages were given, but the model has no chat template.
     NS_LLM_NO_CHAT_TEMPLATE = 106,
+    /// The model is not made for what was asked, such as writing text with an embedding model.
+    NS_LLM_NOT_SUPPORTED = 107,
 
     /// The caller cancelled.
     NS_LLM_CANCELLED = 200,
@@ -63,6 +65,8 @@ pub enum ns_llm_status {
     NS_LLM_CLOSED = 203,
     /// A defect of this library. The process is unharmed; free the engine and open a new one.
     NS_LLM_INTERNAL = 204,
+    /// The model computed a vector that is not finite. Only this request ended.
+    NS_LLM_NON_FINITE_EMBEDDING = 205,
 
     /// A file or folder could not be read.
     NS_LLM_IO = 300,
@@ -113,11 +117,13 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
     (NS_LLM_TEMPLATE, c"template"),
     (NS_LLM_TOKENIZER, c"tokenizer"),
     (NS_LLM_NO_CHAT_TEMPLATE, c"no_chat_template"),
+    (NS_LLM_NOT_SUPPORTED, c"not_supported"),
     (NS_LLM_CANCELLED, c"cancelled"),
     (NS_LLM_DEADLINE_EXCEEDED, c"deadline_exceeded"),
     (NS_LLM_NON_FINITE_LOGITS, c"non_finite_logits"),
     (NS_LLM_CLOSED, c"closed"),
     (NS_LLM_INTERNAL, c"internal"),
+    (NS_LLM_NON_FINITE_EMBEDDING, c"non_finite_embedding"),
     (NS_LLM_IO, c"io"),
     (NS_LLM_MISSING_FILE, c"missing_file"),
     (NS_LLM_CONFIG, c"config"),

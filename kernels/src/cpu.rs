@@ -9,6 +9,7 @@ pub mod linear;
 pub mod logits;
 pub mod norm;
 pub mod pool;
+pub mod pooling;
 pub mod rope;
 
 #[cfg(target_arch = "x86_64")]

@@ -13,9 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ns_llm_kernels as kernels;
 use ns_llm_kernels::cpu::linear::{MatrixSource, OperandFormat, PackedLinear};
 use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
-use ns_llm_kernels::cpu::{Cpu, attention, embedding, kv_blocks, linear, norm, rope};
+use ns_llm_kernels::cpu::{Cpu, attention, embedding, kv_blocks, linear, norm, pooling, rope};
 
-use crate::backend::{AttentionLayer, AttentionShape, Backend, KvDtype, KvLayout, LinearPart, LinearWeight, RopeTable};
+use crate::backend::{
+    AttentionLayer, AttentionShape, Backend, KvDtype, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable,
+};
 use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
 use crate::error::{Error, Result};
@@ -205,6 +207,16 @@ impl Backend for CpuBackend {
         Ok(out)
     }
 
+    fn rms_norm_rows(&self, hidden: &CpuRows, norm: &CpuNorm) -> Result<CpuRows> {
+        let mut out = self.arena.operand(OperandFormat::F32, hidden.rows, hidden.width);
+        norm::rms_norm(&self.cpu, hidden.dense(), &norm.weight, norm.eps, &mut out).map_err(internal)?;
+        let mut rows = self.rows(hidden.rows, hidden.width);
+        for (idx, row) in rows.values.chunks_exact_mut(hidden.width.max(1)).enumerate() {
+            out.row_into(idx, row);
+        }
+        Ok(rows)
+    }
+
     fn linear(&self, x: &CpuOperand, weight: &PackedLinear) -> Result<CpuRows> {
         let mut out = self.rows(x.rows(), weight.out_features());
         linear::matmul(&self.cpu, x, weight, &mut out.values).map_err(internal)?;
@@ -234,7 +246,7 @@ impl Backend for CpuBackend {
         }
         let RopeTable { rotary_dim, cos, sin } = &*layer.rope;
         let rope_layer = rope::RopeLayer {
-            layer_idx: layer.layer_idx,
+            layer_idx: kv_layer(layer, kv),
             shape: attention_shape(&layer.shape),
             qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (head_norm(q), head_norm(k))),
             rope: rope::RopeTable { rotary_dim: *rotary_dim, cos, sin },
@@ -258,7 +270,7 @@ impl Backend for CpuBackend {
         let Sequences { list: sequences, block_tables } = &*sequences;
         let attention_batch = attention::AttentionBatch { q: &q.values, q_stride: q.stride, sequences, block_tables };
         let shape = attention_shape(&layer.shape);
-        attention::paged_attention(&self.cpu, (layer.layer_idx, &shape), &attention_batch, kv, &mut out)
+        attention::paged_attention(&self.cpu, (kv_layer(layer, kv), &shape), &attention_batch, kv, &mut out)
             .map_err(internal)?;
         Ok(out)
     }
@@ -281,12 +293,33 @@ impl Backend for CpuBackend {
         Ok(logits)
     }
 
+    fn pool(&self, hidden: &CpuRows, batch: &Batch, pooling: Pooling) -> Result<Vec<Vec<f32>>> {
+        let (states, width) = (hidden.dense(), hidden.width);
+        let row = |idx: usize| states[idx * width..(idx + 1) * width].to_vec();
+        let vectors = batch.sequences.iter().map(|sequence| match pooling {
+            Pooling::First => Ok(row(sequence.rows.start)),
+            Pooling::Last => Ok(row(sequence.rows.end - 1)),
+            Pooling::Mean => {
+                let mut mean = vec![0.0; width];
+                let own = &states[sequence.rows.start * width..sequence.rows.end * width];
+                pooling::mean_rows(own, &mut mean).map_err(internal)?;
+                Ok(mean)
+            }
+        });
+        vectors.collect()
+    }
+
     fn copy_blocks(&self, kv: &mut kv_blocks::KvBlocks, copies: &[BlockCopy]) -> Result<()> {
         for copy in copies {
             kv.copy_block(copy.from.0, copy.to.0);
         }
         Ok(())
     }
+}
+
+/// Where a layer's keys and values are: blocks of one layer are used by each layer in turn.
+fn kv_layer(layer: &AttentionLayer<CpuBackend>, kv: &kv_blocks::KvBlocks) -> usize {
+    layer.layer_idx.min(kv.layout().num_layers - 1)
 }
 
 impl CpuRows {

@@ -5,15 +5,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::batch::SeqId;
+use crate::command::VectorForm;
 use crate::error::Error;
-use crate::request::{Delta, Event, FinishReason, Summary, Timings, TokenLogprobs, Usage};
+use crate::request::{Delta, Embedding, Event, FinishReason, Summary, Timings, TokenLogprobs, Usage};
 use crate::stream::EventSender;
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// A request between admission and its last event.
 pub(super) struct Answer {
     sender: EventSender,
+    /// Of a generation.
     choices: Vec<Choice>,
+    /// Of an embedding request.
+    inputs: Vec<Input>,
     stop_token_ids: Arc<[u32]>,
     summary: Summary,
     submitted: Instant,
@@ -27,6 +31,13 @@ struct Choice {
     text: TextStream,
     /// A stop string is complete: whatever else ends the sequence at this token, it ended by that.
     has_stopped: bool,
+    is_finished: bool,
+}
+
+struct Input {
+    seq: SeqId,
+    form: VectorForm,
+    truncated: bool,
     is_finished: bool,
 }
 
@@ -44,6 +55,7 @@ impl Answer {
         Answer {
             sender,
             choices: Vec::new(),
+            inputs: Vec::new(),
             stop_token_ids,
             summary,
             submitted,
@@ -57,8 +69,12 @@ impl Answer {
         self.choices.push(Choice { seq, text, has_stopped: false, is_finished: false });
     }
 
+    pub(super) fn add_input(&mut self, seq: SeqId, form: VectorForm, truncated: bool) {
+        self.inputs.push(Input { seq, form, truncated, is_finished: false });
+    }
+
     pub(super) fn sequences(&self) -> impl Iterator<Item = SeqId> + '_ {
-        self.choices.iter().map(|choice| choice.seq)
+        self.choices.iter().map(|choice| choice.seq).chain(self.inputs.iter().map(|input| input.seq))
     }
 
     /// The first step that computes some of this request begins.
@@ -111,8 +127,21 @@ impl Answer {
         self.sender.send(Event::Finished { choice: idx, reason });
     }
 
+    /// The vector of input `idx`, as the model gives it.
+    pub(super) fn push_vector(&mut self, idx: usize, mut values: Vec<f32>, usage: Usage) {
+        let input = &mut self.inputs[idx];
+        input.is_finished = true;
+        values.truncate(input.form.dimensions);
+        if input.form.normalize {
+            normalize(&mut values);
+        }
+        self.summary.usage.prompt_tokens += usage.prompt_tokens;
+        let embedding = Embedding { values, tokens: usage.prompt_tokens, truncated: input.truncated };
+        self.sender.send(Event::Embedding { input: idx, embedding });
+    }
+
     pub(super) fn is_finished(&self) -> bool {
-        self.choices.iter().all(|choice| choice.is_finished)
+        self.choices.iter().all(|choice| choice.is_finished) && self.inputs.iter().all(|input| input.is_finished)
     }
 
     /// Sends the last event.
@@ -134,5 +163,13 @@ impl Answer {
     /// Ends the request with an error.
     pub(super) fn fail(self, error: Error) {
         self.sender.end(Err(error));
+    }
+}
+
+/// To unit length; a vector of zeros stays one. The squares are summed in double precision, in order.
+fn normalize(values: &mut [f32]) {
+    let length = values.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt();
+    if length > 0.0 {
+        values.iter_mut().for_each(|value| *value = (f64::from(*value) / length) as f32);
     }
 }

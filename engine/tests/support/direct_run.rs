@@ -5,11 +5,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use ns_llm::backend::{Backend, KvDtype};
+use ns_llm::backend::{Backend, KvDtype, KvLayout};
 use ns_llm::batch::{Batch, BatchSequence, BlockId, OutputKind, OutputRow, RowSampling, SeqId};
 use ns_llm::loader::ModelFolder;
 use ns_llm::model::config::ModelConfig;
-use ns_llm::model::{self, CausalLm};
+use ns_llm::model::{self, Model};
 use ns_llm::{Result, SamplingParams};
 
 const BLOCK_TOKENS: usize = 16;
@@ -18,7 +18,7 @@ const BLOCK_TOKENS: usize = 16;
 pub struct DirectRun<B: Backend> {
     pub config: ModelConfig,
     backend: B,
-    model: Box<dyn CausalLm<B>>,
+    model: Box<dyn Model<B>>,
     kv: B::Kv,
     free: Vec<BlockId>,
     sequences: Vec<Sequence>,
@@ -57,6 +57,16 @@ impl<B: Backend> DirectRun<B> {
         self.sequences.len() - 1
     }
 
+    /// The vectors of whole sequences that are computed together.
+    pub fn encode(&mut self, sequences: &[&[u32]]) -> Result<Vec<Vec<f32>>> {
+        let numbered = sequences.iter().enumerate().map(|(idx, tokens)| (SeqId(idx as u64), *tokens));
+        let batch = Batch::whole_sequences(numbered, BLOCK_TOKENS);
+        let layout = self.config.kv_layout(batch.block_tables.len(), BLOCK_TOKENS, KvDtype::F32);
+        let mut kv = self.backend.allocate_kv(KvLayout { num_layers: 1, ..layout })?;
+        let hidden = self.model.encode(&self.backend, &batch, &mut kv)?;
+        self.backend.pool(&hidden, &batch, self.model.pooling())
+    }
+
     /// Gives the blocks of all sequences back.
     pub fn clear(&mut self) {
         self.free.extend(self.sequences.drain(..).flat_map(|sequence| sequence.blocks));
@@ -70,7 +80,7 @@ impl<B: Backend> DirectRun<B> {
             self.append(&mut batch, sequence, tokens, rows);
         }
         let hidden = self.model.forward(&self.backend, &batch, &mut self.kv)?;
-        let logits = self.backend.read_logits(&hidden, self.model.output())?;
+        let logits = self.backend.read_logits(&hidden, self.model.output()?)?;
         assert_eq!(logits.len(), batch.outputs.len() * self.config.vocab_size);
         Ok(logits.chunks(self.config.vocab_size).map(<[f32]>::to_vec).collect())
     }

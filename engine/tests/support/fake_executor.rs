@@ -247,6 +247,25 @@ impl Executor for FakeExecutor {
         Ok(self.launched.pop_front().expect("collect() follows launch()"))
     }
 
+    /// The vector says which tokens were read: two numbers of the digest of all of them.
+    fn encode(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>> {
+        let mut blocks = HashSet::new();
+        let encode = |sequence: &BatchSequence| {
+            assert!(batch.block_table(sequence).iter().all(|block| blocks.insert(*block)), "a block is used twice");
+            let mut digest = Digest::new(&sequence.namespace);
+            for (position, row) in sequence.rows.clone().enumerate() {
+                assert_eq!(batch.positions[row] as usize, position, "a whole sequence begins at 0");
+                digest = digest.push(batch.token_ids[row]);
+            }
+            vec![digest.logprob(0), digest.logprob(1)]
+        };
+        Ok(batch.sequences.iter().map(encode).collect())
+    }
+
+    fn encode_block_tokens(&self) -> usize {
+        self.block_tokens
+    }
+
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
         for copy in copies {
             let (from, to) = (copy.from.0 as usize, copy.to.0 as usize);

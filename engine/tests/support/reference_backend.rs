@@ -4,7 +4,7 @@
 
 use half::{bf16, f16};
 use ns_llm::Result;
-use ns_llm::backend::{AttentionLayer, Backend, KvLayout, LinearPart, LinearWeight, RopeTable};
+use ns_llm::backend::{AttentionLayer, Backend, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable};
 use ns_llm::batch::BlockCopy;
 use ns_llm::batch::{Batch, OutputRow, Sampled};
 use ns_llm::sampler::{SamplerScratch, sample_row};
@@ -71,6 +71,11 @@ impl Norm {
         let scale = (mean_square + self.eps).sqrt().recip();
         x.iter().zip(&self.weight).map(|(x, w)| x * scale * w).collect()
     }
+}
+
+/// Blocks of one layer serve all layers in turn.
+fn layer_of(layer: &AttentionLayer<Reference>, kv: &Kv) -> usize {
+    layer.layer_idx.min(kv.keys.len() - 1)
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -148,6 +153,10 @@ impl Backend for Reference {
         Ok(hidden.map_rows(hidden.width, |row| norm.apply(row)))
     }
 
+    fn rms_norm_rows(&self, hidden: &Matrix, norm: &Norm) -> Result<Matrix> {
+        self.rms_norm(hidden, norm)
+    }
+
     fn linear(&self, x: &Matrix, weight: &Linear) -> Result<Matrix> {
         Ok(x.map_rows(weight.num_outputs(), |row| weight.apply(row)))
     }
@@ -181,12 +190,13 @@ impl Backend for Reference {
         };
         let (q_norm, k_norm) = layer.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
         let mut queries = Vec::new();
+        let layer_idx = layer_of(layer, kv);
         for ((row, &position), &slot) in qkv.rows().zip(&batch.positions).zip(&batch.slots) {
             let (q, rest) = row.split_at(q_width);
             let (k, v) = rest.split_at(kv_width);
             queries.extend(prepare(q, q_norm, position as usize));
-            kv.keys[layer.layer_idx][slot as usize] = prepare(k, k_norm, position as usize);
-            kv.values[layer.layer_idx][slot as usize] = v.to_vec();
+            kv.keys[layer_idx][slot as usize] = prepare(k, k_norm, position as usize);
+            kv.values[layer_idx][slot as usize] = v.to_vec();
         }
         Ok(Matrix::new(q_width, queries))
     }
@@ -194,7 +204,7 @@ impl Backend for Reference {
     fn paged_attention(&self, q: &Matrix, layer: &AttentionLayer<Self>, batch: &Batch, kv: &Kv) -> Result<Matrix> {
         let shape = &layer.shape;
         let group = shape.num_heads / shape.num_kv_heads;
-        let (keys, values) = (&kv.keys[layer.layer_idx], &kv.values[layer.layer_idx]);
+        let (keys, values) = (&kv.keys[layer_of(layer, kv)], &kv.values[layer_of(layer, kv)]);
         let mut out = vec![0.0; q.values.len()];
         for sequence in &batch.sequences {
             let table = batch.block_table(sequence);
@@ -240,6 +250,22 @@ impl Backend for Reference {
 
     fn read_logits(&self, x: &Matrix, output: &Linear) -> Result<Vec<f32>> {
         Ok(self.linear(x, output)?.values.into_iter().map(|logit| logit as f32).collect())
+    }
+
+    fn pool(&self, hidden: &Matrix, batch: &Batch, pooling: Pooling) -> Result<Vec<Vec<f32>>> {
+        let vector = |rows: &std::ops::Range<usize>| {
+            let rows = match pooling {
+                Pooling::Mean => rows.clone(),
+                Pooling::First => rows.start..rows.start + 1,
+                Pooling::Last => rows.end - 1..rows.end,
+            };
+            let mean = |column| {
+                let values = rows.clone().map(|row| hidden.values[row * hidden.width + column]);
+                (values.sum::<f64>() / rows.len() as f64) as f32
+            };
+            (0..hidden.width).map(mean).collect()
+        };
+        Ok(batch.sequences.iter().map(|sequence| vector(&sequence.rows)).collect())
     }
 
     fn copy_blocks(&self, kv: &mut Kv, copies: &[BlockCopy]) -> Result<()> {

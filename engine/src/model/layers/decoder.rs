@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::backend::{AttentionLayer, AttentionShape, Backend};
 use crate::batch::Batch;
 use crate::error::Result;
-use crate::model::CausalLm;
+use crate::model::Model;
 use crate::model::config::ModelConfig;
 use crate::model::layers::rope::rope_table;
 use crate::model::load::WeightLoader;
@@ -63,17 +63,30 @@ fn attention_layer<B: Backend>(config: &ModelConfig, layer_idx: usize, rope: Arc
     AttentionLayer { layer_idx, shape, qk_norm: None, rope }
 }
 
-impl<B: Backend, L: DecoderLayer<B>> CausalLm<B> for Decoder<B, L> {
-    fn forward(&self, b: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Operand> {
-        let mut hidden = b.embed(&self.embed_tokens, batch)?; //          [tokens, hidden_size]
+impl<B: Backend, L: DecoderLayer<B>> Decoder<B, L> {
+    /// The residual stream behind the last layer: `[tokens, hidden_size]`.
+    fn hidden_states(&self, b: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Rows> {
+        let mut hidden = b.embed(&self.embed_tokens, batch)?;
         for layer in &self.layers {
             layer.forward(b, &mut hidden, batch, kv)?;
         }
+        Ok(hidden)
+    }
+}
+
+impl<B: Backend, L: DecoderLayer<B>> Model<B> for Decoder<B, L> {
+    fn forward(&self, b: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Operand> {
+        let hidden = self.hidden_states(b, batch, kv)?; //                [tokens, hidden_size]
         let outputs = b.select_outputs(&hidden, batch)?; //               [outputs, hidden_size]
         b.rms_norm(&outputs, &self.norm)
     }
 
-    fn output(&self) -> &B::Linear {
-        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    fn output(&self) -> Result<&B::Linear> {
+        Ok(self.lm_head.as_ref().unwrap_or(&self.embed_tokens))
+    }
+
+    fn encode(&self, b: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Rows> {
+        let hidden = self.hidden_states(b, batch, kv)?;
+        b.rms_norm_rows(&hidden, &self.norm)
     }
 }
