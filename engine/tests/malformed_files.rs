@@ -296,7 +296,7 @@ fn config_cases() -> Vec<Case> {
     let llama3 =
         |high: f64| json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": high});
     vec![
-        config_case("architectures", json!(["GPT2LMHeadModel"]), "unknown_architecture", "GPT2LMHeadModel"),
+        config_case("architectures", json!(["MambaForCausalLM"]), "unknown_architecture", "MambaForCausalLM"),
         config_case("architectures", json!(null), "config", "`architectures`: is missing"),
         config_case("architectures", json!([]), "config", "has 0 entries, must have one"),
         config_case("vocab_size", json!(0), "config", "`vocab_size`: is 0, must be an integer of 1 to 16777216"),
