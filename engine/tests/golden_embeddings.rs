@@ -103,7 +103,8 @@ fn vectors_match_transformers_on_each_instruction_set() {
 fn each_part_of_the_encoder_is_felt() {
     let golden = golden();
     let bert = &golden[0];
-    let vector = |config: &Value, change: &dyn Fn(&mut Vec<(String, TensorData)>)| {
+    type Tensors = Vec<(String, TensorData)>;
+    let vector = |config: &Value, change: &dyn Fn(&mut Tensors)| {
         let folder = TempFolder::new("encoder");
         folder.write("config.json", config.to_string());
         let mut tensors = weights(config, Dtype::F32);
@@ -112,7 +113,7 @@ fn each_part_of_the_encoder_is_felt() {
         open(&folder, Reference).encode(&[&bert.sequences[3].token_ids], Pooling::First).expect("runs").remove(0)
     };
     let zero = |name: &'static str| {
-        move |tensors: &mut Vec<(String, TensorData)>| {
+        move |tensors: &mut Tensors| {
             tensors.iter_mut().find(|(other, _)| other == name).expect("a tensor of BERT").1.bytes.fill(0);
         }
     };
