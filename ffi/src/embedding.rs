@@ -16,7 +16,7 @@ use crate::failure::{Failure, boundary};
 use crate::params::{SizedStruct, check_struct, read_struct, write_struct};
 use crate::request::{begin, priority};
 use crate::status::ns_llm_status;
-use crate::text::{Out, fill_buffer, ns_llm_text, read_array, read_text};
+use crate::text::{Out, check_pointer, fill_buffer, ns_llm_text, read_array, read_text};
 
 /// One input: exactly one of `text.data` and `token_ids` is not NULL.
 #[repr(C)]
@@ -106,6 +106,8 @@ pub unsafe extern "C" fn ns_llm_embed(
             out.set(needed);
             return Err(Failure::BufferTooSmall { argument: "buffer", capacity, needed });
         }
+        // Before the work, not after it.
+        check_pointer("buffer", buffer)?;
         let answer = live.engine.embed(request).inspect_err(|error| live.log.refused(error))?;
         let values: Vec<f32> = answer.embeddings.into_iter().flat_map(|embedding| embedding.values).collect();
         // SAFETY: promised by the caller.

@@ -65,7 +65,7 @@ static void both_ways_tell_the_same(void) {
 /* What a request that nobody waits for cannot be, it says in its last event. */
 static void late_refusals_are_events(void) {
     static heard h;
-    static char words[300000];
+    static char words[60000];
     memset(words, 'x', sizeof words);
     ns_llm_request_params params = story(4);
     params.prompt = (ns_llm_text){words, sizeof words};

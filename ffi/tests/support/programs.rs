@@ -82,7 +82,7 @@ pub(crate) fn build(source: &Path, linkage: Linkage) -> PathBuf {
     let program = scratch(&format!("{stem}-{linkage:?}-{}", NUM_BUILT.fetch_add(1, Ordering::Relaxed)));
     let mut compiler = Command::new("cc");
     compiler.args(C11).args(WARNINGS).args(["-g", "-O1", "-pthread", "-o"]).arg(&program).arg(source);
-    compiler.arg("-I").arg(header_path().parent().unwrap()).arg("-lm");
+    compiler.arg("-I").arg(header_path().parent().unwrap()).arg("-I").arg(crate_dir().join("tests/c")).arg("-lm");
     match linkage {
         Linkage::Shared => {
             let run_path = format!("-Wl,-rpath,{}", library.display());
@@ -104,18 +104,19 @@ pub(crate) fn run(source: &str, linkage: Linkage, arguments: &[&str]) -> Output 
     succeed(Command::new(build(&c_source(source), linkage)).arg(model()).args(arguments))
 }
 
-/// Runs a program under valgrind: no invalid access, no use of uninitialised memory, nothing lost.
+/// What valgrind looks for: no invalid access, no use of uninitialised memory, nothing lost.
+pub(crate) const VALGRIND: &[&str] = &[
+    "--quiet",
+    "--error-exitcode=99",
+    "--leak-check=full",
+    "--errors-for-leak-kinds=definite",
+    "--show-leak-kinds=definite",
+];
+
+/// Builds a program and runs it under valgrind, on the model that ships.
 pub(crate) fn run_under_valgrind(source: &Path, arguments: &[&str]) {
-    let program = build(source, Linkage::Shared);
     let mut valgrind = Command::new("valgrind");
-    valgrind.args([
-        "--quiet",
-        "--error-exitcode=99",
-        "--leak-check=full",
-        "--errors-for-leak-kinds=definite",
-        "--show-leak-kinds=definite",
-    ]);
-    valgrind.arg(program).arg(model()).args(arguments);
+    valgrind.args(VALGRIND).arg(build(source, Linkage::Shared)).arg(model()).args(arguments);
     // Valgrind knows the instructions of every machine that the portable kernels use.
     succeed(valgrind.env("NS_LLM_ISA", "portable"));
 }
