@@ -100,7 +100,9 @@ pub unsafe extern "C" fn ns_llm_embed(
         // SAFETY: promised by the caller, about what `params` points to.
         let request = unsafe { read_embedding_request(&params) }?;
         request.validate()?;
-        let dimensions = request.dimensions.unwrap_or(live.engine.info().embedding_dimensions);
+        // More dimensions than the model has are refused by the engine, in its own words.
+        let all = live.engine.info().embedding_dimensions;
+        let dimensions = request.dimensions.unwrap_or(all).min(all);
         let needed = request.inputs.len().saturating_mul(dimensions);
         if needed > capacity {
             out.set(needed);

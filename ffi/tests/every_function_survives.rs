@@ -220,8 +220,8 @@ fn program(header: &Header) -> (String, usize) {
     let mut num_calls = 0;
     let mut main = String::new();
     for function in &header.functions {
-        let listed = function.listed_statuses(header).join(", ");
-        writeln!(program, "static const int listed_{0}[] = {{{listed}, -1}};", function.name).unwrap();
+        let listed: String = function.listed_statuses(header).into_iter().map(|status| status + ", ").collect();
+        writeln!(program, "static const int listed_{0}[] = {{{listed}-1}};", function.name).unwrap();
         writeln!(program, "static void try_{0}(void) {{\n    (void)listed_{0};", function.name).unwrap();
         for argument in &function.arguments {
             for hazard in hazards(header, function, argument) {

@@ -95,6 +95,7 @@ static bool call_back_in(const ns_llm_event *event, void *user_data) {
 /* Another request can be submitted from inside a callback, and the callback's own request freed. */
 static void callbacks_call_back(ns_llm_engine engine) {
     static reentry r;
+    memset(&r, 0, sizeof r);
     r.engine = engine;
     r.free_request = true;
     ns_llm_request request = submit(engine, call_back_in, &r);
@@ -168,7 +169,8 @@ int main(int argc, char **argv) {
     model = argv[1];
     ns_llm_engine engine = open_engine(model);
     requests_freed_while_running(engine, atoi(argv[2]));
-    callbacks_call_back(engine);
+    for (int round = 0; round < atoi(argv[2]) / 10; round++)
+        callbacks_call_back(engine);
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(engine));
     engine_before_requests();
     callbacks_free_their_engine();

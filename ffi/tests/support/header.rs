@@ -30,7 +30,7 @@ pub(crate) struct Header {
 /// Whether a struct begins with its size, so that it may grow.
 pub(crate) fn has_struct_size(name: &str) -> bool {
     let fixed = ["ns_llm_engine", "ns_llm_request", "ns_llm_text", "ns_llm_message", "ns_llm_logit_bias"];
-    name.starts_with("ns_llm_") && !fixed.contains(&name)
+    name.starts_with("ns_llm_") && !name.ends_with("_callback") && !fixed.contains(&name)
 }
 
 impl Header {
@@ -91,7 +91,7 @@ fn fields_of(body: &str) -> Vec<Field> {
 
 /// `const char *text` is of type `const char *`.
 fn field(declaration: &str) -> Field {
-    let words = declaration.split_whitespace().collect::<Vec<_>>().join(" ");
+    let words = declaration.split_whitespace().filter(|word| *word != "struct").collect::<Vec<_>>().join(" ");
     let name_start = words.rfind([' ', '*']).map_or(0, |at| at + 1);
     let (c_type, name) = words.split_at(name_start);
     Field { c_type: c_type.trim().to_string(), name: name.to_string() }
