@@ -4,13 +4,21 @@
  * This file is written from the doc comments of the library; do not edit it. It is C11 and C++17.
  *
  *
- * A whole program
+ * Contents
  *
- *     static bool print(const ns_llm_event *event, void *user_data) {
- *         (void)user_data;
- *         fwrite(event->text.data, 1, event->text.size, event->kind == NS_LLM_EVENT_FAILED ? stderr : stdout);
- *         return true;
- *     }
+ *   Version      which library a program works with
+ *   Errors       statuses, and the sentence about the last failure
+ *   Text         how texts are passed
+ *   Log          what an engine tells an operator
+ *   Engine       open a model, free it
+ *   Figures      what is loaded, what was done, bytes, health
+ *   Events       what a request has to say
+ *   Request      submit, fetch events, wait, cancel, free
+ *   Embeddings   texts to vectors
+ *   Tokenizer    texts to token ids and back
+ *
+ *
+ * A whole program
  *
  *     int main(void) {
  *         ns_llm_engine engine;
@@ -21,22 +29,23 @@
  *         }
  *         ns_llm_request request;
  *         ns_llm_request_params what = { .struct_size = sizeof what, .prompt = { "Once upon a time", 16 } };
- *         ns_llm_status status = ns_llm_generate(engine, &what, print, NULL, &request);
- *         if (status == NS_LLM_OK)
- *             status = ns_llm_request_wait(request, NS_LLM_FOREVER, NULL);
- *         if (status != NS_LLM_OK)
+ *         ns_llm_status status = ns_llm_generate(engine, &what, NULL, NULL, &request);
+ *         ns_llm_event event = { .struct_size = sizeof event };
+ *         while (status == NS_LLM_OK && (status = ns_llm_request_next(request, NS_LLM_FOREVER, &event)) == NS_LLM_OK)
+ *             fwrite(event.text.data, 1, event.text.size, event.kind == NS_LLM_EVENT_FAILED ? stderr : stdout);
+ *         if (status != NS_LLM_ENDED)
  *             fprintf(stderr, "%s: %s\n", ns_llm_status_name(status), ns_llm_last_error(NULL));
  *         ns_llm_request_free(request);
  *         ns_llm_engine_free(engine);
- *         return status != NS_LLM_OK;
+ *         return status != NS_LLM_ENDED;
  *     }
  *
  *
  * Lifecycle
  *
- * Open an engine on a model; submit requests to it, as many at once as you like; hear their events in a callback;
- * free each request and the engine, in any order. There is nothing to initialise and nothing global: loading the
- * library starts no thread, reads no environment, installs no signal handler, prints nothing.
+ * Open an engine on a model; submit requests to it, as many at once as you like; fetch their events, or hear them in a
+ * callback; free each request and the engine, in any order. There is nothing to initialise and nothing global: loading
+ * the library starts no thread, reads no environment, installs no signal handler, prints nothing.
  *
  * Handles are 64-bit ids, not pointers. A handle that was freed, never given, or is of another kind is answered with
  * NS_LLM_BAD_HANDLE by every function, for the life of the process: no id is used twice. 0 is never a handle;
@@ -46,25 +55,28 @@
  * Threads
  *
  * Every function may be called from any thread at any time, several at once on the same engine or request, and from
- * inside callbacks; what cannot work inside a callback says so with NS_LLM_IN_CALLBACK and does not hang. Functions
- * that free end what is running, and wait for it, so that nothing calls back into memory that is going away; inside a
- * callback they do not wait, and the rest happens when the callback has returned.
+ * inside callbacks; what cannot work inside a callback says so with NS_LLM_IN_CALLBACK and does not hang, and what has
+ * room for one thread only says NS_LLM_BUSY to the second. Functions that free end what is running, and wait for it, so
+ * that nothing calls back into memory that is going away; inside a callback they do not wait, and the rest happens when
+ * the callback has returned.
  *
- * An engine computes on threads of its own and calls back on one thread of its own, never on the thread that
- * submitted. The program's threads, signal handlers and floating-point state are left alone. A child of fork() has
- * none of these threads: if an engine was opened before the fork, every function that could use one answers
- * NS_LLM_FORKED_PROCESS there.
+ * An engine computes on threads of its own, and tells events on one thread of its own, never on the thread that
+ * submitted; lines of the log come on the thread that causes them. The program's threads, signal handlers and
+ * floating-point state are left alone. A child of fork() has none of an engine's threads: if an engine was opened before
+ * the fork, every function that could use one answers NS_LLM_FORKED_PROCESS there.
  *
  *
  * Ownership
  *
  * What you pass in is copied before the function returns, except `user_data`, which stays yours and is only handed
- * back. What the library passes to a callback is the library's and ends with the callback. Results are written to
- * buffers and structs of yours; there is nothing to release but handles.
+ * back. What the library shows you is the library's: in a callback until that returns, in a fetched event until the next
+ * one is fetched, in ns_llm_model_info until the engine is freed. All other results are written to buffers and structs
+ * of yours; there is nothing to release but handles.
  *
  * Text is a pointer and a size in bytes, UTF-8, without a NUL at the end; text that is not UTF-8 is refused. Only
  * version, status names and ns_llm_last_error() are NUL-terminated. Where a number of elements or bytes is 0, the
- * pointer is not looked at.
+ * pointer is not looked at. Functions that fill a buffer say how much room they need when it is too small, so a call
+ * without a buffer measures.
  *
  *
  * Errors
@@ -77,11 +89,12 @@
  *
  * Versions and growth
  *
- * Structs begin with `struct_size`: set it to the struct's sizeof, and zero what you do not set. A program built with
- * an older header gets defaults for fields that it does not know. A program built with a newer one gets
- * NS_LLM_UNSUPPORTED, and not silence, if it sets a field that the library does not know. Any other size is
- * NS_LLM_INVALID_ARGUMENT. Fields are only ever added at the end, numbers of statuses and other constants are never
- * reused, functions are not removed within a major version (before 1.0: a minor version).
+ * Structs that may grow begin with `struct_size`: set it to the struct's sizeof, and zero what you do not set; the
+ * others never change. A program built with an older header gets defaults for fields that it does not know. A program
+ * built with a newer one gets NS_LLM_UNSUPPORTED, and not silence, if it sets a field that the library does not know, and
+ * zeros in results that the library does not have. Any other size is NS_LLM_INVALID_ARGUMENT. Fields are only ever added
+ * at the end, numbers of statuses and other constants are never reused, functions are not removed within a major version
+ * (before 1.0: a minor version).
  */
 
 #ifndef NS_LLM_H

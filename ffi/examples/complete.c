@@ -60,7 +60,7 @@ int main(int argc, char **argv) {
     status = ns_llm_generate(engine, &what, print, stdout, &request);
     if (status == NS_LLM_OK)
         status = ns_llm_request_wait(request, NS_LLM_FOREVER, &summary);
-    /* The sentence of a failure is the next thing to be overwritten, so it is shown before anything else is called. */
+    /* The next failure on this thread would overwrite the sentence about this one, so it is shown first. */
     int code = status == NS_LLM_OK ? EXIT_SUCCESS : fail("generate", status);
     if (status == NS_LLM_OK)
         fprintf(stderr, "\n%llu tokens in %.0f ms, the first after %.0f ms\n",

@@ -121,7 +121,7 @@ fn lifetimes_end_in_any_order() {
     run("lifetime.c", Linkage::Shared, &["1000"]);
 }
 
-/// Wrong calls are answered with a status: `c/misuse.c` makes some thousands of them.
+/// Wrong calls are told what is wrong, and other versions' structs are understood: `c/misuse.c`.
 #[test]
 fn misuse_is_answered() {
     run("misuse.c", Linkage::Shared, &["8"]);

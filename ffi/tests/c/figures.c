@@ -96,6 +96,46 @@ static void the_log_is_kept(const char *model) {
     CHECK_STATUS(NS_LLM_BAD_HANDLE, ns_llm_engine_health(engine));
 }
 
+static void free_the_engine(ns_llm_log_level level, const char *line, size_t size, void *user_data) {
+    (void)line, (void)size;
+    if (level == NS_LLM_LOG_WARN)
+        CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(*(ns_llm_engine *)user_data));
+}
+
+/* A line of the log comes inside a call, and the engine of that call can be freed there; requests hear of it. */
+static void the_log_may_free_its_engine(const char *model) {
+    static ns_llm_engine engine;
+    ns_llm_engine_params params = {.struct_size = sizeof params,
+                                   .model = {model, strlen(model)},
+                                   .threads = 1,
+                                   .kv_bytes = 32 << 20,
+                                   .max_running_sequences = 1,
+                                   .max_waiting_requests = 1,
+                                   .log = free_the_engine,
+                                   .log_user_data = &engine};
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_open(&params, &engine));
+    static heard h;
+    ns_llm_request first = 0, other = 0;
+    ns_llm_request_params what = story(1000);
+    what.flags = NS_LLM_REQUEST_IGNORE_EOS;
+    CHECK_STATUS(NS_LLM_OK, ns_llm_generate(engine, &what, listen, &h, &first));
+    ns_llm_status status = NS_LLM_OK;
+    for (int i = 0; i < 64 && status == NS_LLM_OK; i++) {
+        CHECK_STATUS(NS_LLM_OK, ns_llm_request_free(other));
+        status = ns_llm_generate(engine, &what, NULL, NULL, &other);
+        ns_llm_request third = 0;
+        if (status == NS_LLM_OK)
+            status = ns_llm_generate(engine, &what, NULL, NULL, &third);
+        CHECK_STATUS(NS_LLM_OK, ns_llm_request_free(third));
+    }
+    CHECK_STATUS(NS_LLM_OVERLOADED, status);
+    CHECK_STATUS(NS_LLM_BAD_HANDLE, ns_llm_engine_free(engine));
+    CHECK_STATUS(NS_LLM_CLOSED, ns_llm_request_wait(first, NS_LLM_FOREVER, NULL));
+    CHECK(h.num_last == 1);
+    CHECK_STATUS(NS_LLM_OK, ns_llm_request_free(first));
+    CHECK_STATUS(NS_LLM_OK, ns_llm_request_free(other));
+}
+
 int main(int argc, char **argv) {
     CHECK(argc == 2);
     ns_llm_engine engine = open_engine(argv[1]);
@@ -103,5 +143,6 @@ int main(int argc, char **argv) {
     work_is_counted(engine);
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(engine));
     the_log_is_kept(argv[1]);
+    the_log_may_free_its_engine(argv[1]);
     return 0;
 }
