@@ -9,6 +9,7 @@
 mod engine;
 mod error;
 mod event_loop;
+mod gpu;
 mod offload;
 mod request;
 mod stats;
