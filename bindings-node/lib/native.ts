@@ -8,7 +8,15 @@ import { join } from 'node:path';
 import type * as Addon from '../native.js';
 import { NsLlmError } from './errors.js';
 
-export type { NativeEngine, NativeEvent, NativeOpening, NativeStream, NativeSummary } from '../native.js';
+export type {
+  NativeEmbedding,
+  NativeEmbeddings,
+  NativeEngine,
+  NativeEvent,
+  NativeOpening,
+  NativeStream,
+  NativeSummary,
+} from '../native.js';
 
 /** The addon's file: from `dist/lib`, where this file runs, to the package's `bindings-node`. */
 export const ADDON = join(__dirname, '..', '..', 'native.node');

@@ -26,6 +26,8 @@ export interface Chunk {
   tokenIds: number[];
   /** One entry per token, when asked for. */
   logprobs?: TokenLogprobs[];
+  /** Why the choice ended; on its last chunk, which may hold nothing else. */
+  finishReason?: FinishReason;
 }
 
 /** One finished answer. */
@@ -102,6 +104,11 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
       void this.#drain();
     }
     return this.#result.promise;
+  }
+
+  /** @internal Whether the whole answer is there. */
+  get isFinished(): boolean {
+    return this.#state === 'finished';
   }
 
   /** Gives the request up at once. A loop over the stream ends; {@link result} rejects with `cancelled`. */
@@ -203,10 +210,23 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
       }
     }
     if (finished) {
-      this.#choice(finished.choice).finishReason = finished.reason;
+      this.#endChoice(finished.choice, finished.reason);
     }
     if (done) {
       this.#finish(done);
+    }
+  }
+
+  /** Marks the last chunk of the choice, which is a new one when nothing of it is left to be read. */
+  #endChoice(choice: number, finishReason: FinishReason): void {
+    this.#choice(choice).finishReason = finishReason;
+    if (this.#mode === 'chunks') {
+      const last = this.#chunks.findLast((chunk) => chunk.choice === choice);
+      if (last) {
+        last.finishReason = finishReason;
+      } else {
+        this.#chunks.push({ choice, text: '', tokenIds: [], finishReason });
+      }
     }
   }
 

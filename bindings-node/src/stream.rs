@@ -203,6 +203,17 @@ pub struct Usage {
     pub preemptions: f64,
 }
 
+impl From<ns_llm::Usage> for Usage {
+    fn from(usage: ns_llm::Usage) -> Self {
+        Usage {
+            prompt_tokens: usage.prompt_tokens as f64,
+            completion_tokens: usage.completion_tokens as f64,
+            cached_tokens: usage.cached_tokens as f64,
+            preemptions: usage.preemptions as f64,
+        }
+    }
+}
+
 /// Times of a request, milliseconds.
 #[napi(object, object_from_js = false)]
 pub struct Timings {
@@ -216,6 +227,18 @@ pub struct Timings {
     pub decode_ms: f64,
     /// From submission to the end.
     pub total_ms: f64,
+}
+
+impl From<ns_llm::Timings> for Timings {
+    fn from(timings: ns_llm::Timings) -> Self {
+        Timings {
+            queue_ms: timings.queue_ms,
+            prompt_ms: timings.prompt_ms,
+            first_token_ms: timings.first_token_ms,
+            decode_ms: timings.decode_ms,
+            total_ms: timings.total_ms,
+        }
+    }
 }
 
 /// Counts and times of a finished request.
@@ -233,21 +256,10 @@ pub struct NativeSummary {
 
 impl From<ns_llm::Summary> for NativeSummary {
     fn from(summary: ns_llm::Summary) -> Self {
-        let (usage, timings, seed) = (summary.usage, summary.timings, summary.seed);
+        let seed = summary.seed;
         NativeSummary {
-            usage: Usage {
-                prompt_tokens: usage.prompt_tokens as f64,
-                completion_tokens: usage.completion_tokens as f64,
-                cached_tokens: usage.cached_tokens as f64,
-                preemptions: usage.preemptions as f64,
-            },
-            timings: Timings {
-                queue_ms: timings.queue_ms,
-                prompt_ms: timings.prompt_ms,
-                first_token_ms: timings.first_token_ms,
-                decode_ms: timings.decode_ms,
-                total_ms: timings.total_ms,
-            },
+            usage: summary.usage.into(),
+            timings: summary.timings.into(),
             seed: if seed <= MAX_SAFE_INTEGER { Either::A(seed as f64) } else { Either::B(BigInt::from(seed)) },
             prompt_logprobs: summary.prompt_logprobs.iter().map(TokenLogprobs::from).collect(),
         }

@@ -4,19 +4,25 @@ import { setImmediate as turn } from 'node:timers/promises';
 
 import { AbortError, Engine } from '../lib/index.js';
 import { native } from '../lib/native.js';
-import { collectGarbage, openDemo, STORY, withCode, withDemo } from './support.js';
+import { collectGarbage, isIdle, openDemo, STORY, until, withCode, withDemo } from './support.js';
 
-test('after close every use is the error `closed`, and info stays readable', async () => {
+test('after close every use is the error `closed`; info, stats and memory still answer', async () => {
   const engine = await openDemo();
+  await engine.generate(STORY, { maxTokens: 4 });
+  const before = await until(engine, 'idleness', isIdle);
   await engine.close();
-  const { closed } = { closed: withCode('closed') };
+  const closed = withCode('closed');
   await assert.rejects(engine.generate(STORY), closed);
   assert.throws(() => engine.stream(STORY), closed);
   await assert.rejects(engine.tokenize(STORY), closed);
   await assert.rejects(engine.detokenize([1]), closed);
-  assert.throws(() => engine.stats(), closed);
-  assert.throws(() => engine.memory(), closed);
+  await assert.rejects(engine.embed(STORY), closed);
+  await assert.rejects(engine.chat.completions.create({ messages: [{ role: 'user', content: STORY }] }), closed);
+  await assert.rejects(engine.embeddings.create({ input: STORY }), closed);
   assert.equal(engine.info.architecture, 'Qwen3ForCausalLM');
+  const { requestsFinished, generationTokensTotal } = engine.stats();
+  assert.deepEqual([requestsFinished, generationTokensTotal], [1, before.generationTokensTotal]);
+  assert.deepEqual(Object.values(engine.memory()), [0, 0, 0, 0]);
 });
 
 test('close twice, at once or later, settles each time', async () => {
@@ -46,7 +52,7 @@ test('await using closes the engine at the end of the block', async () => {
     kept = engine;
     assert.equal((await engine.generate(STORY, { maxTokens: 2 })).tokenIds.length, 2);
   }
-  assert.throws(() => kept.stats(), withCode('closed'));
+  assert.throws(() => kept.stream(STORY), withCode('closed'));
 });
 
 test('loading reports progress up to all of it', async () => {
