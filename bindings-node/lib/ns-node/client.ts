@@ -165,8 +165,6 @@ export class NsNodeClient {
       if (!engine) {
         return { status: 'loading', available: false, model, backend: 'none', ...about };
       }
-      // A closed engine says so here.
-      engine.stats();
       return { status: 'healthy', available: true, model, backend: engine.info.device, ...about };
     } catch (error) {
       return { status: 'unhealthy', available: false, model, backend: 'none', ...about, error: messageOf(error) };
@@ -307,7 +305,8 @@ export class NsNodeClient {
     try {
       return await work({ engine, model });
     } catch (error) {
-      if (error instanceof NsLlmError && error.code === 'closed') {
+      // An engine that ended by a defect answers so to everyone from then on.
+      if (error instanceof NsLlmError && (error.code === 'closed' || error.code === 'internal')) {
         state.engines.forget(model.folder, engine);
       }
       throw error;

@@ -125,7 +125,7 @@ async function look(root: string): Promise<InstalledModel[]> {
 
 /** The model in a folder; nothing when it has no configuration or no weights. */
 async function readModel(folder: string): Promise<InstalledModel | undefined> {
-  const files = await readdir(folder).catch(() => []);
+  const files: string[] = await readdir(folder).catch(() => []);
   if (!files.includes('config.json') || !files.some((file) => file.endsWith('.safetensors'))) {
     return undefined;
   }

@@ -39,6 +39,19 @@ const MAX_OPERATIONS = 10_000;
 /** Operations over which `metrics()` takes percentiles. */
 const RECENT_OPERATIONS = 1_000;
 
+/** Sums over every operation that ever ended. */
+export interface Totals {
+  requests: number;
+  failed: number;
+  cancelled: number;
+  tokens: number;
+  promptTokens: number;
+  cachedTokens: number;
+  /** Generations that found the beginning of their prompt in the prefix cache. */
+  hits: number;
+  misses: number;
+}
+
 /** Operations that have ended, oldest first. */
 export class OperationLog {
   /** Operations that are going on. */
@@ -46,7 +59,16 @@ export class OperationLog {
   readonly #ended: Operation[] = [];
   /** Where the oldest one is, once the list is full. */
   #oldest = 0;
-  readonly #totals = { requests: 0, failed: 0, cancelled: 0, tokens: 0, promptTokens: 0, cachedTokens: 0, hits: 0, misses: 0 };
+  readonly #totals: Totals = {
+    requests: 0,
+    failed: 0,
+    cancelled: 0,
+    tokens: 0,
+    promptTokens: 0,
+    cachedTokens: 0,
+    hits: 0,
+    misses: 0,
+  };
   #totalMs = 0;
 
   /** Runs `work` as an operation; whatever it does, it is counted. `work` gives its result and what is known of it. */
@@ -95,7 +117,7 @@ export class OperationLog {
   }
 
   /** Sums over everything that ever ended. */
-  get totals(): Readonly<typeof this.#totals> {
+  get totals(): Readonly<Totals> {
     return this.#totals;
   }
 
