@@ -313,8 +313,13 @@ export class NsNodeClient {
     }
   }
 
-  #open({ folder }: InstalledModel): Promise<Engine> {
-    return state.engines.get(folder, this.#settings);
+  async #open({ name, folder }: InstalledModel): Promise<Engine> {
+    try {
+      return await state.engines.get(folder, this.#settings);
+    } catch (error) {
+      const code = error instanceof NsLlmError ? error.code : 'internal';
+      throw new NsLlmError(code, `the model ${name} cannot be opened: ${messageOf(error)}`, { cause: error });
+    }
   }
 }
 

@@ -4,7 +4,7 @@
  * names and never becomes a path.
  */
 
-import { readFile, readdir, stat } from 'node:fs/promises';
+import { readFile, readdir, realpath, stat } from 'node:fs/promises';
 import { basename, join, resolve } from 'node:path';
 
 import { NsLlmError } from '../errors.js';
@@ -18,7 +18,7 @@ export type Purpose = 'generate' | 'embed';
 export interface InstalledModel {
   /** Name of its folder. */
   name: string;
-  /** Absolute path of its folder. */
+  /** Absolute path of its folder, without links: a model under two names is one. */
   folder: string;
   /** Whether its architecture writes text; another one makes vectors only. */
   canGenerate: boolean;
@@ -106,7 +106,7 @@ export class ModelCatalog {
 }
 
 async function look(root: string): Promise<InstalledModel[]> {
-  const shipped = { name: basename(DEMO_MODEL), folder: DEMO_MODEL, canGenerate: true };
+  const shipped = { name: basename(DEMO_MODEL), folder: await realpath(DEMO_MODEL), canGenerate: true };
   if (root === '') {
     return [shipped];
   }
@@ -130,7 +130,7 @@ async function readModel(folder: string): Promise<InstalledModel | undefined> {
     return undefined;
   }
   const config = await readFile(join(folder, 'config.json'), 'utf8').catch(() => '');
-  return { name: basename(folder), folder, canGenerate: writesText(config) };
+  return { name: basename(folder), folder: await realpath(folder), canGenerate: writesText(config) };
 }
 
 /** By the name of the architecture. A file that cannot be read is told by the engine, when that model is asked for. */
@@ -162,9 +162,9 @@ function isKnown(name: string): boolean {
   return KNOWN_NAMES.some((known) => words(known).join(' ') === wanted);
 }
 
-/** Words and numbers of a name, without the organisation before it and the tag `latest` behind it. */
+/** Words and numbers of a name, without one organisation before it and the tag `latest` behind it. */
 function words(name: string): string[] {
-  const bare = name.replace(/^.*\//, '').replace(/:latest$/, '');
+  const bare = name.replace(/^\w[\w.-]*\/(?=[^/]+$)/, '').replace(/:latest$/, '');
   return bare.toLowerCase().match(/[a-z]+|[0-9]+/g) ?? [];
 }
 
