@@ -106,6 +106,8 @@ test('a model that cannot be had is an error that names it, and health says so w
   });
   await withEnvironment({ MODEL_PATH: folder.path }, async () => {
     await assert.rejects(client.generate(STORY, { model: 'broken' }), /the model broken cannot be opened: .*config\.json/);
+    const givenUp = client.generate(STORY, { model: 'broken', signal: AbortSignal.abort() });
+    await assert.rejects(givenUp, withCode('cancelled'));
     await unhealthy(/the model Llama-3.2-1B cannot be opened/);
     // Each request tries again: what was mended is found.
     assert.equal((await client.generate(STORY, { model: 'llama3.2:3b', maxTokens: 1 })).tokens_generated, 1);

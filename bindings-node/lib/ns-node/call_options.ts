@@ -80,6 +80,8 @@ export class Deadline {
   /** Waits for something that others may wait for as well: it goes on when this call is given up. */
   async wait<T>(promise: Promise<T>, what: string): Promise<T> {
     const { signal, leftMs } = this;
+    // Its failure belongs to those who still wait for it.
+    promise.catch(() => {});
     if (signal?.aborted) {
       throw new AbortError(signal.reason);
     }
