@@ -34,7 +34,7 @@ export type { CacheContext, CachedResponse, KvCacheOptions, KvCacheStats } from 
 export { embed, query, status } from './local_llm.js';
 export type { AdapterAnswer } from './local_llm.js';
 export { PerformanceProfiler } from './performance_profiler.js';
-export type { Checkpoint, EndedProfile, PerformanceMetrics, Profile } from './performance_profiler.js';
+export type { Checkpoint, EndedProfile, PerformanceMetrics, ProcessMemory, Profile } from './performance_profiler.js';
 export type { Bottleneck, BottleneckAnalysis, PerformanceReport, Recommendation } from './performance_report.js';
 export type { EngineSettings } from './shared_engines.js';
 

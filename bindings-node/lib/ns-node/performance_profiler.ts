@@ -43,6 +43,15 @@ export interface EndedProfile extends Profile {
   result: { tokenCount?: number };
 }
 
+/** As `process.memoryUsage()` gives it, bytes. */
+export interface ProcessMemory {
+  rss: number;
+  heapTotal: number;
+  heapUsed: number;
+  external: number;
+  arrayBuffers: number;
+}
+
 /** Times in milliseconds, of the operations that ended in the window. */
 export interface PerformanceMetrics {
   latency: {
@@ -74,8 +83,10 @@ export interface PerformanceMetrics {
     successRate: string;
   };
   resources: {
-    cpu: { loadAverage: number[]; usage: NodeJS.CpuUsage };
-    memory: { total: number; free: number; process: NodeJS.MemoryUsage };
+    /** `usage` is of this process, microseconds. */
+    cpu: { loadAverage: number[]; usage: { user: number; system: number } };
+    /** Bytes. */
+    memory: { total: number; free: number; process: ProcessMemory };
     /** Percent, the mean over all devices; null without one. */
     gpu: { utilization: number } | null;
   };

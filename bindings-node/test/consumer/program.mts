@@ -1,6 +1,18 @@
 /** A user's program, compiled but never run: the types of the package as `import` sees them. */
 
 import { AbortError, Engine, NsLlmError, type Chunk, type Completion, type GenerateOptions } from 'ns-llm';
+import Client, { KvCacheService, type GenerateResult, type PerformanceReport, PerformanceProfiler } from 'ns-llm/ns-node';
+
+export async function serve(signal: AbortSignal): Promise<string> {
+  const client: Client = new Client({ modelPath: './models', engine: { threads: 2 } });
+  const { text, tokens_generated }: GenerateResult = await client.generate('Once', { maxTokens: 5, timeout: 1_000, signal });
+  const pieces: string[] = [];
+  await client.generateStream('Once', { model: 'tinyllama' }, ({ stream_token, done }) => done || pieces.push(stream_token));
+  const report: PerformanceReport = new PerformanceProfiler().generateReport();
+  // @ts-expect-error: a wrong type
+  await client.embed(5);
+  return `${text} ${tokens_generated + new KvCacheService().getStats().hits} ${report.summary.grade} ${pieces.join('')}`;
+}
 
 export async function tell(signal: AbortSignal): Promise<string> {
   await using engine = await Engine.open('models/demo', {
