@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 
-import { NsNodeClient, PerformanceProfiler } from '../lib/ns-node/index.js';
+import { embed, NsNodeClient, PerformanceProfiler, query, status } from '../lib/ns-node/index.js';
 import type { StreamEnd, StreamToken } from '../lib/ns-node/index.js';
 import { state } from '../lib/ns-node/shared_state.js';
 import { assertPlain, LONG_PROMPT, SETTINGS } from './ns_node_support.js';
@@ -126,6 +126,7 @@ test('a stream tells its text piece by piece, one end with the counts, and resol
 
 test('a listener that throws or rejects ends its own stream with its own error, and hurts nothing else', async () => {
   const engine = state.engines.open()[0]!;
+  const before = await client.metrics();
   const undisturbed = await client.generate(STORY, { maxTokens: 60 });
   const beside = client.generate(STORY, { maxTokens: 60 });
   let calls = 0;
@@ -140,6 +141,9 @@ test('a listener that throws or rejects ends its own stream with its own error, 
   assert.equal((await beside).text, undisturbed.text);
   await until(engine, 'idle', isIdle);
   assert.equal((await client.generateStream(STORY, { maxTokens: 2 })).tokens_generated, 2);
+  const after = await client.metrics();
+  assert.equal(after.requests_cancelled - before.requests_cancelled, 2);
+  assert.equal(after.requests_failed, before.requests_failed);
 });
 
 test('an embedding is a plain array of unit length, reproducible, and near that of a like text', async () => {
@@ -253,6 +257,20 @@ test('an engine that has closed is opened again by the request after', async () 
   await assert.rejects(client.generate(STORY, { maxTokens: 2 }), withCode('closed'));
   assert.equal((await client.generate(STORY, { maxTokens: 2 })).tokens_generated, 2);
   assert.notEqual(state.engines.open()[0], engine);
+});
+
+test('the functions of the embedding service and of the chat adapter answer in this process', async () => {
+  const vector = await embed('a red fox');
+  assert.deepEqual(vector, (await client.embed('a red fox')).embedding);
+  await assert.rejects(embed(5 as never), withCode('invalid_argument'));
+  assert.deepEqual(await status(), { ok: true, message: 'demo answers in this process' });
+  const { verifiedAt, raw, ...answer } = await query({ query: 'What is the capital of France?', model: 'llama3' });
+  assert.deepEqual(answer, { source: 'LocalLLM', value: 'The capital of France is Paris.', error: null, origin: 'local-llm' });
+  assert.ok(Date.now() - Date.parse(verifiedAt) < 60_000);
+  assertPlain(raw);
+  const { value, error } = await query({ query: 'Hello', model: 'no-such-model' });
+  assert.equal(value, null);
+  assert.match(error ?? '', /no-such-model/);
 });
 
 test('SIGTERM during a generation ends the process as its handler says', async () => {

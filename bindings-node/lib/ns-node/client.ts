@@ -232,12 +232,22 @@ export class NsNodeClient {
     options?: GenerateCallOptions | null,
     onToken?: TokenListener | null,
   ): Promise<StreamEnd> {
-    return recorded('generate', async () => {
+    // A listener that throws has had enough: that is no failure of the request.
+    let ofListener: { error: unknown } | undefined;
+    const work = async (): Promise<[StreamEnd, OperationCounts]> => {
       const startedAt = clock();
       const call = readOptions(options);
       const deadline = new Deadline(call);
       const prompt = readText(text);
-      const tell = listener(onToken);
+      const listener = readListener(onToken);
+      const tell = async (token: StreamToken): Promise<void> => {
+        try {
+          await listener(token);
+        } catch (error) {
+          ofListener = { error };
+          throw error;
+        }
+      };
       return this.#withEngine(call.model, 'generate', deadline, async ({ engine, model }) => {
         const waitedMs = clock() - startedAt;
         const stream = engine.stream(prompt, requestOptions(call, deadline));
@@ -255,7 +265,8 @@ export class NsNodeClient {
         await tell(end);
         return [end, countsOf(completion, waitedMs)];
       });
-    });
+    };
+    return state.operations.run('generate', work, (error) => isCancelled(error) || error === ofListener?.error);
   }
 
   /** The commands that were once lines to a child process: `health`, `metrics`, `capabilities`, `embed`, `generate`. */
@@ -325,7 +336,11 @@ export class NsNodeClient {
 
 /** Runs a call as an operation that is counted. */
 function recorded<T>(type: Purpose, work: () => Promise<[T, OperationCounts]>): Promise<T> {
-  return state.operations.run(type, work, (error) => error instanceof NsLlmError && error.code === 'cancelled');
+  return state.operations.run(type, work, isCancelled);
+}
+
+function isCancelled(error: unknown): boolean {
+  return error instanceof NsLlmError && error.code === 'cancelled';
 }
 
 function requestOptions(call: ReturnType<typeof readOptions<GenerateCallOptions>>, deadline: Deadline): GenerateOptions {
@@ -363,7 +378,7 @@ function countsOf({ usage, timings }: Completion, waitedMs: number): OperationCo
   };
 }
 
-function listener(onToken: unknown): (token: StreamToken) => unknown {
+function readListener(onToken: unknown): (token: StreamToken) => unknown {
   if (onToken === undefined || onToken === null) {
     return () => undefined;
   }
