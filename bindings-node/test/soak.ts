@@ -41,7 +41,7 @@ export interface SoakReport {
   faults: string[];
 }
 
-/** Small, so that all its pages are soon in use, and sequences preempt each other. */
+/** Small, so that all its pages are soon in use. */
 const KV_BYTES = 16 << 20;
 /** Operations that run at once. */
 const USERS = 12;

@@ -22,16 +22,18 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     options.thread_priority = ThreadPriority::Normal;
     options.kv_bytes = Some(256 << 20);
     let engine = Engine::open(options)?;
-    round(&engine, streams, tokens.min(64))?; // first touch of buffers and threads
+    round(&engine, streams, tokens)?; // first touch of buffers and threads
     for _ in 0..rounds {
-        let (cpu, steps, started) = (cpu_us()?, engine.stats().steps_total, Instant::now());
+        let (before, steps, started) = (CpuTimes::now()?, engine.stats().steps_total, Instant::now());
         let read = round(&engine, streams, tokens)?;
+        let after = CpuTimes::now()?;
         println!(
-            "{{\"tokens\":{},\"chunks\":{},\"steps\":{},\"cpu_us\":{},\"wall_ms\":{:.1}}}",
+            "{{\"tokens\":{},\"chunks\":{},\"steps\":{},\"engine_us\":{},\"reader_us\":{},\"wall_ms\":{:.1}}}",
             read.tokens,
             read.chunks,
             engine.stats().steps_total - steps,
-            cpu_us()? - cpu,
+            after.engine_us - before.engine_us,
+            after.reader_us - before.reader_us,
             started.elapsed().as_secs_f64() * 1e3,
         );
     }
@@ -45,7 +47,7 @@ struct Read {
     text: String,
 }
 
-/// The same prompts and seeds as `bindings-node/bench/streams.cjs`.
+/// The same prompts and seeds as `bindings-node/bench/streams.mjs`.
 fn round(engine: &Engine, streams: u64, tokens: usize) -> Result<Read> {
     let submit = |seed| {
         let mut request = Request::prompt("Once upon a time").max_tokens(tokens).temperature(0.8).seed(seed);
@@ -99,13 +101,25 @@ impl Wake for Unpark {
     }
 }
 
-/// Processor time of all live threads of this process, microseconds (Linux).
-fn cpu_us() -> std::io::Result<u64> {
-    let mut nanoseconds = 0;
-    for task in fs::read_dir("/proc/self/task")? {
-        // A thread may end between the listing and the reading.
-        let times = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
-        nanoseconds += times.split(' ').next().and_then(|time| time.parse::<u64>().ok()).unwrap_or(0);
+/// Processor time of the engine's threads and of all others (Linux).
+#[derive(Default)]
+struct CpuTimes {
+    engine_us: u64,
+    reader_us: u64,
+}
+
+impl CpuTimes {
+    fn now() -> std::io::Result<Self> {
+        let mut times = CpuTimes::default();
+        for task in fs::read_dir("/proc/self/task")? {
+            let path = task?.path();
+            let read = |file| fs::read_to_string(path.join(file));
+            // A thread may end between the listing and the reading.
+            let (Ok(name), Ok(schedule)) = (read("comm"), read("schedstat")) else { continue };
+            let nanoseconds = schedule.split(' ').next().and_then(|time| time.parse::<u64>().ok()).unwrap_or(0);
+            let time = if name.starts_with("ns-llm") { &mut times.engine_us } else { &mut times.reader_us };
+            *time += nanoseconds / 1_000;
+        }
+        Ok(times)
     }
-    Ok(nanoseconds / 1_000)
 }
