@@ -9,10 +9,10 @@ import type * as Addon from '../native.js';
 import { NsLlmError } from './errors.js';
 
 export type {
+  NativeBatch,
   NativeEmbedding,
   NativeEmbeddings,
   NativeEngine,
-  NativeEvent,
   NativeOpening,
   NativeStream,
   NativeSummary,

@@ -4,7 +4,17 @@ import { setImmediate as turn } from 'node:timers/promises';
 
 import { AbortError, Engine } from '../lib/index.js';
 import { native } from '../lib/native.js';
-import { collectGarbage, isIdle, openDemo, STORY, until, withCode, withDemo } from './support.js';
+import {
+  collectGarbage,
+  isIdle,
+  openDemo,
+  randomNumbers,
+  scaled,
+  STORY,
+  until,
+  withCode,
+  withDemo,
+} from './support.js';
 
 test('after close every use is the error `closed`; info, stats and memory still answer', async () => {
   const engine = await openDemo();
@@ -83,19 +93,8 @@ test('what onProgress throws ends loading, and open rejects with it', async () =
   await assert.rejects(openDemo({ onProgress }), mine);
 });
 
-/** A small seeded generator (Vigna's splitmix64, on 32 bits), so that a failure can be repeated. */
-function randomNumbers(seed: number): (below: number) => number {
-  let state = seed;
-  return (below) => {
-    state = (state + 0x9e3779b9) | 0;
-    let z = Math.imul(state ^ (state >>> 16), 0x85ebca6b);
-    z = Math.imul(z ^ (z >>> 13), 0xc2b2ae35);
-    return ((z ^ (z >>> 16)) >>> 0) % below;
-  };
-}
-
 test('random interleavings of open, generate, abort and close all settle', async () => {
-  const rounds = Number(process.env['NS_LLM_TEST_INTERLEAVINGS'] ?? 25);
+  const rounds = scaled(25, 10_000);
   const outcomes = new Map<string, number>();
   for (let round = 0; round < rounds; round += 1) {
     const random = randomNumbers(round);
@@ -130,7 +129,7 @@ test('random interleavings of open, generate, abort and close all settle', async
 });
 
 test('opening and closing leaves memory flat', async (t) => {
-  const cycles = Number(process.env['NS_LLM_TEST_CYCLES'] ?? 60);
+  const cycles = scaled(60, 2_000);
   const warmUp = Math.max(20, cycles / 10);
   const residentMiB = (): number => process.memoryUsage().rss / 2 ** 20;
   let atWarmUp = 0;
