@@ -182,6 +182,11 @@ impl Engine {
         Ok(self.inner.text.tokenizer.decode(ids, false))
     }
 
+    /// The bytes that a token stands for; empty for an id that has no token. Several tokens may make one character.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.inner.text.tokenizer.token_bytes(id)
+    }
+
     /// What is loaded.
     pub fn info(&self) -> &ModelInfo {
         &self.inner.info
