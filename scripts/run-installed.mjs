@@ -8,8 +8,8 @@ import { pathToFileURL } from 'node:url';
 
 const require = createRequire(pathToFileURL(join(process.cwd(), 'index.js')));
 const { Engine, AbortError } = require('ns-llm');
-const esm = await import(pathToFileURL(require.resolve('ns-llm')));
-assert.equal(esm.Engine ?? esm.default.Engine, Engine);
+const imported = await import(pathToFileURL(require.resolve('ns-llm').replace(/js$/, 'mjs')));
+assert.equal(imported.Engine, Engine);
 
 const engine = await Engine.open();
 const prompt = 'Once upon a time';
