@@ -4,7 +4,7 @@ import { after, before, test } from 'node:test';
 import type { Chunk, Engine, ResponseStream } from '../lib/index.js';
 import { isIdle, openDemo, scaled, STORY } from './support.js';
 
-/** How long the event loop stands still. The engine has all answers ready well before. */
+/** How long the event loop stands still, at least: until the engine has all answers ready, on a busy machine too. */
 const STALL_MS = scaled(1_500, 10_000);
 const STREAMS = 4;
 const CHOICES = 2;
@@ -29,7 +29,10 @@ test('an event loop that stands still loses nothing, keeps the order, and finds 
     read.push([value!]);
   }
   assert.ok(!isIdle(engine.stats()), 'the engine had ended before the stall');
-  stall(STALL_MS);
+  const started = performance.now();
+  do {
+    stall(STALL_MS);
+  } while (!isIdle(engine.stats()) && performance.now() < started + 60_000);
   const { generationTokensTotal } = engine.stats();
   assert.ok(isIdle(engine.stats()), 'the engine waited for its readers');
   assert.equal(generationTokensTotal, STREAMS * CHOICES * 300);
@@ -45,7 +48,7 @@ test('an event loop that stands still loses nothing, keeps the order, and finds 
     }
   }
   const counts = late.map(({ length }) => length);
-  t.diagnostic(`${STALL_MS} ms: ${STREAMS * CHOICES * 300} tokens waited in ${counts.join(' + ')} chunks`);
+  t.diagnostic(`${Math.round(performance.now() - started)} ms: ${STREAMS * CHOICES * 300} tokens waited in ${counts.join(' + ')} chunks`);
   // What was on its way when the stall began, and what grew meanwhile.
   assert.ok(counts.every((count) => count <= 2 * CHOICES), counts.join());
 });
