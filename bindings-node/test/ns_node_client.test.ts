@@ -7,7 +7,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { embed, NsNodeClient, PerformanceProfiler, query, status } from '../lib/ns-node/index.js';
 import type { StreamEnd, StreamToken } from '../lib/ns-node/index.js';
 import { state } from '../lib/ns-node/shared_state.js';
-import { assertPlain, LONG_PROMPT, SETTINGS } from './ns_node_support.js';
+import { assertPlain, LONG_PROMPT, SETTINGS, story } from './ns_node_support.js';
 import { isIdle, runScript, STORY, until, withCode } from './support.js';
 
 const client = new NsNodeClient({ engine: SETTINGS });
@@ -219,13 +219,14 @@ test('text is text: quotes, newlines, other scripts and emoji survive, and no pi
 });
 
 test('many calls at once do not mix', async () => {
-  const prompts = Array.from({ length: 12 }, (_, i) => `${STORY}, a girl had ${i + 2} apples and`);
+  const options = (seed: number): object => ({ maxTokens: 24, temperature: 1, seed });
   const alone = [];
-  for (const prompt of prompts) {
-    alone.push((await client.generate(prompt, { maxTokens: 24 })).text);
+  for (let i = 0; i < 12; i += 1) {
+    alone.push((await client.generate(story(i), options(i))).text);
   }
-  const together = await Promise.all(prompts.map((prompt) => client.generateStream(prompt, { maxTokens: 24 })));
+  const together = await Promise.all(alone.map((_, i) => client.generateStream(story(i), options(i))));
   assert.deepEqual(together.map(({ text }) => text), alone);
+  assert.ok(new Set(alone).size >= 8, 'the stories are alike by themselves');
 });
 
 test('a shared prefix is computed once within a context, and not shared between contexts', async () => {

@@ -16,6 +16,16 @@ export const LONG_PROMPT =
   'Once upon a time there was a little dog who lived in a big house near the sea, and every day the dog ran to the ' +
   'water and looked at the boats, and every day the dog came home and told the cat what the dog had seen there.';
 
+/** A prompt whose greedy answer runs to its limit. */
+export const ENDLESS_PROMPT = 'a a a a a a a a';
+
+const ANIMALS = ['fox', 'bear', 'dog', 'cat', 'bird', 'horse', 'fish', 'frog', 'duck', 'lion', 'mouse', 'cow'];
+
+/** Twelve beginnings of stories. */
+export function story(i: number): string {
+  return `Once upon a time there was a ${ANIMALS[i % ANIMALS.length]} who`;
+}
+
 /** Nothing that JSON cannot hold or would change: no BigInt, no NaN, no typed array, nothing undefined. */
 export function assertPlain(value: unknown, where = 'value'): void {
   if (typeof value === 'number') {

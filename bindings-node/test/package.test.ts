@@ -34,7 +34,7 @@ test('a strict TypeScript program, as ESM and as CommonJS, gets the types it sho
 /** All that may be in the package. A file that no line names is a mistake: of `files`, or of this list. */
 const MAY_BE_PACKED = [
   /^(package\.json|README\.md|LICENSE-APACHE|LICENSE-MIT)$/,
-  /^bindings-node\/native\.node$/,
+  /^bindings-node\/(native\.node|ns-node\.md)$/,
   /^bindings-node\/dist\/native\.d\.ts$/,
   /^bindings-node\/ns-node\.md$/,
   /^bindings-node\/dist\/lib\/(openai\/|ns-node\/)?[a-z_-]+\.(js|mjs|d\.ts|d\.mts)$/,
@@ -80,15 +80,19 @@ test('the packed file, installed without scripts and without a network, works by
     npm(['install', join(folder, packed!.filename), '--offline', '--no-audit', '--no-fund'], folder);
     const program = `
       import { Engine, NsLlmError } from 'ns-llm';
+      import Client from 'ns-llm/ns-node';
       import { createRequire } from 'node:module';
-      const required = createRequire(import.meta.url)('ns-llm');
+      const require = createRequire(import.meta.url);
+      const required = require('ns-llm');
+      const { model } = await new Client().generate('${STORY}', { maxTokens: 1 });
       const engine = await Engine.open({ threads: 1 });
       const { text } = await engine.generate('${STORY}', { maxTokens: 4 });
       await engine.close();
-      console.log(JSON.stringify([required.Engine === Engine, required.NsLlmError === NsLlmError, text.length > 0]));`;
+      const same = [required.Engine === Engine, required.NsLlmError === NsLlmError, require('ns-llm/ns-node') === Client];
+      console.log(JSON.stringify([...same, text.length > 0, model]));`;
     writeFileSync(join(folder, 'program.mjs'), program);
     const stdout = execFileSync(process.execPath, ['program.mjs'], { cwd: folder, encoding: 'utf8' });
-    assert.equal(stdout, '[true,true,true]\n');
+    assert.equal(stdout, '[true,true,true,true,"demo"]\n');
   } finally {
     rmSync(folder, { recursive: true });
   }
