@@ -18,7 +18,8 @@
         }                                                                                                              \
     } while (0)
 
-enum { TOKENS = 64, MAX_STREAMS = 64 };
+/* Threads have small stacks, as in boundary.rs: a large one is given in huge pages, whose zeroing would be measured. */
+enum { TOKENS = 64, MAX_STREAMS = 64, STACK_BYTES = 1 << 20 };
 
 static ns_llm_engine engine;
 static atomic_ullong num_tokens, readers_ns;
@@ -46,21 +47,14 @@ static ns_llm_request submit(ns_llm_event_callback callback) {
 
 static void *fetch_one(void *unused) {
     (void)unused;
+    unsigned long long started_ns = cpu_ns(CLOCK_THREAD_CPUTIME_ID);
     ns_llm_request request = submit(NULL);
     ns_llm_event event = {.struct_size = sizeof event};
     while (ns_llm_request_next(request, NS_LLM_FOREVER, &event) == NS_LLM_OK)
         num_tokens += event.num_token_ids;
     CHECK(ns_llm_request_free(request) == NS_LLM_OK);
-    readers_ns += cpu_ns(CLOCK_THREAD_CPUTIME_ID);
+    readers_ns += cpu_ns(CLOCK_THREAD_CPUTIME_ID) - started_ns;
     return NULL;
-}
-
-static void fetch_all(int num_streams) {
-    pthread_t threads[MAX_STREAMS];
-    for (int i = 0; i < num_streams; i++)
-        CHECK(pthread_create(&threads[i], NULL, fetch_one, NULL) == 0);
-    for (int i = 0; i < num_streams; i++)
-        CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
 static bool hear(const ns_llm_event *event, void *user_data) {
@@ -74,34 +68,39 @@ static bool hear(const ns_llm_event *event, void *user_data) {
 /* Submits from one thread a stream too, as the others do: submitting is tokenizing, and waiting for it. */
 static void *hear_one(void *unused) {
     (void)unused;
+    unsigned long long started_ns = cpu_ns(CLOCK_THREAD_CPUTIME_ID);
     ns_llm_request request = submit(hear);
     CHECK(ns_llm_request_wait(request, NS_LLM_FOREVER, NULL) == NS_LLM_OK);
     CHECK(ns_llm_request_free(request) == NS_LLM_OK);
-    readers_ns += cpu_ns(CLOCK_THREAD_CPUTIME_ID);
+    readers_ns += cpu_ns(CLOCK_THREAD_CPUTIME_ID) - started_ns;
     return NULL;
 }
 
-static void hear_all(int num_streams) {
+/* One thread a stream. */
+static void run(void *(*one)(void *), int num_streams) {
     pthread_t threads[MAX_STREAMS];
+    pthread_attr_t small;
+    CHECK(pthread_attr_init(&small) == 0 && pthread_attr_setstacksize(&small, STACK_BYTES) == 0);
     for (int i = 0; i < num_streams; i++)
-        CHECK(pthread_create(&threads[i], NULL, hear_one, NULL) == 0);
+        CHECK(pthread_create(&threads[i], &small, one, NULL) == 0);
     for (int i = 0; i < num_streams; i++)
         CHECK(pthread_join(threads[i], NULL) == 0);
+    pthread_attr_destroy(&small);
 }
 
 int main(int argc, char **argv) {
     CHECK(argc == 5);
-    void (*run)(int) = strcmp(argv[1], "next") == 0 ? fetch_all : hear_all;
+    void *(*one)(void *) = strcmp(argv[1], "next") == 0 ? fetch_one : hear_one;
     int num_streams = atoi(argv[2]), num_repeats = atoi(argv[3]);
     CHECK(num_streams <= MAX_STREAMS);
     ns_llm_engine_params params = {.struct_size = sizeof params, .model = {argv[4], strlen(argv[4])}, .threads = 1};
     CHECK(ns_llm_engine_open(&params, &engine) == NS_LLM_OK);
-    run(num_streams);
+    run(one, num_streams);
     num_tokens = 0;
     readers_ns = 0;
     unsigned long long callbacks_before = callback_ns, before = cpu_ns(CLOCK_PROCESS_CPUTIME_ID);
     for (int i = 0; i < num_repeats; i++)
-        run(num_streams);
+        run(one, num_streams);
     unsigned long long process_ns = cpu_ns(CLOCK_PROCESS_CPUTIME_ID) - before;
     printf("%llu %llu %llu\n", process_ns, (unsigned long long)readers_ns + callback_ns - callbacks_before,
            (unsigned long long)num_tokens);

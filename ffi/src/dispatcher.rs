@@ -2,7 +2,7 @@
 //! to C, one at a time.
 //!
 //! It is a small executor. Each stream is polled with a waker that puts the request's handle into the thread's mailbox,
-//! so the thread sleeps until some request has something to say, and requests take turns, one event each. One thread
+//! so the thread sleeps until some request has something to say, and requests take turns of a few events. One thread
 //! per request was rejected: a full queue would be a thousand threads; calling from the engine's worker too: a slow
 //! callback would hold up every sequence.
 //!
@@ -27,6 +27,9 @@ use crate::panic::caught;
 
 /// Stack of the callback thread, where the program's own code runs; the header promises it.
 const STACK_BYTES: usize = 2 << 20;
+
+/// Events that one request may tell before the others have their turn. Unread deltas are merged, so there are rarely two.
+const MAX_EVENTS_A_TURN: usize = 8;
 
 /// The handle on the thread.
 pub(crate) struct Dispatcher {
@@ -144,7 +147,7 @@ impl Callbacks {
         bell.wake_by_ref();
     }
 
-    /// Gives one request its turn: at most one event.
+    /// Gives one request its turn.
     fn advance(&mut self, request: u64) {
         let Some(turn) = self.watched.get_mut(&request) else { return };
         // A panic is a defect that this request alone hears of: the others' thread goes on.
@@ -164,21 +167,34 @@ impl Callbacks {
 }
 
 impl Turn {
-    /// Tells the next event if there is one; the end if it was the last.
+    /// Tells the events that are there; the end if the last was among them.
     fn advance(&mut self, log: &Log) -> Option<End> {
         self.bell.rung.store(false, Ordering::Release);
         let waker = Waker::from(self.bell.clone());
-        let Poll::Ready(event) = self.watched.stream.poll_next(&mut Context::from_waker(&waker)) else { return None };
-        let missing = || Err(Error::Internal { reason: "the request ended without a last event".to_string() });
-        let event = event.unwrap_or_else(missing);
+        for _ in 0..MAX_EVENTS_A_TURN {
+            let Poll::Ready(event) = self.watched.stream.poll_next(&mut Context::from_waker(&waker)) else {
+                return None;
+            };
+            let missing = || Err(Error::Internal { reason: "the request ended without a last event".to_string() });
+            let end = self.tell(event.unwrap_or_else(missing), log);
+            if end.is_some() {
+                return end;
+            }
+        }
+        waker.wake();
+        None
+    }
+
+    /// Tells one event; the end if it is the last.
+    fn tell(&mut self, event: Result<Event, Error>, log: &Log) -> Option<End> {
         let end = match &event {
             Ok(Event::Done(summary)) => Some(Ok(summary.into())),
-            Err(error) => Some(Err(error.clone())),
+            Err(error) => {
+                log.failed(error);
+                Some(Err(error.clone()))
+            }
             Ok(_) => None,
         };
-        if let Some(Err(error)) = &end {
-            log.failed(error);
-        }
         self.is_last_told = end.is_some();
         // What was computed before a refusal took effect is not told.
         if end.is_some() || !self.refused {
@@ -187,9 +203,6 @@ impl Turn {
                 self.refused = true;
                 self.watched.request.cancel();
             }
-        }
-        if end.is_none() {
-            waker.wake();
         }
         end
     }

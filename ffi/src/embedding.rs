@@ -110,7 +110,7 @@ pub unsafe extern "C" fn ns_llm_embed(
         }
         // Before the work, not after it.
         check_pointer("buffer", buffer)?;
-        let answer = live.engine.embed(request).inspect_err(|error| live.log.refused(error))?;
+        let answer = live.engine.embed(request).inspect_err(|error| live.log.failed(error))?;
         let values: Vec<f32> = answer.embeddings.into_iter().flat_map(|embedding| embedding.values).collect();
         // SAFETY: promised by the caller.
         unsafe { fill_buffer(buffer, capacity, &out, &values) }.inspect_err(|_| out.set(0))?;
@@ -154,7 +154,7 @@ pub unsafe extern "C" fn ns_llm_submit_embedding(
         let params = unsafe { read_struct("params", params) }?;
         // SAFETY: promised by the caller, about what `params` points to.
         let request = unsafe { read_embedding_request(&params) }?;
-        let stream = live.engine.submit_embedding(request).inspect_err(|error| live.log.refused(error))?;
+        let stream = live.engine.submit_embedding(request).inspect_err(|error| live.log.failed(error))?;
         begin(&live, stream, callback, UserData(user_data), &out)
     })
 }

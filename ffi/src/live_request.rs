@@ -11,6 +11,7 @@ use ns_llm_core::{Canceller, Error, Event, RequestStream};
 use crate::event::{Shown, ns_llm_event, ns_llm_request, ns_llm_summary};
 use crate::failure::Failure;
 use crate::handle::{HandleKind, HandleTable};
+use crate::log::Log;
 
 /// All requests that are not freed.
 pub(crate) static REQUESTS: HandleTable<LiveRequest> = HandleTable::new(HandleKind::Request);
@@ -108,6 +109,8 @@ impl Told {
 /// A request whose events the program fetches.
 pub(crate) struct Pulled {
     canceller: Canceller,
+    /// The engine's.
+    log: Arc<Log>,
     /// The handle is gone: whoever is in the middle of [`Pulled::next`] must not show what nobody keeps any more.
     is_freed: AtomicBool,
     /// Held by the one reader while it waits, and for nothing else.
@@ -122,10 +125,10 @@ struct Reading {
 }
 
 impl Pulled {
-    pub(crate) fn new(stream: RequestStream) -> Self {
+    pub(crate) fn new(stream: RequestStream, log: Arc<Log>) -> Self {
         let canceller = stream.canceller();
         let reading = Mutex::new(Reading { stream: Some(stream), shown: None });
-        Pulled { canceller, is_freed: AtomicBool::new(false), reading }
+        Pulled { canceller, log, is_freed: AtomicBool::new(false), reading }
     }
 
     /// The next event of the request that `handle` names, kept until the next call. `timeout`: `None` waits on.
@@ -144,6 +147,9 @@ impl Pulled {
             let event = event.ok_or(Failure::Timeout { timeout_ms: timeout.unwrap_or_default().as_millis() as u64 })?;
             if matches!(event, Ok(Event::Done(_)) | Err(_)) {
                 *stream = None;
+            }
+            if let Err(error) = &event {
+                self.log.failed(error);
             }
             if self.is_freed.load(Ordering::Acquire) {
                 return Err(HandleKind::Request.bad(handle));

@@ -91,20 +91,16 @@ impl Log {
         });
     }
 
-    /// The call that submitted a request ended like this.
-    pub(crate) fn refused(&self, error: &Error) {
+    /// A request was refused or ended like this.
+    pub(crate) fn failed(&self, error: &Error) {
         match error {
             Error::Overloaded { .. } => {
                 self.line(ns_llm_log_level::NS_LLM_LOG_WARN, || format!("refused a request: {error}"));
             }
-            _ => self.failed(error),
-        }
-    }
-
-    /// A request ended like this.
-    pub(crate) fn failed(&self, error: &Error) {
-        if matches!(error, Error::Internal { .. }) && !self.has_told_defect.swap(true, Ordering::Relaxed) {
-            self.line(ns_llm_log_level::NS_LLM_LOG_ERROR, || format!("a request ended by a defect: {error}"));
+            Error::Internal { .. } if !self.has_told_defect.swap(true, Ordering::Relaxed) => {
+                self.line(ns_llm_log_level::NS_LLM_LOG_ERROR, || format!("a request ended by a defect: {error}"));
+            }
+            _ => {}
         }
     }
 
@@ -180,14 +176,14 @@ mod tests {
         // SAFETY: `heard` outlives `log`, and `listen` may be called anywhere.
         let log = unsafe { Log::new(Some(listen), std::ptr::from_ref(&heard).cast_mut().cast()) };
         let overloaded = Error::Overloaded { queue: "waiting queue (requests)", waiting: 3, limit: 3 };
-        log.refused(&overloaded);
-        log.refused(&overloaded);
-        log.refused(&Error::NoChatTemplate);
+        log.failed(&overloaded);
+        log.failed(&overloaded);
+        log.failed(&Error::NoChatTemplate);
         log.failed(&Error::Cancelled);
         log.failed(&Error::Internal { reason: "first\nline".to_string() });
-        log.refused(&Error::Internal { reason: "second".to_string() });
+        log.failed(&Error::Internal { reason: "second".to_string() });
         log.close();
-        log.refused(&overloaded);
+        log.failed(&overloaded);
         let heard = heard.0.lock().unwrap();
         let levels: Vec<_> = heard.iter().map(|(level, _)| *level).collect();
         use ns_llm_log_level::*;

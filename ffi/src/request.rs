@@ -206,7 +206,7 @@ pub unsafe extern "C" fn ns_llm_generate(
             0 => live.engine.generate(request),
             _ => live.engine.submit(request),
         };
-        let stream = stream.inspect_err(|error| live.log.refused(error))?;
+        let stream = stream.inspect_err(|error| live.log.failed(error))?;
         begin(&live, stream, callback, UserData(user_data), &out)
     })
 }
@@ -220,7 +220,7 @@ pub(crate) fn begin(
     out: &Out<ns_llm_request>,
 ) -> Result<(), Failure> {
     let Some(function) = callback else {
-        out.set(REQUESTS.insert(Arc::new(LiveRequest::Pulled(Box::new(Pulled::new(stream)))))?);
+        out.set(REQUESTS.insert(Arc::new(LiveRequest::Pulled(Box::new(Pulled::new(stream, live.log.clone())))))?);
         return Ok(());
     };
     let request = Arc::new(Told::new(stream.canceller()));

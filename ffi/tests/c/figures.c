@@ -78,7 +78,7 @@ static void the_log_is_kept(const char *model) {
     CHECK(strstr(book.lines[0], "loaded demo (Qwen3ForCausalLM") != NULL && strstr(book.lines[0], "1 threads") != NULL);
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_health(engine));
 
-    ns_llm_request requests[64];
+    ns_llm_request requests[68];
     ns_llm_request_params what = story(1000);
     what.flags = NS_LLM_REQUEST_IGNORE_EOS;
     int num = 0;
@@ -89,10 +89,22 @@ static void the_log_is_kept(const char *model) {
     CHECK_STATUS(NS_LLM_OVERLOADED, status);
     CHECK(book.num_lines == 2 && book.levels[1] == NS_LLM_LOG_WARN);
     CHECK(strstr(book.lines[1], "at most 1") != NULL);
+
+    /* What is refused only after ns_llm_generate() has returned has its line when it is heard of. */
+    what.flags |= NS_LLM_REQUEST_DO_NOT_WAIT;
+    int num_refused = 0, first_late = num;
+    for (int i = 0; i < 4; i++)
+        num_refused += ns_llm_generate(engine, &what, NULL, NULL, &requests[num++]) == NS_LLM_OVERLOADED;
+    ns_llm_event event = {.struct_size = sizeof event};
+    for (int i = first_late; num_refused < 4; i = i + 1 < num ? i + 1 : first_late)
+        num_refused += ns_llm_request_next(requests[i], 1, &event) == NS_LLM_OK &&
+                       event.kind == NS_LLM_EVENT_FAILED && event.status == NS_LLM_OVERLOADED;
+    CHECK(book.num_lines == 6 && book.levels[5] == NS_LLM_LOG_WARN);
+
     for (int i = 0; i < num; i++)
         CHECK_STATUS(NS_LLM_OK, ns_llm_request_free(requests[i]));
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(engine));
-    CHECK(book.num_lines == 3 && book.levels[2] == NS_LLM_LOG_INFO && strstr(book.lines[2], "freed demo") != NULL);
+    CHECK(book.num_lines == 7 && book.levels[6] == NS_LLM_LOG_INFO && strstr(book.lines[6], "freed demo") != NULL);
     CHECK_STATUS(NS_LLM_BAD_HANDLE, ns_llm_engine_health(engine));
 }
 
