@@ -67,7 +67,7 @@ def main():
     limit = json.loads((Path(folder) / "sentence_bert_config.json").read_text())["max_seq_length"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = MAX_TOKENS * 2
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(folder).float().eval()
     inputs = list(texts(tokenizer))
     Path(texts_file).write_text(json.dumps(inputs, ensure_ascii=False))
     embed(model, tokenizer, inputs[:BATCH], limit)
