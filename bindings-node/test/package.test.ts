@@ -36,7 +36,6 @@ const MAY_BE_PACKED = [
   /^(package\.json|README\.md|LICENSE-APACHE|LICENSE-MIT)$/,
   /^bindings-node\/(native\.node|ns-node\.md)$/,
   /^bindings-node\/dist\/native\.d\.ts$/,
-  /^bindings-node\/ns-node\.md$/,
   /^bindings-node\/dist\/lib\/(openai\/|ns-node\/)?[a-z_-]+\.(js|mjs|d\.ts|d\.mts)$/,
   /^models\/demo\/(config|generation_config|tokenizer|tokenizer_config)\.json$/,
   /^models\/demo\/model\.safetensors$/,
