@@ -3,6 +3,7 @@
 
 mod bench;
 mod chat;
+mod embed;
 mod eval;
 mod generate;
 mod inspect;
@@ -27,6 +28,8 @@ enum Command {
     Generate(generate::Options),
     /// Talk with a model.
     Chat(chat::Options),
+    /// Turn texts into vectors.
+    Embed(embed::Options),
     /// Measure speed: one prompt, one stream, many streams.
     Bench(bench::Options),
     /// Show what a model consists of and the memory it needs.
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(options) => generate::run(options),
         Command::Chat(options) => chat::run(options),
+        Command::Embed(options) => embed::run(options),
         Command::Bench(options) => bench::run(options),
         Command::Inspect(options) => inspect::run(options),
         Command::Eval(options) => eval::run(options),

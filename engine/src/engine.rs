@@ -197,6 +197,15 @@ impl Engine {
         self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Whether it takes requests; the error is what the next one would get, such as the defect that ended the worker.
+    pub fn health(&self) -> Result<()> {
+        match self.inner.ended.get() {
+            Some(error) => Err(error.clone()),
+            None if self.inner.is_closing.load(Ordering::Acquire) => Err(Error::Closed),
+            None => Ok(()),
+        }
+    }
+
     /// Bytes held.
     pub fn memory(&self) -> MemoryUse {
         if self.inner.ended.get().is_some() {

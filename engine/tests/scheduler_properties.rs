@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use fake_executor::{VOCAB_SIZE, mix};
 use ns_llm::batch::SeqId;
-use ns_llm::scheduler::{Counters, MAX_PREEMPTIONS, SchedulerConfig};
-use ns_llm::sequence::SequenceSpec;
+use ns_llm::scheduler::{Counters, MAX_PREEMPTIONS, SchedulerConfig, SequenceEvent};
+use ns_llm::sequence::{EncodeSpec, SequenceSpec};
 use ns_llm::{Error, FinishReason, Priority, SamplingParams};
 use simulation::{Simulation, kv_cache, namespace, spec};
 
@@ -68,6 +68,8 @@ struct Tally {
     full_length: u64,
     non_finite: u64,
     late_cancels: u64,
+    encoded: u64,
+    unencoded: u64,
     refused: u64,
     most_preemptions: u64,
 }
@@ -89,6 +91,8 @@ impl Tally {
             computed_tokens: a.computed_tokens + b.computed_tokens,
             recomputed_tokens: a.recomputed_tokens + b.recomputed_tokens,
             generated_tokens: a.generated_tokens + b.generated_tokens,
+            encoded_tokens: a.encoded_tokens + b.encoded_tokens,
+            encode_steps: a.encode_steps + b.encode_steps,
             surplus_tokens: a.surplus_tokens + b.surplus_tokens,
             preemptions: a.preemptions + b.preemptions,
             class_preemptions: a.class_preemptions + b.class_preemptions,
@@ -106,6 +110,8 @@ impl Tally {
             full_length: self.full_length + other.full_length,
             non_finite: self.non_finite + other.non_finite,
             late_cancels: self.late_cancels + other.late_cancels,
+            encoded: self.encoded + other.encoded,
+            unencoded: self.unencoded + other.unencoded,
             refused: self.refused + other.refused,
             most_preemptions: self.most_preemptions.max(other.most_preemptions),
         }
@@ -133,6 +139,9 @@ impl Tally {
             ("full length", self.full_length),
             ("not finite", self.non_finite),
             ("late cancels", self.late_cancels),
+            ("encoded", self.encoded),
+            ("encode steps of several", c.encoded_tokens.saturating_sub(c.encode_steps)),
+            ("cancelled or expired before encoding", self.unencoded),
             ("refused", self.refused),
             ("preempted to the bound", u64::from(self.most_preemptions == u64::from(MAX_PREEMPTIONS))),
         ];
@@ -195,6 +204,9 @@ fn simulate(seed: u64) -> Tally {
             num_requests -= 1;
             tally.refused += u64::from(!world.add_request(&mut sim));
         }
+        if world.rng.one_in(6) {
+            tally.refused += u64::from(!world.add_encodings(&mut sim));
+        }
         world.disturb(&mut sim, &mut tally);
         world.turn(&mut sim);
         tally.turns += 1;
@@ -211,6 +223,8 @@ fn outcome(sim: &Simulation) -> Tally {
         slot_reads: sim.executor.num_reads,
         stopped: ends().filter(|end| **end == Ok(FinishReason::Stop)).count() as u64,
         full_length: ends().filter(|end| **end == Ok(FinishReason::Length)).count() as u64,
+        encoded: sim.encodings.values().filter(|tracked| tracked.end == Some(Ok(()))).count() as u64,
+        unencoded: sim.encodings.values().filter(|tracked| matches!(tracked.end, Some(Err(_)))).count() as u64,
         non_finite: ends().filter(|end| matches!(end, Err(Error::NonFiniteLogits { .. }))).count() as u64,
         most_preemptions: automatic.max().unwrap_or(0) as u64,
         ..Tally::default()
@@ -257,22 +271,41 @@ impl World {
         }
     }
 
+    /// Inputs of an embedding request with random options. False: refused.
+    fn add_encodings(&mut self, sim: &mut Simulation) -> bool {
+        let rng = &mut self.rng;
+        let priority = rng.pick(&[Priority::High, Priority::Normal, Priority::Background]);
+        let deadline_ms = rng.one_in(5).then(|| sim.now_ms + rng.range(1, 20) as u64);
+        let num_inputs = rng.range(1, 5);
+        let mut input = || {
+            let tokens = (0..rng.range(1, 40)).map(|_| rng.next() as u32 % VOCAB_SIZE).collect();
+            EncodeSpec { priority, tokens, deadline_ms, timeout_ms: 20 }
+        };
+        let inputs = (0..num_inputs).map(|_| input()).collect();
+        match sim.add_encodings(inputs) {
+            Ok(_) => true,
+            Err(Error::Overloaded { .. } | Error::PromptTooLong { .. }) => false,
+            Err(error) => panic!("refused with {error}"),
+        }
+    }
+
     /// Cancels and preempts at random; also what has ended, waits, or never was.
     fn disturb(&mut self, sim: &mut Simulation, tally: &mut Tally) {
         let rng = &mut self.rng;
         sim.now_ms += rng.range(0, 3) as u64;
-        if sim.tracked.is_empty() {
+        let num_added = sim.tracked.len() + sim.encodings.len();
+        if num_added == 0 {
             return;
         }
         if rng.one_in(20) {
-            let seq = SeqId(rng.range(0, sim.tracked.len()) as u64);
+            let seq = SeqId(rng.range(0, num_added) as u64);
             if !sim.cancel(seq) {
                 tally.late_cancels += 1;
             }
             assert!(!sim.cancel(seq), "cancelling twice has no effect");
         }
         if rng.one_in(12) {
-            sim.preempt(SeqId(rng.range(0, sim.tracked.len()) as u64));
+            sim.preempt(SeqId(rng.range(0, num_added) as u64));
         }
     }
 
@@ -697,4 +730,30 @@ fn failed_step_ends_only_its_sequences() {
     sim.scheduler.check_invariants().expect("invariants hold");
     sim.drain();
     assert_eq!(sim.tracked[&good].end, Some(Ok(FinishReason::Length)));
+}
+
+/// A vector that is not finite ends its own sequence; a step that could not be computed ends all of its own, and the
+/// next one is not touched.
+#[test]
+fn a_bad_vector_is_its_own_sequences_failure() {
+    let mut sim = Simulation::new(config(64), kv_cache(4, 16));
+    let scheduler = &mut sim.scheduler;
+    let spec =
+        || EncodeSpec { priority: Priority::Normal, tokens: text(1, 9).into(), deadline_ms: None, timeout_ms: 0 };
+    let ids = scheduler.add_encodings(vec![spec(), spec()], 0).expect("accepted");
+    let step = scheduler.schedule_encoding(0).expect("two wait");
+    let events = scheduler.apply_encoding(step, Ok(vec![vec![1.0, f32::NAN], vec![1.0, 2.0]]));
+    let error = Error::NonFiniteEmbedding { tokens: 9 };
+    assert!(matches!(&events[0], SequenceEvent::Failed { seq, error: e, .. } if *seq == ids[0] && *e == error));
+    assert!(matches!(&events[1], SequenceEvent::Encoded { seq, .. } if *seq == ids[1]));
+    scheduler.add_encodings(vec![spec(), spec()], 0).expect("accepted");
+    let step = scheduler.schedule_encoding(0).expect("two wait");
+    let lost = Error::Internal { reason: "lost".to_string() };
+    let events = scheduler.apply_encoding(step, Err(lost.clone()));
+    assert!(
+        events.len() == 2 && events.iter().all(|e| matches!(e, SequenceEvent::Failed { error, .. } if *error == lost))
+    );
+    assert_eq!((scheduler.counters().finished, scheduler.counters().failed), (1, 3));
+    scheduler.check_invariants().expect("nothing is left");
+    assert!(!scheduler.has_work());
 }

@@ -25,7 +25,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "text_model",
         ],
     ),
-    ("inspect", &["memory_plan", "open"]),
+    ("inspect", &["loader", "memory_plan", "open"]),
     (
         "open",
         &[

@@ -218,11 +218,20 @@ pub fn lower_thread_priority() {
 
 /// Gives freed memory back to the system. Loading and tokenizing run on short-lived threads, and glibc keeps what each of
 /// them frees in an arena of its own: without this, a process that opens and closes models would seem to grow.
+///
+/// glibc's function is looked up at run time: a library that was linked for glibc then also loads where musl stands in
+/// for it, which has no such function and no need of it.
 pub fn return_free_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it may be called at any time, from any thread; it only returns pages that hold no allocation.
-    unsafe {
-        libc::malloc_trim(0);
+    {
+        type MallocTrim = unsafe extern "C" fn(pad: usize) -> libc::c_int;
+        // SAFETY: the name ends with NUL.
+        let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"malloc_trim".as_ptr()) };
+        if !found.is_null() {
+            // SAFETY: the function of this name has this type, in every libc that has it. It may be called at any time,
+            // from any thread: it only returns pages that hold no allocation.
+            unsafe { std::mem::transmute::<*mut libc::c_void, MallocTrim>(found)(0) };
+        }
     }
 }
 

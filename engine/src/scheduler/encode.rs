@@ -3,8 +3,9 @@
 //!
 //! **Order.** The same classes and the same ageing as for generation, counted in steps of this kind; the two kinds do
 //! not overtake each other, because the caller's loop runs one step of each in turn.
-//! **No starvation.** Each step takes at least the first of the queue, so a sequence whose class is ahead of `k`
-//! others is computed within `k + 1` steps of this kind, and no class waits more than `2 * age_steps` to be rank 0.
+//! **No starvation.** A sequence is computed, or ends, within `2 * age_steps + k` steps of this kind after it was added,
+//! where `k` counts the live sequences of this kind that were added before it and with it. Why: after `2 * age_steps`
+//! steps its class has rank 0, so only older ones go before it, and each step takes at least the first of the queue.
 
 use std::collections::BTreeMap;
 

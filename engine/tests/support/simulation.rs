@@ -8,7 +8,7 @@ use ns_llm::batch::{NamespaceKey, SeqId};
 use ns_llm::executor::Executor;
 use ns_llm::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
 use ns_llm::scheduler::{MAX_PREEMPTIONS, Scheduler, SchedulerConfig, SequenceEvent, Step};
-use ns_llm::sequence::SequenceSpec;
+use ns_llm::sequence::{EncodeSpec, SequenceSpec};
 use ns_llm::{Error, FinishReason, Priority, Result, SamplingParams, Usage};
 
 use crate::fake_executor::{Digest, FakeExecutor};
@@ -64,12 +64,23 @@ pub struct Tracked {
     bound_tokens: u64,
 }
 
+/// What is known of an added sequence that is to become a vector, and what came of it.
+#[derive(Debug)]
+pub struct TrackedEncoding {
+    pub spec: EncodeSpec,
+    pub end: Option<std::result::Result<(), Error>>,
+    added_at_step: u64,
+    /// Sequences of its kind that were live when it was added.
+    num_older: u64,
+}
+
 /// A scheduler with its executor and clock.
 pub struct Simulation {
     pub scheduler: Scheduler,
     pub executor: FakeExecutor,
     pub now_ms: u64,
     pub tracked: BTreeMap<SeqId, Tracked>,
+    pub encodings: BTreeMap<SeqId, TrackedEncoding>,
     pub steps: VecDeque<Step>,
     /// Most preemptions by hand of one sequence so far.
     max_forced: usize,
@@ -79,8 +90,8 @@ impl Simulation {
     pub fn new(config: SchedulerConfig, kv: KvCache) -> Self {
         let executor = FakeExecutor::new(kv.num_blocks(), kv.block_tokens(), config.max_in_flight);
         let scheduler = Scheduler::new(config, kv);
-        let (tracked, steps) = (BTreeMap::new(), VecDeque::new());
-        Simulation { scheduler, executor, now_ms: 0, tracked, steps, max_forced: 0 }
+        let (tracked, encodings, steps) = (BTreeMap::new(), BTreeMap::new(), VecDeque::new());
+        Simulation { scheduler, executor, now_ms: 0, tracked, encodings, steps, max_forced: 0 }
     }
 
     /// Adds a request of one choice that must be accepted.
@@ -125,10 +136,49 @@ impl Simulation {
         Ok(ids)
     }
 
+    /// Adds the inputs of one embedding request.
+    pub fn add_encodings(&mut self, specs: Vec<EncodeSpec>) -> Result<Vec<SeqId>> {
+        let num_older = self.encodings.values().filter(|tracked| tracked.end.is_none()).count() + specs.len();
+        let added_at_step = self.scheduler.counters().encode_steps;
+        let ids = self.scheduler.add_encodings(specs.clone(), self.now_ms)?;
+        for (&id, spec) in ids.iter().zip(specs) {
+            let num_older = num_older as u64;
+            self.encodings.insert(id, TrackedEncoding { spec, end: None, added_at_step, num_older });
+        }
+        Ok(ids)
+    }
+
+    /// One step of whole sequences, as the worker runs it: only while no other step is in flight.
+    pub fn encode(&mut self) -> bool {
+        if !self.steps.is_empty() {
+            return false;
+        }
+        let expired = self.scheduler.expire(self.now_ms);
+        expired.into_iter().for_each(|event| self.hear(event));
+        let Some(step) = self.scheduler.schedule_encoding(self.now_ms) else { return false };
+        let config = self.scheduler.config();
+        let limit_tokens = config.max_encode_tokens.max(config.prefill_budget_tokens).max(config.mixed_budget_tokens);
+        assert!((1..=limit_tokens).contains(&step.num_tokens()));
+        let (age_steps, now) = (config.age_steps, self.scheduler.counters().encode_steps);
+        for seq in step.sequences() {
+            let tracked = &self.encodings[&seq];
+            assert!(tracked.spec.deadline_ms.is_none_or(|deadline| deadline > self.now_ms), "begun after its deadline");
+            let (waited, bound) = (now - tracked.added_at_step, 2 * age_steps + tracked.num_older);
+            assert!(waited <= bound, "{seq:?} waited {waited} steps, the bound is {bound}");
+        }
+        let vectors = self.executor.encode(&step.batch(self.executor.encode_block_tokens()));
+        let events = self.scheduler.apply_encoding(step, vectors);
+        events.into_iter().for_each(|event| self.hear(event));
+        self.check();
+        true
+    }
+
     pub fn cancel(&mut self, seq: SeqId) -> bool {
         let event = self.scheduler.cancel(seq);
         let was_live = event.is_some();
-        assert_eq!(was_live, self.tracked.get(&seq).is_some_and(|tracked| tracked.end.is_none()));
+        let generates = self.tracked.get(&seq).is_some_and(|tracked| tracked.end.is_none());
+        let encodes = self.encodings.get(&seq).is_some_and(|tracked| tracked.end.is_none());
+        assert_eq!(was_live, generates || encodes);
         event.into_iter().for_each(|event| self.hear(event));
         was_live
     }
@@ -152,7 +202,8 @@ impl Simulation {
         let scheduled = self.scheduler.schedule(self.now_ms);
         self.check_preemptions();
         let Some(step) = scheduled else {
-            let stuck = self.steps.is_empty() && self.scheduler.has_work();
+            let generates = self.scheduler.sequences().next().is_some();
+            let stuck = self.steps.is_empty() && generates;
             assert!(!stuck, "nothing runs though sequences are live: {:?}", self.scheduler.counts());
             return false;
         };
@@ -190,12 +241,13 @@ impl Simulation {
         if self.steps.len() == max_in_flight || (!launched && !self.steps.is_empty()) {
             self.apply();
         }
+        self.encode();
     }
 
     /// Runs until nothing is live.
     pub fn drain(&mut self) {
         let live_tokens: usize = self.scheduler.sequences().map(|seq| seq.spec.max_kv_tokens() + 1).sum();
-        let max_turns = 100 + 2 * (1 + self.max_preemptions()) * live_tokens;
+        let max_turns = 100 + self.encodings.len() + 2 * (1 + self.max_preemptions()) * live_tokens;
         for _ in 0..max_turns {
             if !self.scheduler.has_work() {
                 return self.check_idle();
@@ -209,6 +261,7 @@ impl Simulation {
     /// Nothing is live: every sequence had its end, and every block is free or cached.
     pub fn check_idle(&self) {
         assert!(self.tracked.values().all(|tracked| tracked.end.is_some()), "a sequence was not settled");
+        assert!(self.encodings.values().all(|tracked| tracked.end.is_some()), "a vector was not settled");
         let (counts, counters) = (self.scheduler.counts(), self.scheduler.counters());
         assert_eq!((counts.waiting, counts.running, counts.in_flight), (0, 0, 0));
         assert_eq!(counts.blocks.free + counts.blocks.cached, self.scheduler.kv().num_blocks());
@@ -229,7 +282,8 @@ impl Simulation {
         let ended = counters.finished + counters.cancelled + counters.failed;
         assert_eq!(blocks.free + blocks.cached + blocks.owned + blocks.pinned, self.scheduler.kv().num_blocks());
         assert_eq!(counters.accepted, ended + (counts.waiting + counts.running) as u64);
-        let unsettled = self.tracked.values().filter(|tracked| tracked.end.is_none()).count();
+        let unsettled = self.tracked.values().filter(|tracked| tracked.end.is_none()).count()
+            + self.encodings.values().filter(|tracked| tracked.end.is_none()).count();
         assert_eq!(unsettled, counts.waiting + counts.running, "the caller and the scheduler disagree on who lives");
     }
 
@@ -299,6 +353,19 @@ impl Simulation {
                 if tracked.spec.prompt_logprobs.is_some() {
                     assert_eq!(tracked.num_scored, tracked.spec.prompt.len() - 1);
                 }
+            }
+            SequenceEvent::Encoded { seq, values, usage } => {
+                let tracked = self.encodings.get_mut(&seq).expect("tracked");
+                let digest = digest_of(&NamespaceKey::default(), &tracked.spec.tokens);
+                assert_eq!(values, [digest.logprob(0), digest.logprob(1)], "{seq:?} gets another's vector");
+                assert_eq!(usage.prompt_tokens, tracked.spec.tokens.len());
+                assert_eq!(tracked.end.replace(Ok(())), None, "{seq:?} ends twice");
+            }
+            SequenceEvent::Failed { seq, error, .. } if self.encodings.contains_key(&seq) => {
+                let tracked = self.encodings.get_mut(&seq).expect("tracked");
+                let is_late = tracked.spec.deadline_ms.is_some_and(|deadline| deadline <= self.now_ms);
+                assert!(error == Error::Cancelled || is_late, "{seq:?} failed: {error}");
+                assert_eq!(tracked.end.replace(Err(error)), None, "{seq:?} ends twice");
             }
             SequenceEvent::Failed { seq, error, usage } => {
                 let now_ms = self.now_ms;

@@ -1,0 +1,169 @@
+//! Every command as its user runs it: arguments in, standard output and exit code out, with the model that ships.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn demo() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/demo")
+}
+
+fn command(name: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ns-llm"));
+    command.arg(name).arg("--model").arg(demo()).stdin(Stdio::null());
+    command
+}
+
+fn run(name: &str, arguments: &[&str]) -> Output {
+    command(name).args(arguments).output().expect("the program starts")
+}
+
+fn succeed(name: &str, arguments: &[&str]) -> String {
+    let output = run(name, arguments);
+    let (stdout, stderr) = (String::from_utf8(output.stdout).expect("text"), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{name} {arguments:?}: {stderr}");
+    assert_eq!(stderr, "", "nothing but the result is said when it is no terminal");
+    stdout
+}
+
+/// The last line is one JSON object.
+fn json(name: &str, arguments: &[&str]) -> Value {
+    let stdout = succeed(name, arguments);
+    serde_json::from_str(stdout.lines().last().expect("a line")).expect("JSON")
+}
+
+fn feed(name: &str, arguments: &[&str], input: &str) -> Output {
+    let mut child = command(name)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("it reads");
+    child.wait_with_output().expect("it ends")
+}
+
+const PROMPT: [&str; 4] = ["--prompt", "Once upon a time", "--temperature", "0"];
+
+/// Streaming and JSON give the same text, standard input is a prompt too, and the counts fit.
+#[test]
+fn generate_streams_and_reports() {
+    let text = succeed("generate", &[&PROMPT[..], &["--max-tokens", "24"]].concat());
+    let report = json("generate", &[&PROMPT[..], &["--max-tokens", "24", "--json"]].concat());
+    assert_eq!(text.strip_suffix('\n'), report["text"].as_str());
+    assert_eq!((&report["finish_reason"], &report["usage"]["completion_tokens"]), (&"length".into(), &24.into()));
+    assert_eq!(report["token_ids"].as_array().map(Vec::len), Some(24));
+    for time in ["load_ms", "queue_ms", "prompt_ms", "first_token_ms", "decode_ms"] {
+        assert!(report["timings"][time].as_f64().is_some_and(|ms| ms >= 0.0), "{time}");
+    }
+    let piped =
+        feed("generate", &["--prompt-file", "-", "--temperature", "0", "--max-tokens", "24"], "Once upon a time");
+    assert_eq!(String::from_utf8_lossy(&piped.stdout), text);
+}
+
+/// A conversation: the second answer knows the first turn, an empty line ends it.
+#[test]
+fn chat_answers_turn_by_turn() {
+    let output = feed("chat", &["--temperature", "0"], "What is the capital of France?\nCount to 3.\n\nnot read\n");
+    let stdout = String::from_utf8(output.stdout).expect("text");
+    assert!(output.status.success() && stdout.contains("Paris"), "{stdout}");
+    assert_eq!(stdout.lines().filter(|line| !line.is_empty()).count(), 2, "{stdout}");
+}
+
+/// Vectors as lines and as JSON are the same numbers; lines of standard input are texts.
+#[test]
+fn embed_gives_vectors() {
+    let lines = succeed("embed", &["--text", "a red fox", "--text", "rain"]);
+    let report = json("embed", &["--text", "a red fox", "--text", "rain", "--json"]);
+    let shown: Vec<Vec<f64>> = lines
+        .lines()
+        .map(|line| line.split(' ').map(|number| f64::from(number.parse::<f32>().expect("a number"))).collect())
+        .collect();
+    assert_eq!((shown.len(), shown[0].len() as u64), (2, report["dimensions"].as_u64().expect("a number")));
+    for (vector, item) in shown.iter().zip(report["embeddings"].as_array().expect("a list")) {
+        let numbers: Vec<f64> =
+            item["embedding"].as_array().expect("a list").iter().filter_map(Value::as_f64).collect();
+        assert!(numbers.iter().zip(vector).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
+    let piped = feed("embed", &[], "a red fox\nrain\n");
+    assert_eq!(String::from_utf8_lossy(&piped.stdout), lines);
+}
+
+/// One object with every figure that a comparison reads.
+#[test]
+fn bench_reports_every_figure() {
+    let arguments = ["--prompt-tokens", "32", "--gen-tokens", "8", "--parallel", "1,2", "--repeat", "1", "--json"];
+    let report = json("bench", &[&arguments[..], &["--threads", "1"]].concat());
+    for figure in ["load_ms", "peak_rss_mib", "prompt_tps", "decode_tps", "ttft_ms", "decode_gb_per_s", "prompt_gops"] {
+        assert!(report[figure].as_f64().is_some_and(|value| value > 0.0), "{figure}: {report}");
+    }
+    let parallel = report["parallel"].as_array().expect("a list");
+    assert_eq!(parallel.iter().map(|entry| entry["n"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(2)]);
+    assert!(parallel.iter().all(|entry| entry["gen_tps"].as_f64().is_some_and(|tps| tps > 0.0)));
+}
+
+/// Architecture, tensors, tokenizer, template and memory plan, for people and as JSON.
+#[test]
+fn inspect_shows_the_model() {
+    let report = json("inspect", &["--json"]);
+    assert_eq!(report["architecture"], "Qwen3ForCausalLM");
+    assert!(report["tensors"].as_array().is_some_and(|tensors| tensors.len() > 40));
+    assert!(report["memory"]["kv_blocks"].as_u64().is_some_and(|blocks| blocks > 0));
+    let table = succeed("inspect", &[]);
+    assert!(table.contains("Qwen3ForCausalLM") && table.contains("model.embed_tokens.weight"), "{table}");
+}
+
+/// Perplexity of a text and exact match of tasks, from files of the user's own.
+#[test]
+fn eval_measures_own_files() {
+    let folder = std::env::temp_dir().join(format!("ns-llm-eval-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a temporary folder");
+    let (text, items) = (folder.join("text.txt"), folder.join("items.jsonl"));
+    let evaluation = |name: &str| std::fs::read_to_string(demo().join("evaluation").join(name)).expect("it ships");
+    std::fs::write(&text, evaluation("eval.txt").lines().take(20).collect::<Vec<_>>().join("\n")).expect("written");
+    std::fs::write(&items, evaluation("eval.jsonl").lines().take(10).collect::<Vec<_>>().join("\n")).expect("written");
+    let paths = [text.to_str().expect("UTF-8"), items.to_str().expect("UTF-8")];
+    let report = json("eval", &["--text", paths[0], "--items", paths[1], "--json"]);
+    std::fs::remove_dir_all(&folder).expect("removed");
+    let perplexity = report["text"]["perplexity"].as_f64().expect("a number");
+    assert!((1.0..3.0).contains(&perplexity), "{report}");
+    assert_eq!(report["all"]["items"], 10, "{report}");
+    assert!(report["all"]["right"].as_u64().is_some_and(|right| right >= 5), "{report}");
+}
+
+/// What cannot be done is one line on standard error and exit code 1 (2 for arguments that make no sense).
+#[test]
+fn faults_are_one_line() {
+    let fault = |name: &str, arguments: &[&str]| {
+        let output = run(name, arguments);
+        assert!(output.stdout.is_empty(), "standard output carries only results");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, text) = fault("generate", &["--prompt", "x", "--temperature=-1"]);
+    assert!(code == Some(1) && text.contains("temperature") && text.lines().count() == 1, "{text}");
+    let (code, text) = fault("embed", &["--text", "x", "--dimensions", "100000"]);
+    assert!(code == Some(1) && text.contains("dimensions"), "{text}");
+    let (code, _) = fault("generate", &["--no-such-option"]);
+    assert_eq!(code, Some(2));
+    let nowhere = Command::new(env!("CARGO_BIN_EXE_ns-llm")).args(["inspect", "--model", "/nowhere"]).output();
+    let nowhere = nowhere.expect("the program starts");
+    assert_eq!(nowhere.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&nowhere.stderr).contains("/nowhere"));
+}
+
+/// A reader that has read enough ends the program quietly.
+#[test]
+fn broken_pipe_is_no_fault() {
+    let mut child = command("generate")
+        .args([&PROMPT[..], &["--max-tokens", "200"]].concat())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}

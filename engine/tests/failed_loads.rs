@@ -1,0 +1,126 @@
+//! Promise: a load that fails leaves nothing behind, however often it fails, and costs no more than its files justify.
+//! Through `Engine::open`, threads and all.
+
+#[path = "support/tiny_model.rs"]
+mod tiny_model;
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ns_llm::{Engine, EngineOptions, Error};
+use safetensors::Dtype;
+use serde_json::json;
+use tiny_model::{TempFolder, small_config, write_model};
+
+/// Threads and files belong to the process: one test at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn open(folder: &TempFolder) -> Error {
+    let mut options = EngineOptions::new(folder.path());
+    options.threads = Some(2);
+    options.kv_bytes = Some(1 << 20);
+    Engine::open(options).map(drop).expect_err("the folder is bad")
+}
+
+/// One folder for each stage of loading at which it can fail.
+fn bad_folders() -> Vec<(TempFolder, &'static str)> {
+    let folder = |change: &dyn Fn(&TempFolder)| {
+        let folder = TempFolder::new("failed-load");
+        write_model(&folder, &small_config(), Dtype::F32, 1);
+        folder.write("tokenizer.json", TOKENIZER);
+        change(&folder);
+        folder
+    };
+    let with = |field: &str, value: serde_json::Value| {
+        let mut config = small_config();
+        config[field] = value;
+        config.to_string()
+    };
+    let wide = with("intermediate_size", json!(64));
+    vec![
+        (folder(&|f| f.write("config.json", "{")), "invalid_json"),
+        (folder(&|f| f.write("tokenizer.json", r#"{"model": {"type": "none"}}"#)), "config"),
+        (folder(&|f| f.write("model.safetensors", [0xff; 64])), "weights"),
+        // Threads, pool and some packed weights are there when the third tensor does not fit.
+        (folder(&|f| f.write("config.json", &wide)), "tensor_shape"),
+    ]
+}
+
+const TOKENIZER: &str = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+    "post_processor": null,
+    "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+    "model": {"type": "BPE", "dropout": null, "unk_token": null, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}"#;
+
+#[cfg(target_os = "linux")]
+fn resources() -> (usize, usize, usize) {
+    let count = |path: &str| std::fs::read_dir(path).expect("procfs").count();
+    let status = std::fs::read_to_string("/proc/self/statm").expect("procfs");
+    let pages: usize = status.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("resident pages");
+    (count("/proc/self/task"), count("/proc/self/fd"), pages * 4096)
+}
+
+/// A thousand failed loads, at every stage: no thread, no file and no memory stays.
+#[cfg(target_os = "linux")]
+#[test]
+fn nothing_is_left_of_a_thousand_failed_loads() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let folders = bad_folders();
+    let fail_all = |rounds: usize| {
+        for _ in 0..rounds {
+            for (folder, code) in &folders {
+                let error = open(folder);
+                assert_eq!(error.code(), *code, "{error}");
+            }
+        }
+    };
+    fail_all(25);
+    let (threads, files, bytes) = settled_resources();
+    fail_all(225);
+    let (threads_after, files_after, bytes_after) = settled_resources();
+    assert_eq!((threads_after, files_after), (threads, files));
+    assert!(bytes_after <= bytes + (1 << 20), "{bytes} bytes resident became {bytes_after}");
+}
+
+/// A thread that was joined may take a moment to leave the list.
+#[cfg(target_os = "linux")]
+fn settled_resources() -> (usize, usize, usize) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut last = resources();
+    loop {
+        std::thread::sleep(Duration::from_millis(50));
+        let now = resources();
+        if (now.0, now.1) == (last.0, last.1) || Instant::now() > deadline {
+            return now;
+        }
+        last = now;
+    }
+}
+
+/// Refusing a header takes time in proportion to its length: ten times the tensors, at most some thirty times the time.
+#[test]
+fn refusal_is_linear_in_the_header() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let refusal = |num_tensors: usize| {
+        let folder = TempFolder::new("long-header");
+        write_model(&folder, &small_config(), Dtype::F32, 1);
+        folder.write("tokenizer.json", TOKENIZER);
+        let entries: Vec<String> = (0..num_tensors)
+            .map(|i| format!(r#""t{i}": {{"dtype": "F32", "shape": [1], "data_offsets": [{}, {}]}}"#, 4 * i, 4 * i + 4))
+            .collect();
+        let header = format!("{{{}}}", entries.join(","));
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.into_bytes());
+        file.resize(file.len() + 4 * num_tensors, 0);
+        folder.write("model.safetensors", file);
+        let times = (0..3).map(|_| {
+            let start = Instant::now();
+            let code = open(&folder).code();
+            assert_eq!(code, "missing_tensor");
+            start.elapsed()
+        });
+        times.min().expect("three times")
+    };
+    let (short, long) = (refusal(5_000), refusal(50_000));
+    assert!(long < short.max(Duration::from_millis(5)) * 30, "{short:?} became {long:?}");
+}
