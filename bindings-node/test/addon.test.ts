@@ -17,7 +17,7 @@ const ADDON = join(ROOT, 'bindings-node', 'native.node');
  */
 const C_LIBRARY = `
   __cxa_finalize __errno_location __tls_get_addr __xpg_strerror_r abort bcmp calloc clock_gettime close cos
-  dl_iterate_phdr dladdr dlclose dlerror dlopen dlsym exp free fstat64 getcwd getenv getpriority getrandom gettid log
+  dirfd dl_iterate_phdr dladdr dlclose dlerror dlopen dlsym exp free fstat64 getcwd getenv getpriority getrandom gettid log
   lseek64 lstat64 madvise malloc memcmp memcpy memmove memset mmap mmap64 munmap open open64 opendir closedir
   readdir64 pause poll posix_memalign pow pthread_attr_destroy pthread_attr_init pthread_attr_setstacksize
   pthread_create pthread_detach pthread_join pthread_key_create pthread_key_delete pthread_self pthread_setname_np
