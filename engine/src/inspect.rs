@@ -58,7 +58,7 @@ pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
         .map(|(name, shape, dtype)| TensorInfo {
             name: name.to_string(),
             shape: shape.to_vec(),
-            dtype: format!("{dtype:?}"),
+            dtype: dtype.to_string(),
         })
         .collect();
     Ok(Inspection {

@@ -1,0 +1,253 @@
+//! The vocabulary of a GGUF file, said as `tokenizer.json` and `tokenizer_config.json` say it. Every index and every
+//! pair is checked here, so that errors name the key and the entry.
+//!
+//! Byte-level vocabularies (Radford et al. 2019) are read. How text is cut into words before merging is not in the
+//! file; it has the name of a known tokenizer instead (`gguf/pre_tokenizer.rs`).
+
+#![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde_json::{Value as Json, json};
+
+use super::metadata::{self, FILE, Metadata, Strings};
+use super::pre_tokenizer::PreTokenizer;
+use crate::config::{MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES, MAX_TOKEN_IDS};
+use crate::error::Result;
+use crate::loader::JsonFile;
+
+const MODEL: &str = "tokenizer.ggml.model";
+const TOKENS: &str = "tokenizer.ggml.tokens";
+const TOKEN_TYPES: &str = "tokenizer.ggml.token_type";
+const MERGES: &str = "tokenizer.ggml.merges";
+const TEMPLATE: &str = "tokenizer.chat_template";
+
+/// Texts of control tokens that end an answer in known chat formats: files often name only one of several.
+const END_OF_TURN: &[&str] =
+    &["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"];
+
+/// What the file says a token is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TokenType {
+    Normal,
+    /// Controls, and leaves no text.
+    Control,
+    /// A fixed text that is never split.
+    UserDefined,
+    /// Fills the vocabulary up to the rows of the embedding.
+    Unused,
+}
+
+/// Tokens with their types.
+struct Vocabulary<'a> {
+    tokens: Vec<&'a str>,
+    types: Vec<TokenType>,
+}
+
+impl<'a> Vocabulary<'a> {
+    fn read(metadata: &'a Metadata) -> Result<Self> {
+        let strings = required_strings(metadata, TOKENS)?;
+        let max = usize::try_from(MAX_TOKEN_IDS).unwrap_or(usize::MAX);
+        if !(1..=max).contains(&strings.len()) {
+            let reason = format!("has {} entries, must have 1 to {max}", strings.len());
+            return Err(metadata::error(TOKENS, reason));
+        }
+        let tokens = strings.iter().enumerate().map(|(idx, bytes)| text(TOKENS, idx, bytes));
+        let tokens = tokens.collect::<Result<Vec<_>>>()?;
+        let types = match metadata.integers(TOKEN_TYPES, tokens.len())? {
+            Some(types) => types.into_iter().enumerate().map(token_type).collect::<Result<_>>()?,
+            None => vec![TokenType::Normal; tokens.len()],
+        };
+        Ok(Vocabulary { tokens, types })
+    }
+
+    /// Tokens that text can become, with their ids, which are their places.
+    fn used(&self) -> impl Iterator<Item = (u32, &'a str, TokenType)> {
+        let tokens = (0_u32..).zip(&self.tokens).zip(&self.types);
+        tokens
+            .map(|((id, token), &kind)| (id, *token, kind))
+            .filter(|(_, token, kind)| *kind != TokenType::Unused && !token.is_empty())
+    }
+
+    /// The text of the token that `key` names by its id.
+    fn named(&self, metadata: &Metadata, key: &str) -> Result<Option<&'a str>> {
+        let max = self.tokens.len().saturating_sub(1).try_into().unwrap_or(u64::MAX);
+        let Some(id) = metadata.integer(key, max)? else { return Ok(None) };
+        match self.used().find(|(used, _, _)| u64::from(*used) == id) {
+            Some((_, token, _)) => Ok(Some(token)),
+            None => Err(metadata::error(key, format!("is {id}, a token that is empty or said to be unused"))),
+        }
+    }
+}
+
+fn required_strings<'a>(metadata: &'a Metadata, key: &str) -> Result<&'a Strings> {
+    metadata.strings(key)?.ok_or_else(|| metadata::error(key, "is missing"))
+}
+
+fn text<'a>(key: &str, idx: usize, bytes: &'a [u8]) -> Result<&'a str> {
+    let text = std::str::from_utf8(bytes);
+    text.map_err(|e| metadata::error(&format!("{key}[{idx}]"), format!("is not UTF-8 from byte {}", e.valid_up_to())))
+}
+
+/// By the numbers of the format.
+fn token_type((idx, number): (usize, i128)) -> Result<TokenType> {
+    match number {
+        // Undefined, normal, a single byte.
+        0 | 1 | 6 => Ok(TokenType::Normal),
+        // Stands for what is unknown; controls.
+        2 | 3 => Ok(TokenType::Control),
+        4 => Ok(TokenType::UserDefined),
+        5 => Ok(TokenType::Unused),
+        other => Err(metadata::error(&format!("{TOKEN_TYPES}[{idx}]"), format!("is {other}, types are 0 to 6"))),
+    }
+}
+
+/// `tokenizer_config.json`.
+pub(super) fn tokenizer_config(metadata: &Metadata) -> Result<JsonFile> {
+    let vocabulary = Vocabulary::read(metadata)?;
+    let mut config = serde_json::Map::new();
+    for (key, name) in [
+        ("tokenizer.ggml.bos_token_id", "bos_token"),
+        ("tokenizer.ggml.eos_token_id", "eos_token"),
+        ("tokenizer.ggml.unknown_token_id", "unk_token"),
+        ("tokenizer.ggml.padding_token_id", "pad_token"),
+    ] {
+        let token = vocabulary.named(metadata, key)?;
+        config.extend(token.map(|token| (name.to_string(), json!(token))));
+    }
+    let by_default = PreTokenizer::of(metadata)?.adds_bos() && config.contains_key("bos_token");
+    for (key, name, token, default) in [
+        ("tokenizer.ggml.add_bos_token", "add_bos_token", "bos_token", by_default),
+        ("tokenizer.ggml.add_eos_token", "add_eos_token", "eos_token", false),
+    ] {
+        let adds = metadata.boolean(key)?.unwrap_or(default);
+        if adds && !config.contains_key(token) {
+            return Err(metadata::error(key, format!("is set, but no {token} is named")));
+        }
+        config.insert(name.to_string(), json!(adds));
+    }
+    if let Some(template) = metadata.string(TEMPLATE)? {
+        if template.len() > MAX_TEMPLATE_BYTES {
+            let reason = format!("has {} bytes, at most {MAX_TEMPLATE_BYTES} are allowed", template.len());
+            return Err(metadata::error(TEMPLATE, reason));
+        }
+        config.insert("chat_template".to_string(), json!(template));
+    }
+    Ok(JsonFile::translated(FILE, config, BTreeMap::new()))
+}
+
+/// Ids of the tokens that end an answer: those that the file names, and control tokens whose text is known to.
+pub(super) fn end_tokens(metadata: &Metadata) -> Result<Vec<u32>> {
+    let vocabulary = Vocabulary::read(metadata)?;
+    let max = vocabulary.tokens.len().saturating_sub(1).try_into().unwrap_or(u64::MAX);
+    let mut ids: Vec<u32> = Vec::new();
+    for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
+        ids.extend(metadata.integer(key, max)?.and_then(|id| u32::try_from(id).ok()));
+    }
+    let is_known = |token: &str| END_OF_TURN.contains(&token);
+    let known = vocabulary.used().filter(|(_, token, kind)| *kind == TokenType::Control && is_known(token));
+    ids.extend(known.map(|(id, _, _)| id));
+    let mut seen = std::collections::HashSet::new();
+    ids.retain(|id| seen.insert(*id));
+    ids.truncate(MAX_EOS_TOKENS);
+    Ok(ids)
+}
+
+/// `tokenizer.json`.
+pub(super) fn tokenizer_json(metadata: &Metadata) -> Result<Vec<u8>> {
+    match metadata.string(MODEL)?.ok_or_else(|| metadata::error(MODEL, "is missing"))? {
+        "gpt2" => {}
+        other => {
+            return Err(metadata::error(MODEL, format!("is {other:?}, which is not supported (supported: \"gpt2\")")));
+        }
+    }
+    let vocabulary = Vocabulary::read(metadata)?;
+    let pre_tokenizer = PreTokenizer::of(metadata)?;
+    let mut vocab: BTreeMap<&str, u32> = BTreeMap::new();
+    for (id, token, _) in vocabulary.used() {
+        if let Some(first) = vocab.insert(token, id) {
+            return Err(metadata::error(TOKENS, format!("has {token:?} twice, at {first} and {id}")));
+        }
+    }
+    let merges = merges(required_strings(metadata, MERGES)?, &vocab)?;
+    let file = TokenizerFile {
+        version: "1.0",
+        added_tokens: vocabulary.used().filter_map(AddedToken::new).collect(),
+        normalizer: pre_tokenizer.normalizer(),
+        pre_tokenizer: pre_tokenizer.json(),
+        post_processor: (),
+        decoder: json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
+        model: Bpe { kind: "BPE", ignore_merges: pre_tokenizer.ignores_merges(), byte_fallback: false, vocab, merges },
+    };
+    serde_json::to_vec(&file).map_err(|e| metadata::error(TOKENS, e.to_string()))
+}
+
+/// Pairs of tokens that become one, most frequent first; all three are in the vocabulary.
+fn merges<'a>(strings: &'a Strings, vocab: &BTreeMap<&str, u32>) -> Result<Vec<(&'a str, &'a str)>> {
+    let mut merges = Vec::new();
+    let mut merged = String::new();
+    for (idx, bytes) in strings.iter().enumerate() {
+        let merge = text(MERGES, idx, bytes)?;
+        let refuse = |reason: String| Err(metadata::error(&format!("{MERGES}[{idx}]"), reason));
+        // No token of a byte-level vocabulary has a space in it.
+        let Some((left, right)) = merge.split_once(' ').filter(|(left, right)| !left.is_empty() && !right.is_empty())
+        else {
+            return refuse(format!("is {merge:?}, must be two tokens and a space between them"));
+        };
+        merged.clear();
+        merged.push_str(left);
+        merged.push_str(right);
+        if let Some(unknown) = [left, right, &merged].into_iter().find(|token| !vocab.contains_key(token)) {
+            return refuse(format!("needs the token {unknown:?}, which is not in the vocabulary"));
+        }
+        merges.push((left, right));
+    }
+    Ok(merges)
+}
+
+/// As the `tokenizers` crate reads it.
+#[derive(Serialize)]
+struct TokenizerFile<'a> {
+    version: &'static str,
+    added_tokens: Vec<AddedToken<'a>>,
+    normalizer: Json,
+    pre_tokenizer: Json,
+    post_processor: (),
+    decoder: Json,
+    model: Bpe<'a>,
+}
+
+#[derive(Serialize)]
+struct Bpe<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    /// Whether a word that is a token is taken whole, however it would be merged.
+    ignore_merges: bool,
+    byte_fallback: bool,
+    vocab: BTreeMap<&'a str, u32>,
+    merges: Vec<(&'a str, &'a str)>,
+}
+
+/// A token that is found in a text before it is split into words.
+#[derive(Serialize)]
+struct AddedToken<'a> {
+    id: u32,
+    content: &'a str,
+    single_word: bool,
+    lstrip: bool,
+    rstrip: bool,
+    normalized: bool,
+    special: bool,
+}
+
+impl<'a> AddedToken<'a> {
+    fn new((id, content, kind): (u32, &'a str, TokenType)) -> Option<Self> {
+        let special = match kind {
+            TokenType::Control => true,
+            TokenType::UserDefined => false,
+            TokenType::Normal | TokenType::Unused => return None,
+        };
+        Some(AddedToken { id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special })
+    }
+}
