@@ -1,0 +1,336 @@
+//! The search for the scales of a block of 256 numbers: least squared error, not least work.
+//!
+//! A number is a level times its group's scale, and that scale is an integer times the block's `d` (the minima likewise).
+//! Three steps, each of which only ever lowers the squared error:
+//!
+//! 1. Each group alone, in real numbers: levels from a few starting scales, a least-squares fit of the scale to the levels
+//!    (and of the levels to the scale, a few times over: Lloyd 1982), the best of all starts.
+//! 2. Rounding: `d` so that the largest scale just fits; each group takes the best of the integers around its own scale.
+//! 3. Again with the `d` that fits those integers and levels best by least squares.
+//!
+//! All errors are sums of squares of plain differences; what the numbers are multiplied with later is not known here. Sums
+//! have eight lanes, so that a loop over a group becomes vector code and still has one fixed order.
+
+use half::f16;
+
+use super::{F16Bytes, inverse, min_max, signed_peak};
+
+/// Numbers in a block.
+const BLOCK: usize = 256;
+/// Rounds of fitting scale to levels and levels to scale.
+const LLOYD_ROUNDS: usize = 4;
+/// Rounds of fitting `d` to the integers and the integers to `d`.
+const BLOCK_ROUNDS: usize = 3;
+/// The largest f16.
+const MAX_F16: f32 = 65504.0;
+
+/// A block of `x = d scales[group] q`.
+pub(super) struct Scaled<const GROUPS: usize> {
+    pub(super) d: F16Bytes,
+    pub(super) scales: [i8; GROUPS],
+    pub(super) q: [i8; BLOCK],
+}
+
+/// Signed levels `-levels..levels` and signed scales `-max_scale..max_scale`: `x = d scales[group] q`.
+pub(super) fn search_scales<const GROUPS: usize, const LEN: usize>(
+    values: &[f32; BLOCK],
+    levels: f32,
+    max_scale: f32,
+) -> Scaled<GROUPS> {
+    let limit = MAX_F16 * max_scale * levels;
+    let values = values.map(|value| value.clamp(-limit, limit));
+    let groups: &[[f32; LEN]; GROUPS] = grouped(&values);
+    let wanted = groups.map(|group| fit_scale(&group, levels));
+    // The scale of largest magnitude takes the end of the range that has no positive twin.
+    let mut d = nearest_nonzero(signed_peak(&wanted) / -max_scale);
+    let mut best = ScaleChoice::of(groups, &wanted, d, levels, max_scale);
+    for _ in 0..BLOCK_ROUNDS {
+        d = nearest_nonzero(best.best_d(groups));
+        let choice = ScaleChoice::of(groups, &wanted, d, levels, max_scale);
+        if choice.error >= best.error {
+            break;
+        }
+        best = choice;
+    }
+    let mut q = [0; BLOCK];
+    for (q, levels) in q.as_chunks_mut::<LEN>().0.iter_mut().zip(best.q) {
+        *q = levels.map(|level| level as i8);
+    }
+    Scaled { d: best.d, scales: best.scales.map(|scale| scale as i8), q }
+}
+
+/// Scales and levels of all groups for one `d`.
+struct ScaleChoice<const GROUPS: usize, const LEN: usize> {
+    d: F16Bytes,
+    scales: [f32; GROUPS],
+    q: [[f32; LEN]; GROUPS],
+    error: f32,
+}
+
+impl<const GROUPS: usize, const LEN: usize> ScaleChoice<GROUPS, LEN> {
+    /// For each group the best of the integers around what it wants.
+    fn of(groups: &[[f32; LEN]; GROUPS], wanted: &[f32; GROUPS], d: F16Bytes, levels: f32, max_scale: f32) -> Self {
+        let mut choice = ScaleChoice { d, scales: [0.0; GROUPS], q: [[0.0; LEN]; GROUPS], error: 0.0 };
+        let d = d.to_f32();
+        for (i, group) in groups.iter().enumerate() {
+            let middle = nearest(wanted[i] * inverse(d));
+            let mut least = f32::INFINITY;
+            for scale in [middle, middle - 1.0, middle + 1.0] {
+                let scale = scale.clamp(-max_scale, max_scale - 1.0);
+                let q = signed_levels(group, d * scale, levels);
+                let error = sum::<LEN>(|i| (group[i] - d * scale * q[i]).powi(2));
+                if error < least {
+                    (least, choice.scales[i], choice.q[i]) = (error, scale, q);
+                }
+            }
+            choice.error += least;
+        }
+        choice
+    }
+
+    /// `d` of least squared error for these scales and levels.
+    fn best_d(&self, groups: &[[f32; LEN]; GROUPS]) -> f32 {
+        let (mut xq, mut qq) = (0.0, 0.0);
+        for ((group, q), scale) in groups.iter().zip(&self.q).zip(self.scales) {
+            xq += scale * sum::<LEN>(|i| group[i] * q[i]);
+            qq += scale * scale * sum::<LEN>(|i| q[i] * q[i]);
+        }
+        xq * inverse(qq)
+    }
+}
+
+/// The real scale of least squared error that was found for one group.
+fn fit_scale<const LEN: usize>(group: &[f32; LEN], levels: f32) -> f32 {
+    let peak = signed_peak(group);
+    let (mut best, mut least) = (0.0, sum::<LEN>(|i| group[i] * group[i]));
+    let mut try_scale = |start: f32, rounds: usize| {
+        let mut scale = start;
+        for _ in 0..rounds {
+            let q = signed_levels(group, scale, levels);
+            scale = sum::<LEN>(|i| group[i] * q[i]) * inverse(sum::<LEN>(|i| q[i] * q[i]));
+            let error = sum::<LEN>(|i| (group[i] - scale * q[i]).powi(2));
+            if error < least {
+                (best, least) = (scale, error);
+            }
+        }
+        best
+    };
+    // The peak at the lowest level and up to nearly one beside it, inside (clipped) and outside; then the same mirrored.
+    for tenths in -9..=9 {
+        let level = levels + 0.1 * tenths as f32;
+        try_scale(-peak / level, 1);
+        try_scale(peak / (level - 0.5), 1);
+    }
+    let start = try_scale(0.0, 0);
+    try_scale(start, LLOYD_ROUNDS)
+}
+
+fn signed_levels<const LEN: usize>(group: &[f32; LEN], scale: f32, levels: f32) -> [f32; LEN] {
+    let inverse = inverse(scale);
+    group.map(|value| nearest(value * inverse).clamp(-levels, levels - 1.0))
+}
+
+/// A block of `x = d scales[group] q - d_min mins[group]`.
+pub(super) struct ScaledFromMin<const GROUPS: usize> {
+    pub(super) d: F16Bytes,
+    pub(super) d_min: F16Bytes,
+    pub(super) scales: [u8; GROUPS],
+    pub(super) mins: [u8; GROUPS],
+    pub(super) q: [u8; BLOCK],
+}
+
+/// Levels `0..=max_q`, scales and mins `0..=max_scale`: `x = d scales[group] q - d_min mins[group]`. A group's smallest
+/// level is never above zero: mins are subtracted.
+pub(super) fn search_scales_and_mins<const GROUPS: usize, const LEN: usize>(
+    values: &[f32; BLOCK],
+    max_q: f32,
+    max_scale: f32,
+) -> ScaledFromMin<GROUPS> {
+    let values = values.map(|value| value.clamp(-MAX_F16 * max_scale, MAX_F16 * max_scale * max_q));
+    let groups: &[[f32; LEN]; GROUPS] = grouped(&values);
+    let wanted = groups.map(|group| fit_line(&group, max_q));
+    let largest = |of: fn(&Line) -> f32| wanted.iter().map(of).fold(0.0, f32::max);
+    let d = nearest_nonzero(largest(|line| line.scale) / max_scale);
+    let d_min = nearest_nonzero(largest(|line| line.min) / max_scale);
+    let mut best = LineChoice::of(groups, &wanted, d, d_min, max_q, max_scale);
+    for _ in 0..BLOCK_ROUNDS {
+        let (d, d_min) = best.best_d(groups);
+        let choice = LineChoice::of(groups, &wanted, nearest_nonzero(d), nearest_nonzero(d_min), max_q, max_scale);
+        if choice.error >= best.error {
+            break;
+        }
+        best = choice;
+    }
+    let mut q = [0; BLOCK];
+    for (q, levels) in q.as_chunks_mut::<LEN>().0.iter_mut().zip(best.q) {
+        *q = levels.map(|level| level as u8);
+    }
+    let (scales, mins) = (best.scales.map(|scale| scale as u8), best.mins.map(|min| min as u8));
+    ScaledFromMin { d: best.d, d_min: best.d_min, scales, mins, q }
+}
+
+/// Scales, mins and levels of all groups for one `d` and `d_min`.
+struct LineChoice<const GROUPS: usize, const LEN: usize> {
+    d: F16Bytes,
+    d_min: F16Bytes,
+    scales: [f32; GROUPS],
+    mins: [f32; GROUPS],
+    q: [[f32; LEN]; GROUPS],
+    error: f32,
+}
+
+impl<const GROUPS: usize, const LEN: usize> LineChoice<GROUPS, LEN> {
+    /// For each group the best pair of integers around what it wants.
+    fn of(
+        groups: &[[f32; LEN]; GROUPS],
+        wanted: &[Line; GROUPS],
+        d: F16Bytes,
+        d_min: F16Bytes,
+        max_q: f32,
+        max_scale: f32,
+    ) -> Self {
+        let (scales, mins, q) = ([0.0; GROUPS], [0.0; GROUPS], [[0.0; LEN]; GROUPS]);
+        let mut choice = LineChoice { d, d_min, scales, mins, q, error: 0.0 };
+        let (d, d_min) = (d.to_f32(), d_min.to_f32());
+        for (i, group) in groups.iter().enumerate() {
+            let (scale, min) = (nearest(wanted[i].scale * inverse(d)), nearest(wanted[i].min * inverse(d_min)));
+            let mut least = f32::INFINITY;
+            for (scale_step, min_step) in NEIGHBOURS {
+                let scale = (scale + scale_step).clamp(0.0, max_scale);
+                let min = (min + min_step).clamp(0.0, max_scale);
+                let line = Line { scale: d * scale, min: d_min * min };
+                let q = line.levels(group, max_q);
+                let error = line.error(group, &q);
+                if error < least {
+                    (least, choice.scales[i], choice.mins[i], choice.q[i]) = (error, scale, min, q);
+                }
+            }
+            choice.error += least;
+        }
+        choice
+    }
+
+    /// `d` and `d_min` of least squared error for these integers and levels: two normal equations.
+    fn best_d(&self, groups: &[[f32; LEN]; GROUPS]) -> (f32, f32) {
+        let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0.0, 0.0, 0.0, 0.0, 0.0);
+        for (i, (group, q)) in groups.iter().zip(&self.q).enumerate() {
+            // x = d a - d_min b with a = scale q, b = min.
+            let (scale, min) = (f64::from(self.scales[i]), f64::from(self.mins[i]));
+            let sum_q = f64::from(sum::<LEN>(|i| q[i]));
+            aa += scale * scale * f64::from(sum::<LEN>(|i| q[i] * q[i]));
+            ab += scale * min * sum_q;
+            bb += min * min * LEN as f64;
+            ax += scale * f64::from(sum::<LEN>(|i| group[i] * q[i]));
+            bx += min * f64::from(sum::<LEN>(|i| group[i]));
+        }
+        let determinant = aa * bb - ab * ab;
+        let (d, d_min) = match determinant > 0.0 {
+            true => ((ax * bb - bx * ab) / determinant, (ax * ab - bx * aa) / determinant),
+            // No mins, or no scales: one equation is left.
+            false if aa > 0.0 => (ax / aa, 0.0),
+            false if bb > 0.0 => (0.0, -bx / bb),
+            false => (0.0, 0.0),
+        };
+        (d.max(0.0) as f32, d_min.max(0.0) as f32)
+    }
+}
+
+/// Steps to the integers around a pair, the pair itself first.
+const NEIGHBOURS: [(f32, f32); 9] =
+    [(0.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, 0.0), (1.0, 0.0), (-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)];
+
+/// `x = scale q - min`, neither of them negative.
+#[derive(Debug, Clone, Copy)]
+struct Line {
+    scale: f32,
+    min: f32,
+}
+
+impl Line {
+    /// The nearest level of each number.
+    fn levels<const LEN: usize>(self, group: &[f32; LEN], max_q: f32) -> [f32; LEN] {
+        let inverse = inverse(self.scale);
+        group.map(|value| nearest((value + self.min) * inverse).clamp(0.0, max_q))
+    }
+
+    /// Sum of squared differences.
+    fn error<const LEN: usize>(self, group: &[f32; LEN], q: &[f32; LEN]) -> f32 {
+        sum::<LEN>(|i| (group[i] - (self.scale * q[i] - self.min)).powi(2))
+    }
+
+    /// The line of least squared error for given levels. `None` where all levels are the same.
+    fn through<const LEN: usize>(group: &[f32; LEN], q: &[f32; LEN]) -> Option<Line> {
+        let (mean_x, mean_q) = (sum::<LEN>(|i| group[i]) / LEN as f32, sum::<LEN>(|i| q[i]) / LEN as f32);
+        let qq = sum::<LEN>(|i| (q[i] - mean_q).powi(2));
+        let scale = sum::<LEN>(|i| (group[i] - mean_x) * (q[i] - mean_q)) / qq;
+        let min = scale * mean_q - mean_x;
+        match qq > 0.0 {
+            true if scale > 0.0 && min >= 0.0 => Some(Line { scale, min }),
+            // The best line would start above zero, which no min can say.
+            true => {
+                let scale = sum::<LEN>(|i| group[i] * q[i]) / sum::<LEN>(|i| q[i] * q[i]);
+                (scale > 0.0).then_some(Line { scale, min: 0.0 })
+            }
+            false => None,
+        }
+    }
+}
+
+/// The real scale and min of least squared error that were found for one group.
+fn fit_line<const LEN: usize>(group: &[f32; LEN], max_q: f32) -> Line {
+    let (min, max) = min_max(group);
+    let min = min.min(0.0);
+    let range = (max - min).max(0.0);
+    let mut best = Line { scale: range / max_q, min: -min };
+    let mut least = best.error(group, &best.levels(group, max_q));
+    let mut try_line = |start: Line, rounds: usize| {
+        let mut line = start;
+        for _ in 0..rounds {
+            let q = line.levels(group, max_q);
+            let Some(fitted) = Line::through(group, &q) else { break };
+            line = fitted;
+            let error = line.error(group, &q);
+            if error < least {
+                (best, least) = (line, error);
+            }
+        }
+        best
+    };
+    // From both ends of the range inwards (clipped) and a little outwards.
+    for tenths in -9..=9 {
+        let scale = range / (max_q + 0.1 * tenths as f32);
+        try_line(Line { scale, min: -min }, 1);
+        try_line(Line { scale, min: -(min + 0.5 * (range - scale * max_q)) }, 1);
+    }
+    let start = try_line(Line { scale: 0.0, min: 0.0 }, 0);
+    try_line(start, LLOYD_ROUNDS)
+}
+
+/// The nearest f16, but not zero for a number that is none: groups can still be told apart with the smallest `d`.
+fn nearest_nonzero(d: f32) -> F16Bytes {
+    let smallest = f16::from_bits(1).to_f32_const();
+    F16Bytes::nearest(if d != 0.0 && d.abs() < smallest { smallest.copysign(d) } else { d })
+}
+
+/// Nearest integer, ties to even, below 2^22 in magnitude; larger numbers stay large. (`f32::round_ties_even` is a call for
+/// each number on machines whose oldest instructions cannot round.)
+fn nearest(value: f32) -> f32 {
+    const INTEGERS_ONLY: f32 = 12_582_912.0; // 1.5 * 2^23: floats around it are one apart.
+    (value + INTEGERS_ONLY) - INTEGERS_ONLY
+}
+
+fn sum<const LEN: usize>(term: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0.0; 8];
+    for first in (0..LEN).step_by(8) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += term(first + lane);
+        }
+    }
+    lanes.iter().sum()
+}
+
+fn grouped<const GROUPS: usize, const LEN: usize>(values: &[f32; BLOCK]) -> &[[f32; LEN]; GROUPS] {
+    const { assert!(GROUPS * LEN == BLOCK && LEN.is_multiple_of(8)) };
+    let (groups, _) = values.as_chunks::<LEN>();
+    groups.try_into().expect("asserted when compiled")
+}
