@@ -68,9 +68,9 @@ pub enum QuantType {
     /// 256 numbers of 6 bits; groups of 16 with a scale of 8 bits.
     Q6_K,
     /// 32 indices of 4 bits into a table of unevenly spaced levels, and a scale.
-    Iq4Nl,
+    IQ4_NL,
     /// 32 floats of 4 bits (1 sign, 2 exponent, 1 mantissa) and a power of two.
-    Mxfp4,
+    MXFP4,
 }
 
 impl QuantType {
@@ -86,8 +86,8 @@ impl QuantType {
         QuantType::Q4_K,
         QuantType::Q5_K,
         QuantType::Q6_K,
-        QuantType::Iq4Nl,
-        QuantType::Mxfp4,
+        QuantType::IQ4_NL,
+        QuantType::MXFP4,
     ];
 
     /// Name as options and file names write it.
@@ -140,8 +140,8 @@ impl QuantType {
             QuantType::Q4_K => Format::of::<BlockQ4K, 256>("q4_k", 12),
             QuantType::Q5_K => Format::of::<BlockQ5K, 256>("q5_k", 13),
             QuantType::Q6_K => Format::of::<BlockQ6K, 256>("q6_k", 14),
-            QuantType::Iq4Nl => Format::of::<BlockIq4Nl, 32>("iq4_nl", 20),
-            QuantType::Mxfp4 => Format::of::<BlockMxfp4, 32>("mxfp4", 39),
+            QuantType::IQ4_NL => Format::of::<BlockIq4Nl, 32>("iq4_nl", 20),
+            QuantType::MXFP4 => Format::of::<BlockMxfp4, 32>("mxfp4", 39),
         }
     }
 }
@@ -181,7 +181,7 @@ fn check_size(operation: &'static str, quant_type: QuantType, num_values: usize,
 /// # Safety
 ///
 /// The type is `repr(C)` and consists of bytes: its alignment is 1, it has no padding, and any bytes are a value of it.
-unsafe trait Block<const VALUES: usize>: Sized {
+pub(crate) unsafe trait Block<const VALUES: usize>: Sized {
     /// The numbers that the block stands for.
     fn decode(&self, out: &mut [f32; VALUES]);
     /// The block that stands for finite `values`, as nearly as the format's rule or search says.
@@ -219,7 +219,8 @@ impl Format {
     }
 }
 
-fn blocks_of<B: Block<VALUES>, const VALUES: usize>(bytes: &[u8]) -> &[B] {
+/// The whole blocks in `bytes`, where they lie.
+pub(crate) fn blocks_of<B: Block<VALUES>, const VALUES: usize>(bytes: &[u8]) -> &[B] {
     const { assert!(align_of::<B>() == 1) };
     // SAFETY: `Block` promises that any bytes are a `B`, which may lie anywhere; the length is rounded down.
     unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<B>()) }
@@ -237,7 +238,7 @@ fn blocks_of_mut<B: Block<VALUES>, const VALUES: usize>(bytes: &mut [u8]) -> &mu
 pub struct F16Bytes([u8; 2]);
 
 impl F16Bytes {
-    /// Exactly this number. Branches and no question to the CPU, so that it is inlined into the loop over blocks.
+    /// Exactly this number. With branches, not with a question to the CPU, so that it is inlined into the loop over blocks.
     pub fn to_f32(self) -> f32 {
         f16::from_le_bytes(self.0).to_f32_const()
     }
@@ -275,4 +276,23 @@ fn signed_peak(values: &[f32]) -> f32 {
 fn min_max(values: &[f32]) -> (f32, f32) {
     let wider = |(min, max), &value| (if value < min { value } else { min }, if value > max { value } else { max });
     values.iter().fold((values[0], values[0]), wider)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every f16 is read as the number that it is, and written back with the same bits; infinities as the largest.
+    #[test]
+    fn scales_are_read_exactly() {
+        for bits in 0..=u16::MAX {
+            let (bytes, f) = (F16Bytes(bits.to_le_bytes()), f16::from_bits(bits));
+            assert!(bytes.to_f32() == f.to_f32() || f.is_nan() && bytes.to_f32().is_nan(), "{bits:04x}");
+            match f.is_finite() {
+                true => assert_eq!(F16Bytes::nearest(bytes.to_f32()), bytes),
+                false if !f.is_nan() => assert_eq!(F16Bytes::nearest(f.to_f32()).to_f32().abs(), 65504.0),
+                false => {}
+            }
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! IQ4_NL: 32 indices of 4 bits into a table of uneven levels and a scale, 4.5 bits a number.
 
+use super::scale_search::sum;
 use super::{Block, F16Bytes, inverse, pack_nibbles, signed_peak};
 
 /// The levels that the format fixes: dense around zero, where weights are.
@@ -23,6 +24,15 @@ pub struct BlockIq4Nl {
 
 const _: () = assert!(size_of::<BlockIq4Nl>() == 18);
 
+/// What lies half way between two neighbouring levels.
+const MIDDLES: [f32; 15] = {
+    let (mut middles, mut i) = ([0.0; 15], 0);
+    while i < 15 {
+        middles[i] = 0.5 * (LEVELS[i] as f32 + LEVELS[i + 1] as f32);
+        i += 1;
+    }
+    middles
+};
 /// Rounds of fitting scale to levels and levels to scale, from each start.
 const LLOYD_ROUNDS: usize = 3;
 
@@ -42,30 +52,33 @@ unsafe impl Block<32> for BlockIq4Nl {
         let peak = signed_peak(values);
         let (mut best, mut least) = (F16Bytes::nearest(0.0), f32::INFINITY);
         // The peak at the lowest or at the highest level, and up to a tenth beyond (clipped) or below it.
-        for percent in (90..=115).step_by(5) {
+        for percent in (90..=110).step_by(10) {
             for end in [-127.0, 113.0] {
                 let mut scale = peak / (end * 0.01 * percent as f32);
                 for _ in 0..LLOYD_ROUNDS {
                     let d = F16Bytes::nearest(scale);
-                    let levels = indices(values, d).map(|q| f32::from(LEVELS[usize::from(q)]));
-                    let pairs = || values.iter().zip(levels);
-                    let error: f32 = pairs().map(|(x, level)| (x - d.to_f32() * level).powi(2)).sum();
+                    let levels = nearest_levels(values, d).map(|index| f32::from(LEVELS[index as usize]));
+                    let error = sum::<32>(|i| (values[i] - d.to_f32() * levels[i]).powi(2));
                     if error < least {
                         (best, least) = (d, error);
                     }
-                    let xq: f32 = pairs().map(|(x, level)| x * level).sum();
-                    scale = xq / levels.map(|level| level * level).iter().sum::<f32>();
+                    scale = sum::<32>(|i| values[i] * levels[i]) / sum::<32>(|i| levels[i] * levels[i]);
                 }
             }
         }
-        BlockIq4Nl { d: best, q: pack_nibbles(&indices(values, best)) }
+        BlockIq4Nl { d: best, q: pack_nibbles(&nearest_levels(values, best).map(|index| index as u8)) }
     }
 }
 
-/// Index of the nearest level of each number; the lower of two.
-fn indices(values: &[f32; 32], d: F16Bytes) -> [u8; 32] {
+/// Index of the nearest level of each number, the lower of two.
+fn nearest_levels(values: &[f32; 32], d: F16Bytes) -> [i32; 32] {
     let inverse = inverse(d.to_f32());
-    // The index is the number of midpoints below: no search, no branch.
-    let middles: [f32; 15] = std::array::from_fn(|i| 0.5 * (f32::from(LEVELS[i]) + f32::from(LEVELS[i + 1])));
-    values.map(|value| middles.iter().map(|&middle| u8::from(value * inverse > middle)).sum())
+    // One up for each midpoint below: no search, no branch, and all numbers side by side.
+    let mut indices = [0; 32];
+    for middle in MIDDLES {
+        for (index, &value) in indices.iter_mut().zip(values) {
+            *index += i32::from(value * inverse > middle);
+        }
+    }
+    indices
 }

@@ -5,7 +5,7 @@
 //!
 //! 1. Each group alone, in real numbers: levels from a few starting scales, a least-squares fit of the scale to the levels
 //!    (and of the levels to the scale, a few times over: Lloyd 1982), the best of all starts.
-//! 2. Rounding: `d` so that the largest scale just fits; each group takes the best of the integers around its own scale.
+//! 2. Rounding: `d` so that the largest scale fits; each group takes the best of the integers around its own scale.
 //! 3. Again with the `d` that fits those integers and levels best by least squares.
 //!
 //! All errors are sums of squares of plain differences; what the numbers are multiplied with later is not known here. Sums
@@ -42,10 +42,10 @@ pub(super) fn search_scales<const GROUPS: usize, const LEN: usize>(
     let groups: &[[f32; LEN]; GROUPS] = grouped(&values);
     let wanted = groups.map(|group| fit_scale(&group, levels));
     // The scale of largest magnitude takes the end of the range that has no positive twin.
-    let mut d = nearest_nonzero(signed_peak(&wanted) / -max_scale);
+    let d = away_from_zero(signed_peak(&wanted) / -max_scale);
     let mut best = ScaleChoice::of(groups, &wanted, d, levels, max_scale);
     for _ in 0..BLOCK_ROUNDS {
-        d = nearest_nonzero(best.best_d(groups));
+        let d = nearest_nonzero(best.best_d(groups));
         let choice = ScaleChoice::of(groups, &wanted, d, levels, max_scale);
         if choice.error >= best.error {
             break;
@@ -102,32 +102,47 @@ impl<const GROUPS: usize, const LEN: usize> ScaleChoice<GROUPS, LEN> {
 /// The real scale of least squared error that was found for one group.
 fn fit_scale<const LEN: usize>(group: &[f32; LEN], levels: f32) -> f32 {
     let peak = signed_peak(group);
-    let (mut best, mut least) = (0.0, sum::<LEN>(|i| group[i] * group[i]));
-    let mut try_scale = |start: f32, rounds: usize| {
-        let mut scale = start;
+    let mut search = ScaleSearch { group, levels, best: 0.0, least: sum::<LEN>(|i| group[i] * group[i]) };
+    // The peak at the lowest level, and up to nearly one beyond (clipped) or inside it; then the same mirrored. Steps of a
+    // tenth in place of three take thrice the time and lower the error by less than 0.1 %.
+    for tenths in (-9..=9).step_by(3) {
+        let level = levels + 0.1 * tenths as f32;
+        search.fit_from(-peak / level, 1);
+        search.fit_from(peak / (level - 0.5), 1);
+    }
+    search.fit_from(search.best, LLOYD_ROUNDS);
+    search.best
+}
+
+/// The best scale of a group so far; at first 0, whose error is the sum of squares.
+struct ScaleSearch<'a, const LEN: usize> {
+    group: &'a [f32; LEN],
+    levels: f32,
+    best: f32,
+    least: f32,
+}
+
+impl<const LEN: usize> ScaleSearch<'_, LEN> {
+    /// Levels for the scale, then the scale for the levels; so many times.
+    fn fit_from(&mut self, start: f32, rounds: usize) {
+        let (group, mut scale) = (self.group, start);
         for _ in 0..rounds {
-            let q = signed_levels(group, scale, levels);
+            let q = signed_levels(group, scale, self.levels);
             scale = sum::<LEN>(|i| group[i] * q[i]) * inverse(sum::<LEN>(|i| q[i] * q[i]));
             let error = sum::<LEN>(|i| (group[i] - scale * q[i]).powi(2));
-            if error < least {
-                (best, least) = (scale, error);
+            if error < self.least {
+                (self.best, self.least) = (scale, error);
             }
         }
-        best
-    };
-    // The peak at the lowest level and up to nearly one beside it, inside (clipped) and outside; then the same mirrored.
-    for tenths in -9..=9 {
-        let level = levels + 0.1 * tenths as f32;
-        try_scale(-peak / level, 1);
-        try_scale(peak / (level - 0.5), 1);
     }
-    let start = try_scale(0.0, 0);
-    try_scale(start, LLOYD_ROUNDS)
 }
 
 fn signed_levels<const LEN: usize>(group: &[f32; LEN], scale: f32, levels: f32) -> [f32; LEN] {
-    let inverse = inverse(scale);
-    group.map(|value| nearest(value * inverse).clamp(-levels, levels - 1.0))
+    let (inverse, mut q) = (inverse(scale), [0.0; LEN]);
+    for (q, &value) in q.iter_mut().zip(group) {
+        *q = nearest(value * inverse).clamp(-levels, levels - 1.0);
+    }
+    q
 }
 
 /// A block of `x = d scales[group] q - d_min mins[group]`.
@@ -150,8 +165,8 @@ pub(super) fn search_scales_and_mins<const GROUPS: usize, const LEN: usize>(
     let groups: &[[f32; LEN]; GROUPS] = grouped(&values);
     let wanted = groups.map(|group| fit_line(&group, max_q));
     let largest = |of: fn(&Line) -> f32| wanted.iter().map(of).fold(0.0, f32::max);
-    let d = nearest_nonzero(largest(|line| line.scale) / max_scale);
-    let d_min = nearest_nonzero(largest(|line| line.min) / max_scale);
+    let d = away_from_zero(largest(|line| line.scale) / max_scale);
+    let d_min = away_from_zero(largest(|line| line.min) / max_scale);
     let mut best = LineChoice::of(groups, &wanted, d, d_min, max_q, max_scale);
     for _ in 0..BLOCK_ROUNDS {
         let (d, d_min) = best.best_d(groups);
@@ -249,8 +264,11 @@ struct Line {
 impl Line {
     /// The nearest level of each number.
     fn levels<const LEN: usize>(self, group: &[f32; LEN], max_q: f32) -> [f32; LEN] {
-        let inverse = inverse(self.scale);
-        group.map(|value| nearest((value + self.min) * inverse).clamp(0.0, max_q))
+        let (inverse, mut q) = (inverse(self.scale), [0.0; LEN]);
+        for (q, &value) in q.iter_mut().zip(group) {
+            *q = nearest((value + self.min) * inverse).clamp(0.0, max_q);
+        }
+        q
     }
 
     /// Sum of squared differences.
@@ -281,35 +299,56 @@ fn fit_line<const LEN: usize>(group: &[f32; LEN], max_q: f32) -> Line {
     let (min, max) = min_max(group);
     let min = min.min(0.0);
     let range = (max - min).max(0.0);
-    let mut best = Line { scale: range / max_q, min: -min };
-    let mut least = best.error(group, &best.levels(group, max_q));
-    let mut try_line = |start: Line, rounds: usize| {
+    let whole = Line { scale: range / max_q, min: -min };
+    let least = whole.error(group, &whole.levels(group, max_q));
+    let mut search = LineSearch { group, max_q, best: whole, least };
+    // A little less or more than the range: from its lower end, and around its middle.
+    for tenths in (-9..=9).step_by(3) {
+        let scale = range / (max_q + 0.1 * tenths as f32);
+        search.fit_from(Line { scale, min: -min }, 1);
+        search.fit_from(Line { scale, min: -(min + 0.5 * (range - scale * max_q)) }, 1);
+    }
+    search.fit_from(search.best, LLOYD_ROUNDS);
+    search.best
+}
+
+/// The best line of a group so far; at first that through its smallest and largest number.
+struct LineSearch<'a, const LEN: usize> {
+    group: &'a [f32; LEN],
+    max_q: f32,
+    best: Line,
+    least: f32,
+}
+
+impl<const LEN: usize> LineSearch<'_, LEN> {
+    /// Levels for the line, then the line for the levels; so many times.
+    fn fit_from(&mut self, start: Line, rounds: usize) {
         let mut line = start;
         for _ in 0..rounds {
-            let q = line.levels(group, max_q);
-            let Some(fitted) = Line::through(group, &q) else { break };
+            let q = line.levels(self.group, self.max_q);
+            let Some(fitted) = Line::through(self.group, &q) else { break };
             line = fitted;
-            let error = line.error(group, &q);
-            if error < least {
-                (best, least) = (line, error);
+            let error = line.error(self.group, &q);
+            if error < self.least {
+                (self.best, self.least) = (line, error);
             }
         }
-        best
-    };
-    // From both ends of the range inwards (clipped) and a little outwards.
-    for tenths in -9..=9 {
-        let scale = range / (max_q + 0.1 * tenths as f32);
-        try_line(Line { scale, min: -min }, 1);
-        try_line(Line { scale, min: -(min + 0.5 * (range - scale * max_q)) }, 1);
     }
-    let start = try_line(Line { scale: 0.0, min: 0.0 }, 0);
-    try_line(start, LLOYD_ROUNDS)
 }
 
 /// The nearest f16, but not zero for a number that is none: groups can still be told apart with the smallest `d`.
 fn nearest_nonzero(d: f32) -> F16Bytes {
     let smallest = f16::from_bits(1).to_f32_const();
     F16Bytes::nearest(if d != 0.0 && d.abs() < smallest { smallest.copysign(d) } else { d })
+}
+
+/// The f16 that is not smaller in magnitude: integers up to the largest reach every number. It matters where f16 is coarse,
+/// below 6e-5, and the `d` of ordinary weights is there.
+fn away_from_zero(d: f32) -> F16Bytes {
+    let nearest = f16::from_f32(d.clamp(-MAX_F16, MAX_F16));
+    let is_short = nearest.to_f32_const().abs() < d.abs() && nearest.to_f32_const().abs() < MAX_F16;
+    // One more in the last place, whatever the sign: f16 counts magnitudes upwards.
+    F16Bytes(f16::from_bits(nearest.to_bits() + u16::from(is_short)).to_le_bytes())
 }
 
 /// Nearest integer, ties to even, below 2^22 in magnitude; larger numbers stay large. (`f32::round_ties_even` is a call for
@@ -319,18 +358,90 @@ fn nearest(value: f32) -> f32 {
     (value + INTEGERS_ONLY) - INTEGERS_ONLY
 }
 
-fn sum<const LEN: usize>(term: impl Fn(usize) -> f32) -> f32 {
+/// Sum of a term for each of `LEN` numbers, a multiple of eight.
+pub(super) fn sum<const LEN: usize>(term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0; 8];
-    for first in (0..LEN).step_by(8) {
+    for step in 0..LEN / 8 {
         for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(first + lane);
+            *sum += term(8 * step + lane);
         }
     }
-    lanes.iter().sum()
+    let [a, b, c, d, e, f, g, h] = lanes;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
 fn grouped<const GROUPS: usize, const LEN: usize>(values: &[f32; BLOCK]) -> &[[f32; LEN]; GROUPS] {
     const { assert!(GROUPS * LEN == BLOCK && LEN.is_multiple_of(8)) };
     let (groups, _) = values.as_chunks::<LEN>();
     groups.try_into().expect("asserted when compiled")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers in `-1.0..1.0` that look random, denser around zero.
+    fn group(seed: usize) -> [f32; 16] {
+        let uniform = |i: usize| ((i * 2_654_435_761) >> 8 & 0xffff) as f32 / 32768.0 - 1.0;
+        std::array::from_fn(|i| uniform(seed * 32 + 2 * i + 1) * uniform(seed * 32 + 2 * i + 2).abs())
+    }
+
+    /// The search for a scale is on average within 1 % of the error of the best of 4,000 scales, at few and at many levels,
+    /// and never above that of the scale that puts the peak at the lowest level.
+    #[test]
+    fn scales_are_nearly_the_best() {
+        for levels in [4.0, 32.0] {
+            let (mut found, mut best) = (0.0, 0.0);
+            for seed in 0..100 {
+                let group = group(seed);
+                let error = |scale: f32| {
+                    let q = signed_levels(&group, scale, levels);
+                    sum::<16>(|i| (group[i] - scale * q[i]).powi(2))
+                };
+                let peak = signed_peak(&group);
+                let scale = fit_scale(&group, levels);
+                assert!(error(scale) <= error(-peak / levels), "{levels} levels, group {seed}");
+                let grid = (-2000..2000).map(|step| error(peak / levels * 0.001 * (step as f32 + 0.5)));
+                (found, best) = (found + error(scale), best + grid.fold(f32::INFINITY, f32::min));
+            }
+            assert!(found <= 1.01 * best, "{levels} levels: {found}, the best is {best}");
+        }
+    }
+
+    /// The search for a scale and a min is on average within 2 % of the error of the best of 40,000 pairs.
+    #[test]
+    fn lines_are_nearly_the_best() {
+        for max_q in [3.0, 15.0] {
+            let (mut found, mut best) = (0.0, 0.0);
+            for seed in 0..50 {
+                let group = group(seed);
+                let error = |line: Line| line.error(&group, &line.levels(&group, max_q));
+                let (min, max) = min_max(&group);
+                let (range, min) = (max - min.min(0.0), min.min(0.0));
+                let line = |step: usize| Line {
+                    scale: range / max_q * (0.4 + 0.003 * (step % 200) as f32),
+                    min: (0.2 * range - min - 0.003 * range * (step / 200) as f32).max(0.0),
+                };
+                let grid = (0..40_000).map(|step| error(line(step)));
+                found += error(fit_line(&group, max_q));
+                best += grid.fold(f32::INFINITY, f32::min);
+            }
+            assert!(found <= 1.02 * best, "max_q {max_q}: {found}, the best is {best}");
+        }
+    }
+
+    /// Rounding away from zero: never smaller in magnitude, one f16 above the next smaller one, the largest at the end.
+    #[test]
+    fn away_from_zero_is_not_smaller() {
+        for bits in 0..0x7bff {
+            let (f, next) = (f16::from_bits(bits).to_f32(), f16::from_bits(bits + 1).to_f32());
+            for sign in [1.0, -1.0] {
+                assert_eq!(away_from_zero(sign * f).to_f32(), sign * f);
+                assert_eq!(away_from_zero(sign * f.next_up()).to_f32(), sign * next);
+                assert_eq!(away_from_zero(sign * next.next_down()).to_f32(), sign * next);
+            }
+        }
+        assert_eq!(away_from_zero(1e30).to_f32(), MAX_F16);
+        assert_eq!(away_from_zero(-65519.0).to_f32(), -MAX_F16);
+    }
 }

@@ -73,13 +73,16 @@ def prepared_numbers():
 
 
 def distribution(name):
-    """65,536 numbers: "bell" (the sum of twelve uniform numbers), "outliers" (every 64th of them eight times as large)."""
+    """65,536 numbers: "bell" (the sum of twelve uniform numbers), "outliers" (every 64th of them eight times as large),
+    "small" (of the size of weights: deviation 1/64)."""
     u = draws("distribution", 65536 * 12).reshape(65536, 12)
     numbers = np.zeros(65536, np.float32)
     for k in range(12):
         numbers += u[:, k]
     if name == "outliers":
         numbers[::64] *= np.float32(8)
+    if name == "small":
+        numbers /= np.float32(128)
     return numbers
 
 
@@ -107,7 +110,7 @@ def main():
     for name in TYPES:
         kind = GGMLQuantizationType[name.upper()]
         values, size = GGML_QUANT_SIZES[kind]
-        for shape in ["bell", "outliers"]:
+        for shape in ["bell", "outliers", "small"]:
             numbers = distribution(shape)
             blocks = np.zeros((numbers.size // values, size), np.uint8)
             quantize(kind, numbers.ctypes.data, blocks.ctypes.data, 0, 1, numbers.size, None)
