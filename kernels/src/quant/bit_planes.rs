@@ -44,7 +44,7 @@ mod tests {
             let numbers: [u8; 256] = std::array::from_fn(|i| ((i * 37 + 11) % 251) as u8 & ((1 << BITS) - 1));
             let packed: [u8; BYTES] = pack::<BITS, PLANE, BYTES>(&numbers);
             assert_eq!(unpack::<BITS, PLANE>(&packed), numbers);
-            for i in 0..256 {
+            for (i, &number) in numbers.iter().enumerate() {
                 let (plane, in_plane) = (i / (PLANE * 8 / BITS), i % (PLANE * 8 / BITS));
                 let byte = packed[plane * PLANE + in_plane % PLANE];
                 assert_eq!(

@@ -41,13 +41,15 @@ impl BlockQ3K {
 // SAFETY: `repr(C)`, bytes only.
 unsafe impl Block<256> for BlockQ3K {
     fn decode(&self, out: &mut [f32; 256]) {
-        let (d, low) = (self.d.to_f32(), bit_planes::unpack::<2, 32>(&self.q_low));
-        let high = bit_planes::unpack::<1, 32>(&self.q_high);
-        let groups = out.as_chunks_mut::<16>().0.iter_mut().zip(low.as_chunks::<16>().0).zip(high.as_chunks::<16>().0);
-        for (g, ((out, low), high)) in groups.enumerate() {
+        let (d, mut q) = (self.d.to_f32(), bit_planes::unpack::<2, 32>(&self.q_low));
+        for (q, high) in q.iter_mut().zip(bit_planes::unpack::<1, 32>(&self.q_high)) {
+            *q |= high << 2;
+        }
+        let groups = out.as_chunks_mut::<16>().0.iter_mut().zip(q.as_chunks::<16>().0);
+        for (g, (out, q)) in groups.enumerate() {
             let scale = d * f32::from(self.scale(g));
-            for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
-                *out = scale * (i32::from(low | high << 2) - 4) as f32;
+            for (out, &q) in out.iter_mut().zip(q) {
+                *out = scale * (f32::from(q) - 4.0);
             }
         }
     }

@@ -26,8 +26,8 @@ unsafe impl Block<32> for BlockQ4_0 {
         let d = self.d.to_f32();
         let (first, second) = out.split_at_mut(16);
         for ((first, second), &q) in first.iter_mut().zip(second).zip(&self.q) {
-            *first = d * (i32::from(q & 15) - 8) as f32;
-            *second = d * (i32::from(q >> 4) - 8) as f32;
+            *first = d * (f32::from(q & 15) - 8.0);
+            *second = d * (f32::from(q >> 4) - 8.0);
         }
     }
 

@@ -28,7 +28,7 @@ unsafe impl Block<32> for BlockQ5_0 {
     fn decode(&self, out: &mut [f32; 32]) {
         let (d, q) = (self.d.to_f32(), unpack(&self.q_low, self.q_high));
         for (out, q) in out.iter_mut().zip(q) {
-            *out = d * (i32::from(q) - 16) as f32;
+            *out = d * (f32::from(q) - 16.0);
         }
     }
 
@@ -42,7 +42,15 @@ unsafe impl Block<32> for BlockQ5_0 {
 
 /// The 32 numbers of 5 bits.
 pub(super) fn unpack(q_low: &[u8; 16], q_high: [u8; 4]) -> [u8; 32] {
-    let high = u32::from_le_bytes(q_high);
-    let fifth = |i: usize| (high >> i & 1) as u8 * 16;
-    std::array::from_fn(|i| if i < 16 { q_low[i] & 15 | fifth(i) } else { q_low[i - 16] >> 4 | fifth(i) })
+    let mut q = [0; 32];
+    for (i, &byte) in q_low.iter().enumerate() {
+        (q[i], q[16 + i]) = (byte & 15, byte >> 4);
+    }
+    for (q, high) in q.as_chunks_mut::<8>().0.iter_mut().zip(q_high) {
+        for (bit, q) in q.iter_mut().enumerate() {
+            // Eight fixed masks, not eight different shifts: vectors of bytes have no such shift.
+            *q |= if high & (1 << bit) != 0 { 16 } else { 0 };
+        }
+    }
+    q
 }

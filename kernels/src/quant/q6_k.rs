@@ -29,13 +29,15 @@ const _: () = assert!(size_of::<BlockQ6K>() == 210);
 // SAFETY: `repr(C)`, bytes only.
 unsafe impl Block<256> for BlockQ6K {
     fn decode(&self, out: &mut [f32; 256]) {
-        let (d, low) = (self.d.to_f32(), bit_planes::unpack::<4, 64>(&self.q_low));
-        let high = bit_planes::unpack::<2, 32>(&self.q_high);
-        let groups = out.as_chunks_mut::<16>().0.iter_mut().zip(low.as_chunks::<16>().0).zip(high.as_chunks::<16>().0);
-        for (((out, low), high), &scale) in groups.zip(&self.scales) {
+        let (d, mut q) = (self.d.to_f32(), bit_planes::unpack::<4, 64>(&self.q_low));
+        for (q, high) in q.iter_mut().zip(bit_planes::unpack::<2, 32>(&self.q_high)) {
+            *q |= high << 4;
+        }
+        let groups = out.as_chunks_mut::<16>().0.iter_mut().zip(q.as_chunks::<16>().0);
+        for ((out, q), &scale) in groups.zip(&self.scales) {
             let scale = d * f32::from(scale);
-            for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
-                *out = scale * (i32::from(low | high << 4) - 32) as f32;
+            for (out, &q) in out.iter_mut().zip(q) {
+                *out = scale * (f32::from(q) - 32.0);
             }
         }
     }
