@@ -47,11 +47,7 @@ mod tests {
             for (i, &number) in numbers.iter().enumerate() {
                 let (plane, in_plane) = (i / (PLANE * 8 / BITS), i % (PLANE * 8 / BITS));
                 let byte = packed[plane * PLANE + in_plane % PLANE];
-                assert_eq!(
-                    byte >> (in_plane / PLANE * BITS) & ((1 << BITS) - 1),
-                    numbers[i],
-                    "{BITS} bits: number {i}"
-                );
+                assert_eq!(byte >> (in_plane / PLANE * BITS) & ((1 << BITS) - 1), number, "{BITS} bits: number {i}");
             }
         }
         check::<1, 32, 32>();

@@ -1,6 +1,6 @@
 //! Q2_K: 256 numbers of 2 bits, groups of 16 with scale and min of 4 bits each; 2.625 bits a number.
 
-use super::scale_search::search_scales_and_mins;
+use super::scale_search::{Limits, search_scales_and_mins};
 use super::{Block, F16Bytes, bit_planes};
 
 /// | bytes | field |
@@ -40,7 +40,7 @@ unsafe impl Block<256> for BlockQ2K {
     }
 
     fn encode(values: &[f32; 256]) -> Self {
-        let found = search_scales_and_mins::<16, 16>(values, 3.0, 15.0);
+        let found = search_scales_and_mins::<16, 16>(values, Limits { q: 3.0, scale: 15.0 });
         BlockQ2K {
             scales_and_mins: std::array::from_fn(|g| found.scales[g] | found.mins[g] << 4),
             q: bit_planes::pack::<2, 32, 64>(&found.q),

@@ -1,6 +1,6 @@
 //! Q3_K: 256 numbers of 3 bits, groups of 16 with a scale of 6 bits; 3.4375 bits a number.
 
-use super::scale_search::search_scales;
+use super::scale_search::{Limits, search_scales};
 use super::{Block, F16Bytes, bit_planes};
 
 /// | bytes | field |
@@ -55,7 +55,7 @@ unsafe impl Block<256> for BlockQ3K {
     }
 
     fn encode(values: &[f32; 256]) -> Self {
-        let found = search_scales::<16, 16>(values, 4.0, 32.0);
+        let found = search_scales::<16, 16>(values, Limits { q: 4.0, scale: 32.0 });
         let q = found.q.map(|q| (q + 4) as u8);
         let scales = found.scales.map(|scale| (scale + 32) as u8);
         let high = |j: usize| (0..4).fold(0, |byte, k| byte | scales[4 * k + j] >> 4 << (2 * k));

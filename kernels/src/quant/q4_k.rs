@@ -1,6 +1,6 @@
 //! Q4_K: 256 numbers of 4 bits, groups of 32 with scale and min of 6 bits each; 4.5 bits a number.
 
-use super::scale_search::search_scales_and_mins;
+use super::scale_search::{Limits, search_scales_and_mins};
 use super::{Block, F16Bytes, bit_planes};
 
 /// | bytes | field |
@@ -64,7 +64,7 @@ unsafe impl Block<256> for BlockQ4K {
     }
 
     fn encode(values: &[f32; 256]) -> Self {
-        let found = search_scales_and_mins::<8, 32>(values, 15.0, 63.0);
+        let found = search_scales_and_mins::<8, 32>(values, Limits { q: 15.0, scale: 63.0 });
         BlockQ4K {
             d: found.d,
             d_min: found.d_min,

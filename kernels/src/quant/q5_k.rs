@@ -1,7 +1,7 @@
 //! Q5_K: 256 numbers of 5 bits, groups of 32 with scale and min of 6 bits each; 5.5 bits a number.
 
 use super::q4_k::decode_groups;
-use super::scale_search::search_scales_and_mins;
+use super::scale_search::{Limits, search_scales_and_mins};
 use super::{Block, F16Bytes, PackedScales, bit_planes};
 
 /// | bytes | field |
@@ -41,7 +41,7 @@ unsafe impl Block<256> for BlockQ5K {
     }
 
     fn encode(values: &[f32; 256]) -> Self {
-        let found = search_scales_and_mins::<8, 32>(values, 31.0, 63.0);
+        let found = search_scales_and_mins::<8, 32>(values, Limits { q: 31.0, scale: 63.0 });
         BlockQ5K {
             d: found.d,
             d_min: found.d_min,

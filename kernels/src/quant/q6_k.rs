@@ -1,6 +1,6 @@
 //! Q6_K: 256 numbers of 6 bits, groups of 16 with a scale of 8 bits; 6.5625 bits a number.
 
-use super::scale_search::search_scales;
+use super::scale_search::{Limits, search_scales};
 use super::{Block, F16Bytes, bit_planes};
 
 /// | bytes | field |
@@ -43,7 +43,7 @@ unsafe impl Block<256> for BlockQ6K {
     }
 
     fn encode(values: &[f32; 256]) -> Self {
-        let found = search_scales::<16, 16>(values, 32.0, 128.0);
+        let found = search_scales::<16, 16>(values, Limits { q: 32.0, scale: 128.0 });
         let q = found.q.map(|q| (q + 32) as u8);
         BlockQ6K {
             q_low: bit_planes::pack::<4, 64, 128>(&q),

@@ -27,6 +27,13 @@ const BLOCK_ROUNDS: usize = 3;
 /// The largest f16.
 const MAX_F16: f32 = 65504.0;
 
+/// The largest magnitudes of a format's integers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub(super) q: f32,
+    pub(super) scale: f32,
+}
+
 /// A block of `x = d scales[group] q`.
 pub(super) struct Scaled<const GROUPS: usize> {
     pub(super) d: F16Bytes,
@@ -34,22 +41,21 @@ pub(super) struct Scaled<const GROUPS: usize> {
     pub(super) q: [i8; BLOCK],
 }
 
-/// Signed levels `-levels..levels` and signed scales `-max_scale..max_scale`: `x = d scales[group] q`.
+/// Signed integers, which reach their limits at the negative end only: `x = d scales[group] q`.
 pub(super) fn search_scales<const GROUPS: usize, const LEN: usize>(
     values: &[f32; BLOCK],
-    levels: f32,
-    max_scale: f32,
+    limits: Limits,
 ) -> Scaled<GROUPS> {
-    let limit = MAX_F16 * max_scale * levels;
-    let values = values.map(|value| value.clamp(-limit, limit));
+    let largest = MAX_F16 * limits.scale * limits.q;
+    let values = values.map(|value| value.clamp(-largest, largest));
     let groups: &[[f32; LEN]; GROUPS] = grouped(&values);
-    let wanted = groups.map(|group| fit_scale(&group, levels));
+    let wanted = groups.map(|group| fit_scale(&group, limits.q));
     // The scale of largest magnitude takes the end of the range that has no positive twin.
-    let d = away_from_zero(signed_peak(&wanted) / -max_scale);
-    let mut best = ScaleChoice::of(groups, &wanted, d, levels, max_scale);
+    let d = away_from_zero(signed_peak(&wanted) / -limits.scale);
+    let mut best = ScaleChoice::of(groups, &wanted, d, limits);
     for _ in 0..BLOCK_ROUNDS {
         let d = nearest_nonzero(best.best_d(groups));
-        let choice = ScaleChoice::of(groups, &wanted, d, levels, max_scale);
+        let choice = ScaleChoice::of(groups, &wanted, d, limits);
         if choice.error >= best.error {
             break;
         }
@@ -72,15 +78,15 @@ struct ScaleChoice<const GROUPS: usize, const LEN: usize> {
 
 impl<const GROUPS: usize, const LEN: usize> ScaleChoice<GROUPS, LEN> {
     /// For each group the best of the integers around what it wants.
-    fn of(groups: &[[f32; LEN]; GROUPS], wanted: &[f32; GROUPS], d: F16Bytes, levels: f32, max_scale: f32) -> Self {
+    fn of(groups: &[[f32; LEN]; GROUPS], wanted: &[f32; GROUPS], d: F16Bytes, limits: Limits) -> Self {
         let mut choice = ScaleChoice { d, scales: [0.0; GROUPS], q: [[0.0; LEN]; GROUPS], error: 0.0 };
         let d = d.to_f32();
         for (i, group) in groups.iter().enumerate() {
             let middle = nearest(wanted[i] * inverse(d));
             let mut least = f32::INFINITY;
             for scale in [middle, middle - 1.0, middle + 1.0] {
-                let scale = scale.clamp(-max_scale, max_scale - 1.0);
-                let q = signed_levels(group, d * scale, levels);
+                let scale = scale.clamp(-limits.scale, limits.scale - 1.0);
+                let q = signed_levels(group, d * scale, limits.q);
                 let error = sum::<LEN>(|i| (group[i] - d * scale * q[i]).powi(2));
                 if error < least {
                     (least, choice.scales[i], choice.q[i]) = (error, scale, q);
@@ -157,23 +163,22 @@ pub(super) struct ScaledFromMin<const GROUPS: usize> {
     pub(super) q: [u8; BLOCK],
 }
 
-/// Levels `0..=max_q`, scales and mins `0..=max_scale`: `x = d scales[group] q - d_min mins[group]`. A group's smallest
-/// level is never above zero: mins are subtracted.
+/// Integers from 0: `x = d scales[group] q - d_min mins[group]`. The lowest level of a group is never above zero, because
+/// mins are subtracted.
 pub(super) fn search_scales_and_mins<const GROUPS: usize, const LEN: usize>(
     values: &[f32; BLOCK],
-    max_q: f32,
-    max_scale: f32,
+    limits: Limits,
 ) -> ScaledFromMin<GROUPS> {
-    let values = values.map(|value| value.clamp(-MAX_F16 * max_scale, MAX_F16 * max_scale * max_q));
+    let values = values.map(|value| value.clamp(-MAX_F16 * limits.scale, MAX_F16 * limits.scale * limits.q));
     let groups: &[[f32; LEN]; GROUPS] = grouped(&values);
-    let wanted = groups.map(|group| fit_line(&group, max_q));
+    let wanted = groups.map(|group| fit_line(&group, limits.q));
     let largest = |of: fn(&Line) -> f32| wanted.iter().map(of).fold(0.0, f32::max);
-    let d = away_from_zero(largest(|line| line.scale) / max_scale);
-    let d_min = away_from_zero(largest(|line| line.min) / max_scale);
-    let mut best = LineChoice::of(groups, &wanted, d, d_min, max_q, max_scale);
+    let d = away_from_zero(largest(|line| line.scale) / limits.scale);
+    let d_min = away_from_zero(largest(|line| line.min) / limits.scale);
+    let mut best = LineChoice::of(groups, &wanted, d, d_min, limits);
     for _ in 0..BLOCK_ROUNDS {
         let (d, d_min) = best.best_d(groups);
-        let choice = LineChoice::of(groups, &wanted, nearest_nonzero(d), nearest_nonzero(d_min), max_q, max_scale);
+        let choice = LineChoice::of(groups, &wanted, nearest_nonzero(d), nearest_nonzero(d_min), limits);
         if choice.error >= best.error {
             break;
         }
@@ -204,8 +209,7 @@ impl<const GROUPS: usize, const LEN: usize> LineChoice<GROUPS, LEN> {
         wanted: &[Line; GROUPS],
         d: F16Bytes,
         d_min: F16Bytes,
-        max_q: f32,
-        max_scale: f32,
+        limits: Limits,
     ) -> Self {
         let (scales, mins, q) = ([0.0; GROUPS], [0.0; GROUPS], [[0.0; LEN]; GROUPS]);
         let mut choice = LineChoice { d, d_min, scales, mins, q, error: 0.0 };
@@ -214,10 +218,10 @@ impl<const GROUPS: usize, const LEN: usize> LineChoice<GROUPS, LEN> {
             let (scale, min) = (nearest(wanted[i].scale * inverse(d)), nearest(wanted[i].min * inverse(d_min)));
             let mut least = f32::INFINITY;
             for (scale_step, min_step) in NEIGHBOURS {
-                let scale = (scale + scale_step).clamp(0.0, max_scale);
-                let min = (min + min_step).clamp(0.0, max_scale);
+                let scale = (scale + scale_step).clamp(0.0, limits.scale);
+                let min = (min + min_step).clamp(0.0, limits.scale);
                 let line = Line { scale: d * scale, min: d_min * min };
-                let q = line.levels(group, max_q);
+                let q = line.levels(group, limits.q);
                 let error = line.error(group, &q);
                 if error < least {
                     (least, choice.scales[i], choice.mins[i], choice.q[i]) = (error, scale, min, q);
