@@ -1,6 +1,7 @@
 //! The quantized block formats against independent decoding and encoding (`golden/make_quant_golden.py` says how the golden
 //! lines came to be), the quality of what is searched for, and what happens at the edges of the number range.
 
+use std::hint::black_box;
 use std::time::Instant;
 
 use half::f16;
@@ -177,16 +178,9 @@ fn errors_are_not_above_the_references() {
     assert_eq!(lines.len(), 3 * QuantType::ALL.len());
     for (quant_type, line) in lines {
         let (values, reference) = (distribution(line[0]), line[1].parse::<f64>().expect("a number"));
-        let start = Instant::now();
-        let blocks = encoded(quant_type, &values);
-        let rate = values.len() as f64 / start.elapsed().as_secs_f64() / 1e6;
-        let error = relative_error(&values, &decoded(quant_type, &blocks));
-        println!(
-            "{:6} {:8}: error {error:.6}, reference {reference:.6} ({:+.1} %), {rate:.1} M numbers/s",
-            quant_type.name(),
-            line[0],
-            100.0 * (error / reference - 1.0)
-        );
+        let error = relative_error(&values, &decoded(quant_type, &encoded(quant_type, &values)));
+        let percent = 100.0 * (error / reference - 1.0);
+        println!("{:6} {:8}: error {error:.6}, reference {reference:.6} ({percent:+.1} %)", quant_type.name(), line[0]);
         let limit = if is_searched(quant_type) { 0.99 * reference } else { 1.0001 * reference };
         assert!(error <= limit, "{} of {}: {error} above {limit}", quant_type.name(), line[0]);
         let reached = SEARCHED.iter().find(|&&(searched, _)| searched == quant_type && line[0] == "bell");
@@ -326,20 +320,31 @@ fn formats_are_found_by_name_and_number() {
     assert!([0, 1, 4, 5, 9, 15, 16, 30, u32::MAX].iter().all(|&id| QuantType::from_ggml_id(id).is_none()));
 }
 
-/// `cargo test -p ns-llm-kernels --release --test quant -- --ignored --nocapture`: decoded numbers in GB/s on one thread.
+/// Shortest time of so many runs.
+fn best_seconds(runs: usize, mut run: impl FnMut()) -> f64 {
+    let seconds = (0..runs).map(|_| {
+        let start = Instant::now();
+        run();
+        start.elapsed().as_secs_f64()
+    });
+    seconds.fold(f64::INFINITY, f64::min)
+}
+
+/// `cargo test -p ns-llm-kernels --test quant speed -- --ignored --nocapture`: one thread, 65,536 numbers (in cache).
 #[test]
 #[ignore = "a measurement, not a check"]
-fn decoding_speed() {
+fn speed() {
+    let values = distribution("bell");
+    let mut out = vec![0.0; values.len()];
     for quant_type in QuantType::ALL {
-        let values: Vec<f32> = distribution("bell");
-        let bytes = encoded(quant_type, &values);
-        let mut out = vec![0.0; values.len()];
-        let seconds = (0..60).map(|_| {
-            let start = Instant::now();
-            decode(quant_type, std::hint::black_box(&bytes), std::hint::black_box(&mut out)).expect("sizes fit");
-            start.elapsed().as_secs_f64()
-        });
-        let gbytes = 4.0 * values.len() as f64 / seconds.fold(f64::INFINITY, f64::min) / 1e9;
-        println!("{:6}: {gbytes:.1} GB/s of f32", quant_type.name());
+        let mut bytes = encoded(quant_type, &values);
+        let encoding = best_seconds(8, || encode(quant_type, black_box(&values), &mut bytes).expect("sizes fit"));
+        let decoding = best_seconds(60, || decode(quant_type, black_box(&bytes), &mut out).expect("sizes fit"));
+        println!(
+            "{:6}: encodes {:.1} M numbers/s, decodes {:.1} GB/s of f32",
+            quant_type.name(),
+            values.len() as f64 / encoding / 1e6,
+            4.0 * values.len() as f64 / decoding / 1e9
+        );
     }
 }

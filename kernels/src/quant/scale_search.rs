@@ -54,7 +54,7 @@ pub(super) fn search_scales<const GROUPS: usize, const LEN: usize>(
     let d = away_from_zero(signed_peak(&wanted) / -limits.scale);
     let mut best = ScaleChoice::of(groups, &wanted, d, limits);
     for _ in 0..BLOCK_ROUNDS {
-        let d = nearest_nonzero(best.best_d(groups));
+        let d = F16Bytes::nearest(best.best_d(groups));
         let choice = ScaleChoice::of(groups, &wanted, d, limits);
         if choice.error >= best.error {
             break;
@@ -178,7 +178,7 @@ pub(super) fn search_scales_and_mins<const GROUPS: usize, const LEN: usize>(
     let mut best = LineChoice::of(groups, &wanted, d, d_min, limits);
     for _ in 0..BLOCK_ROUNDS {
         let (d, d_min) = best.best_d(groups);
-        let choice = LineChoice::of(groups, &wanted, nearest_nonzero(d), nearest_nonzero(d_min), limits);
+        let choice = LineChoice::of(groups, &wanted, F16Bytes::nearest(d), F16Bytes::nearest(d_min), limits);
         if choice.error >= best.error {
             break;
         }
@@ -343,14 +343,8 @@ impl<const LEN: usize> LineSearch<'_, LEN> {
     }
 }
 
-/// The nearest f16, but not zero for a number that is none: groups can still be told apart with the smallest `d`.
-fn nearest_nonzero(d: f32) -> F16Bytes {
-    let smallest = f16::from_bits(1).to_f32_const();
-    F16Bytes::nearest(if d != 0.0 && d.abs() < smallest { smallest.copysign(d) } else { d })
-}
-
-/// The f16 that is not smaller in magnitude: integers up to the largest reach every number. It matters where f16 is coarse,
-/// below 6e-5, and the `d` of ordinary weights is there.
+/// The f16 that is not smaller in magnitude: integers up to the largest reach every number, and only zero becomes zero. It
+/// matters where f16 is coarse, below 6e-5, and the `d` of ordinary weights is there.
 fn away_from_zero(d: f32) -> F16Bytes {
     let nearest = f16::from_f32(d.clamp(-MAX_F16, MAX_F16));
     let is_short = nearest.to_f32_const().abs() < d.abs() && nearest.to_f32_const().abs() < MAX_F16;
