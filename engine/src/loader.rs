@@ -20,11 +20,11 @@ use std::path::{Path, PathBuf};
 pub use self::generation_config::GenerationConfig;
 pub use self::json::{JsonFile, JsonObject};
 pub use self::source::ModelSource;
-pub use self::stored::{BlockType, StoredDtype};
+pub use self::stored::StoredDtype;
 use self::stored::{StoredTensor, WeightsFile};
-use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES};
+use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES, WeightFormat};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 const SINGLE_FILE: &str = "model.safetensors";
 /// Larger buffers are given back to the system: an embedding's would stay until the end of the load.
@@ -196,6 +196,8 @@ pub struct Weights {
     taken: HashSet<String>,
     ignored: HashSet<String>,
     total_bytes: u64,
+    /// What quantized tensors are decoded to.
+    decoded: DType,
     /// Buffers of tensors that were given back.
     spare: Vec<Vec<u8>>,
 }
@@ -219,7 +221,16 @@ impl Weights {
             }
         }
         let (taken, ignored) = (HashSet::new(), HashSet::new());
-        Ok(Weights { files, name_in_file, tensors, taken, ignored, total_bytes, spare: Vec::new() })
+        Ok(Weights {
+            files,
+            name_in_file,
+            tensors,
+            taken,
+            ignored,
+            total_bytes,
+            decoded: DType::F32,
+            spare: Vec::new(),
+        })
     }
 
     /// Fails unless every tensor of the index is in the shard that the index names.
@@ -268,7 +279,16 @@ impl Weights {
         }
         assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
         let data = self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?;
-        stored::to_plain(stored, data)
+        stored::to_plain(stored, data, self.decoded)
+    }
+
+    /// Says in which form the weights will be kept: quantized tensors are decoded to that, by default to f32.
+    pub fn decode_to(&mut self, format: WeightFormat) {
+        self.decoded = match format {
+            WeightFormat::F32 | WeightFormat::Auto => DType::F32,
+            WeightFormat::Bf16 => DType::Bf16,
+            WeightFormat::F16 => DType::F16,
+        };
     }
 
     /// Bytes that a tensor takes in its file; 0 if there is none of this name.

@@ -288,7 +288,9 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let identity = kv_identity(&files, format, &layout, &backend);
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
-    let loaded = model::load(&backend, files.weights, &config, plan.context_tokens, &mut *on_progress)?;
+    let mut weights = files.weights;
+    weights.decode_to(format);
+    let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut *on_progress)?;
     plan.weights_bytes = backend.weights_bytes();
     let kv = backend.allocate_kv(layout)?;
     let max_embedding_tokens = plan.context_tokens.min(MAX_DECODER_EMBEDDING_TOKENS);

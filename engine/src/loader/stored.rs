@@ -1,8 +1,5 @@
 //! Tensors as a weights file of any format holds them: where they lie, how their numbers are written, in which order
 //! their rows are; and the way from those bytes to a plain [`Tensor`].
-//!
-//! Formats of blocks are those of ggml: a block of consecutive numbers shares scales and is the smallest unit that can
-//! be decoded. Sizes are facts of the format.
 
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
@@ -13,7 +10,7 @@ use std::io::{Read, Seek, SeekFrom};
 use ::safetensors::Dtype;
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, QuantType, Tensor, encode_bf16, encode_f16, quant};
 
 /// An open file whose header was checked.
 #[derive(Debug)]
@@ -67,70 +64,14 @@ pub enum StoredDtype {
     /// One by one.
     Plain(Dtype),
     /// In blocks with scales.
-    Blocks(BlockType),
+    Blocks(QuantType),
 }
 
 impl fmt::Display for StoredDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StoredDtype::Plain(dtype) => write!(f, "{dtype}"),
-            StoredDtype::Blocks(blocks) => f.write_str(blocks.name()),
-        }
-    }
-}
-
-/// Formats of blocks whose size is known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "named as in the format")]
-#[allow(non_camel_case_types, reason = "named as in the format")]
-pub enum BlockType {
-    Q4_0,
-    Q4_1,
-    Q5_0,
-    Q5_1,
-    Q8_0,
-    Q2_K,
-    Q3_K,
-    Q4_K,
-    Q5_K,
-    Q6_K,
-    IQ4_NL,
-    MXFP4,
-}
-
-impl BlockType {
-    /// As the format calls it.
-    pub fn name(self) -> &'static str {
-        match self {
-            BlockType::Q4_0 => "Q4_0",
-            BlockType::Q4_1 => "Q4_1",
-            BlockType::Q5_0 => "Q5_0",
-            BlockType::Q5_1 => "Q5_1",
-            BlockType::Q8_0 => "Q8_0",
-            BlockType::Q2_K => "Q2_K",
-            BlockType::Q3_K => "Q3_K",
-            BlockType::Q4_K => "Q4_K",
-            BlockType::Q5_K => "Q5_K",
-            BlockType::Q6_K => "Q6_K",
-            BlockType::IQ4_NL => "IQ4_NL",
-            BlockType::MXFP4 => "MXFP4",
-        }
-    }
-
-    /// Numbers in a block, and its bytes.
-    pub fn block(self) -> (usize, usize) {
-        match self {
-            BlockType::Q4_0 | BlockType::IQ4_NL => (32, 18),
-            BlockType::Q4_1 => (32, 20),
-            BlockType::Q5_0 => (32, 22),
-            BlockType::Q5_1 => (32, 24),
-            BlockType::Q8_0 => (32, 34),
-            BlockType::MXFP4 => (32, 17),
-            BlockType::Q2_K => (256, 84),
-            BlockType::Q3_K => (256, 110),
-            BlockType::Q4_K => (256, 144),
-            BlockType::Q5_K => (256, 176),
-            BlockType::Q6_K => (256, 210),
+            StoredDtype::Blocks(blocks) => f.write_str(&blocks.name().to_uppercase()),
         }
     }
 }
@@ -148,40 +89,69 @@ pub(super) enum RowOrder {
 }
 
 impl StoredDtype {
-    /// The type that the numbers have as a plain tensor.
-    fn plain(self) -> Option<DType> {
+    /// The type that the numbers have as a plain tensor. Blocks are decoded to `decoded`.
+    fn plain(self, decoded: DType) -> Option<DType> {
         match self {
             StoredDtype::Plain(Dtype::F32) => Some(DType::F32),
             StoredDtype::Plain(Dtype::F16) => Some(DType::F16),
             StoredDtype::Plain(Dtype::BF16) => Some(DType::Bf16),
-            StoredDtype::Plain(_) | StoredDtype::Blocks(_) => None,
+            StoredDtype::Plain(_) => None,
+            StoredDtype::Blocks(_) => Some(decoded),
         }
     }
 
     /// Whether [`to_plain`] can be asked for.
     pub(super) fn can_be_plain(self) -> bool {
-        self.plain().is_some()
+        self.plain(DType::F32).is_some()
     }
 }
 
-/// Makes a plain tensor of `data`, the bytes of `stored`.
-pub(super) fn to_plain(stored: &StoredTensor, data: Vec<u8>) -> Result<Tensor> {
-    let no_memory = || Error::OutOfMemory {
-        purpose: "reordering the rows of a tensor",
-        needed_bytes: stored.num_bytes,
-        available_bytes: 0,
-    };
+/// Makes a plain tensor of `data`, the bytes of `stored`. Blocks are decoded to `decoded`.
+pub(super) fn to_plain(stored: &StoredTensor, data: Vec<u8>, decoded: DType) -> Result<Tensor> {
+    let no_memory = |purpose| Error::OutOfMemory { purpose, needed_bytes: stored.num_bytes, available_bytes: 0 };
     let dtype = stored
         .dtype
-        .plain()
+        .plain(decoded)
         .ok_or_else(|| Error::TensorDtype { name: stored.name.clone(), dtype: stored.dtype.to_string() })?;
+    // Rows are whole blocks, so they can be moved before they are decoded.
     let data = match stored.row_order {
         RowOrder::AsIs => data,
-        RowOrder::InterleavedHeads(heads) => {
-            halves_of_heads(&data, stored.shape.first().copied(), heads).ok_or_else(no_memory)?
+        RowOrder::InterleavedHeads(heads) => halves_of_heads(&data, stored.shape.first().copied(), heads)
+            .ok_or_else(|| no_memory("reordering the rows of a tensor"))?,
+    };
+    let data = match stored.dtype {
+        StoredDtype::Plain(_) => data,
+        StoredDtype::Blocks(blocks) => {
+            decode_blocks(blocks, &data, dtype).ok_or_else(|| no_memory("decoding a quantized tensor"))?
         }
     };
     Ok(Tensor { name: stored.name.clone(), shape: stored.shape.clone(), dtype, data })
+}
+
+/// Numbers that are decoded at once: whole blocks of every format, few enough to stay in the nearest cache.
+const DECODED_AT_ONCE: usize = 2048;
+
+/// The numbers of all blocks in `bytes`, as `dtype`. `None` without memory.
+fn decode_blocks(blocks: QuantType, bytes: &[u8], dtype: DType) -> Option<Vec<u8>> {
+    let num_blocks = bytes.len().checked_div(blocks.block_bytes())?;
+    let num_bytes = num_blocks.checked_mul(blocks.block_values())?.checked_mul(dtype.size_bytes())?;
+    let mut decoded = Vec::new();
+    decoded.try_reserve_exact(num_bytes).ok()?;
+    let (mut values, mut halves) = ([0.0; DECODED_AT_ONCE], [0; DECODED_AT_ONCE]);
+    for chunk in bytes.chunks(blocks.size_bytes(DECODED_AT_ONCE).ok()?) {
+        let num_values = chunk.len().checked_div(blocks.block_bytes())?.checked_mul(blocks.block_values())?;
+        let (values, halves) = (values.get_mut(..num_values)?, halves.get_mut(..num_values)?);
+        quant::decode(blocks, chunk, values).expect("the bytes of whole blocks, and room for as many numbers");
+        match dtype {
+            DType::F32 => decoded.extend(values.iter().flat_map(|value| value.to_le_bytes())),
+            DType::F16 => encode_f16(values, halves),
+            DType::Bf16 => encode_bf16(values, halves),
+        }
+        if dtype != DType::F32 {
+            decoded.extend(halves.iter().flat_map(|half| half.to_le_bytes()));
+        }
+    }
+    Some(decoded)
 }
 
 /// Undoes [`RowOrder::InterleavedHeads`]: of each head the even rows, then the odd ones. `None` without memory.
@@ -202,6 +172,7 @@ fn halves_of_heads(data: &[u8], rows: Option<usize>, heads: usize) -> Option<Vec
 }
 
 #[cfg(test)]
+#[expect(clippy::arithmetic_side_effects, reason = "numbers of the tests' own")]
 mod tests {
     use super::*;
 
@@ -214,12 +185,19 @@ mod tests {
         assert_eq!(halves_of_heads(stored.as_flattened(), Some(8), 2), Some(wanted));
     }
 
-    /// The sizes of blocks are whole numbers of bytes for scales plus the bits that the name says.
+    /// Blocks become the same numbers in every plain type, up to its rounding, also where the last chunk is short.
     #[test]
-    fn blocks_hold_what_their_names_say() {
-        for (block, bits) in [(BlockType::Q4_0, 4), (BlockType::Q5_1, 5), (BlockType::Q8_0, 8), (BlockType::Q6_K, 6)] {
-            let (elements, bytes) = block.block();
-            assert!(bytes * 8 > elements * bits && bytes * 8 < elements * (bits + 2), "{}", block.name());
+    fn blocks_are_decoded_to_each_type() {
+        let values: Vec<f32> = (0..DECODED_AT_ONCE + 256).map(|i| (i % 17) as f32 - 8.0).collect();
+        let mut bytes = vec![0; QuantType::Q8_0.size_bytes(values.len()).unwrap()];
+        quant::encode(QuantType::Q8_0, &values, &mut bytes).unwrap();
+        for (dtype, tolerance) in [(DType::F32, 0.04), (DType::F16, 0.05), (DType::Bf16, 0.08)] {
+            let decoded = decode_blocks(QuantType::Q8_0, &bytes, dtype).unwrap();
+            let mut actual = vec![0.0; values.len()];
+            assert_eq!(decoded.len(), values.len() * dtype.size_bytes());
+            dtype.decode(&decoded, &mut actual);
+            let worst = actual.iter().zip(&values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst <= tolerance, "{dtype:?}: {worst}");
         }
     }
 }

@@ -5,34 +5,26 @@
 
 use ::safetensors::Dtype;
 
-use crate::loader::stored::{BlockType, StoredDtype};
+use crate::loader::stored::StoredDtype;
+use crate::tensor::QuantType;
 
 /// The type of the number `id`; for an unknown one its name, if it has one.
 pub(super) fn tensor_type(id: u32) -> Result<StoredDtype, String> {
-    use StoredDtype::{Blocks, Plain};
-    Ok(match id {
-        0 => Plain(Dtype::F32),
-        1 => Plain(Dtype::F16),
-        2 => Blocks(BlockType::Q4_0),
-        3 => Blocks(BlockType::Q4_1),
-        6 => Blocks(BlockType::Q5_0),
-        7 => Blocks(BlockType::Q5_1),
-        8 => Blocks(BlockType::Q8_0),
-        10 => Blocks(BlockType::Q2_K),
-        11 => Blocks(BlockType::Q3_K),
-        12 => Blocks(BlockType::Q4_K),
-        13 => Blocks(BlockType::Q5_K),
-        14 => Blocks(BlockType::Q6_K),
-        20 => Blocks(BlockType::IQ4_NL),
-        24 => Plain(Dtype::I8),
-        25 => Plain(Dtype::I16),
-        26 => Plain(Dtype::I32),
-        27 => Plain(Dtype::I64),
-        28 => Plain(Dtype::F64),
-        30 => Plain(Dtype::BF16),
-        39 => Blocks(BlockType::MXFP4),
-        other => return Err(unread_name(other).map_or_else(|| format!("number {other}"), str::to_string)),
-    })
+    let plain = match id {
+        0 => Dtype::F32,
+        1 => Dtype::F16,
+        24 => Dtype::I8,
+        25 => Dtype::I16,
+        26 => Dtype::I32,
+        27 => Dtype::I64,
+        28 => Dtype::F64,
+        30 => Dtype::BF16,
+        other => {
+            let blocks = QuantType::from_ggml_id(other).map(StoredDtype::Blocks);
+            return blocks.ok_or_else(|| unread_name(other).map_or(format!("number {other}"), str::to_string));
+        }
+    };
+    Ok(StoredDtype::Plain(plain))
 }
 
 fn unread_name(id: u32) -> Option<&'static str> {
@@ -66,9 +58,6 @@ pub(super) fn unit(dtype: StoredDtype) -> (u64, u64) {
     let widened = |size: usize| u64::try_from(size).unwrap_or(u64::MAX);
     match dtype {
         StoredDtype::Plain(dtype) => (1, widened(dtype.bitsize()).div_euclid(8)),
-        StoredDtype::Blocks(blocks) => {
-            let (elements, bytes) = blocks.block();
-            (widened(elements), widened(bytes))
-        }
+        StoredDtype::Blocks(blocks) => (widened(blocks.block_values()), widened(blocks.block_bytes())),
     }
 }
