@@ -182,7 +182,7 @@ pub type ProgressCallback = Box<dyn FnMut(LoadProgress) -> bool + Send>;
 /// [`Engine::open`]: crate::Engine::open
 #[non_exhaustive]
 pub struct EngineOptions {
-    /// Folder of the model.
+    /// Folder of the model, or its GGUF file (of a split one, the first).
     pub model: PathBuf,
     /// Where to compute.
     pub device: Device,

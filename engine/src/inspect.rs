@@ -1,4 +1,4 @@
-//! What a model folder holds and what running it would take, from its headers alone: no weight is read.
+//! What a model's files hold and what running it would take, from its headers alone: no weight is read.
 
 use crate::config::EngineOptions;
 use crate::error::Result;

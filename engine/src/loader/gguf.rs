@@ -85,10 +85,9 @@ fn read_header(file: &File, file_bytes: u64) -> Result<(Metadata, Vec<TensorInfo
         let start = reader.position();
         let key = reader.name("a key")?;
         let value = Value::read(reader, &key)?;
-        if metadata.has(&key) {
+        if let Err(key) = metadata.insert(key, value) {
             return Err((start, format!("key `{key}` is there twice")));
         }
-        metadata.insert(key, value);
     }
     let (mut infos, mut names) = (Vec::new(), HashSet::new());
     for _ in 0..num_tensors {

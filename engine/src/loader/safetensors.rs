@@ -178,7 +178,6 @@ impl<'de> Deserialize<'de> for Header {
 }
 
 #[cfg(test)]
-#[expect(clippy::arithmetic_side_effects, reason = "numbers of the tests' own")]
 mod tests {
     use super::*;
 

@@ -137,19 +137,22 @@ fn decode_blocks(blocks: QuantType, bytes: &[u8], dtype: DType) -> Option<Vec<u8
     let num_bytes = num_blocks.checked_mul(blocks.block_values())?.checked_mul(dtype.size_bytes())?;
     let mut decoded = Vec::new();
     decoded.try_reserve_exact(num_bytes).ok()?;
+    decoded.resize(num_bytes, 0_u8);
     let (mut values, mut halves) = ([0.0; DECODED_AT_ONCE], [0; DECODED_AT_ONCE]);
-    for chunk in bytes.chunks(blocks.size_bytes(DECODED_AT_ONCE).ok()?) {
-        let num_values = chunk.len().checked_div(blocks.block_bytes())?.checked_mul(blocks.block_values())?;
+    let chunks = bytes.chunks(blocks.size_bytes(DECODED_AT_ONCE).ok()?);
+    for (chunk, out) in chunks.zip(decoded.chunks_mut(DECODED_AT_ONCE.checked_mul(dtype.size_bytes())?)) {
+        let num_values = out.len().checked_div(dtype.size_bytes())?;
         let (values, halves) = (values.get_mut(..num_values)?, halves.get_mut(..num_values)?);
         quant::decode(blocks, chunk, values).expect("the bytes of whole blocks, and room for as many numbers");
         match dtype {
-            DType::F32 => decoded.extend(values.iter().flat_map(|value| value.to_le_bytes())),
+            DType::F32 => {
+                out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_le_bytes());
+                continue;
+            }
             DType::F16 => encode_f16(values, halves),
             DType::Bf16 => encode_bf16(values, halves),
         }
-        if dtype != DType::F32 {
-            decoded.extend(halves.iter().flat_map(|half| half.to_le_bytes()));
-        }
+        out.as_chunks_mut().0.iter_mut().zip(halves).for_each(|(out, half)| *out = half.to_le_bytes());
     }
     Some(decoded)
 }
@@ -172,7 +175,6 @@ fn halves_of_heads(data: &[u8], rows: Option<usize>, heads: usize) -> Option<Vec
 }
 
 #[cfg(test)]
-#[expect(clippy::arithmetic_side_effects, reason = "numbers of the tests' own")]
 mod tests {
     use super::*;
 

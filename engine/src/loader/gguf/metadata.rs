@@ -9,6 +9,7 @@
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use serde_json::{Number, Value as Json};
 
@@ -206,9 +207,15 @@ fn read_array(reader: &mut HeaderReader<'_>, key: &str) -> Result<Value, Damage>
 }
 
 impl Metadata {
-    /// Keeps a value; `false` if the key has one already.
-    pub(super) fn insert(&mut self, key: String, value: Value) -> bool {
-        self.values.insert(key, value).is_none()
+    /// Keeps a value; gives the key back if it has one already.
+    pub(super) fn insert(&mut self, key: String, value: Value) -> Result<(), String> {
+        match self.values.entry(key) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(value);
+                Ok(())
+            }
+            Entry::Occupied(occupied) => Err(occupied.key().clone()),
+        }
     }
 
     pub(super) fn has(&self, key: &str) -> bool {

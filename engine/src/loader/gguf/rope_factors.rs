@@ -37,7 +37,6 @@ pub(super) fn recognise(factors: &[f32], rope_theta: f64, original_positions: Op
 
 impl Stretching {
     /// By what the frequency of pair `pair` of `num_pairs` is divided.
-    #[expect(clippy::arithmetic_side_effects, reason = "floats")]
     fn divisor(&self, pair: usize, num_pairs: usize, rope_theta: f64) -> f64 {
         let frequency = rope_theta.powf(-(pair as f64) / num_pairs as f64);
         let turns = self.original_positions as f64 * frequency / std::f64::consts::TAU;
@@ -53,6 +52,7 @@ impl Stretching {
 }
 
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "places of the tests' own")]
 mod tests {
     use super::*;
 
