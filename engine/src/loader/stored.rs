@@ -109,11 +109,12 @@ impl StoredDtype {
 /// Makes a plain tensor of `data`, the bytes of `stored`. Blocks are decoded to `decoded`.
 pub(super) fn to_plain(stored: &StoredTensor, data: Vec<u8>, decoded: DType) -> Result<Tensor> {
     let no_memory = |purpose| Error::OutOfMemory { purpose, needed_bytes: stored.num_bytes, available_bytes: 0 };
-    let dtype = stored
-        .dtype
-        .plain(decoded)
-        .ok_or_else(|| Error::TensorDtype { name: stored.name.clone(), dtype: stored.dtype.to_string() })?;
-    // Rows are whole blocks, so they can be moved before they are decoded.
+    let unsupported = || Error::TensorDtype { name: stored.name.clone(), dtype: stored.dtype.to_string() };
+    let dtype = stored.dtype.plain(decoded).ok_or_else(unsupported)?;
+    if stored.row_order != RowOrder::AsIs && stored.shape.len() < 2 && matches!(stored.dtype, StoredDtype::Blocks(_)) {
+        return Err(unsupported());
+    }
+    // Rows of a matrix are whole blocks, so they can be moved before they are decoded.
     let data = match stored.row_order {
         RowOrder::AsIs => data,
         RowOrder::InterleavedHeads(heads) => halves_of_heads(&data, stored.shape.first().copied(), heads)

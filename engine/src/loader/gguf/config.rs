@@ -10,6 +10,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::metadata::{self, Metadata};
 use super::rope_factors::Stretching;
+use super::vocabulary;
 use crate::error::{Error, Result};
 use crate::loader::JsonFile;
 use crate::loader::stored::StoredTensor;
@@ -86,8 +87,9 @@ pub(super) fn model_config(
         config.set(field, metadata.json(key)?, key.to_string());
     }
     let has = |name: &str| tensors.contains_key(name);
-    // Embeddings may have more rows than there are tokens; both files of a model go by the rows.
+    // Embeddings may have more rows than there are tokens; models go by the rows.
     if let Some(&[rows, _]) = tensors.get("model.embed_tokens.weight").map(|tensor| tensor.shape.as_slice()) {
+        vocabulary::fits(metadata, rows)?;
         config.fields.insert("vocab_size".to_string(), json!(rows));
     }
     let class = match architecture {

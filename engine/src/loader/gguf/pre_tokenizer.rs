@@ -73,3 +73,30 @@ impl PreTokenizer {
         json!({"type": "Sequence", "pretokenizers": steps})
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper};
+
+    use super::*;
+
+    /// Each name cuts as its tokenizer does: contractions, digits, runs of punctuation and whitespace all differ.
+    #[test]
+    fn each_name_cuts_in_its_own_way() {
+        for (name, expected) in [
+            (PreTokenizer::Gpt2, "It|'s| 12345| foo|!!|\n | x"),
+            (PreTokenizer::Llama3, "It|'s| |123|45| foo|!!\n| | x"),
+            (PreTokenizer::Qwen2, "It|'s| |1|2|3|4|5| foo|!!\n| | x"),
+            (PreTokenizer::SmolLm, "It|'s| |1|2|3|4|5| foo|!!|\n | x"),
+            (PreTokenizer::Default, "It|'|s| |123|45| foo|!!|\n | x"),
+        ] {
+            let pre_tokenizer: PreTokenizerWrapper = serde_json::from_value(name.json()).unwrap();
+            let mut text = PreTokenizedString::from("It's 12345 foo!!\n  x");
+            pre_tokenizer.pre_tokenize(&mut text).unwrap();
+            let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let words: Vec<String> =
+                splits.iter().map(|(word, _, _)| word.replace('\u{120}', " ").replace('\u{10A}', "\n")).collect();
+            assert_eq!(words.join("|"), expected, "{name:?}");
+        }
+    }
+}

@@ -103,6 +103,16 @@ fn token_type((idx, number): (usize, i128)) -> Result<TokenType> {
     }
 }
 
+/// Fails if there are more tokens than `rows` of the embedding: text could become an id that the model does not have.
+pub(super) fn fits(metadata: &Metadata, rows: usize) -> Result<()> {
+    match metadata.strings(TOKENS)? {
+        Some(tokens) if tokens.len() > rows => {
+            Err(metadata::error(TOKENS, format!("has {} entries, the embedding has {rows} rows", tokens.len())))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// `tokenizer_config.json`.
 pub(super) fn tokenizer_config(metadata: &Metadata) -> Result<JsonFile> {
     let vocabulary = Vocabulary::read(metadata)?;
