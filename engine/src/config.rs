@@ -81,6 +81,8 @@ pub const MAX_GGUF_NAME_BYTES: u64 = (1 << 16) - 1;
 pub const MAX_GGUF_TENSORS: u64 = 100_000;
 /// Axes of a tensor in a GGUF file (the format's own cap).
 pub const MAX_GGUF_AXES: u32 = 4;
+/// Text of a token of a SentencePiece vocabulary, bytes: the longest in use are rows of some 30 spaces.
+pub const MAX_PIECE_BYTES: usize = 256;
 /// Token ids of one vocabulary; the largest in use have some 260,000.
 pub const MAX_TOKEN_IDS: u32 = 1 << 22;
 /// JSON files of a model folder (configuration, index, tokenizer), bytes.

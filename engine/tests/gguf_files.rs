@@ -369,12 +369,42 @@ fn vocabulary_cases() -> Vec<Case> {
         let named = format!("field `tokenizer.ggml.{key}[1]`: {text}");
         changed(&named, |file| file.set(&format!("tokenizer.ggml.{key}"), value), "config", &named)
     };
+    let scored = |name: &str, change: fn(&mut GgufFile), text: &str| {
+        let scored = |file: &mut GgufFile| {
+            file.set("tokenizer.ggml.model", Value::string("llama"));
+            file.set("tokenizer.ggml.scores", Value::f32s(&[0.0, -1.0, -2.0]));
+            change(file);
+        };
+        changed(name, scored, "config", &format!("GGUF metadata: field `tokenizer.ggml.{text}"))
+    };
     let none: [&str; 0] = [];
     vec![
         missing("model"),
         missing("tokens"),
         missing("merges"),
         key("model", Value::string("rwkv"), "is \"rwkv\", which is not supported"),
+        key("model", Value::u32(0), "is an integer, must be a string"),
+        scored("no scores", |f| f.remove("tokenizer.ggml.scores"), "scores`: is missing"),
+        scored(
+            "two scores",
+            |f| f.set("tokenizer.ggml.scores", Value::f32s(&[0.0, 0.0])),
+            "scores`: has 2 entries, must",
+        ),
+        scored(
+            "scores that are bytes",
+            |f| f.set("tokenizer.ggml.scores", Value::array(0, 3, vec![1, 2, 3])),
+            "scores`: holds something else, must be an array of finite floats",
+        ),
+        scored(
+            "a score that is no number",
+            |f| f.set("tokenizer.ggml.scores", Value::f32s(&[0.0, f32::NAN, 0.0])),
+            "scores`: holds something else, must be an array of finite floats",
+        ),
+        scored(
+            "a piece of a kilobyte",
+            |f| f.set("tokenizer.ggml.tokens", Value::strings(&["a", "b", &"a".repeat(1000)])),
+            "tokens[2]`: has 1000 bytes, at most 256 are allowed",
+        ),
         key("pre", Value::string("fancy"), "is \"fancy\", which is not supported (supported: default, gpt-2,"),
         key("tokens", Value::strings(&none), "has 0 entries, must have 1 to 4194304"),
         key("tokens", Value::string("ab"), "is a string, must be an array of strings"),

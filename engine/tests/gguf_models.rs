@@ -197,6 +197,52 @@ fn converted_vocabulary_gives_the_same_tokens() {
     assert!(converted.special_tokens().eq(original.special_tokens()));
 }
 
+/// A vocabulary with scores instead of merges gives the ids, the frame around a prompt and the text that Python gives
+/// its original, in every text of the golden file.
+#[test]
+fn scored_vocabulary_gives_the_same_tokens() {
+    let golden = |name: &str| read_json(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name));
+    let original = golden("sentencepiece.json");
+    let vocab = original["model"]["vocab"].as_object().unwrap();
+    let mut tokens = vec![String::new(); vocab.len()];
+    vocab.iter().for_each(|(token, id)| tokens[id.as_u64().unwrap() as usize] = token.clone());
+    let kind = |(id, token): (usize, &String)| match id {
+        0 => 2,
+        1 | 2 => 3,
+        _ if token.starts_with("<0x") => 6,
+        _ => 1,
+    };
+    let types: Vec<i32> = tokens.iter().enumerate().map(kind).collect();
+    let scores: Vec<f32> = (0..tokens.len()).map(|id| -(id as f32)).collect();
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    });
+    let mut file = converted(&config, &weights(&config, Dtype::F32));
+    file.remove("tokenizer.ggml.merges");
+    file.set("tokenizer.ggml.model", Value::string("llama"));
+    file.set("tokenizer.ggml.pre", Value::string("default"));
+    file.set("tokenizer.ggml.tokens", Value::strings(&tokens));
+    file.set("tokenizer.ggml.token_type", Value::i32s(&types));
+    file.set("tokenizer.ggml.scores", Value::f32s(&scores));
+    for (key, id) in [("unknown", 0), ("bos", 1), ("eos", 2)] {
+        file.set(&format!("tokenizer.ggml.{key}_token_id"), Value::u32(id));
+    }
+    let folder = TempFolder::new("gguf-scores");
+    folder.write("model.gguf", file.bytes());
+    let tokenizer = tokenizer(&folder.path().join("model.gguf"));
+    let rows = golden("text_vectors.json")["sentencepiece"].as_array().unwrap().clone();
+    assert!(rows.len() >= 25);
+    for row in rows {
+        let ids = |field: &str| -> Vec<u32> { serde_json::from_value(row[field].clone()).unwrap() };
+        let text = row["text"].as_str().unwrap();
+        assert_eq!(tokenizer.encode(text, false).unwrap(), ids("ids"), "{text:?}");
+        assert_eq!(tokenizer.encode(text, true).unwrap(), ids("framed_ids"), "{text:?}");
+        assert_eq!(tokenizer.decode(&ids("ids"), true), row["decoded"].as_str().unwrap(), "{text:?}");
+    }
+    assert!(Engine::open(EngineOptions::new(folder.path().join("model.gguf")).threads(1)).is_ok());
+}
+
 /// The converted model answers as the original does, to the bits of its logprobs, for a prompt and for a conversation
 /// through the template in the file; with f32 weights too.
 #[test]

@@ -17,6 +17,7 @@ mod names;
 mod pre_tokenizer;
 mod reader;
 mod rope_factors;
+mod sentence_piece;
 mod types;
 mod vocabulary;
 

@@ -262,6 +262,14 @@ impl Metadata {
         self.numbers(key, "an array of integers", len, |value| value.as_integer())
     }
 
+    /// An array of `len` finite floats.
+    pub(super) fn floats(&self, key: &str, len: usize) -> Result<Option<Vec<f64>>> {
+        self.numbers(key, "an array of finite floats", len, |value| match value {
+            Value::Float(value) if value.is_finite() => Some(value),
+            _ => None,
+        })
+    }
+
     /// `expected_len` is what the caller has already in memory: only then are the numbers unpacked.
     fn numbers<T>(
         &self,

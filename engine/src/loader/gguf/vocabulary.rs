@@ -1,8 +1,9 @@
 //! The vocabulary of a GGUF file, said as `tokenizer.json` and `tokenizer_config.json` say it. Every index and every
 //! pair is checked here, so that errors name the key and the entry.
 //!
-//! Byte-level vocabularies (Radford et al. 2019) are read. How text is cut into words before merging is not in the
-//! file; it has the name of a known tokenizer instead (`gguf/pre_tokenizer.rs`).
+//! Two kinds are read. Byte-level vocabularies (Radford et al. 2019) have merges; how text is cut into words before
+//! merging is not in the file, which has the name of a known tokenizer instead (`gguf/pre_tokenizer.rs`).
+//! SentencePiece's have scores (`gguf/sentence_piece.rs`).
 
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
@@ -13,6 +14,7 @@ use serde_json::{Value as Json, json};
 
 use super::metadata::{self, FILE, Metadata, Strings};
 use super::pre_tokenizer::PreTokenizer;
+use super::sentence_piece;
 use crate::config::{MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES, MAX_TOKEN_IDS};
 use crate::error::Result;
 use crate::loader::JsonFile;
@@ -20,6 +22,9 @@ use crate::loader::JsonFile;
 const MODEL: &str = "tokenizer.ggml.model";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const TOKEN_TYPES: &str = "tokenizer.ggml.token_type";
+const SCORES: &str = "tokenizer.ggml.scores";
+const ADD_SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
+const UNKNOWN: &str = "tokenizer.ggml.unknown_token_id";
 const MERGES: &str = "tokenizer.ggml.merges";
 const TEMPLATE: &str = "tokenizer.chat_template";
 
@@ -27,10 +32,32 @@ const TEMPLATE: &str = "tokenizer.chat_template";
 const END_OF_TURN: &[&str] =
     &["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"];
 
+/// Kinds of vocabularies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    ByteLevel,
+    SentencePiece,
+}
+
+impl Kind {
+    fn of(metadata: &Metadata) -> Result<Kind> {
+        match metadata.string(MODEL)?.ok_or_else(|| metadata::error(MODEL, "is missing"))? {
+            "gpt2" => Ok(Kind::ByteLevel),
+            "llama" => Ok(Kind::SentencePiece),
+            other => {
+                let reason = format!("is {other:?}, which is not supported (supported: \"gpt2\", \"llama\")");
+                Err(metadata::error(MODEL, reason))
+            }
+        }
+    }
+}
+
 /// What the file says a token is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TokenType {
     Normal,
+    /// A single byte of a character that is no token.
+    Byte,
     /// Controls, and leaves no text.
     Control,
     /// A fixed text that is never split.
@@ -93,8 +120,9 @@ fn text<'a>(key: &str, idx: usize, bytes: &'a [u8]) -> Result<&'a str> {
 /// By the numbers of the format.
 fn token_type((idx, number): (usize, i128)) -> Result<TokenType> {
     match number {
-        // Undefined, normal, a single byte.
-        0 | 1 | 6 => Ok(TokenType::Normal),
+        // Undefined, normal.
+        0 | 1 => Ok(TokenType::Normal),
+        6 => Ok(TokenType::Byte),
         // Stands for what is unknown; controls.
         2 | 3 => Ok(TokenType::Control),
         4 => Ok(TokenType::UserDefined),
@@ -120,13 +148,17 @@ pub(super) fn tokenizer_config(metadata: &Metadata) -> Result<JsonFile> {
     for (key, name) in [
         ("tokenizer.ggml.bos_token_id", "bos_token"),
         ("tokenizer.ggml.eos_token_id", "eos_token"),
-        ("tokenizer.ggml.unknown_token_id", "unk_token"),
+        (UNKNOWN, "unk_token"),
         ("tokenizer.ggml.padding_token_id", "pad_token"),
     ] {
         let token = vocabulary.named(metadata, key)?;
         config.extend(token.map(|token| (name.to_string(), json!(token))));
     }
-    let by_default = PreTokenizer::of(metadata)?.adds_bos() && config.contains_key("bos_token");
+    let by_default = config.contains_key("bos_token")
+        && match Kind::of(metadata)? {
+            Kind::ByteLevel => PreTokenizer::of(metadata)?.adds_bos(),
+            Kind::SentencePiece => true,
+        };
     for (key, name, token, default) in [
         ("tokenizer.ggml.add_bos_token", "add_bos_token", "bos_token", by_default),
         ("tokenizer.ggml.add_eos_token", "add_eos_token", "eos_token", false),
@@ -166,31 +198,76 @@ pub(super) fn end_tokens(metadata: &Metadata) -> Result<Vec<u32>> {
 
 /// `tokenizer.json`.
 pub(super) fn tokenizer_json(metadata: &Metadata) -> Result<Vec<u8>> {
-    match metadata.string(MODEL)?.ok_or_else(|| metadata::error(MODEL, "is missing"))? {
-        "gpt2" => {}
-        other => {
-            return Err(metadata::error(MODEL, format!("is {other:?}, which is not supported (supported: \"gpt2\")")));
-        }
-    }
+    let kind = Kind::of(metadata)?;
     let vocabulary = Vocabulary::read(metadata)?;
-    let pre_tokenizer = PreTokenizer::of(metadata)?;
     let mut vocab: BTreeMap<&str, u32> = BTreeMap::new();
     for (id, token, _) in vocabulary.used() {
         if let Some(first) = vocab.insert(token, id) {
             return Err(metadata::error(TOKENS, format!("has {token:?} twice, at {first} and {id}")));
         }
     }
+    let file = match kind {
+        Kind::ByteLevel => byte_level(metadata, &vocabulary, vocab)?,
+        Kind::SentencePiece => scored(metadata, &vocabulary, vocab)?,
+    };
+    serde_json::to_vec(&file).map_err(|e| metadata::error(TOKENS, e.to_string()))
+}
+
+fn byte_level<'a>(
+    metadata: &'a Metadata,
+    vocabulary: &Vocabulary<'a>,
+    vocab: BTreeMap<&'a str, u32>,
+) -> Result<TokenizerFile<'a>> {
+    let pre_tokenizer = PreTokenizer::of(metadata)?;
     let merges = merges(required_strings(metadata, MERGES)?, &vocab)?;
-    let file = TokenizerFile {
+    Ok(TokenizerFile {
         version: "1.0",
         added_tokens: vocabulary.used().filter_map(AddedToken::new).collect(),
         normalizer: pre_tokenizer.normalizer(),
         pre_tokenizer: pre_tokenizer.json(),
         post_processor: (),
         decoder: json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
-        model: Bpe { kind: "BPE", ignore_merges: pre_tokenizer.ignores_merges(), byte_fallback: false, vocab, merges },
-    };
-    serde_json::to_vec(&file).map_err(|e| metadata::error(TOKENS, e.to_string()))
+        model: Bpe {
+            kind: "BPE",
+            unk_token: None,
+            fuse_unk: false,
+            byte_fallback: false,
+            ignore_merges: pre_tokenizer.ignores_merges(),
+            vocab,
+            merges,
+        },
+    })
+}
+
+fn scored<'a>(
+    metadata: &'a Metadata,
+    vocabulary: &Vocabulary<'a>,
+    vocab: BTreeMap<&'a str, u32>,
+) -> Result<TokenizerFile<'a>> {
+    let scores = metadata.floats(SCORES, vocabulary.tokens.len())?;
+    let scores = scores.ok_or_else(|| metadata::error(SCORES, "is missing"))?;
+    let score = |id: u32| scores.get(usize::try_from(id).ok()?).copied();
+    let pieces = vocabulary.used().filter(|(_, _, kind)| *kind == TokenType::Normal);
+    let pieces = pieces.filter_map(|(id, piece, _)| Some((id, piece, score(id)?)));
+    let merges = sentence_piece::merges(TOKENS, pieces, &vocab)?;
+    let add_space_prefix = metadata.boolean(ADD_SPACE_PREFIX)?.unwrap_or(true);
+    Ok(TokenizerFile {
+        version: "1.0",
+        added_tokens: vocabulary.used().filter_map(AddedToken::new).collect(),
+        normalizer: sentence_piece::normalizer(add_space_prefix),
+        pre_tokenizer: Json::Null,
+        post_processor: (),
+        decoder: sentence_piece::decoder(add_space_prefix),
+        model: Bpe {
+            kind: "BPE",
+            unk_token: vocabulary.named(metadata, UNKNOWN)?,
+            fuse_unk: true,
+            byte_fallback: true,
+            ignore_merges: false,
+            vocab,
+            merges,
+        },
+    })
 }
 
 /// Pairs of tokens that become one, most frequent first; all three are in the vocabulary.
@@ -232,6 +309,8 @@ struct TokenizerFile<'a> {
 struct Bpe<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
+    unk_token: Option<&'a str>,
+    fuse_unk: bool,
     /// Whether a word that is a token is taken whole, however it would be merged.
     ignore_merges: bool,
     byte_fallback: bool,
@@ -256,7 +335,7 @@ impl<'a> AddedToken<'a> {
         let special = match kind {
             TokenType::Control => true,
             TokenType::UserDefined => false,
-            TokenType::Normal | TokenType::Unused => return None,
+            TokenType::Normal | TokenType::Byte | TokenType::Unused => return None,
         };
         Some(AddedToken { id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special })
     }
