@@ -4,13 +4,21 @@
  * This file is written from the doc comments of the library; do not edit it. It is C11 and C++17.
  *
  *
- * A whole program
+ * Contents
  *
- *     static bool print(const ns_llm_event *event, void *user_data) {
- *         (void)user_data;
- *         fwrite(event->text.data, 1, event->text.size, event->kind == NS_LLM_EVENT_FAILED ? stderr : stdout);
- *         return true;
- *     }
+ *   Version      which library a program works with
+ *   Errors       statuses, and the sentence about the last failure
+ *   Text         how texts are passed
+ *   Log          what an engine tells an operator
+ *   Engine       open a model, free it
+ *   Figures      what is loaded, what was done, bytes, health
+ *   Events       what a request has to say
+ *   Request      submit, fetch events, wait, cancel, free
+ *   Embeddings   texts to vectors
+ *   Tokenizer    texts to token ids and back
+ *
+ *
+ * A whole program
  *
  *     int main(void) {
  *         ns_llm_engine engine;
@@ -21,22 +29,23 @@
  *         }
  *         ns_llm_request request;
  *         ns_llm_request_params what = { .struct_size = sizeof what, .prompt = { "Once upon a time", 16 } };
- *         ns_llm_status status = ns_llm_generate(engine, &what, print, NULL, &request);
- *         if (status == NS_LLM_OK)
- *             status = ns_llm_request_wait(request, NS_LLM_FOREVER, NULL);
- *         if (status != NS_LLM_OK)
+ *         ns_llm_status status = ns_llm_generate(engine, &what, NULL, NULL, &request);
+ *         ns_llm_event event = { .struct_size = sizeof event };
+ *         while (status == NS_LLM_OK && (status = ns_llm_request_next(request, NS_LLM_FOREVER, &event)) == NS_LLM_OK)
+ *             fwrite(event.text.data, 1, event.text.size, event.kind == NS_LLM_EVENT_FAILED ? stderr : stdout);
+ *         if (status != NS_LLM_ENDED)
  *             fprintf(stderr, "%s: %s\n", ns_llm_status_name(status), ns_llm_last_error(NULL));
  *         ns_llm_request_free(request);
  *         ns_llm_engine_free(engine);
- *         return status != NS_LLM_OK;
+ *         return status != NS_LLM_ENDED;
  *     }
  *
  *
  * Lifecycle
  *
- * Open an engine on a model; submit requests to it, as many at once as you like; hear their events in a callback;
- * free each request and the engine, in any order. There is nothing to initialise and nothing global: loading the
- * library starts no thread, reads no environment, installs no signal handler, prints nothing.
+ * Open an engine on a model; submit requests to it, as many at once as you like; fetch their events, or hear them in a
+ * callback; free each request and the engine, in any order. There is nothing to initialise and nothing global: loading
+ * the library starts no thread, reads no environment, installs no signal handler, prints nothing.
  *
  * Handles are 64-bit ids, not pointers. A handle that was freed, never given, or is of another kind is answered with
  * NS_LLM_BAD_HANDLE by every function, for the life of the process: no id is used twice. 0 is never a handle;
@@ -46,25 +55,28 @@
  * Threads
  *
  * Every function may be called from any thread at any time, several at once on the same engine or request, and from
- * inside callbacks; what cannot work inside a callback says so with NS_LLM_IN_CALLBACK and does not hang. Functions
- * that free end what is running, and wait for it, so that nothing calls back into memory that is going away; inside a
- * callback they do not wait, and the rest happens when the callback has returned.
+ * inside callbacks; what cannot work inside a callback says so with NS_LLM_IN_CALLBACK and does not hang, and what has
+ * room for one thread only says NS_LLM_BUSY to the second. Functions that free end what is running, and wait for it, so
+ * that nothing calls back into memory that is going away; inside a callback they do not wait, and the rest happens when
+ * the callback has returned.
  *
- * An engine computes on threads of its own and calls back on one thread of its own, never on the thread that
- * submitted. The program's threads, signal handlers and floating-point state are left alone. A child of fork() has
- * none of these threads: if an engine was opened before the fork, every function that could use one answers
- * NS_LLM_FORKED_PROCESS there.
+ * An engine computes on threads of its own, and tells events on one thread of its own, never on the thread that
+ * submitted; lines of the log come on the thread that causes them. The program's threads, signal handlers and
+ * floating-point state are left alone. A child of fork() has none of an engine's threads: if an engine was opened before
+ * the fork, every function that could use one answers NS_LLM_FORKED_PROCESS there.
  *
  *
  * Ownership
  *
  * What you pass in is copied before the function returns, except `user_data`, which stays yours and is only handed
- * back. What the library passes to a callback is the library's and ends with the callback. Results are written to
- * buffers and structs of yours; there is nothing to release but handles.
+ * back. What the library shows you is the library's: in a callback until that returns, in a fetched event until the next
+ * one is fetched, in ns_llm_model_info until the engine is freed. All other results are written to buffers and structs
+ * of yours; there is nothing to release but handles.
  *
  * Text is a pointer and a size in bytes, UTF-8, without a NUL at the end; text that is not UTF-8 is refused. Only
  * version, status names and ns_llm_last_error() are NUL-terminated. Where a number of elements or bytes is 0, the
- * pointer is not looked at.
+ * pointer is not looked at. Functions that fill a buffer say how much room they need when it is too small, so a call
+ * without a buffer measures.
  *
  *
  * Errors
@@ -77,11 +89,12 @@
  *
  * Versions and growth
  *
- * Structs begin with `struct_size`: set it to the struct's sizeof, and zero what you do not set. A program built with
- * an older header gets defaults for fields that it does not know. A program built with a newer one gets
- * NS_LLM_UNSUPPORTED, and not silence, if it sets a field that the library does not know. Any other size is
- * NS_LLM_INVALID_ARGUMENT. Fields are only ever added at the end, numbers of statuses and other constants are never
- * reused, functions are not removed within a major version (before 1.0: a minor version).
+ * Structs that may grow begin with `struct_size`: set it to the struct's sizeof, and zero what you do not set; the
+ * others never change. A program built with an older header gets defaults for fields that it does not know. A program
+ * built with a newer one gets NS_LLM_UNSUPPORTED, and not silence, if it sets a field that the library does not know, and
+ * zeros in results that the library does not have. Any other size is NS_LLM_INVALID_ARGUMENT. Fields are only ever added
+ * at the end, numbers of statuses and other constants are never reused, functions are not removed within a major version
+ * (before 1.0: a minor version).
  */
 
 #ifndef NS_LLM_H
@@ -98,9 +111,11 @@ extern "C" {
 /*
  * Version -------------------------------------------------------------------------------------------------------
  *
- * `NS_LLM_VERSION_NUMBER` is what you compiled against, ns_llm_version_number() is what you run with. Programs work
- * with any library of the same major version that is at least as new; while the major version is 0, of the same minor
- * version.
+ * `NS_LLM_VERSION_NUMBER` is what you compiled against, ns_llm_version_number() is what you run with. A program works
+ * with any library that has its `NS_LLM_ABI_VERSION` and is at least as new. That number is the same for all versions
+ * with the same major version; while the major version is 0, for all with the same minor version. The shared library's
+ * name carries it too (libns_llm.so.0.1), so a linked program gets no other; one that loads the library by itself should
+ * compare it with ns_llm_abi_version().
  */
 
 /** The version of this header. */
@@ -111,12 +126,22 @@ extern "C" {
 /** The version of this header as one number, which grows with the version. */
 #define NS_LLM_VERSION_NUMBER (NS_LLM_VERSION_MAJOR * 1000000 + NS_LLM_VERSION_MINOR * 1000 + NS_LLM_VERSION_PATCH)
 
+/** What this header and the library must have in common; see above. */
+#define NS_LLM_ABI_VERSION (NS_LLM_VERSION_MAJOR == 0 ? NS_LLM_VERSION_MINOR : NS_LLM_VERSION_MAJOR * 1000)
+
 /**
  * The version of the library that is running, in the form of `NS_LLM_VERSION_NUMBER`: 1002003 is 1.2.3.
  *
  * Threads:    any. Cannot fail.
  */
 uint32_t ns_llm_version_number(void);
+
+/**
+ * The ABI version of the library that is running: programs that were compiled with this `NS_LLM_ABI_VERSION` work with it.
+ *
+ * Threads:    any. Cannot fail.
+ */
+uint32_t ns_llm_abi_version(void);
 
 /**
  * The version of the library that is running, as text such as "1.2.3".
@@ -159,6 +184,12 @@ typedef enum ns_llm_status {
     NS_LLM_IN_CALLBACK = 8,
     /** This process was forked from one that had opened an engine, whose threads stayed there. Fork first, then open. */
     NS_LLM_FORKED_PROCESS = 9,
+    /** The request is read in the other of the two ways: with a callback, or with ns_llm_request_next(). */
+    NS_LLM_WRONG_READER = 10,
+    /** Another thread is in the middle of the same call, and the two would take each other's events. */
+    NS_LLM_BUSY = 11,
+    /** The last event was read before; there will be no other. */
+    NS_LLM_ENDED = 12,
     /** A field is outside its range. */
     NS_LLM_INVALID_ARGUMENT = 100,
     /** The prompt does not fit the context. */
@@ -251,6 +282,33 @@ typedef struct ns_llm_text {
 } ns_llm_text;
 
 /*
+ * Log -----------------------------------------------------------------------------------------------------------
+ *
+ * An engine has little to say beside its answers, and prints nothing; a program that keeps a log gives each engine a
+ * callback for what an operator wants to find there. INFO: a model was loaded, with its figures; an engine was freed,
+ * with its counts. WARN: a request was refused because a queue is full. ERROR: a request ended by a defect of this
+ * library (told once for an engine).
+ */
+
+/** How much a line of the log matters. */
+typedef enum ns_llm_log_level {
+    /** Something went wrong that should not be possible. */
+    NS_LLM_LOG_ERROR = 1,
+    /** Something was refused that a larger limit or a smaller load would have allowed. */
+    NS_LLM_LOG_WARN = 2,
+    /** Something that happens once in the life of an engine. */
+    NS_LLM_LOG_INFO = 3,
+} ns_llm_log_level;
+
+/**
+ * Receives one line: `size` bytes of UTF-8 without a line break, the library's, valid until the callback returns. Called
+ * on the thread that caused it, the engine's callback thread included, so calls can overlap; never after
+ * ns_llm_engine_free() has returned, unless that was called inside a callback. It may call any function of this header,
+ * except those that say NS_LLM_IN_CALLBACK. It must return: no longjmp, no C++ exception.
+ */
+typedef void (*ns_llm_log_callback)(enum ns_llm_log_level level, const char *line, size_t size, void *user_data);
+
+/*
  * Engine --------------------------------------------------------------------------------------------------------
  *
  * An engine is a loaded model with its KV blocks, its worker, its compute threads and its callback thread. It serves
@@ -327,6 +385,10 @@ typedef struct ns_llm_engine_params {
     ns_llm_progress_callback progress;
     /** Handed to `progress`. */
     void *progress_user_data;
+    /** Hears what belongs into a log, or NULL. */
+    ns_llm_log_callback log;
+    /** Handed to `log`. */
+    void *log_user_data;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */
@@ -335,8 +397,8 @@ typedef uint64_t ns_llm_engine;
 /**
  * Loads a model and starts an engine for it. Returns when it can answer, which may take seconds.
  *
- * Ownership:  `params` and what it points to are copied. `*out_engine` is a new handle; free it with
- *             ns_llm_engine_free().
+ * Ownership:  `params` and what it points to are copied, but `log_user_data` must stay valid until the engine is freed.
+ *             `*out_engine` is a new handle; free it with ns_llm_engine_free().
  * Threads:    any, also concurrently, also inside a callback.
  * NULL:       `params`, `params->model.data` and `out_engine` must not be NULL.
  * Returns:    NS_LLM_OK; NS_LLM_CANCELLED if the progress callback said so; NS_LLM_NULL_ARGUMENT,
@@ -347,8 +409,9 @@ typedef uint64_t ns_llm_engine;
  * On failure: `*out_engine` is 0, and nothing is left behind.
  *
  * The caller promises:
- * `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its callback
- * callable until this function returns. `out_engine` points to a writable `ns_llm_engine`.
+ * `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its `progress`
+ * callable until this function returns, its `log` until ns_llm_engine_free() has. `out_engine` points to a writable
+ * `ns_llm_engine`.
  */
 ns_llm_status ns_llm_engine_open(const struct ns_llm_engine_params *params, ns_llm_engine *out_engine);
 
@@ -369,41 +432,195 @@ ns_llm_status ns_llm_engine_open(const struct ns_llm_engine_params *params, ns_l
  */
 ns_llm_status ns_llm_engine_free(ns_llm_engine engine);
 
-/**
- * Writes what is loaded, as a JSON object: "name", "architecture", "weights", "kv_dtype", "device", "isa" (texts);
- * "num_parameters", "vocab_size", "context_tokens", "threads", "load_ms" (numbers); "has_chat_template" (true or
- * false). Later versions add members.
+/*
+ * Figures -------------------------------------------------------------------------------------------------------
  *
- * Ownership:  `buffer` is the caller's; the text has no NUL at its end.
+ * What is loaded, what was done, and how many bytes it takes. The program gives a struct with its `struct_size` set, and
+ * finds it filled.
+ */
+
+/** What is loaded. The texts are the library's and valid until the engine is freed. */
+typedef struct ns_llm_model_info {
+    /** `sizeof(ns_llm_model_info)`. */
+    size_t struct_size;
+    /** Last component of the model's path. */
+    ns_llm_text name;
+    /** As in the model's config.json, such as "Qwen3ForCausalLM". */
+    ns_llm_text architecture;
+    /** How the weights are kept, such as "bf16". */
+    ns_llm_text weights;
+    /** How keys and values are kept, such as "f16". */
+    ns_llm_text kv_dtype;
+    /** "cpu" or "cuda". */
+    ns_llm_text device;
+    /** The instruction set in use, such as "avx2" or "portable". */
+    ns_llm_text isa;
+    /** Numbers in all weights. */
+    uint64_t num_parameters;
+    /** Those that are multiplied with every token of a prompt: the matrices of the layers. */
+    uint64_t num_layer_parameters;
+    /** Entries of the vocabulary: token ids are below this. */
+    uint64_t vocab_size;
+    /** Longest sequence, prompt and answer, in tokens. */
+    uint64_t context_tokens;
+    /** Elements of the vector that an embedding request gets. */
+    uint64_t embedding_dimensions;
+    /** Longest input of an embedding request, tokens; more is cut. */
+    uint64_t max_embedding_tokens;
+    /** Compute threads. */
+    uint64_t threads;
+    /** What opening took, milliseconds. */
+    double load_ms;
+    /** 1 if the model can write text; 0 if it makes vectors only. */
+    uint32_t can_generate;
+    /** 1 if messages can be turned into a prompt, else 0. */
+    uint32_t has_chat_template;
+} ns_llm_model_info;
+
+/** What an engine has done and is doing. Those named `_total` only grow. */
+typedef struct ns_llm_stats {
+    /** `sizeof(ns_llm_stats)`. */
+    size_t struct_size;
+    /** Sequences that are being computed. */
+    uint64_t num_requests_running;
+    /** Sequences that wait. */
+    uint64_t num_requests_waiting;
+    /** Blocks of the KV pool. */
+    uint64_t kv_blocks_total;
+    /** Blocks that live sequences hold. */
+    uint64_t kv_blocks_used;
+    /** Blocks that hold KV for later, and are given away when needed. */
+    uint64_t kv_blocks_cached;
+    /** Blocks that hold nothing. */
+    uint64_t kv_blocks_free;
+    /** Requests admitted: the finished, cancelled, failed and live ones. */
+    uint64_t requests_total;
+    /** Requests that ended by themselves. */
+    uint64_t requests_finished_total;
+    /** Requests that were cancelled. */
+    uint64_t requests_cancelled_total;
+    /** Admitted requests that ended in an error. */
+    uint64_t requests_failed_total;
+    /** Requests that were refused or given up before they were admitted. */
+    uint64_t requests_refused_total;
+    /** Prompt tokens of admitted requests. */
+    uint64_t prompt_tokens_total;
+    /** Prompt tokens that the prefix cache was asked for. */
+    uint64_t prefix_cache_queries_total;
+    /** Prompt tokens that it had. */
+    uint64_t prefix_cache_hits_total;
+    /** Tokens produced. */
+    uint64_t generation_tokens_total;
+    /** Tokens of inputs that were turned into vectors. */
+    uint64_t embedding_tokens_total;
+    /** Tokens computed, those of preempted sequences again. */
+    uint64_t computed_tokens_total;
+    /** Sequences that lost their blocks and were computed again. */
+    uint64_t preemptions_total;
+    /** Steps run. */
+    uint64_t steps_total;
+    /** Milliseconds since the engine was opened. */
+    uint64_t uptime_ms;
+} ns_llm_stats;
+
+/** Bytes that an engine holds. */
+typedef struct ns_llm_memory_use {
+    /** `sizeof(ns_llm_memory_use)`. */
+    size_t struct_size;
+    /** Weights, as they are kept. */
+    uint64_t weights_bytes;
+    /** The KV pool, as reserved. */
+    uint64_t kv_reserved_bytes;
+    /** The part of it that live sequences hold. */
+    uint64_t kv_used_bytes;
+    /** The part of it that is kept for later. */
+    uint64_t kv_cached_bytes;
+} ns_llm_memory_use;
+
+/**
+ * Says what is loaded.
+ *
+ * Ownership:  `*out_info` is the caller's, its texts the library's until the engine is freed.
  * Threads:    any, also inside a callback.
- * NULL:       `buffer` may be NULL if `capacity` is 0, to ask for the size; `out_size` must not be NULL.
- * Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
- *             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
- * On failure: `buffer` is unchanged. `*out_size` is the size that is needed after NS_LLM_BUFFER_TOO_SMALL, else 0.
+ * NULL:       `out_info` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT
+ *             about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `*out_info` is unchanged.
  *
  * The caller promises:
- * `buffer` points to `capacity` writable bytes and `out_size` to a writable `size_t`.
+ * `out_info` points to a `size_t` and to as many writable bytes as that says.
  */
-ns_llm_status ns_llm_engine_info(ns_llm_engine engine, char *buffer, size_t capacity, size_t *out_size);
+ns_llm_status ns_llm_engine_info(ns_llm_engine engine, struct ns_llm_model_info *out_info);
+
+/**
+ * Says what an engine has done so far, as of its last step.
+ *
+ * Ownership:  `*out_stats` is the caller's.
+ * Threads:    any, also inside a callback.
+ * NULL:       `out_stats` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT
+ *             about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `*out_stats` is unchanged.
+ *
+ * The caller promises:
+ * `out_stats` points to a `size_t` and to as many writable bytes as that says.
+ */
+ns_llm_status ns_llm_engine_stats(ns_llm_engine engine, struct ns_llm_stats *out_stats);
+
+/**
+ * Says how many bytes an engine holds.
+ *
+ * Ownership:  `*out_memory` is the caller's.
+ * Threads:    any, also inside a callback.
+ * NULL:       `out_memory` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT
+ *             about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `*out_memory` is unchanged.
+ *
+ * The caller promises:
+ * `out_memory` points to a `size_t` and to as many writable bytes as that says.
+ */
+ns_llm_status ns_llm_engine_memory(ns_llm_engine engine, struct ns_llm_memory_use *out_memory);
+
+/**
+ * Says whether an engine takes requests. Costs next to nothing: made for a health check.
+ *
+ * Threads:    any, also inside a callback.
+ * Returns:    NS_LLM_OK; NS_LLM_INTERNAL if a defect of this library ended the engine, with the reason in
+ *             ns_llm_last_error(): free it and open a new one; NS_LLM_BAD_HANDLE (also for 0); NS_LLM_CLOSED if it is just
+ *             being freed; NS_LLM_FORKED_PROCESS.
+ */
+ns_llm_status ns_llm_engine_health(ns_llm_engine engine);
 
 /*
  * Events --------------------------------------------------------------------------------------------------------
  *
- * What a request has to say arrives as a sequence of events, in this order: any number of DELTA, one FINISHED for each
- * choice, and as the very last either DONE or FAILED. Whatever happens to an accepted request - it ends, it is
- * cancelled, its handle or its engine is freed - it gets exactly one last event.
+ * What a request has to say arrives as a sequence of events. A generation tells any number of DELTA, one FINISHED for
+ * each choice, and as the very last either DONE or FAILED; an embedding request tells one EMBEDDING for each input, in any
+ * order, and the same last event. Whatever happens to an accepted request - it ends, it is cancelled, its engine is
+ * freed - there is exactly one last event.
+ *
+ * There are two ways to hear them, and each request has one of the two, chosen when it is submitted: a callback, which
+ * the engine calls on a thread of its own; or ns_llm_request_next(), with which the program fetches events on a thread of
+ * its choice. Either way a slow reader loses nothing and slows down nobody but itself: what it has not heard yet waits,
+ * merged into one DELTA a choice.
  */
 
 /** What an event tells. Ignore kinds that you do not know. */
 typedef enum ns_llm_event_kind {
-    /** New tokens of one choice, and the text that they complete: `choice`, `text`, `token_ids`. */
+    /**
+     * New tokens of one choice, and the text that they complete: `choice`, `text`, `token_ids`, and `logprobs` if they
+     * were asked for.
+     */
     NS_LLM_EVENT_DELTA = 1,
     /** One choice has ended: `choice`, `finish_reason`. */
     NS_LLM_EVENT_FINISHED = 2,
-    /** The last event of a request that ended by itself: `summary`. */
+    /** The last event of a request that ended by itself: `summary`, and `prompt_logprobs` if they were asked for. */
     NS_LLM_EVENT_DONE = 3,
     /** The last event of any other: `status` says why, `text` says it in a sentence. */
     NS_LLM_EVENT_FAILED = 4,
+    /** The vector of one input of an embedding request: `input`, `embedding`, `num_input_tokens`, `is_truncated`. */
+    NS_LLM_EVENT_EMBEDDING = 5,
 } ns_llm_event_kind;
 
 /** Why a choice ended. */
@@ -423,7 +640,7 @@ typedef uint64_t ns_llm_request;
 typedef struct ns_llm_summary {
     /** `sizeof(ns_llm_summary)`: set by whoever owns the struct. */
     size_t struct_size;
-    /** Tokens of the prompt. */
+    /** Tokens of the prompt, or of all inputs of an embedding request. */
     uint64_t prompt_tokens;
     /** Tokens of all choices, stop tokens included. */
     uint64_t completion_tokens;
@@ -431,7 +648,7 @@ typedef struct ns_llm_summary {
     uint64_t cached_tokens;
     /** How often the request lost its KV to others and was computed again (its tokens are the same). */
     uint64_t preemptions;
-    /** The seed that was used. Give it again to get the same answer. */
+    /** The seed that was used (of an embedding request: 0). Give it again to get the same answer. */
     uint64_t seed;
     /** From submission to the first step that computed the request. */
     double queue_ms;
@@ -445,12 +662,34 @@ typedef struct ns_llm_summary {
     double total_ms;
 } ns_llm_summary;
 
+/** A token and the natural logarithm of its probability under the model: before temperature, penalties and truncation. */
+typedef struct ns_llm_logprob {
+    /** The token. */
+    uint32_t token_id;
+    /** Its log-probability: 0 or less. */
+    float logprob;
+} ns_llm_logprob;
+
+/** How likely one token was, and which ones were likeliest in its place. */
+typedef struct ns_llm_token_logprobs {
+    /** The token that was chosen; in a prompt, the one that stands there. */
+    struct ns_llm_logprob chosen;
+    /** The likeliest, best first. */
+    const struct ns_llm_logprob *top;
+    /** Number of `top`: as many as were asked for. */
+    size_t num_top;
+} ns_llm_token_logprobs;
+
 /**
- * One event. The struct and everything in it belong to the library and are valid until the callback returns; copy what
- * you keep. Fields that its kind does not name are zero or empty; `text.data` is never NULL.
+ * One event. Fields that its kind does not name are zero, NULL or empty; `text.data` is never NULL. What it points to is
+ * the library's: in a callback it is valid until the callback returns, after ns_llm_request_next() until the next call of
+ * that for the same request, or until the request is freed. Copy what you keep.
  */
 typedef struct ns_llm_event {
-    /** Size of the struct as the library knows it. Fields that you know and an older library does not lie beyond it. */
+    /**
+     * `sizeof(ns_llm_event)`: set by whoever owns the struct. In a callback that is the library: fields beyond this size
+     * are newer than the library that is running.
+     */
     size_t struct_size;
     /** The request: the value that ns_llm_generate() gives, also if that has not returned yet. */
     ns_llm_request request;
@@ -467,12 +706,30 @@ typedef struct ns_llm_event {
     const uint32_t *token_ids;
     /** Number of `token_ids`. */
     size_t num_token_ids;
+    /** One for each of `token_ids`, if `logprobs` was set in the request. */
+    const struct ns_llm_token_logprobs *logprobs;
+    /** Number of `logprobs`: 0, or `num_token_ids`. */
+    size_t num_logprobs;
     /** Why the choice ended. */
     enum ns_llm_finish_reason finish_reason;
-    /** Why the request failed: what ns_llm_request_wait() returns. */
+    /** Why the request failed. */
     ns_llm_status status;
     /** Counts and times, or NULL. */
     const struct ns_llm_summary *summary;
+    /** One for each token of the prompt from the second on, if NS_LLM_REQUEST_PROMPT_LOGPROBS was set. */
+    const struct ns_llm_token_logprobs *prompt_logprobs;
+    /** Number of `prompt_logprobs`. */
+    size_t num_prompt_logprobs;
+    /** The vector of an input. */
+    const float *embedding;
+    /** Number of `embedding`. */
+    size_t num_dimensions;
+    /** Which input, from 0. */
+    size_t input;
+    /** Tokens that the vector was computed from. */
+    size_t num_input_tokens;
+    /** 1 if the input was longer and lost its end, else 0. */
+    uint64_t is_truncated;
 } ns_llm_event;
 
 /**
@@ -489,8 +746,8 @@ typedef bool (*ns_llm_event_callback)(const struct ns_llm_event *event, void *us
 /*
  * Request -------------------------------------------------------------------------------------------------------
  *
- * A request is one prompt and its answer. Submitting one returns at once; its events come to the callback, and
- * ns_llm_request_wait() waits for the end. Each accepted request has a handle that the program frees.
+ * A request is one prompt and its answer. Submitting one returns at once; its events come to a callback, or are fetched
+ * with ns_llm_request_next(). Each accepted request has a handle that the program frees.
  */
 
 /** A bit of `ns_llm_request_params.set`: `max_tokens` holds a value. */
@@ -520,13 +777,25 @@ typedef bool (*ns_llm_event_callback)(const struct ns_llm_event *event, void *us
 /** A bit of `ns_llm_request_params.set`: `frequency_penalty` holds a value. */
 #define NS_LLM_SET_FREQUENCY_PENALTY 256
 
+/** A bit of `ns_llm_request_params.set`: `logprobs` holds a value. */
+#define NS_LLM_SET_LOGPROBS 512
+
 /** A flag of `ns_llm_request_params`: the model's end tokens do not end the answer (for measurements). */
 #define NS_LLM_REQUEST_IGNORE_EOS 1
 
 /** A flag of `ns_llm_request_params`: KV of earlier prompts is not used for this one. */
 #define NS_LLM_REQUEST_NO_PREFIX_CACHE 2
 
-/** For ns_llm_request_wait(): no limit. */
+/** A flag of `ns_llm_request_params`: the last event brings the logprob of each token of the prompt from the second on. */
+#define NS_LLM_REQUEST_PROMPT_LOGPROBS 4
+
+/**
+ * A flag of `ns_llm_request_params`: ns_llm_generate() does not wait until the request is admitted, so it never blocks;
+ * what it could not find out is told by NS_LLM_EVENT_FAILED. For event loops.
+ */
+#define NS_LLM_REQUEST_DO_NOT_WAIT 8
+
+/** For functions that wait: no limit. */
 #define NS_LLM_FOREVER UINT64_MAX
 
 /** Who goes first. Waiting raises a request's rank, so none waits for ever. */
@@ -563,7 +832,7 @@ typedef struct ns_llm_logit_bias {
 typedef struct ns_llm_request_params {
     /** `sizeof(ns_llm_request_params)`. */
     size_t struct_size;
-    /** Which of the fields `max_tokens` to `frequency_penalty` hold a value: any of the `NS_LLM_SET_` bits. */
+    /** Which of the fields that have a bit hold a value: any of the `NS_LLM_SET_` bits. */
     uint64_t set;
     /**
      * What to continue: a text, in which names of special tokens count as special tokens. Exactly one of
@@ -627,22 +896,28 @@ typedef struct ns_llm_request_params {
      * bytes.
      */
     ns_llm_text cache_namespace;
+    /**
+     * How many of the likeliest tokens to report in each new token's place, 0 to 20; with 0, the chosen one's logprob
+     * alone. Unset: no logprobs.
+     */
+    size_t logprobs;
 } ns_llm_request_params;
 
 /**
  * Submits one request. Returns when it is checked, turned into tokens and queued, so what is wrong with it is said
- * here; the answer arrives through `callback`. The first events may arrive before this function has returned.
+ * here, unless NS_LLM_REQUEST_DO_NOT_WAIT is among its flags. With a `callback` the answer arrives there, the first events
+ * perhaps before this function has returned. Without, fetch it with ns_llm_request_next().
  *
  * Ownership:  `params` and what it points to are copied. `user_data` is the program's, and must stay valid until the
  *             last event has returned. `*out_request` is a new handle; free it with ns_llm_request_free(), before or
  *             after the engine, as you like.
  * Threads:    any, also concurrently on one engine, also inside a callback.
- * NULL:       `params`, `callback` and `out_request` must not be NULL; `user_data` may be.
+ * NULL:       `callback` and `user_data` may be NULL; `params` and `out_request` must not be.
  * Returns:    NS_LLM_OK; NS_LLM_OVERLOADED (try later); NS_LLM_PROMPT_TOO_LONG; NS_LLM_EXCEEDS_KV_POOL;
- *             NS_LLM_TEMPLATE, NS_LLM_NO_CHAT_TEMPLATE or NS_LLM_TOKENIZER about the prompt; NS_LLM_NULL_ARGUMENT,
- *             NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the
- *             parameters; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the engine is being freed; NS_LLM_FORKED_PROCESS;
- *             NS_LLM_INTERNAL.
+ *             NS_LLM_TEMPLATE, NS_LLM_NO_CHAT_TEMPLATE or NS_LLM_TOKENIZER about the prompt; NS_LLM_NOT_SUPPORTED if the
+ *             model makes vectors only; NS_LLM_NULL_ARGUMENT, NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8,
+ *             NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the parameters; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if
+ *             the engine is being freed; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
  * On failure: `*out_request` is 0, and `callback` was not and will not be called.
  *
  * The caller promises:
@@ -657,15 +932,39 @@ ns_llm_status ns_llm_generate(ns_llm_engine engine,
                               ns_llm_request *out_request);
 
 /**
- * Waits until the last event of a request has been told, and says how it ended.
+ * Fetches the next event of a request that was submitted without a callback, and waits for it if need be. A FAILED event
+ * is fetched like any other: the status says how fetching went, not how the request did. After the last event there is
+ * NS_LLM_ENDED for ever, so a program reads until this returns anything but NS_LLM_OK.
+ *
+ * Ownership:  `*out_event` is the caller's; what it points to is the library's, and valid until the next call for the same
+ *             request, whatever that returns, or until the request is freed.
+ * Threads:    any, also inside a callback, which then holds up the other events of its engine; one at a time for one
+ *             request. If another thread frees the request meanwhile, NS_LLM_BAD_HANDLE.
+ * NULL:       `out_event` must not be NULL, and its `struct_size` must be set.
+ * Returns:    NS_LLM_OK; NS_LLM_ENDED; NS_LLM_TIMEOUT if nothing came within `timeout_ms` (NS_LLM_FOREVER: wait on; 0:
+ *             just ask); NS_LLM_BUSY if another thread is in this function for the same request; NS_LLM_WRONG_READER if
+ *             the request has a callback; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
+ *             NS_LLM_INVALID_ARGUMENT about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `*out_event` is unchanged, and no event is lost.
+ *
+ * The caller promises:
+ * `out_event` points to a `size_t` and to as many writable bytes as that says.
+ */
+ns_llm_status ns_llm_request_next(ns_llm_request request,
+                                  uint64_t timeout_ms,
+                                  ns_llm_event *out_event);
+
+/**
+ * Waits until the last event of a request has been told to its callback, and says how it ended.
  *
  * Ownership:  `*out_summary` is the caller's.
  * Threads:    any but a callback, also several for one request.
  * NULL:       `out_summary` may be NULL; otherwise its `struct_size` must be set.
  * Returns:    how the request ended: NS_LLM_OK, or the `status` of its NS_LLM_EVENT_FAILED, such as NS_LLM_CANCELLED;
  *             NS_LLM_TIMEOUT if it has not ended within `timeout_ms` (NS_LLM_FOREVER: wait on; 0: just ask);
- *             NS_LLM_IN_CALLBACK inside a callback; NS_LLM_BAD_HANDLE; NS_LLM_MISALIGNED_POINTER;
- *             NS_LLM_INVALID_ARGUMENT about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ *             NS_LLM_IN_CALLBACK inside a callback; NS_LLM_WRONG_READER if the request has no callback;
+ *             NS_LLM_BAD_HANDLE; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT about `struct_size`;
+ *             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
  * On failure: `*out_summary` is unchanged.
  *
  * The caller promises:
@@ -685,18 +984,119 @@ ns_llm_status ns_llm_request_cancel(ns_llm_request request);
 /**
  * Cancels a request that has not ended, and frees its handle.
  *
- * Outside of callbacks it returns when the last event has been told, so `user_data` is the program's own again; this
- * takes about one step, and as long as the callback that is running, so do not hold a lock that the callback takes.
- * Inside a callback it returns at once, and the last event comes after that callback has returned.
+ * If it has a callback: outside of callbacks this returns when the last event has been told, so `user_data` is the
+ * program's own again; this takes about one step, and as long as the callback that is running, so do not hold a lock that
+ * the callback takes. Inside a callback it returns at once, and the last event comes after that callback has returned.
+ * Without a callback it returns at once, and what the last event pointed to is gone.
  *
  * Ownership:  `request` is dead afterwards.
- * Threads:    any, also inside a callback; other threads that wait for the request go on waiting, for its end.
+ * Threads:    any, also inside a callback. Other threads that are in ns_llm_request_wait() go on waiting, for its end;
+ *             one that is in ns_llm_request_next() gets NS_LLM_BAD_HANDLE.
  * NULL:       0 is allowed and does nothing.
  * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE if it is not a request or was freed before; NS_LLM_FORKED_PROCESS;
  *             NS_LLM_INTERNAL.
  * On failure: nothing changed.
  */
 ns_llm_status ns_llm_request_free(ns_llm_request request);
+
+/*
+ * Embeddings ----------------------------------------------------------------------------------------------------
+ *
+ * An embedding is the vector of a text: texts of like meaning have vectors that point the same way. Any model makes them:
+ * one that was made for it, or one that writes, whose final states are averaged. Each input of a request is computed for
+ * itself: what else is in the request changes no bit of its vector.
+ */
+
+/**
+ * A flag of `ns_llm_embedding_params`: an input that is longer than the model's `max_embedding_tokens` is refused with
+ * NS_LLM_PROMPT_TOO_LONG, and not cut.
+ */
+#define NS_LLM_EMBEDDING_NO_TRUNCATE 1
+
+/** A flag of `ns_llm_embedding_params`: vectors keep the length that the model gives them, which is else 1 (L2). */
+#define NS_LLM_EMBEDDING_NO_NORMALIZE 2
+
+/** One input: exactly one of `text.data` and `token_ids` is not NULL. */
+typedef struct ns_llm_embedding_input {
+    /** A text, turned into tokens as the model's configuration says. */
+    ns_llm_text text;
+    /** Tokens, taken as they are. */
+    const uint32_t *token_ids;
+    /** Number of `token_ids`. */
+    size_t num_token_ids;
+} ns_llm_embedding_input;
+
+/** What to turn into vectors. Zero is the default of every field but `struct_size` and the inputs. */
+typedef struct ns_llm_embedding_params {
+    /** `sizeof(ns_llm_embedding_params)`. */
+    size_t struct_size;
+    /** The inputs. */
+    const struct ns_llm_embedding_input *inputs;
+    /** Number of `inputs`, 1 to 2048; 4 MiB in all. */
+    size_t num_inputs;
+    /** How many of a vector's leading elements to keep, for models that were trained for it. 0: all. */
+    size_t dimensions;
+    /** A value of `ns_llm_priority`. */
+    uint32_t priority;
+    /** Any of the `NS_LLM_EMBEDDING_` flags. */
+    uint32_t flags;
+    /**
+     * Limit from submission to the end, milliseconds, after which the request fails with NS_LLM_DEADLINE_EXCEEDED. 0:
+     * none.
+     */
+    uint64_t timeout_ms;
+} ns_llm_embedding_params;
+
+/**
+ * Turns inputs into vectors and waits for all of them. The vectors lie in `buffer` one behind the other, in the order of
+ * the inputs, each of `dimensions` numbers, or of the model's `embedding_dimensions` (ns_llm_engine_info()). To stop it
+ * from another thread, or to hear of an input that was cut, use ns_llm_submit_embedding().
+ *
+ * Ownership:  `params` and what it points to are read until this function returns; `buffer` and `*out_summary` are the
+ *             caller's.
+ * Threads:    any, also concurrently, also inside a callback, which then holds up the other events of its engine.
+ * NULL:       `buffer` may be NULL if `capacity` is 0, to ask for the number of floats; `out_summary` may be NULL, else
+ *             its `struct_size` must be set; `params` and `out_num` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL, before anything is computed; every status that ns_llm_generate() can
+ *             return but those about chat; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_NON_FINITE_EMBEDDING.
+ * On failure: `buffer` and `*out_summary` are unchanged. `*out_num` is the number of floats that are needed after
+ *             NS_LLM_BUFFER_TOO_SMALL, else 0.
+ *
+ * The caller promises:
+ * `params` points to a `size_t` and to as many readable bytes as that says, and its inputs are readable. `buffer` points
+ * to `capacity` writable floats, `out_num` to a writable `size_t`. `out_summary` is NULL, or points to a `size_t` and to
+ * as many writable bytes as that says.
+ */
+ns_llm_status ns_llm_embed(ns_llm_engine engine,
+                           const struct ns_llm_embedding_params *params,
+                           float *buffer,
+                           size_t capacity,
+                           size_t *out_num,
+                           ns_llm_summary *out_summary);
+
+/**
+ * Submits inputs to be turned into vectors, and returns at once: it never waits, so what is wrong with the text of an
+ * input is told by NS_LLM_EVENT_FAILED. Each vector comes as an NS_LLM_EVENT_EMBEDDING, to the `callback` or to
+ * ns_llm_request_next().
+ *
+ * Ownership:  `params` and what it points to are copied. `user_data` is the program's, and must stay valid until the
+ *             last event has returned. `*out_request` is a new handle; free it with ns_llm_request_free().
+ * Threads:    any, also concurrently on one engine, also inside a callback.
+ * NULL:       `callback` and `user_data` may be NULL; `params` and `out_request` must not be.
+ * Returns:    NS_LLM_OK; NS_LLM_OVERLOADED (try later); NS_LLM_NULL_ARGUMENT, NS_LLM_MISALIGNED_POINTER,
+ *             NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the parameters;
+ *             NS_LLM_NOT_SUPPORTED; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the engine is being freed;
+ *             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `*out_request` is 0, and `callback` was not and will not be called.
+ *
+ * The caller promises:
+ * As ns_llm_generate(), for `ns_llm_embedding_params`.
+ */
+ns_llm_status ns_llm_submit_embedding(ns_llm_engine engine,
+                                      const struct ns_llm_embedding_params *params,
+                                      ns_llm_event_callback callback,
+                                      void *user_data,
+                                      ns_llm_request *out_request);
 
 /*
  * Tokenizer -----------------------------------------------------------------------------------------------------

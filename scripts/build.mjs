@@ -1,12 +1,13 @@
 // `npm run build`: whatever is missing or older than its sources. Packages by `npm ci`, the addon by cargo (which knows
 // what is current), TypeScript by tsc (incremental).
 
-import { copyFileSync, existsSync, mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 import { ROOT, run } from './process.mjs';
 import { declarations } from './declarations.mjs';
+import { withoutGlibcLoader } from './portable-addon.mjs';
 
 const path = (...parts) => join(ROOT, ...parts);
 const modified = (file) => (existsSync(file) ? statSync(file).mtimeMs : 0);
@@ -62,7 +63,7 @@ function replaceIfOlder(from, to) {
   if (modified(to) >= modified(from)) {
     return;
   }
-  copyFileSync(from, `${to}.new`);
+  writeFileSync(`${to}.new`, withoutGlibcLoader(readFileSync(from)));
   renameSync(`${to}.new`, to);
 }
 

@@ -4,9 +4,13 @@
  */
 
 import { onAbort } from './abort.js';
-import { AbortError, fromNative, NsLlmError, wrapErrors } from './errors.js';
+import { isOneInput, runEmbedding, toNativeEmbedding } from './embedding.js';
+import type { Embedding, EmbeddingInput, Embeddings, EmbedOptions } from './embedding.js';
+import { AbortError, NsLlmError, settled, wrapErrors } from './errors.js';
 import { DEMO_MODEL, native } from './native.js';
 import type { NativeEngine, NativeOpening } from './native.js';
+import { Chat } from './openai/chat.js';
+import { EmbeddingResource } from './openai/embeddings.js';
 import { abortSignal, describe, plainObject, toNativeRequest, toTokenIds } from './request.js';
 import type { GenerateOptions, Prompt, TokenIds } from './request.js';
 import { ResponseStream } from './stream.js';
@@ -69,6 +73,10 @@ export interface TokenizeOptions {
 export class Engine {
   /** What is loaded, and how it is run. Stays readable after {@link close}. */
   readonly info: Readonly<ModelInfo>;
+  /** OpenAI's chat interface: `engine.chat.completions.create({ messages })`. */
+  readonly chat: Chat;
+  /** OpenAI's embedding interface: `engine.embeddings.create({ input })`. */
+  readonly embeddings: EmbeddingResource;
   readonly #native: NativeEngine;
   #closing: Promise<void> | undefined;
 
@@ -78,6 +86,13 @@ export class Engine {
     }
     this.#native = engine;
     this.info = Object.freeze(engine.info());
+    this.chat = new Chat({
+      info: this.info,
+      generate: (prompt, options) => this.generate(prompt, options),
+      stream: (prompt, options) => this.stream(prompt, options),
+      tokenBytes: (ids) => wrapErrors(() => engine.tokenBytes(ids)),
+    });
+    this.embeddings = new EmbeddingResource({ embed: (inputs, options) => this.#embed(inputs, options) });
   }
 
   /** Loads a model on a thread of its own and gives its engine. */
@@ -112,6 +127,23 @@ export class Engine {
     return this.#submit(prompt, options, 'chunks');
   }
 
+  /**
+   * Turns one input, a string or token ids, into a vector; or an array of inputs into as many vectors, which is faster
+   * than asking for each. Any model can: one that was made for it, or a decoder, whose final states are averaged.
+   */
+  embed(input: EmbeddingInput, options?: EmbedOptions): Promise<Embedding>;
+  embed(inputs: readonly EmbeddingInput[], options?: EmbedOptions): Promise<Embeddings>;
+  async embed(
+    input: EmbeddingInput | readonly EmbeddingInput[],
+    options: EmbedOptions = {},
+  ): Promise<Embedding | Embeddings> {
+    if (!isOneInput(input)) {
+      return this.#embed(input, options);
+    }
+    const { embeddings, tokens, truncated, ...rest } = await this.#embed([input], options);
+    return { embedding: embeddings[0]!, tokens: tokens[0]!, truncated: truncated[0]!, ...rest };
+  }
+
   /** Tokens of `text`. */
   async tokenize(text: string, options: TokenizeOptions = {}): Promise<number[]> {
     const { addSpecial = true } = plainObject('options', options, 'an object');
@@ -126,12 +158,12 @@ export class Engine {
     return settled(() => this.#native.detokenize(toTokenIds('ids', ids)));
   }
 
-  /** What was done so far and is being done. */
+  /** What was done so far and is being done; after {@link close}, what was done in all. */
   stats(): Stats {
     return wrapErrors(() => this.#native.stats());
   }
 
-  /** Bytes held outside JavaScript's heap. */
+  /** Bytes held outside JavaScript's heap; after {@link close}, none. */
   memory(): MemoryUse {
     return wrapErrors(() => this.#native.memory());
   }
@@ -147,20 +179,18 @@ export class Engine {
     return this.close();
   }
 
+  async #embed(inputs: readonly EmbeddingInput[], given: EmbedOptions): Promise<Embeddings> {
+    const { signal, ...options } = plainObject('options', given, 'an object');
+    const request = toNativeEmbedding(inputs, options);
+    const { vectors, ...rest } = await runEmbedding(() => this.#native.embed(request), abortSignal(signal));
+    return { embeddings: vectors, dimensions: vectors[0]!.length, ...rest, model: this.info.name };
+  }
+
   #submit(prompt: Prompt, given: GenerateOptions, mode: ReadMode): ResponseStream {
     const { signal, ...options } = plainObject('options', given, 'an object');
     const request = toNativeRequest(prompt, options);
     const submit = () => wrapErrors(() => this.#native.submit(request));
     return new ResponseStream(submit, abortSignal(signal), mode);
-  }
-}
-
-/** The promise of a native call, whose errors, thrown or rejected, are those of this package. */
-async function settled<T>(call: () => Promise<T>): Promise<T> {
-  try {
-    return await call();
-  } catch (error) {
-    throw fromNative(error);
   }
 }
 

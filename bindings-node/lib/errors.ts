@@ -40,10 +40,15 @@ export type ErrorCode =
 export class NsLlmError extends Error {
   /** Stable name of the kind of error. */
   readonly code: ErrorCode;
+  /** The parameter at fault, as OpenAI names it; only in errors of `engine.chat` and `engine.embeddings`. */
+  declare readonly param?: string;
 
-  constructor(code: ErrorCode, message: string, options?: { cause?: unknown }) {
+  constructor(code: ErrorCode, message: string, options?: { cause?: unknown; param?: string }) {
     super(message, options);
     this.code = code;
+    if (options?.param !== undefined) {
+      this.param = options.param;
+    }
   }
 
   static {
@@ -76,6 +81,15 @@ export function fromNative(error: unknown): unknown {
 export function wrapErrors<T>(action: () => T): T {
   try {
     return action();
+  } catch (error) {
+    throw fromNative(error);
+  }
+}
+
+/** The promise of a native call, with what it throws or rejects with passed through {@link fromNative}. */
+export async function settled<T>(call: () => Promise<T>): Promise<T> {
+  try {
+    return await call();
   } catch (error) {
     throw fromNative(error);
   }

@@ -9,11 +9,16 @@
  * ```
  */
 
+export type { Embedding, EmbeddingInput, Embeddings, EmbedOptions } from './embedding.js';
 export { Engine } from './engine.js';
 export type { LoadProgress, MemoryUse, ModelInfo, OpenOptions, Stats, TokenizeOptions } from './engine.js';
 export { AbortError, NsLlmError } from './errors.js';
 export type { ErrorCode } from './errors.js';
 export { DEMO_MODEL } from './native.js';
+export { ChatCompletionStream } from './openai/chat.js';
+export type { Chat, ChatCompletions } from './openai/chat.js';
+export type { EmbeddingResource } from './openai/embeddings.js';
+export type * from './openai/types.js';
 export type { GenerateOptions, Message, Prompt, TokenIds } from './request.js';
 export { ResponseStream } from './stream.js';
 export type { Choice, Chunk, Completion, FinishReason, Logprob, Timings, TokenLogprobs, Usage } from './stream.js';

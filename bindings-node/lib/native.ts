@@ -8,10 +8,18 @@ import { join } from 'node:path';
 import type * as Addon from '../native.js';
 import { NsLlmError } from './errors.js';
 
-export type { NativeEngine, NativeEvent, NativeOpening, NativeStream, NativeSummary } from '../native.js';
+export type {
+  NativeBatch,
+  NativeEmbedding,
+  NativeEmbeddings,
+  NativeEngine,
+  NativeOpening,
+  NativeStream,
+  NativeSummary,
+} from '../native.js';
 
-/** From `dist/lib`, where this file runs, to the package's `bindings-node`. */
-const ADDON = join(__dirname, '..', '..', 'native.node');
+/** The addon's file: from `dist/lib`, where this file runs, to the package's `bindings-node`. */
+export const ADDON = join(__dirname, '..', '..', 'native.node');
 
 /** The model that ships with the package. */
 export const DEMO_MODEL = join(__dirname, '..', '..', '..', 'models', 'demo');

@@ -5,7 +5,7 @@
 
 import { onAbort } from './abort.js';
 import { AbortError, fromNative, NsLlmError } from './errors.js';
-import type { NativeEvent, NativeStream, NativeSummary } from './native.js';
+import type { NativeBatch, NativeStream, NativeSummary } from './native.js';
 import type { Timings, TokenLogprobs, Usage } from '../native.js';
 
 export type { Logprob, Timings, TokenLogprobs, Usage } from '../native.js';
@@ -26,6 +26,8 @@ export interface Chunk {
   tokenIds: number[];
   /** One entry per token, when asked for. */
   logprobs?: TokenLogprobs[];
+  /** Why the choice ended; on its last chunk, which may hold nothing else. */
+  finishReason?: FinishReason;
 }
 
 /** One finished answer. */
@@ -69,11 +71,11 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
   readonly #native: NativeStream | undefined;
   readonly #mode: ReadMode;
   readonly #result = withResolvers<Completion>();
-  /** Rejects when the request is given up here, so that nobody waits for the engine's last step. */
-  readonly #interrupted = withResolvers<never>();
   readonly #choices: Choice[] = [];
   #chunks: Chunk[] = [];
-  #reading: Promise<void> | undefined;
+  /** Calls of {@link next} that came before their chunk, in order. */
+  readonly #waiting: Waiting[] = [];
+  #isReading = false;
   #draining = false;
   #state: 'open' | 'finished' | 'left' | 'failed' = 'open';
   #unreportedError: { error: unknown } | undefined;
@@ -82,9 +84,8 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
   /** @internal */
   constructor(submit: () => NativeStream, signal: AbortSignal | undefined, mode: ReadMode) {
     this.#mode = mode;
-    // Nobody has to look at these: an error is also thrown by the loop.
+    // Nobody has to look at it: an error is also thrown by the loop.
     this.#result.promise.catch(() => {});
-    this.#interrupted.promise.catch(() => {});
     if (signal?.aborted) {
       this.#fail(new AbortError(signal.reason));
       return;
@@ -99,9 +100,14 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
   get result(): Promise<Completion> {
     if (!this.#draining) {
       this.#draining = true;
-      void this.#drain();
+      this.#read();
     }
     return this.#result.promise;
+  }
+
+  /** @internal Whether the whole answer is there. */
+  get isFinished(): boolean {
+    return this.#state === 'finished';
   }
 
   /** Gives the request up at once. A loop over the stream ends; {@link result} rejects with `cancelled`. */
@@ -112,17 +118,13 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
   }
 
   /** The next chunk. */
-  async next(): Promise<IteratorResult<Chunk, undefined>> {
-    for (;;) {
-      const chunk = this.#chunks.shift();
-      if (chunk) {
-        return { done: false, value: chunk };
-      }
-      if (this.#state !== 'open') {
-        return this.#end();
-      }
-      await this.#read();
-    }
+  next(): Promise<IteratorResult<Chunk, undefined>> {
+    // Without async functions: one promise for each chunk is what is left of the cost of a token.
+    return new Promise((resolve, reject) => {
+      this.#waiting.push({ resolve, reject });
+      this.#serve();
+      this.#read();
+    });
   }
 
   /** Called when a loop is left early: {@link cancel}. */
@@ -148,65 +150,88 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
     await this.return();
   }
 
-  #end(): IteratorResult<Chunk, undefined> {
-    const failure = this.#unreportedError;
-    if (failure) {
-      this.#unreportedError = undefined;
-      throw failure.error;
-    }
-    return { done: true, value: undefined };
-  }
-
-  async #drain(): Promise<void> {
-    while (this.#state === 'open') {
-      await this.#read();
-    }
-  }
-
-  /** One batch of events. Never rejects: what goes wrong becomes the state. */
-  #read(): Promise<void> {
-    this.#reading ??= this.#readBatch().finally(() => {
-      this.#reading = undefined;
-    });
-    return this.#reading;
-  }
-
-  async #readBatch(): Promise<void> {
-    try {
-      const events = await Promise.race([this.#nextEvents(), this.#interrupted.promise]);
-      if (this.#state !== 'open') {
+  /** Gives those who wait what is there; at the end, the error to the first of them, and the end to all others. */
+  #serve(): void {
+    while (this.#waiting.length > 0) {
+      const chunk = this.#chunks.shift();
+      if (!chunk && this.#state === 'open') {
         return;
       }
-      if (!events) {
-        throw new NsLlmError('internal', 'the stream ended without a summary');
-      }
-      events.forEach((event) => this.#take(event));
-    } catch (error) {
-      if (this.#state === 'open') {
-        this.#fail(fromNative(error));
+      const { resolve, reject } = this.#waiting.shift()!;
+      const failure = this.#unreportedError;
+      if (chunk) {
+        resolve({ done: false, value: chunk });
+      } else if (failure) {
+        this.#unreportedError = undefined;
+        reject(failure.error);
+      } else {
+        resolve({ done: true, value: undefined });
       }
     }
   }
 
-  async #nextEvents(): Promise<NativeEvent[] | null | undefined> {
-    const native = this.#native!;
-    return this.#mode === 'whole' ? native.rest() : native.next();
+  /** Asks for one batch of events when somebody waits for it. What goes wrong becomes the state. */
+  #read(): void {
+    if (this.#isReading || this.#state !== 'open' || (this.#waiting.length === 0 && !this.#draining)) {
+      return;
+    }
+    this.#isReading = true;
+    try {
+      const native = this.#native!;
+      const batch = this.#mode === 'whole' ? native.rest() : native.next();
+      batch.then(this.#onBatch, this.#onError);
+    } catch (error) {
+      this.#onError(error);
+    }
   }
 
-  #take({ delta, finished, done }: NativeEvent): void {
-    if (delta) {
-      const { logprobs, ...rest } = delta;
-      const chunk: Chunk = logprobs.length > 0 ? { ...rest, logprobs } : rest;
+  readonly #onBatch = (batch: NativeBatch | null | undefined): void => {
+    this.#isReading = false;
+    if (this.#state !== 'open') {
+      return;
+    }
+    if (batch) {
+      this.#take(batch);
+    } else {
+      this.#fail(new NsLlmError('internal', 'the stream ended without a summary'));
+    }
+    this.#serve();
+    this.#read();
+  };
+
+  readonly #onError = (error: unknown): void => {
+    this.#isReading = false;
+    if (this.#state === 'open') {
+      this.#fail(fromNative(error));
+      this.#serve();
+    }
+  };
+
+  #take({ deltas, finished, done }: NativeBatch): void {
+    for (const chunk of deltas) {
       this.#append(chunk);
       if (this.#mode === 'chunks') {
         this.#chunks.push(chunk);
       }
     }
-    if (finished) {
-      this.#choice(finished.choice).finishReason = finished.reason;
+    for (const { choice, reason } of finished ?? []) {
+      this.#endChoice(choice, reason);
     }
     if (done) {
       this.#finish(done);
+    }
+  }
+
+  /** Marks the last chunk of the choice, which is a new one when nothing of it is left to be read. */
+  #endChoice(choice: number, finishReason: FinishReason): void {
+    this.#choice(choice).finishReason = finishReason;
+    if (this.#mode === 'chunks') {
+      const last = this.#chunks.findLast((chunk) => chunk.choice === choice);
+      if (last) {
+        last.finishReason = finishReason;
+      } else {
+        this.#chunks.push({ choice, text: '', tokenIds: [], finishReason });
+      }
     }
   }
 
@@ -256,7 +281,8 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
       this.#result.reject(error);
     }
     this.#native?.cancel();
-    this.#interrupted.reject(error);
+    // Nobody waits for the engine's last step.
+    this.#serve();
   }
 
   #settle(state: 'finished' | 'left' | 'failed'): void {
@@ -277,6 +303,11 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
     this.#removeListener = removeListener;
     forgotten.register(this, removeListener, this);
   }
+}
+
+interface Waiting {
+  resolve: (result: IteratorResult<Chunk, undefined>) => void;
+  reject: (error: unknown) => void;
 }
 
 interface Resolvers<T> {

@@ -13,10 +13,11 @@ use napi::bindgen_prelude::{
 use napi_derive::napi;
 use ns_llm::{Engine, EngineOptions, Error, LoadProgress};
 
+use crate::embedding::NativeEmbedding;
 use crate::error::{Result, from_napi, to_js};
 use crate::event_loop::promise;
 use crate::offload::{caught, lock, on_own_thread, on_text_thread};
-use crate::request::{read_engine_options, read_request, read_text};
+use crate::request::{read_embedding_request, read_engine_options, read_request, read_text};
 use crate::stats::{MemoryUse, ModelInfo, Stats};
 use crate::stream::NativeStream;
 
@@ -111,26 +112,38 @@ fn report(env: &Env, cx: &mut Context<'_>, loading: &Loading, on_progress: &Func
     }
 }
 
-/// An open engine. It closes when this and all its streams are gone, or by [`NativeEngine::close`].
+/// What is left of an engine.
+enum State {
+    Open(Engine),
+    /// On its way to be closed; it still tells what it does and holds.
+    Closing(Engine),
+    /// What it did.
+    Closed(ns_llm::Stats),
+}
+
+/// An engine. It closes when this and all its streams are gone, or by [`NativeEngine::close`].
 #[napi(custom_finalize)]
 pub struct NativeEngine {
-    /// `None` once closed.
-    engine: RefCell<Option<Engine>>,
+    state: Rc<RefCell<State>>,
     /// Bytes that the garbage collector was told of.
     reported_bytes: Rc<Cell<i64>>,
 }
 
 impl ObjectFinalize for NativeEngine {
-    /// Freeing a large vocabulary takes milliseconds, which the event loop should not pay for.
     fn finalize(self, env: Env) -> napi::Result<()> {
         adjust_external_memory(&env, -self.reported_bytes.take());
-        if let Some(engine) = self.engine.take() {
-            drop(on_own_thread(move || {
-                drop(engine);
-                Ok(())
-            }));
-        }
+        release(self.state.replace(State::Closed(ns_llm::Stats::default())));
         Ok(())
+    }
+}
+
+/// Freeing a large vocabulary takes milliseconds, which the event loop should not pay for.
+fn release(state: State) {
+    if let State::Open(engine) | State::Closing(engine) = state {
+        drop(on_own_thread(move || {
+            drop(engine);
+            Ok(())
+        }));
     }
 }
 
@@ -140,11 +153,14 @@ impl NativeEngine {
         let memory = engine.memory();
         let bytes = i64::try_from(memory.weights_bytes.saturating_add(memory.kv_reserved_bytes)).unwrap_or(i64::MAX);
         adjust_external_memory(env, bytes);
-        NativeEngine { engine: RefCell::new(Some(engine)), reported_bytes: Rc::new(Cell::new(bytes)) }
+        NativeEngine { state: Rc::new(RefCell::new(State::Open(engine))), reported_bytes: Rc::new(Cell::new(bytes)) }
     }
 
     fn open_engine(&self) -> Result<Engine> {
-        self.engine.borrow().clone().ok_or_else(|| to_js(&Error::Closed))
+        match &*self.state.borrow() {
+            State::Open(engine) => Ok(engine.clone()),
+            State::Closing(_) | State::Closed(_) => Err(to_js(&Error::Closed)),
+        }
     }
 
     /// Submits a request; never waits.
@@ -154,6 +170,16 @@ impl NativeEngine {
         let request = read_request(&request)?;
         let events = caught(|| engine.submit(request)).map_err(|error| to_js(&error))?;
         Ok(NativeStream::new(events))
+    }
+
+    /// Submits inputs to be turned into vectors; never waits.
+    #[napi(catch_unwind)]
+    pub fn embed(&self, #[napi(ts_arg_type = "Record<string, unknown>")] request: Object) -> Result<NativeEmbedding> {
+        let engine = self.open_engine()?;
+        let request = read_embedding_request(&request)?;
+        let num_inputs = request.inputs.len();
+        let events = caught(|| engine.submit_embedding(request)).map_err(|error| to_js(&error))?;
+        Ok(NativeEmbedding::new(events, num_inputs))
     }
 
     /// Tokens of `text`.
@@ -179,22 +205,35 @@ impl NativeEngine {
         promise(env, move |_, cx| pending.poll(cx)).map_err(from_napi)
     }
 
+    /// The bytes that each token stands for; none for an id without a token. A look-up, so it does not wait.
+    #[napi(catch_unwind, ts_return_type = "Array<Array<number>>")]
+    pub fn token_bytes(&self, ids: Uint32ArraySlice) -> Result<Vec<Vec<u8>>> {
+        let engine = self.open_engine()?;
+        Ok(ids.iter().map(|&id| engine.token_bytes(id).to_vec()).collect())
+    }
+
     /// What is loaded.
     #[napi(catch_unwind)]
     pub fn info(&self) -> Result<ModelInfo> {
         Ok(self.open_engine()?.info().into())
     }
 
-    /// What was done so far.
+    /// What was done so far; after `close`, what was done in all.
     #[napi(catch_unwind)]
     pub fn stats(&self) -> Result<Stats> {
-        Ok(self.open_engine()?.stats().into())
+        Ok(match &*self.state.borrow() {
+            State::Open(engine) | State::Closing(engine) => engine.stats().into(),
+            State::Closed(stats) => stats.clone().into(),
+        })
     }
 
-    /// Bytes held.
+    /// Bytes held; after `close`, none.
     #[napi(catch_unwind)]
     pub fn memory(&self) -> Result<MemoryUse> {
-        Ok(self.open_engine()?.memory().into())
+        Ok(match &*self.state.borrow() {
+            State::Open(engine) | State::Closing(engine) => engine.memory().into(),
+            State::Closed(_) => ns_llm::MemoryUse::default().into(),
+        })
     }
 
     /// Bytes outside its heap that JavaScript's garbage collector knows of, those of other addons included.
@@ -206,23 +245,35 @@ impl NativeEngine {
     /// Ends every request with `closed` and frees the model. Idempotent.
     #[napi(catch_unwind)]
     pub fn close<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, ()>> {
-        let engine = self.engine.take();
+        let engine = self.start_closing();
+        let state = Rc::clone(&self.state);
         let reported_bytes = Rc::clone(&self.reported_bytes);
         let pending = on_own_thread(move || {
-            if let Some(engine) = engine {
+            Ok(engine.map(|engine| {
                 engine.close();
-                drop(engine);
-            }
-            Ok(())
+                engine.stats()
+            }))
         });
         let poll = move |env: &Env, cx: &mut Context<'_>| {
-            let closed = pending.poll(cx);
-            if closed.is_ready() {
+            pending.poll(cx).map_ok(|stats| {
+                if let Some(stats) = stats {
+                    release(state.replace(State::Closed(stats)));
+                }
                 adjust_external_memory(env, -reported_bytes.take());
-            }
-            closed
+            })
         };
         promise(env, poll).map_err(from_napi)
+    }
+
+    /// The engine, when it is still to be closed. A second `close` waits for the same end.
+    fn start_closing(&self) -> Option<Engine> {
+        let mut state = self.state.borrow_mut();
+        let engine = match &*state {
+            State::Open(engine) | State::Closing(engine) => engine.clone(),
+            State::Closed(_) => return None,
+        };
+        *state = State::Closing(engine.clone());
+        Some(engine)
     }
 }
 

@@ -57,9 +57,11 @@ where
 /// One pending promise.
 struct Task {
     deferred: sys::napi_deferred,
-    /// Polls, and settles the promise when ready.
-    advance: Box<dyn FnMut(&Env, &mut Context<'_>) -> Poll<()>>,
+    advance: Advance,
 }
+
+/// Polls, and settles the promise when ready.
+type Advance = Box<dyn FnMut(&Env, &mut Context<'_>) -> Poll<()>>;
 
 /// All pending promises of one environment. Lives on its thread.
 struct EventLoop {

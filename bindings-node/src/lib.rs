@@ -6,9 +6,11 @@
 //! only polls (`event_loop`). No input of a caller ends the process: wrong types and ranges are errors with a `code`,
 //! panics are caught at each entry, and a closed engine answers with `closed`.
 
+mod embedding;
 mod engine;
 mod error;
 mod event_loop;
+mod gpu;
 mod offload;
 mod request;
 mod stats;

@@ -57,10 +57,10 @@ pub(crate) fn on_own_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> 
             settle(result);
         }
     });
-    if let Err(error) = spawned {
-        if let Some(settle) = lock(&settle).take() {
-            settle(Err(Error::Internal { reason: format!("no thread could be started: {error}") }));
-        }
+    if let Err(error) = spawned
+        && let Some(settle) = lock(&settle).take()
+    {
+        settle(Err(Error::Internal { reason: format!("no thread could be started: {error}") }));
     }
     pending
 }

@@ -3,9 +3,10 @@
 
 use napi::bindgen_prelude::{BigInt, FromNapiValue, JsObjectValue, Object, Uint32ArraySlice, Unknown};
 use napi::{JsString, JsValue, ValueType};
-use ns_llm::config::{MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
+use ns_llm::config::{MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
 use ns_llm::{
-    Device, EngineOptions, Message, Priority, Prompt, Request, SamplingOptions, ThreadPriority, WeightFormat,
+    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, Message, Priority, Prompt, Request, SamplingOptions,
+    ThreadPriority, WeightFormat,
 };
 
 use crate::error::{Result, from_napi, invalid, to_js};
@@ -39,6 +40,9 @@ const REQUEST_FIELDS: &[&str] = &[
     "namespace",
     "prefixCache",
 ];
+
+/// Every name that [`read_embedding_request`] knows.
+const EMBEDDING_FIELDS: &[&str] = &["input", "truncate", "normalize", "dimensions", "priority", "timeoutMs"];
 
 /// Every name that [`read_engine_options`] knows.
 const ENGINE_FIELDS: &[&str] = &[
@@ -77,6 +81,18 @@ pub(crate) fn read_request(object: &Object) -> Result<Request> {
     request.timeout_ms = fields.integer("timeoutMs")?;
     request.namespace = fields.string("namespace")?;
     request.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(request.prefix_cache);
+    Ok(request)
+}
+
+/// One embedding request from one plain object; `input` is an array of strings and `Uint32Array`s.
+pub(crate) fn read_embedding_request(object: &Object) -> Result<EmbeddingRequest> {
+    let fields = Fields::of(object, EMBEDDING_FIELDS)?;
+    let mut request = EmbeddingRequest::new(fields.embedding_inputs("input")?);
+    request.truncate = fields.boolean("truncate")?.unwrap_or(request.truncate);
+    request.normalize = fields.boolean("normalize")?.unwrap_or(request.normalize);
+    request.dimensions = fields.integer("dimensions")?.map(as_usize);
+    request.priority = fields.one_of("priority", PRIORITIES)?.unwrap_or(request.priority);
+    request.timeout_ms = fields.integer("timeoutMs")?;
     Ok(request)
 }
 
@@ -208,22 +224,38 @@ impl<'a, 'env> Fields<'a, 'env> {
 
     /// A copy of a `Uint32Array`, so that the caller may change or transfer it at once.
     fn token_ids(&self, name: &'static str) -> Result<Option<Vec<u32>>> {
-        let Some(value) = self.get(name)? else { return Ok(None) };
-        let described = type_name(&value);
-        let ids = Uint32ArraySlice::from_unknown(value);
-        let ids = ids.map_err(|_| to_js(&invalid(name, described, "an array of token ids")))?;
-        if ids.len() > MAX_PROMPT_BYTES / 4 {
-            let limit = format!("at most {} ids", MAX_PROMPT_BYTES / 4);
-            return Err(to_js(&invalid(name, format!("{} ids long", ids.len()), &limit)));
-        }
-        Ok(Some(ids.to_vec()))
+        self.get(name)?.map(|value| read_token_ids(name, value)).transpose()
+    }
+
+    fn embedding_inputs(&self, name: &'static str) -> Result<Vec<EmbeddingInput>> {
+        let expected = "an array of strings and of Uint32Arrays";
+        let value = self.get(name)?.ok_or_else(|| to_js(&invalid(name, "not given", expected)))?;
+        let mut size = CopiedBytes::of(name);
+        let input = |value: Unknown| {
+            let input = if matches!(value.get_type(), Ok(ValueType::String)) {
+                EmbeddingInput::Text(read_text(name, value)?)
+            } else {
+                EmbeddingInput::Tokens(read_token_ids(name, value)?)
+            };
+            size.add(match &input {
+                EmbeddingInput::Text(text) => text.len(),
+                EmbeddingInput::Tokens(ids) => size_of_val(ids.as_slice()),
+            })?;
+            Ok(input)
+        };
+        elements(name, value, MAX_EMBEDDING_INPUTS, expected)?.into_iter().map(input).collect()
     }
 
     fn messages(&self, name: &'static str) -> Result<Option<Vec<Message>>> {
         let Some(value) = self.get(name)? else { return Ok(None) };
         let expected = "an array of { role, content }";
-        let messages = elements(name, value, MAX_MESSAGES, expected)?;
-        messages.into_iter().map(|value| message(name, value, expected)).collect::<Result<_>>().map(Some)
+        let mut size = CopiedBytes::of(name);
+        let message = |value: Unknown| {
+            let message = message(name, value, expected)?;
+            size.add(message.role.len() + message.content.len())?;
+            Ok(message)
+        };
+        elements(name, value, MAX_MESSAGES, expected)?.into_iter().map(message).collect::<Result<_>>().map(Some)
     }
 
     /// An object whose keys are token ids.
@@ -258,6 +290,28 @@ impl<'a, 'env> Fields<'a, 'env> {
         }
         let names: Vec<_> = choices.iter().map(|(text, _)| format!("\"{text}\"")).collect();
         Err(to_js(&invalid(name, format!("\"{}\"", shortened(&value)), &format!("one of {}", names.join(", ")))))
+    }
+}
+
+/// Bytes copied from JavaScript for one field so far. Many references to one long string are cheap there, and would be
+/// gigabytes here before the engine could refuse them.
+struct CopiedBytes {
+    name: &'static str,
+    bytes: usize,
+}
+
+impl CopiedBytes {
+    fn of(name: &'static str) -> Self {
+        CopiedBytes { name, bytes: 0 }
+    }
+
+    fn add(&mut self, bytes: usize) -> Result<()> {
+        self.bytes += bytes;
+        if self.bytes > MAX_PROMPT_BYTES {
+            let value = format!("longer than {MAX_PROMPT_BYTES} bytes in all");
+            return Err(to_js(&invalid(self.name, value, &format!("at most {MAX_PROMPT_BYTES} bytes"))));
+        }
+        Ok(())
     }
 }
 
@@ -303,6 +357,18 @@ pub(crate) fn read_text(name: &'static str, value: Unknown) -> Result<String> {
         return Err(to_js(&invalid(name, format!("{len} characters long"), &limit)));
     }
     text.into_utf8().and_then(|text| text.into_owned()).map_err(from_napi)
+}
+
+/// Token ids out of a `Uint32Array`.
+fn read_token_ids(name: &'static str, value: Unknown) -> Result<Vec<u32>> {
+    let described = type_name(&value);
+    let ids = Uint32ArraySlice::from_unknown(value);
+    let ids = ids.map_err(|_| to_js(&invalid(name, described, "an array of token ids")))?;
+    if ids.len() > MAX_PROMPT_BYTES / 4 {
+        let limit = format!("at most {} ids", MAX_PROMPT_BYTES / 4);
+        return Err(to_js(&invalid(name, format!("{} ids long", ids.len()), &limit)));
+    }
+    Ok(ids.to_vec())
 }
 
 fn object<'env>(name: &'static str, value: Unknown<'env>, expected: &str) -> Result<Object<'env>> {

@@ -18,14 +18,16 @@ pub struct Stats {
     pub kv_blocks_cached: f64,
     /// Blocks that hold nothing.
     pub kv_blocks_free: f64,
-    /// Requests admitted.
+    /// Requests admitted: the finished, cancelled, failed and live ones.
     pub requests_total: f64,
     /// Requests that ended by themselves.
     pub requests_finished: f64,
     /// Requests that were cancelled.
     pub requests_cancelled: f64,
-    /// Requests that ended with an error, at admission or later.
+    /// Admitted requests that ended in an error.
     pub requests_failed: f64,
+    /// Requests that were refused or given up before they were admitted.
+    pub requests_refused: f64,
     /// Prompt tokens of admitted requests.
     pub prompt_tokens_total: f64,
     /// Prompt tokens that the prefix cache was asked for.
@@ -34,6 +36,8 @@ pub struct Stats {
     pub prefix_cache_hits_total: f64,
     /// Tokens produced.
     pub generation_tokens_total: f64,
+    /// Tokens of inputs that were turned into vectors.
+    pub embedding_tokens_total: f64,
     /// Tokens computed, those of preempted sequences again.
     pub computed_tokens_total: f64,
     /// Sequences that lost their blocks and were computed again.
@@ -57,10 +61,12 @@ impl From<ns_llm::Stats> for Stats {
             requests_finished: stats.requests_finished as f64,
             requests_cancelled: stats.requests_cancelled as f64,
             requests_failed: stats.requests_failed as f64,
+            requests_refused: stats.requests_refused as f64,
             prompt_tokens_total: stats.prompt_tokens_total as f64,
             prefix_cache_queries_total: stats.prefix_cache_queries_total as f64,
             prefix_cache_hits_total: stats.prefix_cache_hits_total as f64,
             generation_tokens_total: stats.generation_tokens_total as f64,
+            embedding_tokens_total: stats.embedding_tokens_total as f64,
             computed_tokens_total: stats.computed_tokens_total as f64,
             preemptions_total: stats.preemptions_total as f64,
             steps_total: stats.steps_total as f64,
@@ -102,10 +108,18 @@ pub struct ModelInfo {
     pub architecture: String,
     /// Numbers in all weights.
     pub num_parameters: f64,
+    /// Those that are multiplied with every token of a prompt: the matrices of the layers.
+    pub num_layer_parameters: f64,
     /// Entries of the vocabulary.
     pub vocab_size: f64,
     /// Longest sequence of this engine, tokens.
     pub context_tokens: f64,
+    /// Whether it can write text; otherwise it makes vectors only.
+    pub can_generate: bool,
+    /// Numbers in a vector of `embed`.
+    pub embedding_dimensions: f64,
+    /// Longest input of `embed`, tokens; more is cut.
+    pub max_embedding_tokens: f64,
     /// Whether messages can be rendered.
     pub has_chat_template: bool,
     /// How the weights are kept: "f32", "bf16", "f16".
@@ -128,8 +142,12 @@ impl From<&ns_llm::ModelInfo> for ModelInfo {
             name: info.name.clone(),
             architecture: info.architecture.clone(),
             num_parameters: info.num_parameters as f64,
+            num_layer_parameters: info.num_layer_parameters as f64,
             vocab_size: info.vocab_size as f64,
             context_tokens: info.context_tokens as f64,
+            can_generate: info.can_generate,
+            embedding_dimensions: info.embedding_dimensions as f64,
+            max_embedding_tokens: info.max_embedding_tokens as f64,
             has_chat_template: info.has_chat_template,
             weights: info.weights.to_string(),
             kv_dtype: info.kv_dtype.to_string(),

@@ -39,17 +39,17 @@ impl NativeStream {
 
     /// All events that are ready, once there is one; `null` after the last.
     #[napi(catch_unwind)]
-    pub fn next<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, Option<Vec<NativeEvent>>>> {
+    pub fn next<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, Option<NativeBatch>>> {
         let reader = Rc::clone(&self.reader);
         crate::event_loop::promise(env, move |_, cx| reader.borrow_mut().poll_batch(cx)).map_err(from_napi)
     }
 
     /// All events to the end, in one promise: nothing of them enters JavaScript before.
     #[napi(catch_unwind)]
-    pub fn rest<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, Vec<NativeEvent>>> {
+    pub fn rest<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, NativeBatch>> {
         let reader = Rc::clone(&self.reader);
-        let mut events = Vec::new();
-        let poll = move |_: &Env, cx: &mut Context<'_>| reader.borrow_mut().poll_rest(cx, &mut events);
+        let mut all = NativeBatch::default();
+        let poll = move |_: &Env, cx: &mut Context<'_>| reader.borrow_mut().poll_rest(cx, &mut all);
         crate::event_loop::promise(env, poll).map_err(from_napi)
     }
 
@@ -61,36 +61,32 @@ impl NativeStream {
 }
 
 impl Reader {
-    fn poll_batch(&mut self, cx: &mut Context<'_>) -> Poll<ns_llm::Result<Option<Vec<NativeEvent>>>> {
+    fn poll_batch(&mut self, cx: &mut Context<'_>) -> Poll<ns_llm::Result<Option<NativeBatch>>> {
         if let Some(error) = self.error.take() {
             return Poll::Ready(Err(error));
         }
-        let mut batch = Vec::new();
-        while batch.len() < MAX_EVENTS_PER_BATCH {
+        let mut batch = NativeBatch::default();
+        while batch.num_events() < MAX_EVENTS_PER_BATCH {
             match self.events.poll_next(cx) {
-                Poll::Ready(Some(Ok(event))) => batch.extend(NativeEvent::of(event)),
-                Poll::Ready(Some(Err(error))) if batch.is_empty() => return Poll::Ready(Err(error)),
+                Poll::Ready(Some(Ok(event))) => batch.push(event),
+                Poll::Ready(Some(Err(error))) if batch.num_events() == 0 => return Poll::Ready(Err(error)),
                 Poll::Ready(Some(Err(error))) => {
                     self.error = Some(error);
                     break;
                 }
-                Poll::Ready(None) if batch.is_empty() => return Poll::Ready(Ok(None)),
-                Poll::Pending if batch.is_empty() => return Poll::Pending,
+                Poll::Ready(None) if batch.num_events() == 0 => return Poll::Ready(Ok(None)),
+                Poll::Pending if batch.num_events() == 0 => return Poll::Pending,
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }
         Poll::Ready(Ok(Some(batch)))
     }
 
-    fn poll_rest(
-        &mut self,
-        cx: &mut Context<'_>,
-        events: &mut Vec<NativeEvent>,
-    ) -> Poll<ns_llm::Result<Vec<NativeEvent>>> {
+    fn poll_rest(&mut self, cx: &mut Context<'_>, all: &mut NativeBatch) -> Poll<ns_llm::Result<NativeBatch>> {
         loop {
             match self.poll_batch(cx) {
-                Poll::Ready(Ok(Some(batch))) => events.extend(batch),
-                Poll::Ready(Ok(None)) => return Poll::Ready(Ok(std::mem::take(events))),
+                Poll::Ready(Ok(Some(batch))) => all.append(batch),
+                Poll::Ready(Ok(None)) => return Poll::Ready(Ok(std::mem::take(all))),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => return Poll::Pending,
             }
@@ -98,31 +94,43 @@ impl Reader {
     }
 }
 
-/// Something new about a request; exactly one of the fields is set.
+/// What is new about a request, sorted by kind: an object less per event, and the order between the kinds says nothing
+/// (a choice ends after its last delta, the request after its last choice).
 #[napi(object, object_from_js = false)]
 #[derive(Default)]
-pub struct NativeEvent {
-    /// New tokens and text of one choice.
-    pub delta: Option<NativeDelta>,
-    /// One choice has ended.
-    pub finished: Option<NativeFinished>,
+pub struct NativeBatch {
+    /// New tokens and text, in order.
+    pub deltas: Vec<NativeDelta>,
+    /// Choices that have ended, when there is one.
+    pub finished: Option<Vec<NativeFinished>>,
     /// All choices have ended.
     pub done: Option<NativeSummary>,
 }
 
-impl NativeEvent {
-    /// `None` for a kind of event that this face does not know yet.
-    fn of(event: Event) -> Option<Self> {
-        let event = match event {
-            Event::Delta(delta) => NativeEvent { delta: Some(delta.into()), ..Self::default() },
+impl NativeBatch {
+    fn push(&mut self, event: Event) {
+        match event {
+            Event::Delta(delta) => self.deltas.push(delta.into()),
             Event::Finished { choice, reason } => {
                 let finished = NativeFinished { choice: choice as u32, reason: reason.as_str().to_string() };
-                NativeEvent { finished: Some(finished), ..Self::default() }
+                self.finished.get_or_insert_default().push(finished);
             }
-            Event::Done(summary) => NativeEvent { done: Some(summary.into()), ..Self::default() },
-            _ => return None,
-        };
-        Some(event)
+            Event::Done(summary) => self.done = Some(summary.into()),
+            // A kind of event that this face does not know yet.
+            _ => {}
+        }
+    }
+
+    fn append(&mut self, mut batch: NativeBatch) {
+        self.deltas.append(&mut batch.deltas);
+        if let Some(mut finished) = batch.finished {
+            self.finished.get_or_insert_default().append(&mut finished);
+        }
+        self.done = self.done.take().or(batch.done);
+    }
+
+    fn num_events(&self) -> usize {
+        self.deltas.len() + self.finished.as_ref().map_or(0, Vec::len) + usize::from(self.done.is_some())
     }
 }
 
@@ -135,8 +143,8 @@ pub struct NativeDelta {
     pub text: String,
     /// New tokens.
     pub token_ids: Vec<u32>,
-    /// One entry per token; empty when not asked for.
-    pub logprobs: Vec<TokenLogprobs>,
+    /// One entry per token, when asked for.
+    pub logprobs: Option<Vec<TokenLogprobs>>,
 }
 
 impl From<ns_llm::Delta> for NativeDelta {
@@ -145,7 +153,7 @@ impl From<ns_llm::Delta> for NativeDelta {
             choice: delta.choice as u32,
             text: delta.text,
             token_ids: delta.token_ids,
-            logprobs: delta.logprobs.iter().map(TokenLogprobs::from).collect(),
+            logprobs: (!delta.logprobs.is_empty()).then(|| delta.logprobs.iter().map(TokenLogprobs::from).collect()),
         }
     }
 }
@@ -203,6 +211,17 @@ pub struct Usage {
     pub preemptions: f64,
 }
 
+impl From<ns_llm::Usage> for Usage {
+    fn from(usage: ns_llm::Usage) -> Self {
+        Usage {
+            prompt_tokens: usage.prompt_tokens as f64,
+            completion_tokens: usage.completion_tokens as f64,
+            cached_tokens: usage.cached_tokens as f64,
+            preemptions: usage.preemptions as f64,
+        }
+    }
+}
+
 /// Times of a request, milliseconds.
 #[napi(object, object_from_js = false)]
 pub struct Timings {
@@ -216,6 +235,18 @@ pub struct Timings {
     pub decode_ms: f64,
     /// From submission to the end.
     pub total_ms: f64,
+}
+
+impl From<ns_llm::Timings> for Timings {
+    fn from(timings: ns_llm::Timings) -> Self {
+        Timings {
+            queue_ms: timings.queue_ms,
+            prompt_ms: timings.prompt_ms,
+            first_token_ms: timings.first_token_ms,
+            decode_ms: timings.decode_ms,
+            total_ms: timings.total_ms,
+        }
+    }
 }
 
 /// Counts and times of a finished request.
@@ -233,21 +264,10 @@ pub struct NativeSummary {
 
 impl From<ns_llm::Summary> for NativeSummary {
     fn from(summary: ns_llm::Summary) -> Self {
-        let (usage, timings, seed) = (summary.usage, summary.timings, summary.seed);
+        let seed = summary.seed;
         NativeSummary {
-            usage: Usage {
-                prompt_tokens: usage.prompt_tokens as f64,
-                completion_tokens: usage.completion_tokens as f64,
-                cached_tokens: usage.cached_tokens as f64,
-                preemptions: usage.preemptions as f64,
-            },
-            timings: Timings {
-                queue_ms: timings.queue_ms,
-                prompt_ms: timings.prompt_ms,
-                first_token_ms: timings.first_token_ms,
-                decode_ms: timings.decode_ms,
-                total_ms: timings.total_ms,
-            },
+            usage: summary.usage.into(),
+            timings: summary.timings.into(),
             seed: if seed <= MAX_SAFE_INTEGER { Either::A(seed as f64) } else { Either::B(BigInt::from(seed)) },
             prompt_logprobs: summary.prompt_logprobs.iter().map(TokenLogprobs::from).collect(),
         }

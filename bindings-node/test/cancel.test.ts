@@ -5,7 +5,7 @@ import { setImmediate as turn } from 'node:timers/promises';
 
 import { AbortError } from '../lib/index.js';
 import type { Engine, ResponseStream, Stats } from '../lib/index.js';
-import { collectGarbage, isIdle, openDemo, STORY, until, withCode } from './support.js';
+import { collectGarbage, isIdle, openDemo, scaled, STORY, until, withCode } from './support.js';
 
 /** Long enough that no test can see its end by itself. */
 const LONG = { maxTokens: 1500, ignoreEos: true };
@@ -144,7 +144,7 @@ test('one signal shared by many requests keeps no listener and prints no warning
   const hear = (warning: Error): number => warnings.push(warning.message);
   process.on('warning', hear);
   const { signal } = new AbortController();
-  for (let round = 0; round < 4; round += 1) {
+  for (let round = 0; round < scaled(4, 250); round += 1) {
     await Promise.all(Array.from({ length: 40 }, () => engine.generate(STORY, { maxTokens: 1, signal })));
   }
   await turn();

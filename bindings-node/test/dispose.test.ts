@@ -4,19 +4,35 @@ import { setImmediate as turn } from 'node:timers/promises';
 
 import { AbortError, Engine } from '../lib/index.js';
 import { native } from '../lib/native.js';
-import { collectGarbage, openDemo, STORY, withCode, withDemo } from './support.js';
+import {
+  collectGarbage,
+  isIdle,
+  openDemo,
+  randomNumbers,
+  scaled,
+  STORY,
+  until,
+  withCode,
+  withDemo,
+} from './support.js';
 
-test('after close every use is the error `closed`, and info stays readable', async () => {
+test('after close every use is the error `closed`; info, stats and memory still answer', async () => {
   const engine = await openDemo();
+  await engine.generate(STORY, { maxTokens: 4 });
+  const before = await until(engine, 'idleness', isIdle);
   await engine.close();
-  const { closed } = { closed: withCode('closed') };
+  const closed = withCode('closed');
   await assert.rejects(engine.generate(STORY), closed);
   assert.throws(() => engine.stream(STORY), closed);
   await assert.rejects(engine.tokenize(STORY), closed);
   await assert.rejects(engine.detokenize([1]), closed);
-  assert.throws(() => engine.stats(), closed);
-  assert.throws(() => engine.memory(), closed);
+  await assert.rejects(engine.embed(STORY), closed);
+  await assert.rejects(engine.chat.completions.create({ messages: [{ role: 'user', content: STORY }] }), closed);
+  await assert.rejects(engine.embeddings.create({ input: STORY }), closed);
   assert.equal(engine.info.architecture, 'Qwen3ForCausalLM');
+  const { requestsFinished, generationTokensTotal } = engine.stats();
+  assert.deepEqual([requestsFinished, generationTokensTotal], [1, before.generationTokensTotal]);
+  assert.deepEqual(Object.values(engine.memory()), [0, 0, 0, 0]);
 });
 
 test('close twice, at once or later, settles each time', async () => {
@@ -46,7 +62,7 @@ test('await using closes the engine at the end of the block', async () => {
     kept = engine;
     assert.equal((await engine.generate(STORY, { maxTokens: 2 })).tokenIds.length, 2);
   }
-  assert.throws(() => kept.stats(), withCode('closed'));
+  assert.throws(() => kept.stream(STORY), withCode('closed'));
 });
 
 test('loading reports progress up to all of it', async () => {
@@ -77,19 +93,8 @@ test('what onProgress throws ends loading, and open rejects with it', async () =
   await assert.rejects(openDemo({ onProgress }), mine);
 });
 
-/** A small seeded generator (Vigna's splitmix64, on 32 bits), so that a failure can be repeated. */
-function randomNumbers(seed: number): (below: number) => number {
-  let state = seed;
-  return (below) => {
-    state = (state + 0x9e3779b9) | 0;
-    let z = Math.imul(state ^ (state >>> 16), 0x85ebca6b);
-    z = Math.imul(z ^ (z >>> 13), 0xc2b2ae35);
-    return ((z ^ (z >>> 16)) >>> 0) % below;
-  };
-}
-
 test('random interleavings of open, generate, abort and close all settle', async () => {
-  const rounds = Number(process.env['NS_LLM_TEST_INTERLEAVINGS'] ?? 25);
+  const rounds = scaled(25, 10_000);
   const outcomes = new Map<string, number>();
   for (let round = 0; round < rounds; round += 1) {
     const random = randomNumbers(round);
@@ -124,7 +129,7 @@ test('random interleavings of open, generate, abort and close all settle', async
 });
 
 test('opening and closing leaves memory flat', async (t) => {
-  const cycles = Number(process.env['NS_LLM_TEST_CYCLES'] ?? 60);
+  const cycles = scaled(60, 2_000);
   const warmUp = Math.max(20, cycles / 10);
   const residentMiB = (): number => process.memoryUsage().rss / 2 ** 20;
   let atWarmUp = 0;

@@ -5,7 +5,14 @@ import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 
 import { DEMO_MODEL, Engine, NsLlmError } from '../lib/index.js';
-import type { GenerateOptions, Prompt } from '../lib/index.js';
+import type {
+  ChatCompletionCreateParamsNonStreaming,
+  EmbeddingCreateParams,
+  EmbedOptions,
+  GenerateOptions,
+  Prompt,
+  RequestOptions,
+} from '../lib/index.js';
 import { isIdle, openDemo, STORY, until, withCode } from './support.js';
 
 let engine: Engine;
@@ -32,6 +39,18 @@ const OPTION_NAMES = [
   'logitBias', 'seed', 'stop', 'stopTokenIds', 'ignoreEos', 'n', 'logprobs', 'promptLogprobs', 'priority', 'timeoutMs',
   'namespace', 'prefixCache', 'signal',
 ];
+
+const EMBED_NAMES = ['dimensions', 'truncate', 'normalize', 'priority', 'timeoutMs', 'signal'];
+
+const EMBEDDING_NAMES = ['input', 'model', 'dimensions', 'encoding_format', 'user'];
+
+const CHAT_NAMES = [
+  'messages', 'model', 'max_tokens', 'max_completion_tokens', 'temperature', 'top_p', 'top_k', 'min_p', 'n', 'stop',
+  'seed', 'presence_penalty', 'frequency_penalty', 'repetition_penalty', 'logit_bias', 'logprobs', 'top_logprobs',
+  'stream', 'stream_options', 'tools', 'response_format', 'user', 'metadata',
+];
+
+const messages = [{ role: 'user', content: STORY }];
 
 const OPEN_NAMES = [
   'model', 'device', 'weights', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'blockTokens',
@@ -62,6 +81,15 @@ test('more than 60 odd values for the prompt and for each option: every one work
       () => engine.tokenize(value as string),
       () => engine.tokenize(STORY, value as object),
       () => engine.detokenize(value as number[]),
+      () => engine.embed(value as string),
+      () => engine.embed(STORY, value as EmbedOptions),
+      () => engine.embeddings.create(value as EmbeddingCreateParams),
+      () => engine.embeddings.create({ input: STORY }, value as RequestOptions),
+      () => engine.chat.completions.create(value as ChatCompletionCreateParamsNonStreaming),
+      () => engine.chat.completions.create({ messages, max_tokens: 1 }, value as RequestOptions),
+      ...EMBED_NAMES.map((name) => () => engine.embed(STORY, { [name]: value })),
+      ...CHAT_NAMES.map((name) => () => engine.chat.completions.create({ messages, max_tokens: 1, [name]: value })),
+      ...EMBEDDING_NAMES.map((name) => () => engine.embeddings.create({ input: STORY, [name]: value })),
       ...OPTION_NAMES.map((name) => () => engine.generate(STORY, { maxTokens: 1, [name]: value })),
     ];
     const outcomes = await Promise.all(calls.map(outcome));

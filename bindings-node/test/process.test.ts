@@ -1,8 +1,9 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { Worker } from 'node:worker_threads';
 
-import { runScript, STORY } from './support.js';
+import { numThreads, runScript, scaled, STORY } from './support.js';
 
 const OPEN = `const { Engine } = require('ns-llm');
   const options = { threads: 1, threadPriority: 'normal', kvBytes: 64 << 20 };`;
@@ -19,13 +20,15 @@ test('a pending answer keeps the process alive until it is there', async () => {
   assert.deepEqual(await runScript(script), { code: 0, signal: null, stdout: '200\n', stderr: '' });
 });
 
-test('the process ends as it was told to, during loading and during generation, and says nothing', async () => {
+test('the process ends as it was told to, during loading and during generation, and says nothing', async (t) => {
   const ways: [string, number | string | null, string | null][] = [
     ['process.exit(7)', 7, null],
     ['process.exitCode = 3; process.exit()', 3, null],
     [`process.kill(process.pid, 'SIGTERM')`, null, 'SIGTERM'],
   ];
-  for (const [statement, code, signal] of ways) {
+  const times: number[] = [];
+  for (const [end, code, signal] of Array.from({ length: scaled(1, 85) }, () => ways).flat()) {
+    const statement = `console.log(Date.now()); ${end}`;
     const generating = `${OPEN} Engine.open(options).then(async (engine) => {
       for (let i = 0; i < 8; i += 1) engine.generate('${STORY}', ${LONG}).catch(() => {});
       let chunks = 0;
@@ -35,8 +38,11 @@ test('the process ends as it was told to, during loading and during generation, 
     for (const script of [generating, loading]) {
       const ended = await runScript(script);
       assert.deepEqual([ended.code, ended.signal, ended.stderr], [code, signal, ''], statement);
+      times.push(Date.now() - Number(ended.stdout));
     }
   }
+  t.diagnostic(`gone after ${times.join(', ')} ms`);
+  assert.ok(times.every((ms) => ms <= 500), times.join());
 });
 
 test('an uncaught exception during generation ends the process with code 1', async () => {
@@ -89,7 +95,9 @@ test('worker threads load the addon side by side, answer alike and end by themse
 });
 
 test('workers that are terminated while loading, generating or closing take nothing down with them', async () => {
-  const cycles = Number(process.env['NS_LLM_TEST_WORKERS'] ?? 24);
+  const cycles = scaled(24, 1_000);
+  await inWorker();
+  const threads = numThreads();
   let terminated = 0;
   for (let cycle = 0; cycle < cycles; cycle += 4) {
     const delays = [0, 1, 2, 3].map((i) => ((cycle + i) * 7) % 60);
@@ -98,4 +106,9 @@ test('workers that are terminated while loading, generating or closing take noth
   }
   assert.ok(terminated > cycles / 4, `only ${terminated} of ${cycles} workers were terminated before their end`);
   assert.ok((await inWorker()).text, 'a later worker still works');
+  const deadline = Date.now() + 10_000;
+  while (numThreads() > threads) {
+    assert.ok(Date.now() < deadline, `${threads} threads before, ${numThreads()} after`);
+    await sleep(20);
+  }
 });

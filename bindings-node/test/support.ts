@@ -2,6 +2,7 @@
 
 import { execFile } from 'node:child_process';
 import assert from 'node:assert/strict';
+import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { setFlagsFromString } from 'node:v8';
@@ -15,6 +16,27 @@ export const ROOT = join(__dirname, '..', '..', '..');
 
 /** A prompt that the shipped model continues for long. */
 export const STORY = 'Once upon a time';
+
+/** Size of a test: the small one, or with `NS_LLM_SOAK` set the one that takes hours. */
+export function scaled(short: number, long: number): number {
+  return process.env['NS_LLM_SOAK'] ? long : short;
+}
+
+/** A small seeded generator (Vigna's splitmix64, on 32 bits), so that a failure can be repeated. */
+export function randomNumbers(seed: number): (below: number) => number {
+  let state = seed;
+  return (below) => {
+    state = (state + 0x9e3779b9) | 0;
+    let z = Math.imul(state ^ (state >>> 16), 0x85ebca6b);
+    z = Math.imul(z ^ (z >>> 13), 0xc2b2ae35);
+    return ((z ^ (z >>> 16)) >>> 0) % below;
+  };
+}
+
+/** Threads of this process; 0 where the system does not tell. */
+export function numThreads(): number {
+  return existsSync('/proc/self/task') ? readdirSync('/proc/self/task').length : 0;
+}
 
 /** The shipped model with a pool that is small but not tight, and threads that are not starved on a busy machine. */
 export function openDemo(options: OpenOptions = {}): Promise<Engine> {

@@ -26,6 +26,17 @@ pub struct AttentionShape {
     pub scale: f32,
     /// Keys further back than this are not seen (Mistral); `None`: all are.
     pub sliding_window_tokens: Option<usize>,
+    /// Whether a token sees no later one. Otherwise it sees all of its sequence that the batch has (BERT).
+    pub causal: bool,
+}
+
+/// The forms of GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gelu {
+    /// `x * Phi(x)`, with the error function.
+    Erf,
+    /// `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`
+    Tanh,
 }
 
 /// How the final states of a sequence's tokens become one vector.
@@ -110,8 +121,8 @@ pub struct AttentionLayer<B: Backend> {
     pub shape: AttentionShape,
     /// Norms of each head of q and of k, `[head_dim]` (Qwen3).
     pub qk_norm: Option<(B::Norm, B::Norm)>,
-    /// Rotary embedding, shared by all layers.
-    pub rope: Arc<B::Rope>,
+    /// Rotary embedding, shared by all layers; `None`: positions were added to the embedding (GPT-2, BERT).
+    pub rope: Option<Arc<B::Rope>>,
 }
 
 /// A matrix as the checkpoint has it, or several that are multiplied with the same input.
@@ -147,6 +158,8 @@ pub trait Backend: Sized + Send + 'static {
     type Linear: Send;
     /// A norm's weight `[width]` and epsilon.
     type Norm: Send;
+    /// Weight `[width]`, bias `[width]` and epsilon of a LayerNorm.
+    type LayerNorm: Send;
     /// A [`RopeTable`] on the device.
     type Rope: Send + Sync;
     /// K and V blocks of all layers.
@@ -158,6 +171,8 @@ pub trait Backend: Sized + Send + 'static {
     fn load_linear(&self, weight: LinearWeight<'_>) -> Result<Self::Linear>;
     /// Takes a norm's weight `[width]`.
     fn load_norm(&self, weight: &Tensor, eps: f32) -> Result<Self::Norm>;
+    /// Takes a LayerNorm's weight and bias, both `[width]`.
+    fn load_layer_norm(&self, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Self::LayerNorm>;
     /// Takes a rotary table.
     fn load_rope(&self, table: RopeTable) -> Result<Self::Rope>;
     /// Allocates the KV blocks. Memory is touched only when a block is first written.
@@ -167,18 +182,26 @@ pub trait Backend: Sized + Send + 'static {
 
     /// Embedding of the batch's tokens: `[tokens, hidden_size]`.
     fn embed(&self, embedding: &Self::Linear, batch: &Batch) -> Result<Self::Rows>;
+    /// Adds row `indices[i]` of an embedding of positions or token types to row `i` of `hidden` `[tokens, hidden_size]`.
+    fn add_embedding(&self, hidden: &mut Self::Rows, embedding: &Self::Linear, indices: &[u32]) -> Result<()>;
     /// `x / rms(x) * weight` of each row (Zhang & Sennrich 2019, arXiv:1910.07467).
     fn rms_norm(&self, hidden: &Self::Rows, norm: &Self::Norm) -> Result<Self::Operand>;
     /// The same in f32, for results that no product reads.
     fn rms_norm_rows(&self, hidden: &Self::Rows, norm: &Self::Norm) -> Result<Self::Rows>;
+    /// `(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` of each row (Ba et al. 2016, arXiv:1607.06450).
+    fn layer_norm(&self, hidden: &Self::Rows, norm: &Self::LayerNorm) -> Result<Self::Operand>;
+    /// The same in place, for norms on the residual stream itself; the result in the form of an operand too.
+    fn layer_norm_in_place(&self, hidden: &mut Self::Rows, norm: &Self::LayerNorm) -> Result<Self::Operand>;
     /// `x W^T + bias`: `[rows, out]`.
     fn linear(&self, x: &Self::Operand, weight: &Self::Linear) -> Result<Self::Rows>;
     /// `hidden += x W^T + bias`.
     fn linear_add(&self, hidden: &mut Self::Rows, x: &Self::Operand, weight: &Self::Linear) -> Result<()>;
     /// `silu(x W_gate^T) * (x W_up^T)`: `[rows, intermediate]` (Shazeer 2020, arXiv:2002.05202).
     fn linear_swiglu(&self, x: &Self::Operand, gate_up: &Self::Linear) -> Result<Self::Operand>;
+    /// `gelu(x W^T + bias)`: `[rows, intermediate]`.
+    fn linear_gelu(&self, x: &Self::Operand, weight: &Self::Linear, gelu: Gelu) -> Result<Self::Operand>;
     /// Splits `qkv` `[tokens, (heads + 2 kv_heads) * head_dim]`; normalises each head of q and k where the model does
-    /// (Qwen3); rotates q and k; stores k and v into the batch's slots of this layer (of the only layer that `kv` has,
+    /// (Qwen3); rotates q and k where positions are rotary; stores k and v into the batch's slots of this layer (of the only layer that `kv` has,
     /// where whole sequences are encoded). Returns q `[tokens, heads * head_dim]`.
     fn rope_and_store(
         &self,
@@ -187,7 +210,7 @@ pub trait Backend: Sized + Send + 'static {
         batch: &Batch,
         kv: &mut Self::Kv,
     ) -> Result<Self::Rows>;
-    /// Causal attention of `q` over the blocks of each row's own sequence: `[tokens, heads * head_dim]`.
+    /// Attention of `q` over the blocks of each row's own sequence: `[tokens, heads * head_dim]`.
     fn paged_attention(
         &self,
         q: &Self::Rows,

@@ -182,6 +182,11 @@ impl Engine {
         Ok(self.inner.text.tokenizer.decode(ids, false))
     }
 
+    /// The bytes that a token stands for; empty for an id that has no token. Several tokens may make one character.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.inner.text.tokenizer.token_bytes(id)
+    }
+
     /// What is loaded.
     pub fn info(&self) -> &ModelInfo {
         &self.inner.info
@@ -190,6 +195,15 @@ impl Engine {
     /// What was done so far.
     pub fn stats(&self) -> Stats {
         self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether it takes requests; the error is what the next one would get, such as the defect that ended the worker.
+    pub fn health(&self) -> Result<()> {
+        match self.inner.ended.get() {
+            Some(error) => Err(error.clone()),
+            None if self.inner.is_closing.load(Ordering::Acquire) => Err(Error::Closed),
+            None => Ok(()),
+        }
     }
 
     /// Bytes held.

@@ -1,7 +1,7 @@
 //! What the worker knows of compute: launch a batch, collect its tokens. [`ModelExecutor`] runs a model on a backend;
 //! in the scheduler's tests a fake takes its place that checks who reads whose KV.
 
-use crate::backend::{Backend, KvLayout};
+use crate::backend::{Backend, KvLayout, Pooling};
 use crate::batch::{Batch, BlockCopy, Sampled};
 use crate::error::Result;
 use crate::model::Model;
@@ -34,15 +34,17 @@ pub struct ModelExecutor<B: Backend> {
     /// Keys and values of one layer of the sequences that are being encoded; each layer takes the place of the last.
     encode_kv: B::Kv,
     encode_block_tokens: usize,
+    pooling: Pooling,
     sampled: Option<Vec<Sampled>>,
 }
 
 impl<B: Backend> ModelExecutor<B> {
-    /// Takes over a loaded model and its KV blocks. `encode_kv`: blocks of one layer, for whole sequences.
-    pub fn new(backend: B, model: Box<dyn Model<B>>, kv: B::Kv, encode_kv: KvLayout) -> Result<Self> {
+    /// Takes over a loaded model and its KV blocks. `encode_kv`: blocks of one layer, for whole sequences; `pooling`: how
+    /// their states become vectors.
+    pub fn new(backend: B, model: Box<dyn Model<B>>, kv: B::Kv, encode_kv: KvLayout, pooling: Pooling) -> Result<Self> {
         let encode_block_tokens = encode_kv.block_tokens;
         let encode_kv = backend.allocate_kv(encode_kv)?;
-        Ok(ModelExecutor { backend, model, kv, encode_kv, encode_block_tokens, sampled: None })
+        Ok(ModelExecutor { backend, model, kv, encode_kv, encode_block_tokens, pooling, sampled: None })
     }
 }
 
@@ -61,7 +63,7 @@ impl<B: Backend> Executor for ModelExecutor<B> {
     fn encode(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>> {
         assert!(self.sampled.is_none(), "sequences were encoded before the last step was collected");
         let hidden = self.model.encode(&self.backend, batch, &mut self.encode_kv)?;
-        self.backend.pool(&hidden, batch, self.model.pooling())
+        self.backend.pool(&hidden, batch, self.pooling)
     }
 
     fn encode_block_tokens(&self) -> usize {

@@ -2,8 +2,9 @@
 
 use crate::config::EngineOptions;
 use crate::error::Result;
+use crate::loader::PoolingMode;
 use crate::memory_plan::MemoryPlan;
-use crate::open::{ModelFiles, check_device, plan_memory};
+use crate::open::{ModelFiles, check_device, max_embedding_tokens, plan_memory};
 
 /// One tensor of the checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,8 +73,11 @@ pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
             ("num_key_value_heads", config.num_key_value_heads.to_string()),
             ("head_dim", config.head_dim.to_string()),
             ("max_position_embeddings", config.max_position_embeddings.to_string()),
-            ("rope", format!("{:?}", config.rope)),
+            ("rope", config.rope.as_ref().map_or("none".to_string(), |rope| format!("{rope:?}"))),
+            ("activation", format!("{:?}", config.activation)),
             ("tie_word_embeddings", config.tie_word_embeddings.to_string()),
+            ("pooling", files.sentence.pooling.map_or("mean", PoolingMode::name).to_string()),
+            ("max_embedding_tokens", max_embedding_tokens(config, &files.sentence, &plan).to_string()),
         ],
         num_parameters: tensors.iter().map(|tensor| tensor.shape.iter().map(|&n| n as u64).product::<u64>()).sum(),
         tensors,

@@ -9,6 +9,7 @@ mod generation_config;
 mod gguf;
 mod json;
 mod safetensors;
+mod sentence_transformers;
 mod source;
 mod stored;
 
@@ -18,7 +19,8 @@ use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 pub use self::generation_config::GenerationConfig;
-pub use self::json::{JsonFile, JsonObject};
+pub use self::json::{JsonFile, JsonList, JsonObject};
+pub use self::sentence_transformers::{PoolingMode, SentenceConfig};
 pub use self::source::ModelSource;
 pub use self::stored::StoredDtype;
 use self::stored::{StoredTensor, WeightsFile};
@@ -86,6 +88,15 @@ impl ModelFolder {
     /// `tokenizer.json` as it is, which must be there.
     pub fn tokenizer_json(&self) -> Result<Vec<u8>> {
         self.read("tokenizer.json", MAX_JSON_BYTES)?.ok_or_else(|| self.missing("tokenizer.json"))
+    }
+
+    /// What the files of sentence-transformers say about turning texts into vectors; without them, every field is unset.
+    pub fn sentence_config(&self) -> Result<SentenceConfig> {
+        let modules = self.read("modules.json", MAX_CONFIG_BYTES)?;
+        let modules = modules.map(|bytes| JsonList::parse("modules.json", &bytes)).transpose()?;
+        let pooling = self.json("1_Pooling/config.json")?;
+        let transformer = self.json("sentence_bert_config.json")?;
+        SentenceConfig::read(modules.as_ref(), pooling.as_ref(), transformer.as_ref())
     }
 
     /// The weights: `model.safetensors`, else the shards that `model.safetensors.index.json` names.

@@ -28,15 +28,7 @@ impl MemoryPlan {
     ) -> Result<MemoryPlan> {
         let block_tokens = layout.block_tokens;
         let block_bytes = layout.block_bytes();
-        if let Some(context) = options.context_tokens.filter(|&context| context == 0 || context > model_context_tokens)
-        {
-            return Err(Error::InvalidArgument {
-                field: "context_tokens",
-                value: context.to_string(),
-                expected: format!("1 to {model_context_tokens}, the model's own limit"),
-            });
-        }
-        let wanted_context = options.context_tokens.unwrap_or(model_context_tokens);
+        let wanted_context = wanted_context(options, model_context_tokens)?;
         let free_bytes = available_bytes.saturating_sub(weights_bytes);
         let pool_bytes = match options.kv_bytes {
             Some(bytes) if bytes < block_bytes => {
@@ -55,6 +47,18 @@ impl MemoryPlan {
         Ok(MemoryPlan { weights_bytes, block_bytes, num_blocks, context_tokens })
     }
 
+    /// The plan of a model that only encodes. It keeps no keys and values from step to step: its pool is the smallest
+    /// there can be, whatever the options say of its size.
+    pub fn for_encoder(
+        options: &EngineOptions,
+        layout: &KvLayout,
+        weights_bytes: u64,
+        model_context_tokens: usize,
+    ) -> Result<MemoryPlan> {
+        let context_tokens = wanted_context(options, model_context_tokens)?;
+        Ok(MemoryPlan { weights_bytes, block_bytes: layout.block_bytes(), num_blocks: 1, context_tokens })
+    }
+
     /// Weights and pool together.
     pub fn needed_bytes(&self) -> u64 {
         self.weights_bytes.saturating_add(self.block_bytes.saturating_mul(self.num_blocks as u64))
@@ -67,6 +71,18 @@ impl MemoryPlan {
         }
         let needed_bytes = self.needed_bytes();
         Err(Error::OutOfMemory { purpose: "weights and KV pool", needed_bytes, available_bytes })
+    }
+}
+
+/// Longest sequence that is asked for, which the model must allow.
+fn wanted_context(options: &EngineOptions, model_context_tokens: usize) -> Result<usize> {
+    match options.context_tokens {
+        Some(context) if context == 0 || context > model_context_tokens => Err(Error::InvalidArgument {
+            field: "context_tokens",
+            value: context.to_string(),
+            expected: format!("1 to {model_context_tokens}, the model's own limit"),
+        }),
+        wanted => Ok(wanted.unwrap_or(model_context_tokens)),
     }
 }
 
@@ -127,6 +143,18 @@ mod tests {
         assert_eq!(tight.num_blocks, 4096 / 16);
         let small_model = plan(|o| o.max_running_sequences = 2, 100, 64 * GIB).expect("fits");
         assert_eq!((small_model.num_blocks, small_model.context_tokens), (14, 100));
+    }
+
+    /// An encoder gets one block, however much memory there is or is offered, and its model's whole context.
+    #[test]
+    fn encoders_need_no_pool() {
+        let mut options = EngineOptions::new("");
+        options.kv_bytes = Some(64 * GIB);
+        let plan = MemoryPlan::for_encoder(&options, &layout(), GIB, 512).expect("fits");
+        assert_eq!((plan.num_blocks, plan.context_tokens), (1, 512));
+        assert_eq!(plan.needed_bytes(), GIB + layout().block_bytes());
+        options.context_tokens = Some(513);
+        assert!(MemoryPlan::for_encoder(&options, &layout(), GIB, 512).is_err());
     }
 
     /// What cannot be is refused by name before anything is read.

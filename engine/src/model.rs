@@ -1,6 +1,8 @@
 //! From an architecture's name to a model that can run; the trait that the executor sees.
 
+pub mod bert;
 pub mod config;
+pub mod gpt2;
 pub mod layers;
 pub mod llama;
 pub mod load;
@@ -8,7 +10,7 @@ pub mod mistral;
 pub mod qwen2;
 pub mod qwen3;
 
-use crate::backend::{Backend, Pooling};
+use crate::backend::Backend;
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::loader::Weights;
@@ -26,10 +28,6 @@ pub trait Model<B: Backend>: Send {
     /// Runs all layers over whole sequences and returns the final, normalised hidden states of all rows: `[tokens,
     /// hidden_size]`. `kv` has one layer, which each layer of the model overwrites.
     fn encode(&self, backend: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Rows>;
-    /// How the states of a sequence become its vector.
-    fn pooling(&self) -> Pooling {
-        Pooling::Mean
-    }
 }
 
 /// A model with its weights.
@@ -58,6 +56,8 @@ pub fn load<B: Backend>(
         Architecture::Mistral => Box::new(mistral::Mistral::load(&mut loader, config, context_tokens)?),
         Architecture::Qwen2 => Box::new(qwen2::Qwen2::load(&mut loader, config, context_tokens)?),
         Architecture::Qwen3 => Box::new(qwen3::Qwen3::load(&mut loader, config, context_tokens)?),
+        Architecture::Gpt2 => Box::new(gpt2::Gpt2::load(&mut loader, config)?),
+        Architecture::Bert => Box::new(bert::Bert::load(&mut loader, config)?),
     };
     let (num_parameters, checkpoint_bytes) = loader.finish()?;
     Ok(LoadedModel { model, num_parameters, checkpoint_bytes })

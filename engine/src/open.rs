@@ -17,7 +17,7 @@ use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::{CpuBackend, CpuBackendOptions};
-use crate::backend::{Backend, KvDtype, KvLayout};
+use crate::backend::{Backend, KvDtype, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
@@ -28,7 +28,7 @@ use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
 use crate::intake;
 use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
-use crate::loader::{GenerationConfig, ModelSource, StoredDtype, Weights};
+use crate::loader::{GenerationConfig, ModelSource, PoolingMode, SentenceConfig, StoredDtype, Weights};
 use crate::memory_plan::MemoryPlan;
 use crate::model;
 use crate::model::config::ModelConfig;
@@ -147,6 +147,7 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 pub(crate) struct ModelFiles {
     pub(crate) config: ModelConfig,
     pub(crate) generation: GenerationConfig,
+    pub(crate) sentence: SentenceConfig,
     pub(crate) tokenizer_config: TokenizerConfig,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) chat_template: Option<ChatTemplate>,
@@ -159,6 +160,7 @@ impl ModelFiles {
         let source = ModelSource::open(&options.model)?;
         let config = ModelConfig::from_json(&source.config()?)?;
         let generation = source.generation_config()?;
+        let sentence = sentence_config(&source, &config)?;
         let tokenizer_config = tokenizer_config(&source)?;
         let tokenizer = Tokenizer::from_json(&source.tokenizer_json()?, &tokenizer_config)?;
         Ok(ModelFiles {
@@ -168,8 +170,22 @@ impl ModelFiles {
             weights: source.weights()?,
             config,
             generation,
+            sentence,
             tokenizer_config,
         })
+    }
+}
+
+/// What the files of sentence-transformers say, when it fits the model.
+fn sentence_config(source: &ModelSource, config: &ModelConfig) -> Result<SentenceConfig> {
+    let sentence = source.sentence_config()?;
+    match sentence.word_embedding_dimension {
+        Some(dimension) if dimension != config.hidden_size => Err(Error::Config {
+            file: "1_Pooling/config.json",
+            field: "word_embedding_dimension".to_string(),
+            reason: format!("is {dimension}, the model's hidden_size is {}", config.hidden_size),
+        }),
+        _ => Ok(sentence),
     }
 }
 
@@ -246,13 +262,13 @@ pub(crate) fn plan_memory(options: &EngineOptions, files: &ModelFiles) -> Result
     let element_bytes = if format == WeightFormat::F32 { 4 } else { 2 };
     let elements = |shape: &[usize]| shape.iter().map(|&n| n as u64).product::<u64>();
     let weights_bytes = files.weights.entries().map(|(_, shape, _)| elements(shape) * element_bytes).sum();
-    let plan = MemoryPlan::new(
-        options,
-        &layout,
-        weights_bytes,
-        files.config.max_position_embeddings,
-        host::available_memory_bytes().unwrap_or(u64::MAX),
-    )?;
+    let model_context_tokens = files.config.max_position_embeddings;
+    let plan = if files.config.architecture.can_generate() {
+        let available_bytes = host::available_memory_bytes().unwrap_or(u64::MAX);
+        MemoryPlan::new(options, &layout, weights_bytes, model_context_tokens, available_bytes)?
+    } else {
+        MemoryPlan::for_encoder(options, &layout, weights_bytes, model_context_tokens)?
+    };
     Ok((format, KvLayout { num_blocks: plan.num_blocks, ..layout }, plan))
 }
 
@@ -293,7 +309,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut *on_progress)?;
     plan.weights_bytes = backend.weights_bytes();
     let kv = backend.allocate_kv(layout)?;
-    let max_embedding_tokens = plan.context_tokens.min(MAX_DECODER_EMBEDDING_TOKENS);
+    let max_embedding_tokens = max_embedding_tokens(&config, &files.sentence, &plan);
     let info = ModelInfo {
         name: model_name(&options.model),
         architecture: config.architecture.name().to_string(),
@@ -301,7 +317,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         num_layer_parameters: config.num_layer_parameters(),
         vocab_size: config.vocab_size,
         context_tokens: plan.context_tokens,
-        can_generate: true,
+        can_generate: config.architecture.can_generate(),
         embedding_dimensions: config.hidden_size,
         max_embedding_tokens,
         has_chat_template: files.chat_template.is_some(),
@@ -323,7 +339,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         embedding_dimensions: config.hidden_size,
     });
     let encode_kv = encode_layout(&layout, options.prefill_budget_tokens.max(max_embedding_tokens));
-    let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv)?;
+    let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv, pooling(&files.sentence))?;
     let scheduler = Scheduler::new(
         scheduler_config(&options, &plan, max_embedding_tokens, executor.max_in_flight()),
         KvCache::new(KvCacheConfig {
@@ -334,6 +350,21 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         }),
     );
     Ok(Loaded { executor, scheduler, text, info, plan })
+}
+
+/// Longest input that is turned into a vector, tokens. A decoder has others to serve beside.
+pub(crate) fn max_embedding_tokens(config: &ModelConfig, sentence: &SentenceConfig, plan: &MemoryPlan) -> usize {
+    let limit = if config.architecture.can_generate() { MAX_DECODER_EMBEDDING_TOKENS } else { usize::MAX };
+    plan.context_tokens.min(limit).min(sentence.max_seq_length.unwrap_or(usize::MAX))
+}
+
+/// The mean of all states, unless the folder says otherwise.
+fn pooling(sentence: &SentenceConfig) -> Pooling {
+    match sentence.pooling.unwrap_or(PoolingMode::MeanTokens) {
+        PoolingMode::MeanTokens => Pooling::Mean,
+        PoolingMode::ClsToken => Pooling::First,
+        PoolingMode::LastToken => Pooling::Last,
+    }
 }
 
 /// Blocks of one layer for the sequences of a step that encodes. Each sequence has blocks of its own, so there are at

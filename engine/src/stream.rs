@@ -6,6 +6,7 @@
 //! the worker never waits for a reader. Dropping the stream cancels the request.
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,6 +32,8 @@ struct State {
     admitted: bool,
     /// The last event was pushed.
     ended: bool,
+    /// Blocking readers that sleep. To notify nobody is a system call all the same.
+    num_sleeping: usize,
     /// For the async reader.
     waker: Option<Waker>,
 }
@@ -39,6 +42,17 @@ impl Channel {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while the lock is held leaves a queue that is whole: every change below is a single push or pop.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sleeps until the state changes, or the time is over.
+    fn sleep<'a>(&self, mut state: MutexGuard<'a, State>, at_most: Option<Duration>) -> MutexGuard<'a, State> {
+        state.num_sleeping += 1;
+        let mut state = match at_most {
+            Some(at_most) => self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0,
+            None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+        };
+        state.num_sleeping -= 1;
+        state
     }
 }
 
@@ -95,13 +109,62 @@ impl EventSender {
         let mut state = self.channel.lock();
         change(&mut state);
         let waker = state.waker.take();
+        let is_waited_for = state.num_sleeping > 0;
         drop(state);
-        self.channel.changed.notify_all();
-        // A waker is foreign code: it runs outside the lock, and its panic is not the worker's.
+        if is_waited_for {
+            self.channel.changed.notify_all();
+        }
         if let Some(waker) = waker {
-            let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
+            wake_or_hold_back(waker);
         }
     }
+}
+
+thread_local! {
+    /// What this thread will wake at the end of its [`Delivery`]; `None` outside of one.
+    static HELD_BACK: RefCell<Option<Vec<Waker>>> = const { RefCell::new(None) };
+}
+
+/// While it lives, events sent from this thread wake no polling reader; its end wakes them all. An event loop that reads
+/// many streams so runs once per step, and not once per stream, in a race with the rest of the step's events.
+pub(crate) struct Delivery {
+    /// One inside another changes nothing.
+    is_outermost: bool,
+}
+
+impl Delivery {
+    /// Holds wakers back from now on.
+    pub(crate) fn start() -> Self {
+        HELD_BACK.with_borrow_mut(|held_back| {
+            let is_outermost = held_back.is_none();
+            held_back.get_or_insert_default();
+            Delivery { is_outermost }
+        })
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        if self.is_outermost {
+            HELD_BACK.take().into_iter().flatten().for_each(wake);
+        }
+    }
+}
+
+fn wake_or_hold_back(waker: Waker) {
+    let at_once = HELD_BACK.with_borrow_mut(|held_back| match held_back {
+        Some(held_back) => {
+            held_back.push(waker);
+            None
+        }
+        None => Some(waker),
+    });
+    at_once.into_iter().for_each(wake);
+}
+
+/// A waker is foreign code: it runs outside of every lock, and its panic is not the worker's.
+fn wake(waker: Waker) {
+    let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
 }
 
 impl Drop for EventSender {
@@ -163,7 +226,7 @@ impl RequestStream {
             if let Poll::Ready(event) = pop(&mut state) {
                 return event;
             }
-            state = self.channel().changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.channel().sleep(state, None);
         }
     }
 
@@ -180,7 +243,7 @@ impl RequestStream {
             if left.is_zero() {
                 return Poll::Pending;
             }
-            (state, _) = self.channel().changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            state = self.channel().sleep(state, Some(left));
         }
     }
 
@@ -200,7 +263,7 @@ impl RequestStream {
     pub(crate) fn wait_admitted(&mut self) -> Result<()> {
         let mut state = self.channel().lock();
         while !state.admitted && !state.ended {
-            state = self.channel().changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.channel().sleep(state, None);
         }
         if state.admitted {
             return Ok(());
@@ -339,6 +402,36 @@ mod tests {
         sender.send(delta(0, "x"));
         assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
         assert!(stream.poll_next(&mut Context::from_waker(&waker)).is_ready());
+    }
+
+    /// While a thread delivers, readers are not woken; the end of the outermost delivery wakes each once.
+    #[test]
+    fn a_delivery_wakes_at_its_end() {
+        struct Count(AtomicUsize);
+        impl std::task::Wake for Count {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let wakes = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = Waker::from(wakes.clone());
+        let mut ends: Vec<_> = (0..3).map(|_| quiet()).collect();
+        for (_, stream) in &mut ends {
+            assert!(stream.poll_next(&mut Context::from_waker(&waker)).is_pending());
+        }
+        let delivery = Delivery::start();
+        {
+            let _inner = Delivery::start();
+            ends.iter().for_each(|(sender, _)| sender.send(delta(0, "x")));
+            ends.iter().for_each(|(sender, _)| sender.send(delta(0, "y")));
+        }
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 0);
+        drop(delivery);
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 3);
+        assert!(ends[0].1.poll_next(&mut Context::from_waker(&waker)).is_ready());
+        assert!(ends[0].1.poll_next(&mut Context::from_waker(&waker)).is_pending());
+        ends[0].0.send(delta(0, "z"));
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 4, "outside of a delivery a reader is woken at once");
     }
 
     /// A blocking reader on another thread gets the event that is sent later, and a bounded wait gives up.

@@ -19,7 +19,7 @@ use crate::executor::Executor;
 use crate::request::{FinishReason, Summary, Usage};
 use crate::scheduler::{Scheduler, SequenceEvent, Step};
 use crate::stats::Stats;
-use crate::stream::EventSender;
+use crate::stream::{Delivery, EventSender};
 use crate::text_model::TextModel;
 use crate::tokenizer::{TextStart, TextStream};
 use answer::{AfterToken, Answer};
@@ -299,6 +299,7 @@ impl<E: Executor> Worker<E> {
     }
 
     fn deliver(&mut self, events: Vec<SequenceEvent>) {
+        let _delivery = Delivery::start();
         for event in events {
             // A sequence without an owner belongs to a request that was cancelled: what comes late is dropped.
             let Some(&(id, choice)) = self.owners.get(&event.seq()) else { continue };

@@ -96,11 +96,13 @@ fn close_settles_everything() {
     let engine = demo::open(|options| options.max_running_sequences = 2);
     let streams: Vec<_> = (0..20).map(|seed| engine.submit(long_request(seed)).expect("accepted")).collect();
     let clone = engine.clone();
+    assert_eq!(clone.health(), Ok(()));
     engine.close();
     for stream in streams {
         assert_eq!(stream.last(), Some(Err(Error::Closed)));
     }
     clone.close();
+    assert_eq!(clone.health(), Err(Error::Closed));
     assert_eq!(clone.submit(long_request(1)).err(), Some(Error::Closed));
     assert_eq!(clone.memory(), ns_llm::MemoryUse::default());
 }

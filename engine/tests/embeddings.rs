@@ -11,8 +11,8 @@ mod reference_backend;
 
 use demo::Rng;
 use direct_run::DirectRun;
-use ns_llm::backend::KvDtype;
 use ns_llm::backend::cpu::{CpuBackend, CpuBackendOptions};
+use ns_llm::backend::{KvDtype, Pooling};
 use ns_llm::{Embedding, EmbeddingRequest, Error, Event, Priority, Request, ThreadPriority, WeightFormat};
 use reference_backend::Reference;
 
@@ -83,8 +83,8 @@ fn vectors_are_right() {
     let options = CpuBackendOptions { threads: 2, priority: ThreadPriority::Normal, weights: WeightFormat::F32 };
     let cpu = CpuBackend::new(options).expect("starts");
     let mut cpu = DirectRun::open(&demo::path(), cpu, KvDtype::F32, 16).expect("loads");
-    let expected = reference.encode(&sequences).expect("runs");
-    let actual = cpu.encode(&sequences).expect("runs");
+    let expected = reference.encode(&sequences, Pooling::Mean).expect("runs");
+    let actual = cpu.encode(&sequences, Pooling::Mean).expect("runs");
     for (expected, actual) in expected.iter().zip(&actual) {
         let cosine = dot(expected, actual) / (dot(expected, expected) * dot(actual, actual)).sqrt();
         assert!(cosine > 0.999_999, "{cosine}");

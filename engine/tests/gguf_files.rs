@@ -1,49 +1,25 @@
 //! Promise: no GGUF file of any content does more than fail to load, with an error that names the byte or the key. A
 //! table of hand-made files, each a valid one with one thing changed, and the error that it must give; a matrix of keys
-//! and wrong values; every truncation; and seeded mutations. None may panic, keep a file open, or allocate more than
+//! and wrong values; every truncation; every way in which split files can disagree. None may panic, keep a file open, or allocate more than
 //! the file justifies.
 
 #[path = "support/counting_allocator.rs"]
 mod counting_allocator;
 #[path = "support/gguf_file.rs"]
 mod gguf_file;
+#[path = "support/gguf_loading.rs"]
+mod gguf_loading;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
 use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use counting_allocator::peak_bytes_of;
-use gguf_file::{GgufFile, GgufTensor, Value, converted, string};
-use ns_llm::{EngineOptions, Error, Result};
-use safetensors::Dtype;
-use serde_json::json;
-use tiny_model::{TempFolder, small_config, weights};
-
-/// Opens a model as an engine's worker does, on this thread.
-fn load(path: &Path) -> Result<()> {
-    ns_llm::open::load(EngineOptions::new(path).threads(1).kv_bytes(1 << 20)).map(drop)
-}
-
-/// A small Qwen3 that loads.
-fn valid() -> GgufFile {
-    converted(&small_config(), &weights(&small_config(), Dtype::BF16))
-}
-
-/// A small Llama that loads, with stretched frequencies and biases.
-fn valid_llama() -> GgufFile {
-    let config = json!({
-        "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-        "max_position_embeddings": 128, "attention_bias": true, "rope_theta": 5e5,
-        "rope_scaling": {
-            "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    });
-    converted(&config, &weights(&config, Dtype::F32))
-}
+use gguf_file::{GgufFile, GgufTensor, Value, string};
+use gguf_loading::{load, open_files_below, try_bytes, valid, valid_llama};
+use ns_llm::Error;
+use tiny_model::TempFolder;
 
 /// Bytes of a file, the code of its error, and a text that must occur in the message.
 struct Case {
@@ -507,21 +483,6 @@ fn llama_cases() -> Vec<Case> {
 
 // ---- the promise --------------------------------------------------------------------------------------------------------
 
-/// Loads `bytes` as a file; what came of it, and the most bytes that were held.
-fn try_bytes(path: &Path, bytes: &[u8], name: &str) -> (Result<()>, u64) {
-    fs::write(path, bytes).unwrap();
-    let (result, peak_bytes) = peak_bytes_of(|| catch_unwind(AssertUnwindSafe(|| load(path))));
-    (result.unwrap_or_else(|_| panic!("{name}: panicked")), peak_bytes)
-}
-
-/// How many files below `path` this process has open (0 where the system does not tell).
-fn open_files_below(path: &Path) -> usize {
-    let path = fs::canonicalize(path).unwrap();
-    let Ok(handles) = fs::read_dir("/proc/self/fd") else { return 0 };
-    let targets = handles.filter_map(|handle| fs::read_link(handle.ok()?.path()).ok());
-    targets.filter(|target| target.starts_with(&path)).count()
-}
-
 /// Every file of the table gives its error and leaves nothing behind; the files they were made from load.
 #[test]
 fn every_bad_file_gives_its_error() {
@@ -766,79 +727,4 @@ fn links_out_of_the_folder_are_refused() {
         let error = load(&folder.path().join(name)).unwrap_err();
         assert!(error.to_string().contains(text), "{error}");
     }
-}
-
-// ---- mutations ----------------------------------------------------------------------------------------------------------
-
-/// A seeded stream of numbers (SplitMix64).
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound.max(1) as u64) as usize
-    }
-}
-
-/// One to four changes of the kinds that break parsers: bits, extreme numbers, pieces moved, doubled, cut out or off.
-fn mutate(bytes: &mut Vec<u8>, header: usize, rng: &mut Rng) {
-    const EXTREMES: [u64; 8] = [0, 1, 0x7F, 0xFFFF_FFFF, 1 << 31, 1 << 32, 1 << 63, u64::MAX];
-    for _ in 0..=rng.below(4) {
-        let at = rng.below(header.min(bytes.len()));
-        let end = (at + 1 + rng.below(16)).min(bytes.len());
-        match rng.below(6) {
-            0 => bytes[at] ^= 1 << rng.below(8),
-            1 => bytes[at] = rng.next() as u8,
-            2 => {
-                let (extreme, width) = (EXTREMES[rng.below(EXTREMES.len())], [1, 4, 8][rng.below(3)]);
-                let extreme = extreme.wrapping_sub(rng.below(3) as u64).to_le_bytes();
-                bytes.iter_mut().skip(at).zip(&extreme[..width]).for_each(|(byte, new)| *byte = *new);
-            }
-            3 => drop(bytes.drain(at..end)),
-            4 => {
-                let piece = bytes[at..end].to_vec();
-                let to = rng.below(bytes.len());
-                bytes.splice(to..to, piece);
-            }
-            _ => bytes.truncate(if rng.below(8) == 0 { at } else { bytes.len() }),
-        }
-        if bytes.is_empty() {
-            return;
-        }
-    }
-}
-
-/// Thousands of mutated files load or fail with an error, within the memory that their bytes justify: shown with a
-/// fixed seed, over headers of both models and a split's.
-#[test]
-fn mutated_files_load_or_fail() {
-    const ROUNDS: u64 = 2_000;
-    let folder = TempFolder::new("gguf-mutations");
-    let path = folder.path().join("model.gguf");
-    let seeds = [valid(), valid_llama()].map(|file| (file.bytes(), file.header().len()));
-    let (mut loaded, mut codes) = (0, std::collections::BTreeMap::new());
-    for round in 0..ROUNDS {
-        let (whole, header) = &seeds[(round % 2) as usize];
-        let mut bytes = whole.clone();
-        mutate(&mut bytes, *header, &mut Rng(round));
-        let (result, peak_bytes) = try_bytes(&path, &bytes, &format!("round {round}"));
-        match result {
-            Ok(()) => loaded += 1,
-            Err(error) => *codes.entry(error.code()).or_insert(0) += 1,
-        }
-        // What loads holds packed weights and the KV pool that `load` asks for.
-        let limit_bytes = (4 << 20) + 16 * bytes.len() as u64;
-        assert!(peak_bytes <= limit_bytes, "round {round}: {peak_bytes} bytes for {}", bytes.len());
-    }
-    println!("{loaded} of {ROUNDS} loaded; errors: {codes:?}");
-    assert!(loaded > 20, "{loaded}: the mutator leaves nothing whole");
-    assert!(codes.get("weights") > Some(&500) && codes.get("config") > Some(&50), "{codes:?}");
-    assert!(!codes.contains_key("internal"), "{codes:?}");
-    assert_eq!(open_files_below(folder.path()), 0);
 }

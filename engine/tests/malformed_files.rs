@@ -4,6 +4,8 @@
 
 #[path = "support/counting_allocator.rs"]
 mod counting_allocator;
+#[path = "support/encoder_cases.rs"]
+mod encoder_cases;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
@@ -12,6 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use counting_allocator::peak_bytes_of;
+use encoder_cases::{bert_config, encoder_cases, gpt2_config};
 use ns_llm::{EngineOptions, Error, Result};
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -256,7 +259,7 @@ fn config_cases() -> Vec<Case> {
     let llama3 =
         |high: f64| json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": high});
     vec![
-        config_case("architectures", json!(["GPT2LMHeadModel"]), "unknown_architecture", "GPT2LMHeadModel"),
+        config_case("architectures", json!(["MambaForCausalLM"]), "unknown_architecture", "MambaForCausalLM"),
         config_case("architectures", json!(null), "config", "`architectures`: is missing"),
         config_case("architectures", json!([]), "config", "has 0 entries, must have one"),
         config_case("vocab_size", json!(0), "config", "`vocab_size`: is 0, must be an integer of 1 to 16777216"),
@@ -512,6 +515,15 @@ fn link_cases() -> Vec<Case> {
             "io",
             "is a link that leaves the model folder",
         ),
+        case(
+            "the pooling's file links to the system",
+            |folder| {
+                fs::create_dir(folder.path().join("1_Pooling")).unwrap();
+                symlink("/etc/hostname", folder.path().join("1_Pooling/config.json")).unwrap();
+            },
+            "io",
+            "is a link that leaves the model folder",
+        ),
         case("tokenizer.json links to itself", link("tokenizer.json", "tokenizer.json"), "io", "tokenizer.json"),
         case("tokenizer.json links nowhere", link("tokenizer.json", "gone.json"), "io", "tokenizer.json"),
     ]
@@ -528,14 +540,29 @@ fn link_cases() -> Vec<Case> {
 #[test]
 fn every_bad_folder_gives_its_error() {
     assert_eq!(load(valid_folder().path()), Ok(()));
-    let tables =
-        [folder_cases(), text_cases(), config_cases(), header_cases(), tensor_cases(), index_cases(), link_cases()];
+    for config in [bert_config(), gpt2_config()] {
+        let folder = valid_folder();
+        write_model(&folder, &config, Dtype::F32, 1);
+        assert_eq!(load(folder.path()), Ok(()), "{config}");
+    }
+    let tables = [
+        folder_cases(),
+        text_cases(),
+        config_cases(),
+        header_cases(),
+        tensor_cases(),
+        index_cases(),
+        encoder_cases(),
+        link_cases(),
+    ];
     let cases: Vec<Case> = tables.into_iter().flatten().collect();
     assert!(cases.len() >= 60, "{} cases", cases.len());
     for case in &cases {
         let folder = valid_folder();
         (case.change)(&folder);
-        let files = fs::read_dir(folder.path()).unwrap().filter_map(|entry| entry.ok()?.metadata().ok());
+        let folders = [folder.path().to_path_buf(), folder.path().join("1_Pooling")];
+        let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
+        let files = entries.filter_map(|entry| entry.ok()?.metadata().ok()).filter(fs::Metadata::is_file);
         let file_bytes: u64 = files.map(|file| file.len()).sum();
         let (result, peak_bytes) = peak_bytes_of(|| catch_unwind(AssertUnwindSafe(|| load(folder.path()))));
         let result = result.unwrap_or_else(|_| panic!("{}: panicked", case.name));

@@ -225,7 +225,12 @@ fn damaged_files_are_refused() {
     assert_eq!(change(&|_| ()), None);
     for (edit, part) in [
         ((&|json: &mut Value| json["model"]["vocab"]["absurd"] = 4_000_000_000u32.into()) as &dyn Fn(&mut Value), "id"),
-        (&|json| json["decoder"] = serde_json::json!({"type": "WordPiece", "prefix": "##", "cleanup": true}), "Word"),
+        (
+            &|json| {
+                json["decoder"] = serde_json::json!({"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": true});
+            },
+            "CTC",
+        ),
         (&|json| json["decoder"] = Value::Null, "decoder"),
         (&|json| json["model"] = Value::Null, "tokenizer.json"),
         (&|json| json["pre_tokenizer"] = serde_json::json!({"type": "Split", "pattern": {"Regex": "("}}), "tokenizer"),

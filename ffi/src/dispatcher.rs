@@ -2,7 +2,7 @@
 //! to C, one at a time.
 //!
 //! It is a small executor. Each stream is polled with a waker that puts the request's handle into the thread's mailbox,
-//! so the thread sleeps until some request has something to say, and requests take turns, one event each. One thread
+//! so the thread sleeps until some request has something to say, and requests take turns of a few events. One thread
 //! per request was rejected: a full queue would be a thousand threads; calling from the engine's worker too: a slow
 //! callback would hold up every sequence.
 //!
@@ -11,22 +11,25 @@
 //! thread ends when it has heard of it and settled every request.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, JoinHandle};
 
-use ns_llm_core::{Error, Event, RequestStream, Summary};
+use ns_llm_core::{Error, Event, RequestStream};
 
 use crate::callback::in_callback;
 use crate::event::Listener;
-use crate::panic::message_of;
-use crate::request::LiveRequest;
+use crate::live_request::{End, Told};
+use crate::log::Log;
+use crate::panic::caught;
 
 /// Stack of the callback thread, where the program's own code runs; the header promises it.
 const STACK_BYTES: usize = 2 << 20;
+
+/// Events that one request may tell before the others have their turn. Unread deltas are merged, so there are rarely two.
+const MAX_EVENTS_A_TURN: usize = 8;
 
 /// The handle on the thread.
 pub(crate) struct Dispatcher {
@@ -49,13 +52,13 @@ enum Message {
 pub(crate) struct Watched {
     pub(crate) stream: RequestStream,
     pub(crate) listener: Listener,
-    pub(crate) request: Arc<LiveRequest>,
+    pub(crate) request: Arc<Told>,
 }
 
 impl Dispatcher {
-    pub(crate) fn start() -> Result<Dispatcher, Error> {
+    pub(crate) fn start(log: Arc<Log>) -> Result<Dispatcher, Error> {
         let (mailbox, messages) = channel();
-        let callbacks = Callbacks { mailbox: mailbox.clone(), messages, watched: HashMap::new(), closing: false };
+        let callbacks = Callbacks { mailbox: mailbox.clone(), messages, watched: HashMap::new(), closing: false, log };
         let builder = thread::Builder::new().name("ns-llm-callback".to_string()).stack_size(STACK_BYTES);
         let thread = builder.spawn(|| callbacks.run()).map_err(|error| Error::Internal {
             reason: format!("the callback thread could not be started: {error}"),
@@ -92,6 +95,7 @@ struct Callbacks {
     /// By handle.
     watched: HashMap<u64, Turn>,
     closing: bool,
+    log: Arc<Log>,
 }
 
 /// A request between its turns.
@@ -100,6 +104,8 @@ struct Turn {
     bell: Arc<Bell>,
     /// The listener wants to hear no more than the end.
     refused: bool,
+    /// The last event is being told, or was.
+    is_last_told: bool,
 }
 
 /// Wakes the thread for one request, at most once per turn.
@@ -137,35 +143,22 @@ impl Callbacks {
     fn welcome(&mut self, watched: Watched) {
         let request = watched.listener.request;
         let bell = Arc::new(Bell { request, mailbox: self.mailbox.clone(), rung: AtomicBool::new(false) });
-        self.watched.insert(request, Turn { watched, bell: bell.clone(), refused: false });
+        self.watched.insert(request, Turn { watched, bell: bell.clone(), refused: false, is_last_told: false });
         bell.wake_by_ref();
     }
 
-    /// Gives one request its turn: at most one event.
+    /// Gives one request its turn.
     fn advance(&mut self, request: u64) {
-        let Some(Turn { watched, bell, refused }) = self.watched.get_mut(&request) else { return };
-        bell.rung.store(false, Ordering::Release);
-        let waker = Waker::from(bell.clone());
-        let end = match next_event(&mut watched.stream, &waker) {
-            Poll::Pending => return,
-            Poll::Ready(Ok(Event::Done(summary))) => Ok(summary),
-            Poll::Ready(Err(error)) => Err(error),
-            Poll::Ready(Ok(event)) => {
-                // What was computed before the refusal took effect is not told.
-                if !*refused && !watched.listener.tell(&event) {
-                    *refused = true;
-                    watched.request.cancel();
-                }
-                waker.wake();
-                return;
-            }
-        };
-        watched.listener.tell_end(&end);
-        self.settle(request, end);
+        let Some(turn) = self.watched.get_mut(&request) else { return };
+        // A panic is a defect that this request alone hears of: the others' thread goes on.
+        let advanced = caught(|| turn.advance(&self.log));
+        if let Some(end) = advanced.unwrap_or_else(|reason| turn.give_up(reason)) {
+            self.settle(request, end);
+        }
     }
 
     /// Forgets a request whose last event was told, and lets those go on who wait for it.
-    fn settle(&mut self, request: u64, end: Result<Summary, Error>) {
+    fn settle(&mut self, request: u64, end: End) {
         if let Some(Turn { watched: Watched { stream, request, .. }, .. }) = self.watched.remove(&request) {
             drop(stream);
             request.settle(end);
@@ -173,15 +166,54 @@ impl Callbacks {
     }
 }
 
-/// The next event of a stream. That it ends without a last event, or panics, is a defect that this request alone hears
-/// of.
-fn next_event(stream: &mut RequestStream, waker: &Waker) -> Poll<Result<Event, Error>> {
-    let polled = catch_unwind(AssertUnwindSafe(|| stream.poll_next(&mut Context::from_waker(waker))));
-    polled.map_or_else(
-        |payload| Poll::Ready(Err(Error::Internal { reason: message_of(&*payload) })),
-        |polled| {
+impl Turn {
+    /// Tells the events that are there; the end if the last was among them.
+    fn advance(&mut self, log: &Log) -> Option<End> {
+        self.bell.rung.store(false, Ordering::Release);
+        let waker = Waker::from(self.bell.clone());
+        for _ in 0..MAX_EVENTS_A_TURN {
+            let Poll::Ready(event) = self.watched.stream.poll_next(&mut Context::from_waker(&waker)) else {
+                return None;
+            };
             let missing = || Err(Error::Internal { reason: "the request ended without a last event".to_string() });
-            polled.map(|event| event.unwrap_or_else(missing))
-        },
-    )
+            let end = self.tell(event.unwrap_or_else(missing), log);
+            if end.is_some() {
+                return end;
+            }
+        }
+        waker.wake();
+        None
+    }
+
+    /// Tells one event; the end if it is the last.
+    fn tell(&mut self, event: Result<Event, Error>, log: &Log) -> Option<End> {
+        let end = match &event {
+            Ok(Event::Done(summary)) => Some(Ok(summary.into())),
+            Err(error) => {
+                log.failed(error);
+                Some(Err(error.clone()))
+            }
+            Ok(_) => None,
+        };
+        self.is_last_told = end.is_some();
+        // What was computed before a refusal took effect is not told.
+        if end.is_some() || !self.refused {
+            let wants_more = self.watched.listener.tell(event);
+            if end.is_none() && !wants_more {
+                self.refused = true;
+                self.watched.request.cancel();
+            }
+        }
+        end
+    }
+
+    /// The end of a request whose turn panicked.
+    fn give_up(&mut self, reason: String) -> Option<End> {
+        let error = Error::Internal { reason };
+        if !self.is_last_told {
+            // A second panic here leaves the listener without its last event; those who wait go on all the same.
+            let _ = caught(|| self.watched.listener.tell(Err(error.clone())));
+        }
+        Some(Err(error))
+    }
 }

@@ -3,7 +3,7 @@
 //! An engine is a loaded model with its KV blocks, its worker, its compute threads and its callback thread. It serves
 //! many requests at once; a program normally opens one engine per model.
 
-use std::ffi::{c_char, c_void};
+use std::ffi::c_void;
 use std::sync::Arc;
 
 use ns_llm_core::config::MAX_THREADS;
@@ -11,11 +11,12 @@ use ns_llm_core::{Device, Engine, EngineOptions, LoadProgress, ThreadPriority, W
 
 use crate::callback::{UserData, as_callback};
 use crate::dispatcher::Dispatcher;
+use crate::failure::{Failure, boundary};
 use crate::handle::{HandleKind, HandleTable, check_process};
-use crate::panic::boundary;
+use crate::log::{Log, ns_llm_log_callback};
 use crate::params::{SizedStruct, read_struct};
-use crate::status::{Failure, ns_llm_status};
-use crate::text::{Out, fill_buffer, ns_llm_text, read_text};
+use crate::status::ns_llm_status;
+use crate::text::{Out, ns_llm_text, read_text};
 
 /// An engine: an id, not a pointer. 0 is never an engine.
 pub type ns_llm_engine = u64;
@@ -92,6 +93,10 @@ pub struct ns_llm_engine_params {
     pub progress: ns_llm_progress_callback,
     /// Handed to `progress`.
     pub progress_user_data: *mut c_void,
+    /// Hears what belongs into a log, or NULL.
+    pub log: ns_llm_log_callback,
+    /// Handed to `log`.
+    pub log_user_data: *mut c_void,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -104,6 +109,7 @@ const MAX_PATH_BYTES: usize = 32 << 10;
 pub(crate) struct LiveEngine {
     pub(crate) engine: Engine,
     pub(crate) dispatcher: Dispatcher,
+    pub(crate) log: Arc<Log>,
 }
 
 /// All open engines.
@@ -111,8 +117,8 @@ pub(crate) static ENGINES: HandleTable<LiveEngine> = HandleTable::new(HandleKind
 
 /// Loads a model and starts an engine for it. Returns when it can answer, which may take seconds.
 ///
-/// Ownership:  `params` and what it points to are copied. `*out_engine` is a new handle; free it with
-///             ns_llm_engine_free().
+/// Ownership:  `params` and what it points to are copied, but `log_user_data` must stay valid until the engine is freed.
+///             `*out_engine` is a new handle; free it with ns_llm_engine_free().
 /// Threads:    any, also concurrently, also inside a callback.
 /// NULL:       `params`, `params->model.data` and `out_engine` must not be NULL.
 /// Returns:    NS_LLM_OK; NS_LLM_CANCELLED if the progress callback said so; NS_LLM_NULL_ARGUMENT,
@@ -123,8 +129,9 @@ pub(crate) static ENGINES: HandleTable<LiveEngine> = HandleTable::new(HandleKind
 /// On failure: `*out_engine` is 0, and nothing is left behind.
 ///
 /// # Safety
-/// `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its callback
-/// callable until this function returns. `out_engine` points to a writable `ns_llm_engine`.
+/// `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its `progress`
+/// callable until this function returns, its `log` until ns_llm_engine_free() has. `out_engine` points to a writable
+/// `ns_llm_engine`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ns_llm_engine_open(
     params: *const ns_llm_engine_params,
@@ -139,9 +146,13 @@ pub unsafe extern "C" fn ns_llm_engine_open(
         let params = unsafe { read_struct("params", params) }?;
         // SAFETY: promised by the caller, about the text that `params` holds.
         let options = unsafe { read_options(&params) }?;
+        // SAFETY: promised by the caller, until ns_llm_engine_free() has returned, which closes the log.
+        let log = Arc::new(unsafe { Log::new(params.log, params.log_user_data) });
         let engine = Engine::open(options)?;
-        let dispatcher = Dispatcher::start()?;
-        out.set(ENGINES.insert(Arc::new(LiveEngine { engine, dispatcher }))?);
+        let dispatcher = Dispatcher::start(log.clone())?;
+        let live = Arc::new(LiveEngine { engine, dispatcher, log });
+        out.set(ENGINES.insert(live.clone())?);
+        live.log.opened(&live.engine);
         Ok(())
     })
 }
@@ -166,57 +177,11 @@ pub extern "C" fn ns_llm_engine_free(engine: ns_llm_engine) -> ns_llm_status {
             let live = ENGINES.remove(engine)?;
             live.engine.close();
             live.dispatcher.close();
+            live.log.closed(&live.engine);
+            live.log.close();
         }
         Ok(())
     })
-}
-
-/// Writes what is loaded, as a JSON object: "name", "architecture", "weights", "kv_dtype", "device", "isa" (texts);
-/// "num_parameters", "vocab_size", "context_tokens", "threads", "load_ms" (numbers); "has_chat_template" (true or
-/// false). Later versions add members.
-///
-/// Ownership:  `buffer` is the caller's; the text has no NUL at its end.
-/// Threads:    any, also inside a callback.
-/// NULL:       `buffer` may be NULL if `capacity` is 0, to ask for the size; `out_size` must not be NULL.
-/// Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
-///             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
-/// On failure: `buffer` is unchanged. `*out_size` is the size that is needed after NS_LLM_BUFFER_TOO_SMALL, else 0.
-///
-/// # Safety
-/// `buffer` points to `capacity` writable bytes and `out_size` to a writable `size_t`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ns_llm_engine_info(
-    engine: ns_llm_engine,
-    buffer: *mut c_char,
-    capacity: usize,
-    out_size: *mut usize,
-) -> ns_llm_status {
-    boundary(|| {
-        // SAFETY: promised by the caller.
-        let out = unsafe { Out::new("out_size", out_size, 0) }?;
-        let info = info_json(&ENGINES.get(engine)?.engine);
-        // SAFETY: promised by the caller.
-        unsafe { fill_buffer(buffer.cast::<u8>(), capacity, &out, info.as_bytes()) }
-    })
-}
-
-fn info_json(engine: &Engine) -> String {
-    let info = engine.info();
-    serde_json::json!({
-        "name": info.name,
-        "architecture": info.architecture,
-        "weights": info.weights,
-        "kv_dtype": info.kv_dtype,
-        "device": info.device,
-        "isa": info.isa,
-        "num_parameters": info.num_parameters,
-        "vocab_size": info.vocab_size,
-        "context_tokens": info.context_tokens,
-        "threads": info.threads,
-        "load_ms": info.load_ms,
-        "has_chat_template": info.has_chat_template,
-    })
-    .to_string()
 }
 
 /// # Safety

@@ -1,13 +1,19 @@
 //! # Events
 //!
-//! What a request has to say arrives as a sequence of events, in this order: any number of DELTA, one FINISHED for each
-//! choice, and as the very last either DONE or FAILED. Whatever happens to an accepted request - it ends, it is
-//! cancelled, its handle or its engine is freed - it gets exactly one last event.
+//! What a request has to say arrives as a sequence of events. A generation tells any number of DELTA, one FINISHED for
+//! each choice, and as the very last either DONE or FAILED; an embedding request tells one EMBEDDING for each input, in any
+//! order, and the same last event. Whatever happens to an accepted request - it ends, it is cancelled, its engine is
+//! freed - there is exactly one last event.
+//!
+//! There are two ways to hear them, and each request has one of the two, chosen when it is submitted: a callback, which
+//! the engine calls on a thread of its own; or ns_llm_request_next(), with which the program fetches events on a thread of
+//! its choice. Either way a slow reader loses nothing and slows down nobody but itself: what it has not heard yet waits,
+//! merged into one DELTA a choice.
 
 use std::ffi::c_void;
 use std::ptr;
 
-use ns_llm_core::{Delta, Error, Event, FinishReason, Summary};
+use ns_llm_core::{Error, Event, FinishReason, Logprob, Summary, TokenLogprobs};
 
 use crate::callback::{UserData, as_callback};
 use crate::params::SizedStruct;
@@ -21,14 +27,17 @@ pub type ns_llm_request = u64;
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ns_llm_event_kind {
-    /// New tokens of one choice, and the text that they complete: `choice`, `text`, `token_ids`.
+    /// New tokens of one choice, and the text that they complete: `choice`, `text`, `token_ids`, and `logprobs` if they
+    /// were asked for.
     NS_LLM_EVENT_DELTA = 1,
     /// One choice has ended: `choice`, `finish_reason`.
     NS_LLM_EVENT_FINISHED = 2,
-    /// The last event of a request that ended by itself: `summary`.
+    /// The last event of a request that ended by itself: `summary`, and `prompt_logprobs` if they were asked for.
     NS_LLM_EVENT_DONE = 3,
     /// The last event of any other: `status` says why, `text` says it in a sentence.
     NS_LLM_EVENT_FAILED = 4,
+    /// The vector of one input of an embedding request: `input`, `embedding`, `num_input_tokens`, `is_truncated`.
+    NS_LLM_EVENT_EMBEDDING = 5,
 }
 
 /// Why a choice ended.
@@ -49,7 +58,7 @@ pub enum ns_llm_finish_reason {
 pub struct ns_llm_summary {
     /// `sizeof(ns_llm_summary)`: set by whoever owns the struct.
     pub struct_size: usize,
-    /// Tokens of the prompt.
+    /// Tokens of the prompt, or of all inputs of an embedding request.
     pub prompt_tokens: u64,
     /// Tokens of all choices, stop tokens included.
     pub completion_tokens: u64,
@@ -57,7 +66,7 @@ pub struct ns_llm_summary {
     pub cached_tokens: u64,
     /// How often the request lost its KV to others and was computed again (its tokens are the same).
     pub preemptions: u64,
-    /// The seed that was used. Give it again to get the same answer.
+    /// The seed that was used (of an embedding request: 0). Give it again to get the same answer.
     pub seed: u64,
     /// From submission to the first step that computed the request.
     pub queue_ms: f64,
@@ -74,12 +83,36 @@ pub struct ns_llm_summary {
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
 unsafe impl SizedStruct for ns_llm_summary {}
 
-/// One event. The struct and everything in it belong to the library and are valid until the callback returns; copy what
-/// you keep. Fields that its kind does not name are zero or empty; `text.data` is never NULL.
+/// A token and the natural logarithm of its probability under the model: before temperature, penalties and truncation.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ns_llm_logprob {
+    /// The token.
+    pub token_id: u32,
+    /// Its log-probability: 0 or less.
+    pub logprob: f32,
+}
+
+/// How likely one token was, and which ones were likeliest in its place.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct ns_llm_token_logprobs {
+    /// The token that was chosen; in a prompt, the one that stands there.
+    pub chosen: ns_llm_logprob,
+    /// The likeliest, best first.
+    pub top: *const ns_llm_logprob,
+    /// Number of `top`: as many as were asked for.
+    pub num_top: usize,
+}
+
+/// One event. Fields that its kind does not name are zero, NULL or empty; `text.data` is never NULL. What it points to is
+/// the library's: in a callback it is valid until the callback returns, after ns_llm_request_next() until the next call of
+/// that for the same request, or until the request is freed. Copy what you keep.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct ns_llm_event {
-    /// Size of the struct as the library knows it. Fields that you know and an older library does not lie beyond it.
+    /// `sizeof(ns_llm_event)`: set by whoever owns the struct. In a callback that is the library: fields beyond this size
+    /// are newer than the library that is running.
     pub struct_size: usize,
     /// The request: the value that ns_llm_generate() gives, also if that has not returned yet.
     pub request: ns_llm_request,
@@ -94,13 +127,35 @@ pub struct ns_llm_event {
     pub token_ids: *const u32,
     /// Number of `token_ids`.
     pub num_token_ids: usize,
+    /// One for each of `token_ids`, if `logprobs` was set in the request.
+    pub logprobs: *const ns_llm_token_logprobs,
+    /// Number of `logprobs`: 0, or `num_token_ids`.
+    pub num_logprobs: usize,
     /// Why the choice ended.
     pub finish_reason: ns_llm_finish_reason,
-    /// Why the request failed: what ns_llm_request_wait() returns.
+    /// Why the request failed.
     pub status: ns_llm_status,
     /// Counts and times, or NULL.
     pub summary: *const ns_llm_summary,
+    /// One for each token of the prompt from the second on, if NS_LLM_REQUEST_PROMPT_LOGPROBS was set.
+    pub prompt_logprobs: *const ns_llm_token_logprobs,
+    /// Number of `prompt_logprobs`.
+    pub num_prompt_logprobs: usize,
+    /// The vector of an input.
+    pub embedding: *const f32,
+    /// Number of `embedding`.
+    pub num_dimensions: usize,
+    /// Which input, from 0.
+    pub input: usize,
+    /// Tokens that the vector was computed from.
+    pub num_input_tokens: usize,
+    /// 1 if the input was longer and lost its end, else 0.
+    pub is_truncated: u64,
 }
+
+// SAFETY: `repr(C)`, begins with a `usize`. Written only, never read from C, so that not every number is a kind does no
+// harm.
+unsafe impl SizedStruct for ns_llm_event {}
 
 /// Receives the events of a request, on the engine's callback thread: one thread per engine, made by
 /// ns_llm_engine_open(), with a stack of 2 MiB. Events of one engine never overlap, so a callback that blocks holds up
@@ -112,7 +167,131 @@ pub struct ns_llm_event {
 pub type ns_llm_event_callback =
     Option<unsafe extern "C" fn(event: *const ns_llm_event, user_data: *mut c_void) -> bool>;
 
-/// Who hears the events of one request.
+/// One event with everything that C is shown of it.
+pub(crate) struct Shown {
+    /// Points into the fields below, which never change: their contents do not move when this struct does.
+    view: ns_llm_event,
+    _text: String,
+    _token_ids: Vec<u32>,
+    _embedding: Vec<f32>,
+    _logprobs: Logprobs,
+    _summary: Option<Box<ns_llm_summary>>,
+}
+
+// SAFETY: the pointers in `view` lead to what this struct owns, and to nothing else.
+unsafe impl Send for Shown {}
+
+impl Shown {
+    /// The event of a request, or `None` if it is of a kind that this header does not have.
+    pub(crate) fn new(request: ns_llm_request, event: Result<Event, Error>) -> Option<Shown> {
+        use ns_llm_event_kind::*;
+        let mut view = blank(request);
+        let mut shown = (String::new(), Vec::new(), Vec::new(), Logprobs::default(), None);
+        match event {
+            Ok(Event::Delta(delta)) => {
+                (view.kind, view.choice) = (NS_LLM_EVENT_DELTA, delta.choice as u32);
+                (shown.0, shown.1, shown.3) = (delta.text, delta.token_ids, Logprobs::new(&delta.logprobs));
+                (view.logprobs, view.num_logprobs) = shown.3.view();
+            }
+            Ok(Event::Finished { choice, reason }) => {
+                (view.kind, view.choice) = (NS_LLM_EVENT_FINISHED, choice as u32);
+                view.finish_reason = finish_reason(reason);
+            }
+            Ok(Event::Embedding { input, embedding }) => {
+                (view.kind, view.input) = (NS_LLM_EVENT_EMBEDDING, input);
+                (view.num_input_tokens, view.is_truncated) = (embedding.tokens, u64::from(embedding.truncated));
+                shown.2 = embedding.values;
+                (view.embedding, view.num_dimensions) = (shown.2.as_ptr(), shown.2.len());
+            }
+            Ok(Event::Done(summary)) => {
+                view.kind = NS_LLM_EVENT_DONE;
+                shown.3 = Logprobs::new(&summary.prompt_logprobs);
+                (view.prompt_logprobs, view.num_prompt_logprobs) = shown.3.view();
+                view.summary = &raw const **shown.4.insert(Box::new(ns_llm_summary::from(&summary)));
+            }
+            Err(error) => {
+                (view.kind, view.status) = (NS_LLM_EVENT_FAILED, status_of(&error));
+                shown.0 = error.to_string();
+            }
+            Ok(_) => return None,
+        }
+        let (text, token_ids, embedding, logprobs, summary) = shown;
+        view.text = ns_llm_text::view(&text);
+        if !token_ids.is_empty() {
+            (view.token_ids, view.num_token_ids) = (token_ids.as_ptr(), token_ids.len());
+        }
+        Some(Shown {
+            view,
+            _text: text,
+            _token_ids: token_ids,
+            _embedding: embedding,
+            _logprobs: logprobs,
+            _summary: summary,
+        })
+    }
+
+    /// The event as C sees it, for as long as `self` lives.
+    pub(crate) fn view(&self) -> &ns_llm_event {
+        &self.view
+    }
+}
+
+fn blank(request: ns_llm_request) -> ns_llm_event {
+    ns_llm_event {
+        struct_size: size_of::<ns_llm_event>(),
+        request,
+        kind: ns_llm_event_kind::NS_LLM_EVENT_DELTA,
+        choice: 0,
+        text: ns_llm_text::view(""),
+        token_ids: ptr::null(),
+        num_token_ids: 0,
+        logprobs: ptr::null(),
+        num_logprobs: 0,
+        finish_reason: ns_llm_finish_reason::NS_LLM_FINISH_OTHER,
+        status: ns_llm_status::NS_LLM_OK,
+        summary: ptr::null(),
+        prompt_logprobs: ptr::null(),
+        num_prompt_logprobs: 0,
+        embedding: ptr::null(),
+        num_dimensions: 0,
+        input: 0,
+        num_input_tokens: 0,
+        is_truncated: 0,
+    }
+}
+
+/// Logprobs in C's form. Both vectors are empty where none were asked for.
+#[derive(Default)]
+struct Logprobs {
+    /// `rows[i].top` points into `tops`.
+    rows: Vec<ns_llm_token_logprobs>,
+    _tops: Vec<ns_llm_logprob>,
+}
+
+impl Logprobs {
+    fn new(tokens: &[TokenLogprobs]) -> Self {
+        let tops: Vec<ns_llm_logprob> = tokens.iter().flat_map(|token| token.top.iter().map(Into::into)).collect();
+        let mut rest = tops.as_slice();
+        let rows = tokens.iter().map(|token| {
+            let (top, after) = rest.split_at(token.top.len());
+            rest = after;
+            ns_llm_token_logprobs { chosen: (&token.chosen).into(), top: top.as_ptr(), num_top: top.len() }
+        });
+        Logprobs { rows: rows.collect(), _tops: tops }
+    }
+
+    fn view(&self) -> (*const ns_llm_token_logprobs, usize) {
+        if self.rows.is_empty() { (ptr::null(), 0) } else { (self.rows.as_ptr(), self.rows.len()) }
+    }
+}
+
+impl From<&Logprob> for ns_llm_logprob {
+    fn from(logprob: &Logprob) -> Self {
+        ns_llm_logprob { token_id: logprob.token_id, logprob: logprob.logprob }
+    }
+}
+
+/// Who hears the events of one request by callback.
 pub(crate) struct Listener {
     pub(crate) function: unsafe extern "C" fn(*const ns_llm_event, *mut c_void) -> bool,
     pub(crate) user_data: UserData,
@@ -121,64 +300,13 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Tells an event that is not the last; `false` means that the listener wants no more.
-    pub(crate) fn tell(&self, event: &Event) -> bool {
-        match event {
-            Event::Delta(delta) => self.tell_delta(delta),
-            Event::Finished { choice, reason } => self.call(&ns_llm_event {
-                choice: *choice as u32,
-                finish_reason: finish_reason(*reason),
-                ..self.blank(ns_llm_event_kind::NS_LLM_EVENT_FINISHED)
-            }),
-            // `Done` goes through `tell_end`; kinds that this header does not have are not told.
-            _ => true,
-        }
-    }
-
-    fn tell_delta(&self, delta: &Delta) -> bool {
-        self.call(&ns_llm_event {
-            choice: delta.choice as u32,
-            text: ns_llm_text::view(&delta.text),
-            token_ids: delta.token_ids.as_ptr(),
-            num_token_ids: delta.token_ids.len(),
-            ..self.blank(ns_llm_event_kind::NS_LLM_EVENT_DELTA)
+    /// Tells an event; `false` means that the listener wants no more.
+    pub(crate) fn tell(&self, event: Result<Event, Error>) -> bool {
+        Shown::new(self.request, event).is_none_or(|shown| {
+            // SAFETY: the caller of ns_llm_generate() promised that the function may be called on this thread with its
+            // `user_data` until the last event has returned; `shown` and what it points to live until then.
+            as_callback(|| unsafe { (self.function)(shown.view(), self.user_data.0) })
         })
-    }
-
-    /// Tells the last event.
-    pub(crate) fn tell_end(&self, end: &Result<Summary, Error>) {
-        match end {
-            Ok(summary) => {
-                let summary = summary.into();
-                self.call(&ns_llm_event { summary: &summary, ..self.blank(ns_llm_event_kind::NS_LLM_EVENT_DONE) })
-            }
-            Err(error) => self.call(&ns_llm_event {
-                text: ns_llm_text::view(&error.to_string()),
-                status: status_of(error),
-                ..self.blank(ns_llm_event_kind::NS_LLM_EVENT_FAILED)
-            }),
-        };
-    }
-
-    fn blank(&self, kind: ns_llm_event_kind) -> ns_llm_event {
-        ns_llm_event {
-            struct_size: size_of::<ns_llm_event>(),
-            request: self.request,
-            kind,
-            choice: 0,
-            text: ns_llm_text::view(""),
-            token_ids: ptr::null(),
-            num_token_ids: 0,
-            finish_reason: ns_llm_finish_reason::NS_LLM_FINISH_OTHER,
-            status: ns_llm_status::NS_LLM_OK,
-            summary: ptr::null(),
-        }
-    }
-
-    fn call(&self, event: &ns_llm_event) -> bool {
-        // SAFETY: the caller of ns_llm_generate() promised that the function may be called on this thread with its
-        // `user_data` until the last event has returned; `event` and what it points to live until then.
-        as_callback(|| unsafe { (self.function)(event, self.user_data.0) })
     }
 }
 

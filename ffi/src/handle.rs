@@ -16,7 +16,7 @@
 
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
-use crate::status::Failure;
+use crate::failure::Failure;
 
 /// Objects of one kind that may live at once; the next one is refused as overload.
 const MAX_SLOTS: usize = 1 << INDEX_BITS;
@@ -31,6 +31,20 @@ static OWNER_PID: OnceLock<u32> = OnceLock::new();
 pub(crate) enum HandleKind {
     Engine = 0x45,
     Request = 0x52,
+}
+
+impl HandleKind {
+    fn name(self) -> &'static str {
+        match self {
+            HandleKind::Engine => "an engine",
+            HandleKind::Request => "a request",
+        }
+    }
+
+    /// The answer to a handle that stands for nothing of this kind.
+    pub(crate) fn bad(self, handle: u64) -> Failure {
+        Failure::BadHandle { kind: self.name(), handle }
+    }
 }
 
 /// All live objects of one kind.
@@ -63,7 +77,7 @@ impl<T> HandleTable<T> {
         let mut table = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let index = table.vacant.pop().unwrap_or(table.slots.len());
         if index == MAX_SLOTS {
-            return Err(Failure::TooManyHandles { kind: self.kind, limit: MAX_SLOTS });
+            return Err(Failure::TooManyHandles { kind: self.kind.name(), limit: MAX_SLOTS });
         }
         if index == table.slots.len() {
             table.slots.push(Slot { generation: 1, object: None });
@@ -102,7 +116,7 @@ impl<T> HandleTable<T> {
     }
 
     fn bad(&self, handle: u64) -> Failure {
-        Failure::BadHandle { kind: self.kind, handle }
+        self.kind.bad(handle)
     }
 }
 

@@ -12,7 +12,7 @@
 use std::mem::MaybeUninit;
 use std::{ptr, slice};
 
-use crate::status::Failure;
+use crate::failure::Failure;
 use crate::text::check_pointer;
 
 /// Largest `struct_size` that is taken for real, bytes.

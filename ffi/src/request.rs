@@ -1,26 +1,26 @@
 //! # Request
 //!
-//! A request is one prompt and its answer. Submitting one returns at once; its events come to the callback, and
-//! ns_llm_request_wait() waits for the end. Each accepted request has a handle that the program frees.
+//! A request is one prompt and its answer. Submitting one returns at once; its events come to a callback, or are fetched
+//! with ns_llm_request_next(). Each accepted request has a handle that the program frees.
 
 use std::ffi::c_void;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ns_llm_core::config::{
     MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_NAME_BYTES, MAX_PROMPT_BYTES, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
 };
-use ns_llm_core::{Canceller, Error, Message, Priority, Prompt, Request, SamplingOptions, Summary};
+use ns_llm_core::{Message, Priority, Prompt, Request, RequestStream, SamplingOptions};
 
 use crate::callback::{UserData, in_callback};
 use crate::dispatcher::Watched;
-use crate::engine::{ENGINES, ns_llm_engine};
-use crate::event::{Listener, ns_llm_event_callback, ns_llm_request, ns_llm_summary};
-use crate::handle::{HandleKind, HandleTable};
-use crate::panic::boundary;
+use crate::engine::{ENGINES, LiveEngine, ns_llm_engine};
+use crate::event::{Listener, ns_llm_event, ns_llm_event_callback, ns_llm_request, ns_llm_summary};
+use crate::failure::{Failure, boundary};
+use crate::live_request::{LiveRequest, Pulled, REQUESTS, Told};
 use crate::params::{SizedStruct, check_struct, read_struct, write_struct};
-use crate::status::{Failure, ns_llm_status};
+use crate::status::ns_llm_status;
 use crate::text::{Out, ns_llm_text, read_array, read_text};
 
 /// One turn of a conversation.
@@ -74,12 +74,22 @@ pub const NS_LLM_SET_PRESENCE_PENALTY: u64 = 128;
 /// A bit of `ns_llm_request_params.set`: `frequency_penalty` holds a value.
 pub const NS_LLM_SET_FREQUENCY_PENALTY: u64 = 256;
 
-const ALL_SET_BITS: u64 = NS_LLM_SET_FREQUENCY_PENALTY * 2 - 1;
+/// A bit of `ns_llm_request_params.set`: `logprobs` holds a value.
+pub const NS_LLM_SET_LOGPROBS: u64 = 512;
+
+const ALL_SET_BITS: u64 = NS_LLM_SET_LOGPROBS * 2 - 1;
 
 /// A flag of `ns_llm_request_params`: the model's end tokens do not end the answer (for measurements).
 pub const NS_LLM_REQUEST_IGNORE_EOS: u32 = 1;
 /// A flag of `ns_llm_request_params`: KV of earlier prompts is not used for this one.
 pub const NS_LLM_REQUEST_NO_PREFIX_CACHE: u32 = 2;
+/// A flag of `ns_llm_request_params`: the last event brings the logprob of each token of the prompt from the second on.
+pub const NS_LLM_REQUEST_PROMPT_LOGPROBS: u32 = 4;
+/// A flag of `ns_llm_request_params`: ns_llm_generate() does not wait until the request is admitted, so it never blocks;
+/// what it could not find out is told by NS_LLM_EVENT_FAILED. For event loops.
+pub const NS_LLM_REQUEST_DO_NOT_WAIT: u32 = 8;
+
+const ALL_FLAGS: u32 = NS_LLM_REQUEST_DO_NOT_WAIT * 2 - 1;
 
 /// What to generate. Zero is the default of every field but `struct_size` and the prompt. Where zero is also a value of
 /// its own, as in temperature 0, the field has a bit in `set`: with the bit the field is the value, also if it is zero;
@@ -89,7 +99,7 @@ pub const NS_LLM_REQUEST_NO_PREFIX_CACHE: u32 = 2;
 pub struct ns_llm_request_params {
     /// `sizeof(ns_llm_request_params)`.
     pub struct_size: usize,
-    /// Which of the fields `max_tokens` to `frequency_penalty` hold a value: any of the `NS_LLM_SET_` bits.
+    /// Which of the fields that have a bit hold a value: any of the `NS_LLM_SET_` bits.
     pub set: u64,
     /// What to continue: a text, in which names of special tokens count as special tokens. Exactly one of
     /// `prompt.data`, `prompt_token_ids` and `messages` is not NULL. At most 4 MiB.
@@ -145,86 +155,31 @@ pub struct ns_llm_request_params {
     /// Requests share KV of common prefixes only within one namespace. NULL: the namespace of the engine. At most 512
     /// bytes.
     pub cache_namespace: ns_llm_text,
+    /// How many of the likeliest tokens to report in each new token's place, 0 to 20; with 0, the chosen one's logprob
+    /// alone. Unset: no logprobs.
+    pub logprobs: usize,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers and raw pointers.
 unsafe impl SizedStruct for ns_llm_request_params {}
 
-/// For ns_llm_request_wait(): no limit.
+/// For functions that wait: no limit.
 pub const NS_LLM_FOREVER: u64 = u64::MAX;
 
-/// What a request handle stands for.
-pub(crate) struct LiveRequest {
-    phase: Mutex<Phase>,
-    /// Signalled when `phase` becomes `Ended`.
-    ended: Condvar,
-}
-
-/// Changes once, on the callback thread. A request that has ended holds nothing of its engine, so a handle that is
-/// never freed costs no more than its summary.
-enum Phase {
-    Running(Canceller),
-    /// The last event has been told.
-    Ended(Result<Summary, Error>),
-}
-
-/// All requests that are not freed.
-static REQUESTS: HandleTable<LiveRequest> = HandleTable::new(HandleKind::Request);
-
-impl LiveRequest {
-    fn new(canceller: Canceller) -> Self {
-        LiveRequest { phase: Mutex::new(Phase::Running(canceller)), ended: Condvar::new() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn cancel(&self) {
-        let canceller = match &*self.lock() {
-            Phase::Running(canceller) => canceller.clone(),
-            Phase::Ended(_) => return,
-        };
-        // Outside the lock: the engine's code runs here.
-        canceller.cancel();
-    }
-
-    /// The last event has been told.
-    pub(crate) fn settle(&self, end: Result<Summary, Error>) {
-        let running = std::mem::replace(&mut *self.lock(), Phase::Ended(end));
-        self.ended.notify_all();
-        drop(running);
-    }
-
-    /// The end, or `None` if it did not come by `deadline` (`None`: however long it takes).
-    fn wait(&self, deadline: Option<Instant>) -> Option<Result<Summary, Error>> {
-        let mut phase = self.lock();
-        loop {
-            if let Phase::Ended(end) = &*phase {
-                return Some(end.clone());
-            }
-            phase = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
-                None => self.ended.wait(phase).unwrap_or_else(PoisonError::into_inner),
-                Some(Duration::ZERO) => return None,
-                Some(left) => self.ended.wait_timeout(phase, left).unwrap_or_else(PoisonError::into_inner).0,
-            };
-        }
-    }
-}
-
 /// Submits one request. Returns when it is checked, turned into tokens and queued, so what is wrong with it is said
-/// here; the answer arrives through `callback`. The first events may arrive before this function has returned.
+/// here, unless NS_LLM_REQUEST_DO_NOT_WAIT is among its flags. With a `callback` the answer arrives there, the first events
+/// perhaps before this function has returned. Without, fetch it with ns_llm_request_next().
 ///
 /// Ownership:  `params` and what it points to are copied. `user_data` is the program's, and must stay valid until the
 ///             last event has returned. `*out_request` is a new handle; free it with ns_llm_request_free(), before or
 ///             after the engine, as you like.
 /// Threads:    any, also concurrently on one engine, also inside a callback.
-/// NULL:       `params`, `callback` and `out_request` must not be NULL; `user_data` may be.
+/// NULL:       `callback` and `user_data` may be NULL; `params` and `out_request` must not be.
 /// Returns:    NS_LLM_OK; NS_LLM_OVERLOADED (try later); NS_LLM_PROMPT_TOO_LONG; NS_LLM_EXCEEDS_KV_POOL;
-///             NS_LLM_TEMPLATE, NS_LLM_NO_CHAT_TEMPLATE or NS_LLM_TOKENIZER about the prompt; NS_LLM_NULL_ARGUMENT,
-///             NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the
-///             parameters; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the engine is being freed; NS_LLM_FORKED_PROCESS;
-///             NS_LLM_INTERNAL.
+///             NS_LLM_TEMPLATE, NS_LLM_NO_CHAT_TEMPLATE or NS_LLM_TOKENIZER about the prompt; NS_LLM_NOT_SUPPORTED if the
+///             model makes vectors only; NS_LLM_NULL_ARGUMENT, NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8,
+///             NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the parameters; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if
+///             the engine is being freed; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
 /// On failure: `*out_request` is 0, and `callback` was not and will not be called.
 ///
 /// # Safety
@@ -242,34 +197,89 @@ pub unsafe extern "C" fn ns_llm_generate(
     boundary(|| {
         // SAFETY: promised by the caller.
         let out = unsafe { Out::new("out_request", out_request, 0) }?;
-        let function = callback.ok_or(Failure::NullArgument { argument: "callback" })?;
         let live = ENGINES.get(engine)?;
         // SAFETY: promised by the caller.
         let params = unsafe { read_struct("params", params) }?;
         // SAFETY: promised by the caller, about what `params` points to.
-        let stream = live.engine.generate(unsafe { read_request(&params) }?)?;
-        let request = Arc::new(LiveRequest::new(stream.canceller()));
-        let handle = REQUESTS.insert(request.clone())?;
-        // Before the first event: a callback that shares memory with this thread finds the handle there.
-        out.set(handle);
-        let listener = Listener { function, user_data: UserData(user_data), request: handle };
-        live.dispatcher.watch(Watched { stream, listener, request }).map_err(|closed| {
-            out.set(0);
-            let _ = REQUESTS.remove(handle);
-            closed.into()
-        })
+        let request = unsafe { read_request(&params) }?;
+        let stream = match params.flags & NS_LLM_REQUEST_DO_NOT_WAIT {
+            0 => live.engine.generate(request),
+            _ => live.engine.submit(request),
+        };
+        let stream = stream.inspect_err(|error| live.log.failed(error))?;
+        begin(&live, stream, callback, UserData(user_data), &out)
     })
 }
 
-/// Waits until the last event of a request has been told, and says how it ended.
+/// Gives a submitted request its handle and its reader.
+pub(crate) fn begin(
+    live: &LiveEngine,
+    stream: RequestStream,
+    callback: ns_llm_event_callback,
+    user_data: UserData,
+    out: &Out<ns_llm_request>,
+) -> Result<(), Failure> {
+    let Some(function) = callback else {
+        out.set(REQUESTS.insert(Arc::new(LiveRequest::Pulled(Box::new(Pulled::new(stream, live.log.clone())))))?);
+        return Ok(());
+    };
+    let request = Arc::new(Told::new(stream.canceller()));
+    let handle = REQUESTS.insert(Arc::new(LiveRequest::Told(request.clone())))?;
+    // Before the first event: a callback that shares memory with this thread finds the handle there.
+    out.set(handle);
+    let listener = Listener { function, user_data, request: handle };
+    live.dispatcher.watch(Watched { stream, listener, request }).map_err(|closed| {
+        out.set(0);
+        let _ = REQUESTS.remove(handle);
+        closed.into()
+    })
+}
+
+/// Fetches the next event of a request that was submitted without a callback, and waits for it if need be. A FAILED event
+/// is fetched like any other: the status says how fetching went, not how the request did. After the last event there is
+/// NS_LLM_ENDED for ever, so a program reads until this returns anything but NS_LLM_OK.
+///
+/// Ownership:  `*out_event` is the caller's; what it points to is the library's, and valid until the next call for the same
+///             request, whatever that returns, or until the request is freed.
+/// Threads:    any, also inside a callback, which then holds up the other events of its engine; one at a time for one
+///             request. If another thread frees the request meanwhile, NS_LLM_BAD_HANDLE.
+/// NULL:       `out_event` must not be NULL, and its `struct_size` must be set.
+/// Returns:    NS_LLM_OK; NS_LLM_ENDED; NS_LLM_TIMEOUT if nothing came within `timeout_ms` (NS_LLM_FOREVER: wait on; 0:
+///             just ask); NS_LLM_BUSY if another thread is in this function for the same request; NS_LLM_WRONG_READER if
+///             the request has a callback; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
+///             NS_LLM_INVALID_ARGUMENT about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: `*out_event` is unchanged, and no event is lost.
+///
+/// # Safety
+/// `out_event` points to a `size_t` and to as many writable bytes as that says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ns_llm_request_next(
+    request: ns_llm_request,
+    timeout_ms: u64,
+    out_event: *mut ns_llm_event,
+) -> ns_llm_status {
+    boundary(|| {
+        // Refuse a bad struct before an event is taken for it.
+        // SAFETY: promised by the caller.
+        unsafe { check_struct("out_event", out_event) }?;
+        let live = REQUESTS.get(request)?;
+        let timeout = (timeout_ms != NS_LLM_FOREVER).then(|| Duration::from_millis(timeout_ms));
+        let event = live.pulled("ns_llm_request_next")?.next(request, timeout)?;
+        // SAFETY: promised by the caller.
+        unsafe { write_struct("out_event", out_event, &event) }
+    })
+}
+
+/// Waits until the last event of a request has been told to its callback, and says how it ended.
 ///
 /// Ownership:  `*out_summary` is the caller's.
 /// Threads:    any but a callback, also several for one request.
 /// NULL:       `out_summary` may be NULL; otherwise its `struct_size` must be set.
 /// Returns:    how the request ended: NS_LLM_OK, or the `status` of its NS_LLM_EVENT_FAILED, such as NS_LLM_CANCELLED;
 ///             NS_LLM_TIMEOUT if it has not ended within `timeout_ms` (NS_LLM_FOREVER: wait on; 0: just ask);
-///             NS_LLM_IN_CALLBACK inside a callback; NS_LLM_BAD_HANDLE; NS_LLM_MISALIGNED_POINTER;
-///             NS_LLM_INVALID_ARGUMENT about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+///             NS_LLM_IN_CALLBACK inside a callback; NS_LLM_WRONG_READER if the request has no callback;
+///             NS_LLM_BAD_HANDLE; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT about `struct_size`;
+///             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
 /// On failure: `*out_summary` is unchanged.
 ///
 /// # Safety
@@ -282,6 +292,7 @@ pub unsafe extern "C" fn ns_llm_request_wait(
 ) -> ns_llm_status {
     boundary(|| {
         let live = REQUESTS.get(request)?;
+        let told = live.told("ns_llm_request_wait")?;
         if in_callback() {
             return Err(Failure::InCallback { function: "ns_llm_request_wait" });
         }
@@ -293,10 +304,10 @@ pub unsafe extern "C" fn ns_llm_request_wait(
         // A time beyond the clock's range is as good as no limit.
         let deadline = Instant::now().checked_add(Duration::from_millis(timeout_ms));
         let deadline = deadline.filter(|_| timeout_ms != NS_LLM_FOREVER);
-        let summary = live.wait(deadline).ok_or(Failure::Timeout { timeout_ms })??;
+        let summary = told.wait(deadline).ok_or(Failure::Timeout { timeout_ms })??;
         if !out_summary.is_null() {
             // SAFETY: promised by the caller.
-            unsafe { write_struct("out_summary", out_summary, &ns_llm_summary::from(&summary)) }?;
+            unsafe { write_struct("out_summary", out_summary, &summary) }?;
         }
         Ok(())
     })
@@ -317,12 +328,14 @@ pub extern "C" fn ns_llm_request_cancel(request: ns_llm_request) -> ns_llm_statu
 
 /// Cancels a request that has not ended, and frees its handle.
 ///
-/// Outside of callbacks it returns when the last event has been told, so `user_data` is the program's own again; this
-/// takes about one step, and as long as the callback that is running, so do not hold a lock that the callback takes.
-/// Inside a callback it returns at once, and the last event comes after that callback has returned.
+/// If it has a callback: outside of callbacks this returns when the last event has been told, so `user_data` is the
+/// program's own again; this takes about one step, and as long as the callback that is running, so do not hold a lock that
+/// the callback takes. Inside a callback it returns at once, and the last event comes after that callback has returned.
+/// Without a callback it returns at once, and what the last event pointed to is gone.
 ///
 /// Ownership:  `request` is dead afterwards.
-/// Threads:    any, also inside a callback; other threads that wait for the request go on waiting, for its end.
+/// Threads:    any, also inside a callback. Other threads that are in ns_llm_request_wait() go on waiting, for its end;
+///             one that is in ns_llm_request_next() gets NS_LLM_BAD_HANDLE.
 /// NULL:       0 is allowed and does nothing.
 /// Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE if it is not a request or was freed before; NS_LLM_FORKED_PROCESS;
 ///             NS_LLM_INTERNAL.
@@ -331,11 +344,15 @@ pub extern "C" fn ns_llm_request_cancel(request: ns_llm_request) -> ns_llm_statu
 pub extern "C" fn ns_llm_request_free(request: ns_llm_request) -> ns_llm_status {
     boundary(|| {
         if request != 0 {
-            let live = REQUESTS.remove(request)?;
-            live.cancel();
-            if !in_callback() {
-                // How it ended was told to the callback; here only that it has matters.
-                let _ = live.wait(None);
+            match &*REQUESTS.remove(request)? {
+                LiveRequest::Pulled(pulled) => pulled.free(),
+                LiveRequest::Told(told) => {
+                    told.cancel();
+                    if !in_callback() {
+                        // How it ended was told to the callback; here only that it has matters.
+                        let _ = told.wait(None);
+                    }
+                }
             }
         }
         Ok(())
@@ -345,9 +362,8 @@ pub extern "C" fn ns_llm_request_free(request: ns_llm_request) -> ns_llm_status 
 /// # Safety
 /// Every text and array of `params` is readable.
 unsafe fn read_request(params: &ns_llm_request_params) -> Result<Request, Failure> {
-    let known_flags = NS_LLM_REQUEST_IGNORE_EOS | NS_LLM_REQUEST_NO_PREFIX_CACHE;
-    if params.flags & !known_flags != 0 || params.set & !ALL_SET_BITS != 0 {
-        let (flags, set) = (params.flags & !known_flags, params.set & !ALL_SET_BITS);
+    let (flags, set) = (params.flags & !ALL_FLAGS, params.set & !ALL_SET_BITS);
+    if flags != 0 || set != 0 {
         return Err(Failure::Unsupported { argument: "params", reason: format!("flags {flags:#x}, set {set:#x}") });
     }
     // SAFETY: promised by the caller.
@@ -366,6 +382,8 @@ unsafe fn read_request(params: &ns_llm_request_params) -> Result<Request, Failur
         unsafe { read_array("stop_token_ids", params.stop_token_ids, params.num_stop_token_ids, MAX_STOP_TOKENS) }?;
     request.ignore_eos = params.flags & NS_LLM_REQUEST_IGNORE_EOS != 0;
     request.prefix_cache = params.flags & NS_LLM_REQUEST_NO_PREFIX_CACHE == 0;
+    request.logprobs = optional(params, NS_LLM_SET_LOGPROBS, "logprobs", params.logprobs)?;
+    request.prompt_logprobs = params.flags & NS_LLM_REQUEST_PROMPT_LOGPROBS != 0;
     request.n = params.n.max(1) as usize;
     request.priority = priority(params.priority)?;
     request.timeout_ms = (params.timeout_ms != 0).then_some(params.timeout_ms);
@@ -467,7 +485,8 @@ fn optional<T: Default + PartialEq + ToString>(
     Ok(None)
 }
 
-fn priority(value: u32) -> Result<Priority, Failure> {
+/// The priority that a field of C names.
+pub(crate) fn priority(value: u32) -> Result<Priority, Failure> {
     match value {
         0 => Ok(Priority::Normal),
         1 => Ok(Priority::High),

@@ -7,7 +7,6 @@ use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr;
 
-use crate::handle::HandleKind;
 use crate::panic::boundary_or;
 
 /// How a call ended. Numbers are never reused and never change their meaning; newer libraries may return new ones, so
@@ -37,6 +36,12 @@ pub enum ns_llm_status {
     NS_LLM_IN_CALLBACK = 8,
     /// This process was forked from one that had opened an engine, whose threads stayed there. Fork first, then open.
     NS_LLM_FORKED_PROCESS = 9,
+    /// The request is read in the other of the two ways: with a callback, or with ns_llm_request_next().
+    NS_LLM_WRONG_READER = 10,
+    /// Another thread is in the middle of the same call, and the two would take each other's events.
+    NS_LLM_BUSY = 11,
+    /// The last event was read before; there will be no other.
+    NS_LLM_ENDED = 12,
 
     /// A field is outside its range.
     NS_LLM_INVALID_ARGUMENT = 100,
@@ -110,6 +115,9 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
     (NS_LLM_TIMEOUT, c"timeout"),
     (NS_LLM_IN_CALLBACK, c"in_callback"),
     (NS_LLM_FORKED_PROCESS, c"forked_process"),
+    (NS_LLM_WRONG_READER, c"wrong_reader"),
+    (NS_LLM_BUSY, c"busy"),
+    (NS_LLM_ENDED, c"ended"),
     (NS_LLM_INVALID_ARGUMENT, c"invalid_argument"),
     (NS_LLM_PROMPT_TOO_LONG, c"prompt_too_long"),
     (NS_LLM_EXCEEDS_KV_POOL, c"exceeds_kv_pool"),
@@ -141,59 +149,6 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
 /// Longest text of ns_llm_last_error(), bytes; what is longer is cut at a character.
 const MAX_ERROR_BYTES: usize = 4096;
 
-/// Why a call failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Failure {
-    #[error("{argument} is NULL")]
-    NullArgument { argument: &'static str },
-    #[error("{handle:#x} is not a live {kind:?} handle")]
-    BadHandle { kind: HandleKind, handle: u64 },
-    #[error("{kind:?} handles are exhausted: {limit} live, free some")]
-    TooManyHandles { kind: HandleKind, limit: usize },
-    #[error("{argument} is not UTF-8 at byte {offset}")]
-    InvalidUtf8 { argument: &'static str, offset: usize },
-    #[error("{argument} is {address:#x}, must be a multiple of {alignment}")]
-    Misaligned { argument: &'static str, address: usize, alignment: usize },
-    #[error("{argument} asks for something that is newer than this library: {reason}")]
-    Unsupported { argument: &'static str, reason: String },
-    #[error("{argument} has room for {capacity}, {needed} are needed")]
-    BufferTooSmall { argument: &'static str, capacity: usize, needed: usize },
-    #[error("the request did not end within the {timeout_ms} ms of waiting")]
-    Timeout { timeout_ms: u64 },
-    #[error("{function} would wait for the callback that it is called from")]
-    InCallback { function: &'static str },
-    #[error("engines were opened by process {owner}; this is process {process}, which was forked from it")]
-    ForkedProcess { owner: u32, process: u32 },
-    #[error("panic: {message}")]
-    Panic { message: String },
-    #[error(transparent)]
-    Engine(#[from] ns_llm_core::Error),
-}
-
-impl Failure {
-    /// A field outside its range, in the engine's own words.
-    pub(crate) fn invalid(field: &'static str, value: impl ToString, expected: impl Into<String>) -> Self {
-        ns_llm_core::Error::InvalidArgument { field, value: value.to_string(), expected: expected.into() }.into()
-    }
-
-    fn status(&self) -> ns_llm_status {
-        match self {
-            Failure::NullArgument { .. } => NS_LLM_NULL_ARGUMENT,
-            Failure::BadHandle { .. } => NS_LLM_BAD_HANDLE,
-            Failure::TooManyHandles { .. } => NS_LLM_OVERLOADED,
-            Failure::InvalidUtf8 { .. } => NS_LLM_INVALID_UTF8,
-            Failure::Misaligned { .. } => NS_LLM_MISALIGNED_POINTER,
-            Failure::Unsupported { .. } => NS_LLM_UNSUPPORTED,
-            Failure::BufferTooSmall { .. } => NS_LLM_BUFFER_TOO_SMALL,
-            Failure::Timeout { .. } => NS_LLM_TIMEOUT,
-            Failure::InCallback { .. } => NS_LLM_IN_CALLBACK,
-            Failure::ForkedProcess { .. } => NS_LLM_FORKED_PROCESS,
-            Failure::Panic { .. } => NS_LLM_INTERNAL,
-            Failure::Engine(error) => status_of(error),
-        }
-    }
-}
-
 /// The status of an engine error: the one of the same name.
 pub(crate) fn status_of(error: &ns_llm_core::Error) -> ns_llm_status {
     let found = NAMES.iter().find(|(_, name)| name.to_bytes() == error.code().as_bytes());
@@ -205,18 +160,17 @@ thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
 }
 
-/// Keeps the sentence of `failure` for this thread and gives its status.
-pub(crate) fn report(failure: &Failure) -> ns_llm_status {
-    let mut text = failure.to_string().replace('\0', "\u{fffd}");
+/// Keeps a sentence for this thread.
+pub(crate) fn keep_sentence(sentence: &str) {
+    let mut text = sentence.replace('\0', "\u{fffd}");
     while text.len() > MAX_ERROR_BYTES {
         text.truncate(
             (MAX_ERROR_BYTES - 3..=MAX_ERROR_BYTES).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0),
         );
     }
     let text = CString::new(text).expect("every NUL was replaced");
-    // A thread that is ending has no storage any more; it keeps the status at least.
+    // A thread that is ending has no storage any more; its caller has the status at least.
     let _ = LAST_ERROR.try_with(|last| last.replace(text));
-    failure.status()
 }
 
 /// The sentence about the last call on this thread that failed; "" if none did.
@@ -300,13 +254,12 @@ mod tests {
     /// A long text with NULs in it arrives as a C string that is cut at a character.
     #[test]
     fn last_error_is_a_bounded_c_string() {
-        let status = report(&Failure::Panic { message: format!("\0{}", "ä".repeat(MAX_ERROR_BYTES)) });
-        assert_eq!(status, NS_LLM_INTERNAL);
+        keep_sentence(&format!("\0{}", "ä".repeat(MAX_ERROR_BYTES)));
         let mut size = 0;
         // SAFETY: `size` is a writable `usize`; the text is NUL-terminated and this thread does not fail meanwhile.
         let text = unsafe { CStr::from_ptr(ns_llm_last_error(&mut size)) };
         assert_eq!(text.count_bytes(), size);
         assert!(size <= MAX_ERROR_BYTES && size > MAX_ERROR_BYTES - 4, "{size}");
-        assert!(text.to_str().unwrap().starts_with("panic: \u{fffd}ä"));
+        assert!(text.to_str().unwrap().starts_with("\u{fffd}ä"));
     }
 }

@@ -5,7 +5,7 @@
 use std::ffi::c_char;
 use std::slice;
 
-use crate::status::Failure;
+use crate::failure::Failure;
 
 /// A text inside a struct or an array. `data` may be NULL where `size` is 0.
 #[repr(C)]

@@ -7,8 +7,8 @@ use std::ffi::c_char;
 use ns_llm_core::config::MAX_PROMPT_BYTES;
 
 use crate::engine::{ENGINES, ns_llm_engine};
-use crate::panic::boundary;
-use crate::status::{Failure, ns_llm_status};
+use crate::failure::{Failure, boundary};
+use crate::status::ns_llm_status;
 use crate::text::{Out, fill_buffer, ns_llm_text, read_array, read_text};
 
 /// A flag of ns_llm_tokenize(): adds the tokens that the model's configuration puts around a prompt.

@@ -1,8 +1,10 @@
 //! # Version
 //!
-//! `NS_LLM_VERSION_NUMBER` is what you compiled against, ns_llm_version_number() is what you run with. Programs work
-//! with any library of the same major version that is at least as new; while the major version is 0, of the same minor
-//! version.
+//! `NS_LLM_VERSION_NUMBER` is what you compiled against, ns_llm_version_number() is what you run with. A program works
+//! with any library that has its `NS_LLM_ABI_VERSION` and is at least as new. That number is the same for all versions
+//! with the same major version; while the major version is 0, for all with the same minor version. The shared library's
+//! name carries it too (libns_llm.so.0.1), so a linked program gets no other; one that loads the library by itself should
+//! compare it with ns_llm_abi_version().
 
 use std::ffi::{CStr, c_char};
 
@@ -12,6 +14,12 @@ use crate::panic::boundary_or;
 const VERSION_NUMBER: u32 = decimal(env!("CARGO_PKG_VERSION_MAJOR")) * 1_000_000
     + decimal(env!("CARGO_PKG_VERSION_MINOR")) * 1_000
     + decimal(env!("CARGO_PKG_VERSION_PATCH"));
+
+/// `major * 1000`, and while that is 0 the minor version: what the program and the library must have in common.
+const ABI_VERSION: u32 = match decimal(env!("CARGO_PKG_VERSION_MAJOR")) {
+    0 => decimal(env!("CARGO_PKG_VERSION_MINOR")),
+    major => major * 1_000,
+};
 
 const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
     Ok(version) => version,
@@ -35,6 +43,14 @@ const fn decimal(digits: &str) -> u32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn ns_llm_version_number() -> u32 {
     boundary_or(0, || VERSION_NUMBER)
+}
+
+/// The ABI version of the library that is running: programs that were compiled with this `NS_LLM_ABI_VERSION` work with it.
+///
+/// Threads:    any. Cannot fail.
+#[unsafe(no_mangle)]
+pub extern "C" fn ns_llm_abi_version() -> u32 {
+    boundary_or(0, || ABI_VERSION)
 }
 
 /// The version of the library that is running, as text such as "1.2.3".

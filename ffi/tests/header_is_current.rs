@@ -15,7 +15,8 @@ use std::path::Path;
 use support::{crate_dir, header_path};
 
 /// Source files whose public items C sees, in reading order.
-const CHAPTERS: &[&str] = &["version", "status", "text", "engine", "event", "request", "tokenizer"];
+const CHAPTERS: &[&str] =
+    &["version", "status", "text", "log", "engine", "figures", "event", "request", "embedding", "tokenizer"];
 
 const FRONT_PAGE: &str = include_str!("../header/front_page.txt");
 
@@ -84,6 +85,9 @@ fn version_macros() -> String {
 
 /** The version of this header as one number, which grows with the version. */
 #define NS_LLM_VERSION_NUMBER (NS_LLM_VERSION_MAJOR * 1000000 + NS_LLM_VERSION_MINOR * 1000 + NS_LLM_VERSION_PATCH)
+
+/** What this header and the library must have in common; see above. */
+#define NS_LLM_ABI_VERSION (NS_LLM_VERSION_MAJOR == 0 ? NS_LLM_VERSION_MINOR : NS_LLM_VERSION_MAJOR * 1000)
 
 "
     )

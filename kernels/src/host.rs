@@ -1,6 +1,9 @@
-//! What the machine is and can: memory in huge pages, memory and cores that this process may use, thread priority.
+//! What the machine is and can: memory in huge pages, memory and cores that this process may use, thread priority;
+//! and in [`gpu`], which GPUs it has.
 //! Everything else in this crate is portable because only this file asks the operating system. Outside Linux each
 //! function falls back to what the standard library offers.
+
+pub mod gpu;
 
 use std::alloc::Layout;
 use std::ptr::NonNull;

@@ -119,7 +119,7 @@ impl Case {
         let mut out = vec![Vec::new(); self.sequences.len()];
         for sequence in 0..self.sequences.len() {
             for start in (0..self.len(sequence)).step_by(chunk) {
-                let span = start..(start + chunk).min(self.len(sequence));
+                let span = start..start.saturating_add(chunk).min(self.len(sequence));
                 self.step(cpu, &mut kv, &[(sequence, span)], &mut out);
             }
         }
@@ -148,7 +148,7 @@ impl Case {
 
     /// The definition, in f64, from keys and values as they are stored.
     fn naive(&self, sequence: usize) -> Vec<f32> {
-        let AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens } = self.shape;
+        let AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens, causal } = self.shape;
         let rows: Vec<&[f32]> = self.sequences[sequence].chunks_exact(self.width()).collect();
         let stored = |x: f32| match self.dtype {
             DType::F16 => f64::from(half::f16::from_f32(x).to_f32()),
@@ -157,13 +157,14 @@ impl Case {
         let mut out = Vec::new();
         for (position, row) in rows.iter().enumerate() {
             let first = (position + 1).saturating_sub(sliding_window_tokens.unwrap_or(usize::MAX));
+            let end = if causal { position + 1 } else { rows.len() };
             for head in 0..num_heads {
                 let kv_head = head / (num_heads / num_kv_heads);
                 let q = &row[head * head_dim..(head + 1) * head_dim];
                 let key = |key: usize| &rows[key][(num_heads + kv_head) * head_dim..][..head_dim];
                 let value = |key: usize| &rows[key][(num_heads + num_kv_heads + kv_head) * head_dim..][..head_dim];
                 let dot = |k: &[f32]| q.iter().zip(k).map(|(&q, &k)| f64::from(q) * stored(k)).sum::<f64>();
-                let scores: Vec<f64> = (first..=position).map(|k| dot(key(k)) * f64::from(scale)).collect();
+                let scores: Vec<f64> = (first..end).map(|k| dot(key(k)) * f64::from(scale)).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
                 let sum: f64 = weights.iter().sum();
@@ -179,7 +180,7 @@ impl Case {
 
 fn shape(num_heads: usize, num_kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionShape {
     let scale = 4.0 / (head_dim as f32).sqrt();
-    AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens: window }
+    AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens: window, causal: true }
 }
 
 fn cpu(isa: Isa, threads: usize) -> Cpu {
@@ -260,6 +261,38 @@ fn rows_are_invariant() {
     }
 }
 
+/// Without a causal mask every row sees all keys of its own sequence and no other: every instruction set computes the
+/// definition, over head widths (odd ones too), groups and lengths around the edges of chunks, partitions and items; a
+/// row's bits do not depend on batch mates, threads or blocks.
+#[test]
+fn bidirectional_rows_see_their_whole_sequence() {
+    let heads = [(1, 1), (12, 12), (3, 1), (4, 2)];
+    for (i, head_dim) in [13, 16, 32, 64, 100].into_iter().enumerate() {
+        let (num_heads, num_kv_heads) = heads[i % heads.len()];
+        let shape = AttentionShape { causal: false, ..shape(num_heads, num_kv_heads, head_dim, None) };
+        let dtype = [DType::F32, DType::F16][i % 2];
+        let lens = [1, 15, 16, 17, 63, 64, 65, 97, 200];
+        let case = Case::new(shape, 16, dtype, &lens, 77 + i as u64);
+        for isa in Isa::available() {
+            let want = case.alone(&cpu(isa, 1), usize::MAX / 2);
+            for (sequence, want) in want.iter().enumerate() {
+                let what = format!("{isa:?} {shape:?} {dtype:?}, {} tokens", lens[sequence]);
+                check(want, &case.naive(sequence), 1e-11, &what);
+            }
+            let mut other = Case::new(shape, 32, dtype, &lens, 4321);
+            other.sequences = case.sequences.clone();
+            for threads in 1..=4 {
+                for case in [&case, &other] {
+                    let whole: Vec<_> = lens.iter().enumerate().map(|(idx, &len)| (idx, 0..len)).collect();
+                    let mut together = vec![Vec::new(); lens.len()];
+                    case.step(&cpu(isa, threads), &mut case.poisoned_pool(), &whole, &mut together);
+                    assert!(bits(&together) == bits(&want), "{isa:?} {shape:?}, together on {threads} threads");
+                }
+            }
+        }
+    }
+}
+
 /// Keys and values that are not finite reach the rows that see them, and no others.
 #[test]
 fn damage_stays_with_its_readers() {
@@ -302,6 +335,8 @@ fn misuse_is_refused() {
     refused(AttentionShape { head_dim: 16, ..good }, 0, &[], &[], "head_dim is 16");
     refused(AttentionShape { num_heads: 2, ..good }, 0, &[], &[], "out width is 128");
     refused(AttentionShape { sliding_window_tokens: Some(0), ..good }, 0, &[], &[], "sliding_window_tokens is 0");
+    let window_behind = AttentionShape { sliding_window_tokens: Some(4), causal: false, ..good };
+    refused(window_behind, 0, &[], &[], "sliding_window_tokens is 4, must be none");
     refused(good, 0, &[sequence(0..21, 0, 0..2)], &[0, 1], "last row of a sequence 21");
     refused(good, 0, &[sequence(0..20, 20, 0..2)], &[0, 1], "position 39");
     refused(good, 0, &[sequence(0..20, 0, 0..3)], &[0, 1], "last block of a sequence 3");

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use half::f16;
 use ns_llm_kernels::cpu::attention::AttentionShape;
-use ns_llm_kernels::cpu::embedding::{copy_rows, embed};
+use ns_llm_kernels::cpu::embedding::{add_embedding, copy_rows, embed};
 use ns_llm_kernels::cpu::kv_blocks::{KvBlocks, KvBlocksLayout};
 use ns_llm_kernels::cpu::linear::{MatrixSource, Operand, OperandFormat, PackedLinear, WeightFormat};
 use ns_llm_kernels::cpu::logits::max_logit;
-use ns_llm_kernels::cpu::norm::rms_norm;
+use ns_llm_kernels::cpu::norm::{LayerNorm, layer_norm, layer_norm_in_place, rms_norm};
 use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
 use ns_llm_kernels::cpu::rope::{HeadNorm, RopeLayer, RopeTable, rope_and_store};
 use ns_llm_kernels::cpu::{Cpu, Isa};
@@ -79,6 +79,69 @@ fn rms_norm_checks_sizes() {
     assert!(error.contains("out width is 8, must be 7"), "{error}");
     let error = rms_norm(&cpu, &[0.0; 15], &[1.0; 8], 0.0, &mut out).expect_err("elements").to_string();
     assert!(error.contains("elements of x is 15, must be 16"), "{error}");
+}
+
+fn naive_layer_norm(x: &[f32], norm: &LayerNorm<'_>) -> Vec<f64> {
+    let width = x.len() as f64;
+    let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / width;
+    let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width;
+    let factor = 1.0 / (variance + f64::from(norm.eps)).sqrt();
+    let parameters = norm.weight.iter().zip(norm.bias);
+    x.iter()
+        .zip(parameters)
+        .map(|(&x, (&w, &b))| (f64::from(x) - mean) * factor * f64::from(w) + f64::from(b))
+        .collect()
+}
+
+/// LayerNorm is the definition at every width around a vector and a segment, also of rows whose mean is far from zero;
+/// in place and into an operand it has the same bits, and rows have the same bits alone, together and on several threads.
+#[test]
+fn layer_norm_is_the_definition() {
+    for isa in Isa::available() {
+        for (width, offset) in
+            [(1, 0.0), (7, 0.0), (31, 3.0), (32, 0.0), (33, 50.0), (100, -7.0), (511, 0.0), (513, 50.0), (1024, 0.0)]
+        {
+            let rows = 40_000 / width + 1;
+            let x: Vec<f32> = floats(rows * width, 1).into_iter().map(|x| x + offset).collect();
+            let (weight, bias) = (floats(width, 2), floats(width, 3));
+            let norm = LayerNorm { weight: &weight, bias: &bias, eps: 1e-5 };
+            let run = |cpu: &Cpu, x: &[f32]| {
+                let mut out = Operand::zeros(OperandFormat::F32, x.len() / width, width);
+                layer_norm(cpu, x, &norm, &mut out).expect("sizes fit");
+                let mut in_place = x.to_vec();
+                let mut also = Operand::zeros(OperandFormat::F32, x.len() / width, width);
+                layer_norm_in_place(cpu, &mut in_place, &norm, &mut also).expect("sizes fit");
+                let out = operand_rows(&out);
+                assert!(out == in_place && out == operand_rows(&also), "{isa:?}, width {width}");
+                out
+            };
+            let together = run(&cpu(isa, 3), &x);
+            let alone = cpu(isa, 1);
+            for (x, got) in x.chunks_exact(width).zip(together.chunks_exact(width)).step_by(rows / 8 + 1) {
+                let tolerance = 5e-6 * f64::from(offset.abs().max(1.0));
+                check(got, &naive_layer_norm(x, &norm), tolerance, &format!("{isa:?}, width {width}"));
+                assert_eq!(got, run(&alone, x), "{isa:?}, width {width}");
+            }
+        }
+    }
+}
+
+/// LayerNorm refuses sizes that do not fit, by name.
+#[test]
+fn layer_norm_checks_sizes() {
+    let cpu = cpu(Isa::Portable, 1);
+    let refused = |weight: usize, bias: usize, elements: usize, name: &str| {
+        let (weight, bias) = (vec![1.0; weight], vec![0.0; bias]);
+        let norm = LayerNorm { weight: &weight, bias: &bias, eps: 0.0 };
+        let mut out = Operand::zeros(OperandFormat::F32, 2, 8);
+        let error = layer_norm(&cpu, &vec![0.0; elements], &norm, &mut out).expect_err(name).to_string();
+        assert!(error.contains(name), "{error} does not name {name}");
+        let error = layer_norm_in_place(&cpu, &mut vec![0.0; elements], &norm, &mut out).expect_err(name).to_string();
+        assert!(error.contains(name), "{error} does not name {name}");
+    };
+    refused(8, 7, 16, "bias is 7, must be 8");
+    refused(7, 7, 16, "out width is 8, must be 7");
+    refused(8, 8, 15, "elements of x is 15, must be 16");
 }
 
 /// What [`rope_and_store`] is given, and its results.
@@ -168,7 +231,8 @@ fn rope_and_store_is_the_definition() {
     for (isa, (i, (num_heads, num_kv_heads, head_dim, rotary_dim, tokens))) in
         Isa::available().into_iter().flat_map(|isa| cases.into_iter().enumerate().map(move |case| (isa, case)))
     {
-        let shape = AttentionShape { num_heads, num_kv_heads, head_dim, scale: 1.0, sliding_window_tokens: None };
+        let shape =
+            AttentionShape { num_heads, num_kv_heads, head_dim, scale: 1.0, sliding_window_tokens: None, causal: true };
         let dtype = [DType::F16, DType::F32][i % 2];
         let qkv = floats(tokens * (num_heads + 2 * num_kv_heads) * head_dim, 3);
         let angles = floats(RopeCase::POSITIONS * rotary_dim / 2, 4).into_iter().map(|x| 3.0 * x).collect();
@@ -206,7 +270,14 @@ fn rope_and_store_is_the_definition() {
 /// Positions, slots and tables that do not fit are refused by name.
 #[test]
 fn rope_and_store_checks_sizes() {
-    let shape = AttentionShape { num_heads: 2, num_kv_heads: 1, head_dim: 8, scale: 1.0, sliding_window_tokens: None };
+    let shape = AttentionShape {
+        num_heads: 2,
+        num_kv_heads: 1,
+        head_dim: 8,
+        scale: 1.0,
+        sliding_window_tokens: None,
+        causal: true,
+    };
     let layout = KvBlocksLayout {
         num_layers: 1,
         num_blocks: 2,
@@ -236,8 +307,8 @@ fn rope_and_store_checks_sizes() {
     refused(8, 12, &[0, 1], &[0, 1], 7, "q_norm is 7, must be 8");
 }
 
-/// Embedding rows are the rows of the matrix, in each form; a token id behind the end is an error. Rows of an operand are
-/// copied exactly.
+/// Embedding rows are the rows of the matrix, in each form, copied or added; an index behind the end is an error. Rows of
+/// an operand are copied exactly.
 #[test]
 fn rows_are_copied() {
     let (vocab, width) = (100, 48);
@@ -254,9 +325,18 @@ fn rows_are_copied() {
             for (id, row) in token_ids.iter().zip(out.chunks_exact(width)) {
                 assert_eq!(row, &values[*id as usize * width..][..width], "{format:?}, token {id}");
             }
+            add_embedding(&cpu, &matrix, &token_ids, &mut out).expect("in range");
+            for (id, row) in token_ids.iter().zip(out.chunks_exact(width)) {
+                let twice: Vec<f32> = values[*id as usize * width..][..width].iter().map(|x| 2.0 * x).collect();
+                assert_eq!(row, twice, "{format:?}, token {id}");
+            }
         }
         let error = embed(&cpu, &matrix, &[100], &mut vec![0.0; width]).expect_err("range").to_string();
         assert!(error.contains("token id 100 is not below 100"), "{error}");
+        let error = add_embedding(&cpu, &matrix, &[7, 100], &mut vec![0.0; 2 * width]).expect_err("range").to_string();
+        assert!(error.contains("row 100 is not below 100"), "{error}");
+        let error = add_embedding(&cpu, &matrix, &[7], &mut vec![0.0; 2 * width]).expect_err("size").to_string();
+        assert!(error.contains("elements of out is 96, must be 48"), "{error}");
     }
     for format in [OperandFormat::F32, OperandFormat::Bf16] {
         let all = Operand::from_f32(format, vocab, width, &values);

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use ns_llm_kernels::cpu::linear::{
-    MatrixSource, Operand, OperandFormat, PackedLinear, WeightFormat, matmul, matmul_add, matmul_swiglu,
+    Gelu, MatrixSource, Operand, OperandFormat, PackedLinear, WeightFormat, matmul, matmul_add, matmul_gelu,
+    matmul_swiglu,
 };
 use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
 use ns_llm_kernels::cpu::{Cpu, Isa};
@@ -153,6 +154,61 @@ fn swiglu_matches_the_reference() {
     }
 }
 
+/// Both forms of GELU behind a product are their formulas in f64, with and without bias, over ragged widths.
+#[test]
+fn gelu_matches_the_reference() {
+    /// `erf` in f64 by its Taylor series: the arguments here are below 6.
+    fn erf(x: f64) -> f64 {
+        let (mut term, mut sum) = (x, x);
+        for n in 1..200 {
+            term *= -x * x / f64::from(n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        (sum * 2.0 / std::f64::consts::PI.sqrt()).clamp(-1.0, 1.0)
+    }
+    fn gelu_erf(x: f64) -> f64 {
+        let tail = x.abs() > 7.0;
+        if tail { x.max(0.0) } else { 0.5 * x * (1.0 + erf(x / 2.0_f64.sqrt())) }
+    }
+    fn gelu_tanh(x: f64) -> f64 {
+        0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+    }
+    let mut random = Random(8);
+    for isa in Isa::available() {
+        let cpu = cpu(isa, 2);
+        for (dtype, out) in FORMATS.into_iter().flat_map(|dtype| OUT_SIZES.map(|out| (dtype, out))) {
+            for rows in ROW_COUNTS {
+                let matrix = Matrix::random(&mut random, dtype, out, 64, rows % 2 == 0);
+                let weight = matrix.pack(&cpu);
+                let values = random.vec(rows * 64);
+                let x = Operand::from_f32(OperandFormat::for_weights(&cpu, weight.format()), rows, 64, &values);
+                let product = matrix.product(&operand_values(&x));
+                type Form = (Gelu, fn(f64) -> f64);
+                let forms: [Form; 2] = [(Gelu::Erf, gelu_erf), (Gelu::Tanh, gelu_tanh)];
+                let mut results = Vec::new();
+                for (gelu, formula) in forms {
+                    let mut got = Operand::zeros(OperandFormat::F32, rows, out);
+                    matmul_gelu(&cpu, &x, &weight, gelu, &mut got).expect("sizes fit");
+                    let want: Vec<f64> = product.iter().map(|&x| formula(x)).collect();
+                    let what = format!("{} {} {gelu:?} [{rows}, 64] x [{out}]", isa.name(), dtype.name());
+                    let got = operand_values(&got);
+                    check_close(&what, &got, &want);
+                    let worst = got.iter().zip(&want).map(|(&got, want)| (f64::from(got) - want).abs());
+                    assert!(worst.fold(0.0, f64::max) < 3e-5, "{what}");
+                    results.push(got);
+                }
+                assert!(rows * out < 100 || results[0] != results[1], "the two forms are one");
+            }
+        }
+    }
+    let matrix = Matrix::random(&mut random, DType::F32, 5, 4, false);
+    let cpu = cpu(Isa::Portable, 1);
+    let x = Operand::zeros(OperandFormat::F32, 2, 4);
+    let mut out = Operand::zeros(OperandFormat::F32, 2, 6);
+    let error = matmul_gelu(&cpu, &x, &matrix.pack(&cpu), Gelu::Erf, &mut out).expect_err("width").to_string();
+    assert!(error.contains("matmul_gelu: out width is 6, must be 5"), "{error}");
+}
+
 fn operand_values(operand: &Operand) -> Vec<f32> {
     let mut values = vec![0.0; operand.rows() * operand.width()];
     for (row, values) in values.chunks_exact_mut(operand.width()).enumerate() {
@@ -183,7 +239,7 @@ fn avx512_has_the_bits_of_avx2() {
 }
 
 /// A row's result has the same bits alone and among 2 to 130 rows (all tile shapes, several row blocks), on 1 to 4
-/// threads, with an `in` of several column blocks. All three operations.
+/// threads, with an `in` of several column blocks. All operations.
 #[test]
 fn rows_do_not_depend_on_their_neighbours() {
     let (out, max_rows) = (72, 130);
@@ -208,9 +264,15 @@ fn rows_do_not_depend_on_their_neighbours() {
                 matmul(cpu, &x, &stacked, &mut plain).expect("sizes fit");
                 matmul_add(cpu, &x, &stacked, &mut added).expect("sizes fit");
                 matmul_swiglu(cpu, &x, &gate_up, &mut swiglu).expect("sizes fit");
-                [plain, added, operand_values(&swiglu)]
+                let gelu = [Gelu::Erf, Gelu::Tanh].map(|gelu| {
+                    let mut out = Operand::zeros(format, rows.len(), out);
+                    matmul_gelu(cpu, &x, &stacked, gelu, &mut out).expect("sizes fit");
+                    operand_values(&out)
+                });
+                let [gelu_erf, gelu_tanh] = gelu;
+                [plain, added, operand_values(&swiglu), gelu_erf, gelu_tanh]
             };
-            let alone: Vec<[Vec<f32>; 3]> = (0..max_rows).map(|row| compute(&cpus[0], row..row + 1)).collect();
+            let alone: Vec<[Vec<f32>; 5]> = (0..max_rows).map(|row| compute(&cpus[0], row..row + 1)).collect();
             let row_counts =
                 if in_features > 100 { vec![6, 23, max_rows] } else { (2..=41).chain([max_rows]).collect() };
             for rows in row_counts {

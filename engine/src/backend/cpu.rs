@@ -16,7 +16,7 @@ use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
 use ns_llm_kernels::cpu::{Cpu, attention, embedding, kv_blocks, linear, norm, pooling, rope};
 
 use crate::backend::{
-    AttentionLayer, AttentionShape, Backend, KvDtype, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable,
+    AttentionLayer, AttentionShape, Backend, Gelu, KvDtype, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable,
 };
 use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
@@ -68,6 +68,19 @@ pub struct CpuRows {
 pub struct CpuNorm {
     weight: Vec<f32>,
     eps: f32,
+}
+
+/// Weight, bias and epsilon of a LayerNorm.
+pub struct CpuLayerNorm {
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    eps: f32,
+}
+
+impl CpuLayerNorm {
+    fn parameters(&self) -> norm::LayerNorm<'_> {
+        norm::LayerNorm { weight: &self.weight, bias: &self.bias, eps: self.eps }
+    }
 }
 
 impl CpuBackend {
@@ -148,6 +161,7 @@ impl Backend for CpuBackend {
     type Operand = CpuOperand;
     type Linear = PackedLinear;
     type Norm = CpuNorm;
+    type LayerNorm = CpuLayerNorm;
     type Rope = RopeTable;
     type Kv = kv_blocks::KvBlocks;
 
@@ -180,6 +194,13 @@ impl Backend for CpuBackend {
         Ok(CpuNorm { weight, eps })
     }
 
+    fn load_layer_norm(&self, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<CpuLayerNorm> {
+        bias.expect_shape(&weight.shape)?;
+        let (weight, bias) = (read_vector(weight)?, read_vector(bias)?);
+        self.weights_bytes.fetch_add(2 * size_of_val(weight.as_slice()) as u64, Ordering::Relaxed);
+        Ok(CpuLayerNorm { weight, bias, eps })
+    }
+
     fn load_rope(&self, table: RopeTable) -> Result<RopeTable> {
         Ok(table)
     }
@@ -201,6 +222,10 @@ impl Backend for CpuBackend {
         Ok(rows)
     }
 
+    fn add_embedding(&self, hidden: &mut CpuRows, embedding: &PackedLinear, indices: &[u32]) -> Result<()> {
+        embedding::add_embedding(&self.cpu, embedding, indices, hidden.dense_mut()).map_err(internal)
+    }
+
     fn rms_norm(&self, hidden: &CpuRows, norm: &CpuNorm) -> Result<CpuOperand> {
         let mut out = self.operand(hidden.rows, hidden.width);
         norm::rms_norm(&self.cpu, hidden.dense(), &norm.weight, norm.eps, &mut out).map_err(internal)?;
@@ -215,6 +240,18 @@ impl Backend for CpuBackend {
             out.row_into(idx, row);
         }
         Ok(rows)
+    }
+
+    fn layer_norm(&self, hidden: &CpuRows, norm: &CpuLayerNorm) -> Result<CpuOperand> {
+        let mut out = self.operand(hidden.rows, hidden.width);
+        norm::layer_norm(&self.cpu, hidden.dense(), &norm.parameters(), &mut out).map_err(internal)?;
+        Ok(out)
+    }
+
+    fn layer_norm_in_place(&self, hidden: &mut CpuRows, norm: &CpuLayerNorm) -> Result<CpuOperand> {
+        let mut out = self.operand(hidden.rows, hidden.width);
+        norm::layer_norm_in_place(&self.cpu, hidden.dense_mut(), &norm.parameters(), &mut out).map_err(internal)?;
+        Ok(out)
     }
 
     fn linear(&self, x: &CpuOperand, weight: &PackedLinear) -> Result<CpuRows> {
@@ -233,6 +270,16 @@ impl Backend for CpuBackend {
         Ok(out)
     }
 
+    fn linear_gelu(&self, x: &CpuOperand, weight: &PackedLinear, gelu: Gelu) -> Result<CpuOperand> {
+        let gelu = match gelu {
+            Gelu::Erf => linear::Gelu::Erf,
+            Gelu::Tanh => linear::Gelu::Tanh,
+        };
+        let mut out = self.operand(x.rows(), weight.out_features());
+        linear::matmul_gelu(&self.cpu, x, weight, gelu, &mut out).map_err(internal)?;
+        Ok(out)
+    }
+
     /// q stays where it is: the result is the first columns of `qkv`.
     fn rope_and_store(
         &self,
@@ -244,12 +291,11 @@ impl Backend for CpuBackend {
         fn head_norm(norm: &CpuNorm) -> rope::HeadNorm<'_> {
             rope::HeadNorm { weight: &norm.weight, eps: norm.eps }
         }
-        let RopeTable { rotary_dim, cos, sin } = &*layer.rope;
         let rope_layer = rope::RopeLayer {
             layer_idx: kv_layer(layer, kv),
             shape: attention_shape(&layer.shape),
             qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (head_norm(q), head_norm(k))),
-            rope: rope::RopeTable { rotary_dim: *rotary_dim, cos, sin },
+            rope: layer.rope.as_ref().map_or(NO_ROTATION, |table| rope_table(table)),
         };
         rope::rope_and_store(&self.cpu, qkv.dense_mut(), &rope_layer, &batch.positions, &batch.slots, kv)
             .map_err(internal)?;
@@ -349,8 +395,15 @@ impl Sequences {
 }
 
 fn attention_shape(shape: &AttentionShape) -> attention::AttentionShape {
-    let &AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens } = shape;
-    attention::AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens }
+    let &AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens, causal } = shape;
+    attention::AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens, causal }
+}
+
+/// Keys and values are stored as they are.
+const NO_ROTATION: rope::RopeTable<'static> = rope::RopeTable { rotary_dim: 0, cos: &[], sin: &[] };
+
+fn rope_table(table: &RopeTable) -> rope::RopeTable<'_> {
+    rope::RopeTable { rotary_dim: table.rotary_dim, cos: &table.cos, sin: &table.sin }
 }
 
 fn matrix_source<'a>(part: &LinearPart<'a>, bias: Option<&'a [f32]>) -> Result<MatrixSource<'a>> {
@@ -440,8 +493,9 @@ mod tests {
             };
             let (gate, up) = (tensor("gate", &[40, HIDDEN]), tensor("up_proj", &[40, HIDDEN]));
             let part = |weight| LinearPart { weight, bias: None };
+            let (num_heads, num_kv_heads, head_dim, scale) = (4, 2, 8, 0.3);
             let shape =
-                AttentionShape { num_heads: 4, num_kv_heads: 2, head_dim: 8, scale: 0.3, sliding_window_tokens: None };
+                AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens: None, causal: true };
             let (cos, sin) = (0..64 * 4).map(|i| ((i as f32).cos(), (i as f32).sin())).unzip();
             let rope = Arc::new(b.load_rope(RopeTable { rotary_dim: 8, cos, sin }).expect("loads"));
             Layer {
@@ -451,7 +505,7 @@ mod tests {
                 o: stacked("o", HIDDEN, 32),
                 gate_up: b.load_linear(LinearWeight::GateUp { gate: part(&gate), up: part(&up) }).expect("loads"),
                 down: stacked("down_projection", HIDDEN, 40),
-                attention: AttentionLayer { layer_idx: 0, shape, qk_norm: None, rope },
+                attention: AttentionLayer { layer_idx: 0, shape, qk_norm: None, rope: Some(rope) },
             }
         }
 

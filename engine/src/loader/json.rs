@@ -5,9 +5,13 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+
+/// Fields are called what they are.
+static NO_NAMES: BTreeMap<String, String> = BTreeMap::new();
 
 /// A parsed file whose outermost value is an object. Nesting is bounded by the parser (128 levels).
 #[derive(Debug, Clone)]
@@ -21,13 +25,7 @@ pub struct JsonFile {
 impl JsonFile {
     /// Parses `bytes`, the content of the file `name`.
     pub fn parse(name: &'static str, bytes: &[u8]) -> Result<JsonFile> {
-        let root = serde_json::from_slice(bytes).map_err(|e| Error::InvalidJson {
-            file: name.to_string(),
-            line: e.line(),
-            column: e.column(),
-            reason: without_position(&e),
-        })?;
-        Ok(JsonFile { name, root, names: BTreeMap::new() })
+        Ok(JsonFile { name, root: parse(name, bytes)?, names: BTreeMap::new() })
     }
 
     /// What another kind of file says, in the words of a JSON file. Errors about a field of `names` (with dots for
@@ -49,6 +47,41 @@ impl JsonFile {
     pub fn object(&self) -> JsonObject<'_> {
         JsonObject { file: self.name, path: String::new(), fields: &self.root, names: &self.names }
     }
+}
+
+/// A parsed file whose outermost value is a list of objects.
+#[derive(Debug, Clone)]
+pub struct JsonList {
+    name: &'static str,
+    entries: Vec<Map<String, Value>>,
+}
+
+impl JsonList {
+    /// Parses `bytes`, the content of the file `name`.
+    pub fn parse(name: &'static str, bytes: &[u8]) -> Result<JsonList> {
+        Ok(JsonList { name, entries: parse(name, bytes)? })
+    }
+
+    /// An error about the list as a whole.
+    pub fn error(&self, reason: impl Into<String>) -> Error {
+        Error::Config { file: self.name, field: "(root)".to_string(), reason: reason.into() }
+    }
+
+    /// The objects, in order.
+    pub fn objects(&self) -> Vec<JsonObject<'_>> {
+        let object =
+            |(idx, fields)| JsonObject { file: self.name, path: format!("[{idx}]."), fields, names: &NO_NAMES };
+        self.entries.iter().enumerate().map(object).collect()
+    }
+}
+
+fn parse<T: DeserializeOwned>(name: &'static str, bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|e| Error::InvalidJson {
+        file: name.to_string(),
+        line: e.line(),
+        column: e.column(),
+        reason: without_position(&e),
+    })
 }
 
 /// What a JSON parser says, without the position that it appends: errors carry that in fields of their own.

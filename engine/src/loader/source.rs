@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::gguf::GgufModel;
-use super::{GenerationConfig, JsonFile, ModelFolder, Weights};
+use super::{GenerationConfig, JsonFile, ModelFolder, SentenceConfig, Weights};
 use crate::error::Result;
 
 /// The files of one model.
@@ -38,6 +38,14 @@ impl ModelSource {
         match self {
             ModelSource::Folder(folder) => folder.generation_config(),
             ModelSource::Gguf(model) => model.generation_config(),
+        }
+    }
+
+    /// What the files of sentence-transformers say.
+    pub fn sentence_config(&self) -> Result<SentenceConfig> {
+        match self {
+            ModelSource::Folder(folder) => folder.sentence_config(),
+            ModelSource::Gguf(_) => Ok(SentenceConfig::default()),
         }
     }
 

@@ -1,8 +1,12 @@
 //! Hyperparameters of a model, from its `config.json`. Every value is checked here, against its own range and against
 //! the others: a configuration that no kernel could run is refused when the model is opened, never at its first token.
-//! Defaults are those of the classes that the architectures' names stand for.
+//! Defaults are those of the classes that the architectures' names stand for. Each family with names of its own has a file
+//! of its own; this one has those of Llama and its kin.
 
-use crate::backend::{KvDtype, KvLayout};
+mod bert;
+mod gpt2;
+
+use crate::backend::{Gelu, KvDtype, KvLayout};
 use crate::config::MAX_EOS_TOKENS;
 use crate::error::{Error, Result};
 use crate::loader::{JsonFile, JsonObject};
@@ -18,12 +22,30 @@ pub enum Architecture {
     Qwen2,
     /// `Qwen3ForCausalLM`
     Qwen3,
+    /// `GPT2LMHeadModel`
+    Gpt2,
+    /// `BertModel`, also out of a `BertForMaskedLM`
+    Bert,
 }
 
 impl Architecture {
-    const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
-    const SUPPORTED: &'static str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
+    const ALL: [Architecture; 6] = [
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::Gpt2,
+        Architecture::Bert,
+    ];
+    const SUPPORTED: &'static str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, \
+                                     GPT2LMHeadModel, BertModel, BertForMaskedLM";
+
+    fn from_name(name: &str) -> Option<Architecture> {
+        match name {
+            "BertForMaskedLM" => Some(Architecture::Bert),
+            name => Architecture::ALL.into_iter().find(|architecture| architecture.name() == name),
+        }
+    }
 
     /// As in `config.json`.
     pub fn name(self) -> &'static str {
@@ -32,7 +54,14 @@ impl Architecture {
             Architecture::Mistral => "MistralForCausalLM",
             Architecture::Qwen2 => "Qwen2ForCausalLM",
             Architecture::Qwen3 => "Qwen3ForCausalLM",
+            Architecture::Gpt2 => "GPT2LMHeadModel",
+            Architecture::Bert => "BertModel",
         }
+    }
+
+    /// Whether it predicts a next token; one that does not turns texts into vectors alone.
+    pub fn can_generate(self) -> bool {
+        self != Architecture::Bert
     }
 }
 
@@ -47,20 +76,24 @@ pub struct ModelConfig {
     pub hidden_size: usize,
     /// Width inside the feed-forward.
     pub intermediate_size: usize,
-    /// Decoder layers.
+    /// Layers.
     pub num_hidden_layers: usize,
     /// Query heads.
     pub num_attention_heads: usize,
     /// Key and value heads; divides `num_attention_heads` (Ainslie et al. 2023, arXiv:2305.13245).
     pub num_key_value_heads: usize,
-    /// Width of a head; even.
+    /// Width of a head; even where positions are rotary.
     pub head_dim: usize,
     /// Longest sequence that the model was made for, tokens.
     pub max_position_embeddings: usize,
-    /// Added to the mean square inside a norm.
-    pub rms_norm_eps: f32,
-    /// Rotary position embedding.
-    pub rope: RopeConfig,
+    /// Added to the mean square or the variance inside a norm: `rms_norm_eps`, `layer_norm_epsilon`, `layer_norm_eps`.
+    pub norm_eps: f32,
+    /// In the feed-forward: `hidden_act`, `activation_function`.
+    pub activation: Activation,
+    /// Rotary position embedding; `None`: positions are learned (GPT-2, BERT).
+    pub rope: Option<RopeConfig>,
+    /// Rows of the embedding of token types (BERT); 0: there is none.
+    pub type_vocab_size: usize,
     /// For each layer, how many tokens back it sees, itself included; `None`: all.
     pub sliding_windows: Vec<Option<usize>>,
     /// Whether the output matrix is the embedding.
@@ -73,6 +106,15 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// End an answer.
     pub eos_token_ids: Vec<u32>,
+}
+
+/// The function in a feed-forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `silu(gate) * up`, between three matrices.
+    SwiGlu,
+    /// Between two matrices.
+    Gelu(Gelu),
 }
 
 /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
@@ -121,7 +163,15 @@ impl ModelConfig {
     /// Reads and checks `config.json`.
     pub fn from_json(file: &JsonFile) -> Result<ModelConfig> {
         let root = &file.object();
-        let architecture = architecture(root)?;
+        match architecture(root)? {
+            Architecture::Gpt2 => gpt2::read(root),
+            Architecture::Bert => bert::read(root),
+            architecture => ModelConfig::read(root, architecture),
+        }
+    }
+
+    /// Llama and its kin.
+    fn read(root: &JsonObject<'_>, architecture: Architecture) -> Result<ModelConfig> {
         let size = |field: &str, max: usize| root.required(field, root.size(field, 1..=max)?);
         let flag = |field: &str| Ok(root.boolean(field)?.unwrap_or(false));
         let num_hidden_layers = size("num_hidden_layers", MAX_LAYERS)?;
@@ -139,8 +189,10 @@ impl ModelConfig {
             num_key_value_heads: heads.num_key_value_heads,
             head_dim: heads.head_dim,
             max_position_embeddings,
-            rms_norm_eps: root.number("rms_norm_eps", 1e-12..=1e-1)?.unwrap_or(1e-6) as f32,
-            rope: RopeConfig::from_json(root, max_position_embeddings)?,
+            norm_eps: norm_eps(root, "rms_norm_eps", 1e-6)?,
+            activation: Activation::SwiGlu,
+            rope: Some(RopeConfig::from_json(root, max_position_embeddings)?),
+            type_vocab_size: 0,
             sliding_windows: sliding_windows(root, architecture, num_hidden_layers)?,
             tie_word_embeddings: flag("tie_word_embeddings")?,
             attention_bias: matches!(architecture, Architecture::Llama | Architecture::Qwen3)
@@ -155,7 +207,19 @@ impl ModelConfig {
     pub fn num_layer_parameters(&self) -> u64 {
         let hidden = self.hidden_size as u64;
         let heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) as u64 * self.head_dim as u64;
-        self.num_hidden_layers as u64 * hidden * (heads + 3 * self.intermediate_size as u64)
+        let feed_forward = match self.activation {
+            Activation::SwiGlu => 3 * self.intermediate_size as u64,
+            Activation::Gelu(_) => 2 * self.intermediate_size as u64,
+        };
+        self.num_hidden_layers as u64 * hidden * (heads + feed_forward)
+    }
+
+    /// The form of GELU in the feed-forward of GPT-2 and BERT.
+    pub fn gelu(&self) -> Gelu {
+        match self.activation {
+            Activation::Gelu(gelu) => gelu,
+            Activation::SwiGlu => unreachable!("GPT-2's and BERT's configurations have a GELU"),
+        }
     }
 
     /// Sizes of a pool of `num_blocks` KV blocks of `block_tokens` tokens each.
@@ -177,8 +241,47 @@ fn architecture(root: &JsonObject<'_>) -> Result<Architecture> {
         return Err(root.error("architectures", format!("has {} entries, must have one", names.len())));
     };
     let name = name.as_str().ok_or_else(|| root.error("architectures", "has an entry that is no string"))?;
-    let known = Architecture::ALL.into_iter().find(|architecture| architecture.name() == name);
-    known.ok_or_else(|| Error::UnknownArchitecture { name: name.to_string(), supported: Architecture::SUPPORTED })
+    Architecture::from_name(name)
+        .ok_or_else(|| Error::UnknownArchitecture { name: name.to_string(), supported: Architecture::SUPPORTED })
+}
+
+fn norm_eps(root: &JsonObject<'_>, field: &str, default: f64) -> Result<f32> {
+    Ok(root.number(field, 1e-12..=1e-1)?.unwrap_or(default) as f32)
+}
+
+/// Width of each of `num_heads` heads that share `width`, by the names of the fields that hold these.
+fn split_width(
+    root: &JsonObject<'_>,
+    (heads, num_heads): (&str, usize),
+    (field, width): (&str, usize),
+) -> Result<usize> {
+    match width.is_multiple_of(num_heads) {
+        true => Ok(width / num_heads),
+        false => Err(root.error(heads, format!("is {num_heads}, must divide {field}, which is {width}"))),
+    }
+}
+
+/// The form of GELU that `field` names.
+fn gelu(root: &JsonObject<'_>, field: &str, default: Gelu) -> Result<Activation> {
+    let form = match root.string(field)? {
+        None => default,
+        Some("gelu") => Gelu::Erf,
+        // One formula, written in three ways.
+        Some("gelu_new" | "gelu_fast" | "gelu_pytorch_tanh") => Gelu::Tanh,
+        Some(other) => {
+            let supported = "gelu, gelu_new, gelu_fast, gelu_pytorch_tanh";
+            return Err(root.error(field, format!("is {other:?}, which is not supported (supported: {supported})")));
+        }
+    };
+    Ok(Activation::Gelu(form))
+}
+
+/// Fails when the flag `field` is set otherwise than `expected`, which is also what an unset one means.
+fn expect_flag(root: &JsonObject<'_>, field: &str, expected: bool) -> Result<()> {
+    match root.boolean(field)? {
+        Some(value) if value != expected => Err(root.error(field, format!("is {value}, which is not supported"))),
+        _ => Ok(()),
+    }
 }
 
 struct Heads {
@@ -200,11 +303,8 @@ fn attention_heads(root: &JsonObject<'_>, architecture: Architecture) -> Result<
         None if architecture == Architecture::Qwen3 && !root.has("head_dim") => 128,
         None => {
             let hidden_size = root.required("hidden_size", root.size("hidden_size", 1..=MAX_HIDDEN_SIZE)?)?;
-            if !hidden_size.is_multiple_of(num_attention_heads) {
-                let reason = format!("is {num_attention_heads}, must divide hidden_size, which is {hidden_size}");
-                return Err(root.error("num_attention_heads", reason));
-            }
-            hidden_size / num_attention_heads
+            let heads = ("num_attention_heads", num_attention_heads);
+            split_width(root, heads, ("hidden_size", hidden_size))?
         }
     };
     if !head_dim.is_multiple_of(2) || head_dim > MAX_HEAD_DIM {
@@ -228,7 +328,7 @@ fn sliding_windows(root: &JsonObject<'_>, architecture: Architecture, num_layers
     let all = vec![None; num_layers];
     let written = root.size("sliding_window", 1..=MAX_POSITIONS)?;
     let (window, first_layer) = match architecture {
-        Architecture::Llama => return Ok(all),
+        Architecture::Llama | Architecture::Gpt2 | Architecture::Bert => return Ok(all),
         Architecture::Mistral if !root.has("sliding_window") => (Some(4096), 0),
         Architecture::Mistral => (written, 0),
         Architecture::Qwen2 | Architecture::Qwen3 if root.boolean("use_sliding_window")? == Some(true) => {
@@ -340,7 +440,8 @@ mod tests {
     fn defaults_are_those_of_the_architecture() {
         let llama = parse(base("LlamaForCausalLM"), &json!({"head_dim": null})).unwrap();
         assert_eq!((llama.num_key_value_heads, llama.head_dim), (4, 16));
-        assert_eq!((llama.rms_norm_eps, llama.rope.rope_theta, llama.rope.scaling), (1e-6, 1e4, RopeScaling::Default));
+        assert_eq!(llama.norm_eps, 1e-6);
+        assert_eq!(llama.rope, Some(RopeConfig { rope_theta: 1e4, scaling: RopeScaling::Default }));
         assert!(!llama.tie_word_embeddings && !llama.attention_bias && !llama.mlp_bias);
         assert_eq!(parse(base("Qwen3ForCausalLM"), &json!({})).unwrap().head_dim, 128);
         assert_eq!(parse(base("MistralForCausalLM"), &json!({})).unwrap().sliding_windows, [Some(4096); 3]);
@@ -384,11 +485,12 @@ mod tests {
         let mut new_form = scaling;
         new_form["rope_theta"] = json!(500_000);
         assert_eq!(parse(base("LlamaForCausalLM"), &json!({"rope_parameters": new_form})).unwrap().rope, old.rope);
-        assert_eq!(old.rope.rope_theta, 5e5);
-        assert!(matches!(old.rope.scaling, RopeScaling::Llama3 { original_max_position_embeddings: 64, .. }));
+        let rope = old.rope.unwrap();
+        assert_eq!(rope.rope_theta, 5e5);
+        assert!(matches!(rope.scaling, RopeScaling::Llama3 { original_max_position_embeddings: 64, .. }));
         let linear =
             parse(base("LlamaForCausalLM"), &json!({"rope_scaling": {"type": "linear", "factor": 2}})).unwrap();
-        assert_eq!(linear.rope.scaling, RopeScaling::Linear { factor: 2.0 });
+        assert_eq!(linear.rope.unwrap().scaling, RopeScaling::Linear { factor: 2.0 });
     }
 
     /// Every field that is read refuses every wrong value with its name: a matrix of field and value.
@@ -446,6 +548,6 @@ mod tests {
             refused += 1;
         }
         assert_eq!(refused, 9 * 8 + 23);
-        assert_eq!(parse(base("GPT2LMHeadModel"), &json!({})).unwrap_err().code(), "unknown_architecture");
+        assert_eq!(parse(base("MambaForCausalLM"), &json!({})).unwrap_err().code(), "unknown_architecture");
     }
 }

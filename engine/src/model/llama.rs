@@ -29,7 +29,7 @@ pub struct LlamaLayer<B: Backend> {
 
 impl<B: Backend> DecoderLayer<B> for LlamaLayer<B> {
     fn load(weights: &mut WeightLoader<'_, B>, config: &ModelConfig, attention: AttentionLayer<B>) -> Result<Self> {
-        let (hidden, intermediate, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
+        let (hidden, intermediate, eps) = (config.hidden_size, config.intermediate_size, config.norm_eps);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
         Ok(LlamaLayer {

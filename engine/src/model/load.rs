@@ -35,9 +35,10 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         self.backend
     }
 
-    /// Runs `load` with `prefix` before every name.
+    /// Runs `load` with `prefix` before every name, behind the prefixes around it.
     pub fn below<T>(&mut self, prefix: &str, load: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let outer = std::mem::replace(&mut self.prefix, prefix.to_string());
+        let outer = self.prefix.clone();
+        self.prefix.push_str(prefix);
         let loaded = load(self);
         self.prefix = outer;
         loaded
@@ -74,9 +75,35 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         Ok(norm)
     }
 
+    /// The LayerNorm `name`: weight and bias `[width]`, which the oldest checkpoints call gamma and beta.
+    pub fn layer_norm(&mut self, name: &str, width: usize, eps: f32) -> Result<B::LayerNorm> {
+        let is_old = self.contains(&format!("{name}.gamma"));
+        let (weight, bias) = if is_old { ("gamma", "beta") } else { ("weight", "bias") };
+        let (weight, bias) = (self.take(name, weight, &[width])?, self.take(name, bias, &[width])?);
+        let norm = self.backend.load_layer_norm(&weight, &bias, eps)?;
+        self.done_with(vec![Matrix { weight, bias: Some(bias) }])?;
+        Ok(norm)
+    }
+
+    /// The matrix `name` with its bias `[out]`, stored the other way round: `[in, out]` (GPT-2's `Conv1D`).
+    pub fn conv1d(&mut self, name: &str, [width, out]: [usize; 2]) -> Result<B::Linear> {
+        let stored = self.take(name, "weight", &[width, out])?;
+        let bias = self.take(name, "bias", &[out])?;
+        let weight = transposed(&stored);
+        let part = LinearPart { weight: &weight, bias: Some(&bias) };
+        let packed = self.backend.load_linear(LinearWeight::Stacked(&[part]))?;
+        self.done_with(vec![Matrix { weight: stored, bias: Some(bias) }])?;
+        Ok(packed)
+    }
+
+    /// Whether the checkpoint has the tensor of this whole name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.weights.contains(&format!("{}{name}", self.prefix))
+    }
+
     /// Says that a tensor may be there without being used. Returns `None`, what stands in its place.
     pub fn ignore<T>(&mut self, name: &str) -> Option<T> {
-        self.weights.ignore(name);
+        self.weights.ignore(&format!("{}{name}", self.prefix));
         None
     }
 
@@ -120,5 +147,49 @@ struct Matrix {
 impl Matrix {
     fn part(&self) -> LinearPart<'_> {
         LinearPart { weight: &self.weight, bias: self.bias.as_ref() }
+    }
+}
+
+/// A matrix `[rows, columns]` as `[columns, rows]`. In squares: going down a column of a large matrix touches another
+/// page with each element.
+fn transposed(matrix: &Tensor) -> Tensor {
+    const SQUARE: usize = 32;
+    let &[rows, columns] = matrix.shape.as_slice() else { unreachable!("taken with two axes") };
+    let size = matrix.dtype.size_bytes();
+    let mut data = vec![0; matrix.data.len()];
+    for (first_row, first_column) in
+        (0..rows).step_by(SQUARE).flat_map(|row| (0..columns).step_by(SQUARE).map(move |column| (row, column)))
+    {
+        for row in first_row..rows.min(first_row + SQUARE) {
+            for column in first_column..columns.min(first_column + SQUARE) {
+                let element = &matrix.data[(row * columns + column) * size..][..size];
+                data[(column * rows + row) * size..][..size].copy_from_slice(element);
+            }
+        }
+    }
+    Tensor { name: matrix.name.clone(), shape: vec![columns, rows], dtype: matrix.dtype, data }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::DType;
+
+    /// Element `[i, j]` becomes `[j, i]`, over sizes around the edge of a square and both widths of an element.
+    #[test]
+    fn transposing_swaps_the_axes() {
+        for (rows, columns) in [(1, 1), (1, 40), (31, 33), (32, 64), (65, 3)] {
+            for dtype in [DType::F32, DType::F16] {
+                let size = dtype.size_bytes();
+                let data = (0..rows * columns * size).map(|i| (i * 37 % 251) as u8).collect();
+                let matrix = Tensor { name: "m".to_string(), shape: vec![rows, columns], dtype, data };
+                let swapped = transposed(&matrix);
+                assert_eq!((swapped.shape.as_slice(), swapped.dtype), ([columns, rows].as_slice(), dtype));
+                for (row, column) in (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))) {
+                    let at = |data: &[u8], idx: usize| data[idx * size..(idx + 1) * size].to_vec();
+                    assert_eq!(at(&swapped.data, column * rows + row), at(&matrix.data, row * columns + column));
+                }
+            }
+        }
     }
 }

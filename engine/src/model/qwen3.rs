@@ -28,7 +28,7 @@ pub struct Qwen3Layer<B: Backend> {
 
 impl<B: Backend> DecoderLayer<B> for Qwen3Layer<B> {
     fn load(weights: &mut WeightLoader<'_, B>, config: &ModelConfig, mut attention: AttentionLayer<B>) -> Result<Self> {
-        let (hidden, intermediate, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
+        let (hidden, intermediate, eps) = (config.hidden_size, config.intermediate_size, config.norm_eps);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
         let q_norm = weights.norm("self_attn.q_norm", config.head_dim, eps)?;

@@ -1,10 +1,11 @@
 //! The bytes that each token stands for, as a table made once: streaming then costs a look-up per token and never decodes
 //! an answer again from its start.
 //!
-//! Two families of decoders are known, which between them cover the supported architectures. *Byte-level* (Radford et
+//! Three families of decoders are known, which between them cover the supported architectures. *Byte-level* (Radford et
 //! al. 2019): each character of a token stands for one byte. *SentencePiece-like* (Kudo & Richardson 2018,
 //! arXiv:1808.06226): tokens are text with `▁` for a space, `<0xNN>` for single bytes, and a space at the beginning of
-//! a text that the encoder added and the decoder takes away.
+//! a text that the encoder added and the decoder takes away. *WordPiece* (Wu et al. 2016, arXiv:1609.08144): a token begins
+//! a word unless `##` stands before it.
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -64,8 +65,19 @@ impl PieceTable {
 /// How a token's text becomes bytes.
 enum Rule {
     ByteLevel,
-    Replaced { marker: String, byte_fallback: bool },
+    Replaced {
+        marker: String,
+        byte_fallback: bool,
+    },
+    /// Spaces before all tokens but those that begin with `prefix`; `cleanup`: and but punctuation.
+    WordPiece {
+        prefix: String,
+        cleanup: bool,
+    },
 }
+
+/// What the library's `cleanup` joins to the word before.
+const JOINED: [&str; 9] = [".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re"];
 
 /// One more than the highest id. Vocabularies may have holes, but not so that one absurd id costs gigabytes.
 fn num_ids(tokenizer: &Tokenizer) -> Result<u32> {
@@ -97,6 +109,11 @@ fn decoder_rule(decoder: &Value) -> Result<(Rule, LeadingSpaces)> {
                 }
             }
             ("ByteFallback", Rule::Replaced { byte_fallback, .. }) => *byte_fallback = true,
+            ("WordPiece", _) => {
+                let prefix = step["prefix"].as_str().unwrap_or("##").to_string();
+                rule = Rule::WordPiece { prefix, cleanup: step["cleanup"].as_bool().unwrap_or(true) };
+                leading_spaces = LeadingSpaces::Dropped(1);
+            }
             ("Fuse", _) => {}
             ("Strip", _) if step["content"] == " " && step["stop"] == 0 => {
                 leading_spaces = LeadingSpaces::Dropped(step["start"].as_u64().unwrap_or(0) as usize);
@@ -129,6 +146,15 @@ fn append_piece(token: &str, rule: &Rule, bytes: &mut Vec<u8>) {
         }
         Rule::Replaced { marker, .. } if marker.is_empty() => bytes.extend_from_slice(token.as_bytes()),
         Rule::Replaced { marker, .. } => bytes.extend_from_slice(token.replace(marker.as_str(), " ").as_bytes()),
+        Rule::WordPiece { prefix, cleanup } => match token.strip_prefix(prefix.as_str()) {
+            Some(rest) if !prefix.is_empty() => bytes.extend_from_slice(rest.as_bytes()),
+            _ => {
+                if !(*cleanup && JOINED.iter().any(|joined| token.starts_with(joined))) {
+                    bytes.push(b' ');
+                }
+                bytes.extend_from_slice(token.as_bytes());
+            }
+        },
     }
 }
 
@@ -167,10 +193,40 @@ mod tests {
         assert_eq!((byte_of('Ġ'), byte_of('Ċ'), byte_of('ł')), (Some(b' '), Some(b'\n'), Some(0xA0)));
     }
 
+    /// Pieces of a WordPiece vocabulary, one behind the other, are the library's own decoding, with and without its
+    /// cleaning of punctuation.
+    #[test]
+    fn word_pieces_are_joined_as_the_library_does() {
+        let words = ["play", "##ing", "##s", "it", "'", "s", ".", ",", "!", "n't", "'re", "(", "a", "do", "[CLS]"];
+        for cleanup in [true, false] {
+            let decoder = json!({"type": "WordPiece", "prefix": "##", "cleanup": cleanup});
+            let vocab: serde_json::Map<_, _> =
+                words.iter().enumerate().map(|(id, word)| (word.to_string(), json!(id))).collect();
+            let tokenizer = json!({
+                "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+                "pre_tokenizer": null, "post_processor": null, "decoder": decoder,
+                "model": {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
+                          "max_input_chars_per_word": 100, "vocab": vocab},
+            });
+            let tokenizer = Tokenizer::from_bytes(tokenizer.to_string()).unwrap();
+            let table = PieceTable::new(&tokenizer, &decoder).unwrap();
+            for first in (0..words.len() as u32).filter(|&id| !words[id as usize].starts_with("##")) {
+                for second in 0..words.len() as u32 {
+                    let ids = [first, second, (first + second) % words.len() as u32, 0, 1];
+                    let bytes: Vec<u8> = ids.iter().flat_map(|&id| table.bytes(id).to_vec()).collect();
+                    let text = String::from_utf8(bytes).unwrap();
+                    let expected = tokenizer.decode(&ids, false).unwrap();
+                    assert_eq!(text.strip_prefix(' ').unwrap_or(&text), expected, "{ids:?}");
+                }
+            }
+            assert_eq!(table.leading_spaces, LeadingSpaces::Dropped(1));
+        }
+    }
+
     /// A decoder that is not understood is refused by name instead of giving wrong text.
     #[test]
     fn unknown_decoders_are_refused() {
-        for decoder in [json!({"type": "WordPiece"}), json!({"type": "Strip", "content": "x", "start": 1, "stop": 0})] {
+        for decoder in [json!({"type": "CTC"}), json!({"type": "Strip", "content": "x", "start": 1, "stop": 0})] {
             match decoder_rule(&decoder) {
                 Err(Error::Config { field, reason, .. }) => {
                     assert_eq!(field, "decoder");

@@ -42,6 +42,11 @@ def models():
                 tie_word_embeddings=True)
     yield model("qwen3, biases", "BF16", *qwen3, rope_theta=10000.0, head_dim=16, attention_bias=True,
                 tie_word_embeddings=False)
+    gpt2 = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4,
+                n_positions=256, bos_token_id=1, eos_token_id=2)
+    yield "gpt2", "F32", gpt2 | dict(n_ctx=256, layer_norm_epsilon=1e-5, activation_function="gelu_new")
+    yield "gpt2, exact gelu, untied", "F16", gpt2 | dict(
+        n_inner=112, n_head=5, n_embd=65, activation_function="gelu", tie_word_embeddings=False)
 
 
 def draws(name, count):
@@ -59,11 +64,11 @@ def draws(name, count):
 
 def weights(name, shape):
     u = torch.from_numpy(draws(name, int(np.prod(shape)))).reshape(shape)
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "Norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
         return 1 + u / 8
     if name.endswith(".bias"):
         return u / 8
-    return u if name == "model.embed_tokens.weight" else u / 4
+    return u if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")) else u / 4
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use ns_llm::backend::{Backend, KvDtype, KvLayout};
+use ns_llm::backend::{Backend, KvDtype, KvLayout, Pooling};
 use ns_llm::batch::{Batch, BatchSequence, BlockId, OutputKind, OutputRow, RowSampling, SeqId};
 use ns_llm::loader::ModelSource;
 use ns_llm::model::config::ModelConfig;
@@ -58,13 +58,13 @@ impl<B: Backend> DirectRun<B> {
     }
 
     /// The vectors of whole sequences that are computed together.
-    pub fn encode(&mut self, sequences: &[&[u32]]) -> Result<Vec<Vec<f32>>> {
+    pub fn encode(&mut self, sequences: &[&[u32]], pooling: Pooling) -> Result<Vec<Vec<f32>>> {
         let numbered = sequences.iter().enumerate().map(|(idx, tokens)| (SeqId(idx as u64), *tokens));
         let batch = Batch::whole_sequences(numbered, BLOCK_TOKENS);
         let layout = self.config.kv_layout(batch.block_tables.len(), BLOCK_TOKENS, KvDtype::F32);
         let mut kv = self.backend.allocate_kv(KvLayout { num_layers: 1, ..layout })?;
         let hidden = self.model.encode(&self.backend, &batch, &mut kv)?;
-        self.backend.pool(&hidden, &batch, self.model.pooling())
+        self.backend.pool(&hidden, &batch, pooling)
     }
 
     /// Gives the blocks of all sequences back.

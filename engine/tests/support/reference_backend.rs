@@ -4,7 +4,7 @@
 
 use half::{bf16, f16};
 use ns_llm::Result;
-use ns_llm::backend::{AttentionLayer, Backend, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable};
+use ns_llm::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable};
 use ns_llm::batch::BlockCopy;
 use ns_llm::batch::{Batch, OutputRow, Sampled};
 use ns_llm::sampler::{SamplerScratch, sample_row};
@@ -29,6 +29,13 @@ pub struct Linear {
 /// Weight `[width]` and epsilon.
 pub struct Norm {
     weight: Vec<f64>,
+    eps: f64,
+}
+
+/// Weight and bias `[width]` and epsilon.
+pub struct LayerNorm {
+    weight: Vec<f64>,
+    bias: Vec<f64>,
     eps: f64,
 }
 
@@ -73,6 +80,35 @@ impl Norm {
     }
 }
 
+impl LayerNorm {
+    fn apply(&self, x: &[f64]) -> Vec<f64> {
+        let mean = x.iter().sum::<f64>() / x.len() as f64;
+        let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / x.len() as f64;
+        let scale = (variance + self.eps).sqrt().recip();
+        x.iter().zip(&self.weight).zip(&self.bias).map(|((x, w), b)| (x - mean) * scale * w + b).collect()
+    }
+}
+
+fn gelu(x: f64, form: Gelu) -> f64 {
+    match form {
+        Gelu::Erf => 0.5 * x * (1.0 + erf(x / 2.0_f64.sqrt())),
+        Gelu::Tanh => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh()),
+    }
+}
+
+/// The Taylor series (Abramowitz & Stegun 1964, 7.1.5), which has lost ten digits at 5 and is 1 from there on.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 5.0 {
+        return x.signum();
+    }
+    let (mut term, mut sum) = (x, x);
+    for n in 1..150 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * 2.0 / std::f64::consts::PI.sqrt()
+}
+
 /// Blocks of one layer serve all layers in turn.
 fn layer_of(layer: &AttentionLayer<Reference>, kv: &Kv) -> usize {
     layer.layer_idx.min(kv.keys.len() - 1)
@@ -114,6 +150,7 @@ impl Backend for Reference {
     type Operand = Matrix;
     type Linear = Linear;
     type Norm = Norm;
+    type LayerNorm = LayerNorm;
     type Rope = RopeTable;
     type Kv = Kv;
 
@@ -133,6 +170,10 @@ impl Backend for Reference {
         Ok(Norm { weight: numbers(weight), eps: eps.into() })
     }
 
+    fn load_layer_norm(&self, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<LayerNorm> {
+        Ok(LayerNorm { weight: numbers(weight), bias: numbers(bias), eps: eps.into() })
+    }
+
     fn load_rope(&self, table: RopeTable) -> Result<RopeTable> {
         Ok(table)
     }
@@ -149,12 +190,28 @@ impl Backend for Reference {
         Ok(Matrix::new(embedding.weight.width, rows.collect()))
     }
 
+    fn add_embedding(&self, hidden: &mut Matrix, embedding: &Linear, indices: &[u32]) -> Result<()> {
+        let added = indices.iter().flat_map(|&idx| embedding.weight.row(idx as usize));
+        assert_eq!(hidden.values.len(), indices.len() * hidden.width);
+        hidden.values.iter_mut().zip(added).for_each(|(x, added)| *x += added);
+        Ok(())
+    }
+
     fn rms_norm(&self, hidden: &Matrix, norm: &Norm) -> Result<Matrix> {
         Ok(hidden.map_rows(hidden.width, |row| norm.apply(row)))
     }
 
     fn rms_norm_rows(&self, hidden: &Matrix, norm: &Norm) -> Result<Matrix> {
         self.rms_norm(hidden, norm)
+    }
+
+    fn layer_norm(&self, hidden: &Matrix, norm: &LayerNorm) -> Result<Matrix> {
+        Ok(hidden.map_rows(hidden.width, |row| norm.apply(row)))
+    }
+
+    fn layer_norm_in_place(&self, hidden: &mut Matrix, norm: &LayerNorm) -> Result<Matrix> {
+        *hidden = self.layer_norm(hidden, norm)?;
+        Ok(hidden.clone())
     }
 
     fn linear(&self, x: &Matrix, weight: &Linear) -> Result<Matrix> {
@@ -177,13 +234,19 @@ impl Backend for Reference {
         }))
     }
 
+    fn linear_gelu(&self, x: &Matrix, weight: &Linear, form: Gelu) -> Result<Matrix> {
+        Ok(x.map_rows(weight.num_outputs(), |row| weight.apply(row).into_iter().map(|x| gelu(x, form)).collect()))
+    }
+
     fn rope_and_store(&self, qkv: Matrix, layer: &AttentionLayer<Self>, batch: &Batch, kv: &mut Kv) -> Result<Matrix> {
         let shape = &layer.shape;
         let (q_width, kv_width) = (shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim);
         let prepare = |heads: &[f64], norm: Option<&Norm>, position: usize| -> Vec<f64> {
             let head = |head: &[f64]| {
                 let mut head = norm.map_or(head.to_vec(), |norm| norm.apply(head));
-                rotate(&mut head, &layer.rope, position);
+                if let Some(rope) = &layer.rope {
+                    rotate(&mut head, rope, position);
+                }
                 head
             };
             heads.chunks(shape.head_dim).flat_map(head).collect()
@@ -215,13 +278,14 @@ impl Backend for Reference {
             for row in sequence.rows.clone() {
                 let position = batch.positions[row] as usize;
                 let first = shape.sliding_window_tokens.map_or(0, |window| (position + 1).saturating_sub(window));
+                let last = if shape.causal { position } else { sequence.context_tokens - 1 };
                 for head in 0..shape.num_heads {
                     let of_kv_head = head / group * shape.head_dim..(head / group + 1) * shape.head_dim;
                     let query = &q.row(row)[head * shape.head_dim..][..shape.head_dim];
                     let score = |p| dot(query, &keys[slot(p)][of_kv_head.clone()]) * f64::from(shape.scale);
-                    let shares = softmax(&(first..=position).map(score).collect::<Vec<_>>());
+                    let shares = softmax(&(first..=last).map(score).collect::<Vec<_>>());
                     let sum = &mut out[row * q.width + head * shape.head_dim..][..shape.head_dim];
-                    for (p, share) in (first..=position).zip(shares) {
+                    for (p, share) in (first..=last).zip(shares) {
                         let value = &values[slot(p)][of_kv_head.clone()];
                         sum.iter_mut().zip(value).for_each(|(sum, value)| *sum += share * value);
                     }

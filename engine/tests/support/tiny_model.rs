@@ -110,9 +110,84 @@ pub fn weights(config: &Value, dtype: Dtype) -> Vec<(String, TensorData)> {
 
 /// Names and shapes, as transformers has them.
 pub fn tensor_shapes(config: &Value) -> Vec<(String, Vec<usize>)> {
-    let size = |field: &str| config[field].as_u64().unwrap_or_else(|| panic!("{field}")) as usize;
+    match config["architectures"][0].as_str().expect("one architecture") {
+        "GPT2LMHeadModel" => gpt2_shapes(config),
+        "BertModel" => bert_shapes(config),
+        architecture => llama_shapes(config, architecture),
+    }
+}
+
+fn size(config: &Value, field: &str) -> usize {
+    config[field].as_u64().unwrap_or_else(|| panic!("{field}")) as usize
+}
+
+fn gpt2_shapes(config: &Value) -> Vec<(String, Vec<usize>)> {
+    let (vocab, width) = (size(config, "vocab_size"), size(config, "n_embd"));
+    let inner = config["n_inner"].as_u64().map_or(4 * width, |n| n as usize);
+    let mut shapes = vec![
+        ("transformer.wte.weight".to_string(), vec![vocab, width]),
+        ("transformer.wpe.weight".to_string(), vec![size(config, "n_positions"), width]),
+    ];
+    let mut with_bias = |name: String, shape: Vec<usize>| {
+        shapes.push((format!("{name}.bias"), vec![shape[shape.len() - 1]]));
+        shapes.push((format!("{name}.weight"), shape));
+    };
+    for layer in 0..size(config, "n_layer") {
+        for (name, shape) in [
+            ("ln_1", vec![width]),
+            ("attn.c_attn", vec![width, 3 * width]),
+            ("attn.c_proj", vec![width, width]),
+            ("ln_2", vec![width]),
+            ("mlp.c_fc", vec![width, inner]),
+            ("mlp.c_proj", vec![inner, width]),
+        ] {
+            with_bias(format!("transformer.h.{layer}.{name}"), shape);
+        }
+    }
+    with_bias("transformer.ln_f".to_string(), vec![width]);
+    if config["tie_word_embeddings"] == json!(false) {
+        shapes.push(("lm_head.weight".to_string(), vec![vocab, width]));
+    }
+    shapes
+}
+
+/// With the head of its training, which nothing reads.
+fn bert_shapes(config: &Value) -> Vec<(String, Vec<usize>)> {
+    let (hidden, intermediate) = (size(config, "hidden_size"), size(config, "intermediate_size"));
+    let mut shapes = Vec::new();
+    for (name, field) in [
+        ("word_embeddings", "vocab_size"),
+        ("position_embeddings", "max_position_embeddings"),
+        ("token_type_embeddings", "type_vocab_size"),
+    ] {
+        shapes.push((format!("embeddings.{name}.weight"), vec![size(config, field), hidden]));
+    }
+    let mut with_bias = |name: String, shape: Vec<usize>| {
+        shapes.push((format!("{name}.bias"), vec![shape[0]]));
+        shapes.push((format!("{name}.weight"), shape));
+    };
+    with_bias("embeddings.LayerNorm".to_string(), vec![hidden]);
+    for layer in 0..size(config, "num_hidden_layers") {
+        for (name, shape) in [
+            ("attention.self.query", vec![hidden, hidden]),
+            ("attention.self.key", vec![hidden, hidden]),
+            ("attention.self.value", vec![hidden, hidden]),
+            ("attention.output.dense", vec![hidden, hidden]),
+            ("attention.output.LayerNorm", vec![hidden]),
+            ("intermediate.dense", vec![intermediate, hidden]),
+            ("output.dense", vec![hidden, intermediate]),
+            ("output.LayerNorm", vec![hidden]),
+        ] {
+            with_bias(format!("encoder.layer.{layer}.{name}"), shape);
+        }
+    }
+    with_bias("pooler.dense".to_string(), vec![hidden, hidden]);
+    shapes
+}
+
+fn llama_shapes(config: &Value, architecture: &str) -> Vec<(String, Vec<usize>)> {
+    let size = |field: &str| size(config, field);
     let flag = |field: &str| config[field].as_bool().unwrap_or(false);
-    let architecture = config["architectures"][0].as_str().expect("one architecture");
     let (hidden, intermediate, vocab) = (size("hidden_size"), size("intermediate_size"), size("vocab_size"));
     let heads = size("num_attention_heads");
     let head_dim = config["head_dim"].as_u64().map_or(hidden / heads, |n| n as usize);
@@ -149,11 +224,12 @@ pub fn tensor_shapes(config: &Value) -> Vec<(String, Vec<usize>)> {
 
 fn tensor_values(name: &str, count: usize) -> Box<dyn Iterator<Item = f32>> {
     let draws = draws(name).take(count);
-    if name.ends_with("norm.weight") {
+    let is_one_of = |ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
+    if is_one_of(&["norm.weight", "Norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"]) {
         Box::new(draws.map(|u| 1.0 + u / 8.0))
     } else if name.ends_with(".bias") {
         Box::new(draws.map(|u| u / 8.0))
-    } else if name == "model.embed_tokens.weight" {
+    } else if is_one_of(&["embed_tokens.weight", "wte.weight", "word_embeddings.weight"]) {
         Box::new(draws)
     } else {
         Box::new(draws.map(|u| u / 4.0))

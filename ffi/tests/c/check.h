@@ -38,6 +38,7 @@ typedef struct heard {
     uint32_t token_ids[4096];
     size_t num_token_ids;
     int num_finished;
+    int num_vectors;
     int num_last;
     int num_after_last;
     ns_llm_finish_reason finish_reason;
@@ -75,6 +76,10 @@ static inline bool listen(const ns_llm_event *event, void *user_data) {
         h->num_last++;
         h->status = event->status;
         CHECK(event->text.size > 0);
+        break;
+    case NS_LLM_EVENT_EMBEDDING:
+        CHECK(event->num_dimensions > 0 && event->embedding != NULL && event->num_input_tokens > 0);
+        h->num_vectors++;
         break;
     }
     return true;

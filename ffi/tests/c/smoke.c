@@ -3,16 +3,13 @@
  * time that a chat template may take. */
 #include "check.h"
 
-#include <locale.h>
-#include <signal.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include "surroundings.h"
 
 static ns_llm_engine engine;
 static size_t max_tokens;
 
 static void versions_agree(void) {
-    CHECK(ns_llm_version_number() == NS_LLM_VERSION_NUMBER);
+    CHECK(ns_llm_version_number() == NS_LLM_VERSION_NUMBER && ns_llm_abi_version() == NS_LLM_ABI_VERSION);
     char text[32];
     snprintf(text, sizeof text, "%d.%d.%d", NS_LLM_VERSION_MAJOR, NS_LLM_VERSION_MINOR, NS_LLM_VERSION_PATCH);
     CHECK(strcmp(text, ns_llm_version()) == 0);
@@ -41,17 +38,6 @@ static void missing_models_are_told(void) {
     ns_llm_status status = ns_llm_engine_open(&params, &none);
     CHECK(status == NS_LLM_IO || status == NS_LLM_MISSING_FILE);
     CHECK(none == 0 && strstr(ns_llm_last_error(NULL), "no/such/folder") != NULL);
-}
-
-static void info_is_json(void) {
-    size_t size = 0;
-    CHECK_STATUS(NS_LLM_BUFFER_TOO_SMALL, ns_llm_engine_info(engine, NULL, 0, &size));
-    char *info = malloc(size + 1);
-    CHECK(info != NULL);
-    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_info(engine, info, size, &size));
-    info[size] = 0;
-    CHECK(info[0] == '{' && info[size - 1] == '}' && strstr(info, "\"architecture\":\"Qwen3ForCausalLM\"") != NULL);
-    free(info);
 }
 
 /* Text survives the way to tokens and back, and the sizes that are asked for are the sizes that come. */
@@ -173,35 +159,6 @@ static void cancelled_both_ways(void) {
     CHECK(by_call.num_last == 1 && by_call.status == NS_LLM_CANCELLED);
 }
 
-/* What belongs to the process and not to a library in it. */
-typedef struct surroundings {
-    struct sigaction actions[32];
-    char locale[256], folder[1024];
-    mode_t mask;
-} surroundings;
-
-static void look_around(surroundings *s) {
-    memset(s, 0, sizeof *s);
-    for (int number = 1; number < 32; number++)
-        CHECK(sigaction(number, NULL, &s->actions[number]) == 0);
-    snprintf(s->locale, sizeof s->locale, "%s", setlocale(LC_ALL, NULL));
-    CHECK(getcwd(s->folder, sizeof s->folder) != NULL);
-    s->mask = umask(0);
-    umask(s->mask);
-}
-
-/* Using the library changed no signal handler, locale, folder or mask, and small numbers do not become zero. */
-static void surroundings_are_as(const surroundings *before) {
-    surroundings now;
-    look_around(&now);
-    for (int number = 1; number < 32; number++)
-        CHECK(now.actions[number].sa_handler == before->actions[number].sa_handler);
-    CHECK(strcmp(now.locale, before->locale) == 0 && strcmp(now.folder, before->folder) == 0);
-    CHECK(now.mask == before->mask);
-    volatile float small = 1.2e-38f;
-    CHECK(small / 4 > 0);
-}
-
 int main(int argc, char **argv) {
     CHECK(argc == 3 || argc == 4);
     max_tokens = (size_t)atoi(argv[2]);
@@ -211,7 +168,6 @@ int main(int argc, char **argv) {
     missing_models_are_told();
     loading_can_be_cancelled(argv[1]);
     engine = open_engine(argv[1]);
-    info_is_json();
     tokens_and_back();
     stories_repeat();
     if (argc == 3)

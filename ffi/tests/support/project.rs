@@ -55,6 +55,24 @@ pub(crate) fn library_dir() -> &'static Path {
             .status()
             .expect("cargo runs");
         assert!(built.success(), "the library was not built");
+        link_soname(&profile_dir);
         profile_dir
     })
+}
+
+/// Gives the shared library the name beside its own that programs linked with it look for, as an installation does.
+fn link_soname(dir: &Path) {
+    // Made aside and moved there, because several test programs do this at once.
+    let (aside, name) = (dir.join(format!("soname-{}", std::process::id())), dir.join(soname()));
+    let _ = std::fs::remove_file(&aside);
+    std::os::unix::fs::symlink("libns_llm.so", &aside).expect("the target folder is writable");
+    std::fs::rename(&aside, name).expect("the target folder is writable");
+}
+
+/// The name by which programs find the shared library: it has the part of the version that must not change.
+pub(crate) fn soname() -> String {
+    match env!("CARGO_PKG_VERSION_MAJOR") {
+        "0" => concat!("libns_llm.so.0.", env!("CARGO_PKG_VERSION_MINOR")).to_string(),
+        major => format!("libns_llm.so.{major}"),
+    }
 }

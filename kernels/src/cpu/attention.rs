@@ -1,6 +1,7 @@
 //! Paged attention (Kwon et al. 2023, arXiv:2309.06180) with an online softmax (Milakov & Gimelshein 2018,
-//! arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), causal, with grouped query heads (Ainslie et al. 2023,
-//! arXiv:2305.13245) and an optional sliding window (Jiang et al. 2023, arXiv:2310.06825).
+//! arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), with grouped query heads (Ainslie et al. 2023,
+//! arXiv:2305.13245); causal with an optional sliding window (Jiang et al. 2023, arXiv:2310.06825), or over all keys of
+//! the sequence up to the step's last one (Devlin et al. 2018, arXiv:1810.04805).
 //!
 //! Invariant (row invariance): the result of one query head is one fixed sequence of operations that depends on its
 //! query, its position and the keys and values it sees, and on nothing else. Keys are visited in partitions of
@@ -46,6 +47,9 @@ pub struct AttentionShape {
     pub scale: f32,
     /// A query sees this many keys, its own with them; `None`: all.
     pub sliding_window_tokens: Option<usize>,
+    /// Whether a query sees no key behind its own; otherwise it sees those of its sequence's last row in the step too,
+    /// and there is no window.
+    pub causal: bool,
 }
 
 /// The rows of one sequence in a step.
@@ -166,6 +170,10 @@ impl AttentionShape {
             let (dimension, value, expected) = ("sliding_window_tokens", 0, "at least 1: a query sees its own key");
             return Err(Error::InvalidSize { operation, dimension, value, expected });
         }
+        if let (false, Some(value)) = (self.causal, self.sliding_window_tokens) {
+            let (dimension, expected) = ("sliding_window_tokens", "none: the attention is not causal");
+            return Err(Error::InvalidSize { operation, dimension, value, expected });
+        }
         if layer_idx >= layout.num_layers {
             let (index, value, limit) = ("layer_idx", layer_idx, layout.num_layers);
             return Err(Error::IndexOutOfRange { operation, index, value, limit });
@@ -246,13 +254,15 @@ impl AttentionStep<'_> {
             head_dim: shape.head_dim,
             scale: shape.scale,
             first_position: sequence.first_position + first_query,
+            common_end: if shape.causal { 0 } else { sequence.first_position + sequence.rows.len() },
             window: shape.sliding_window_tokens.unwrap_or(usize::MAX),
         };
         let block_table = &self.batch.block_tables[sequence.blocks.clone()];
         scratch.begin(&item);
         let first_key = (item.first_position + 1).saturating_sub(item.window);
         let first_partition = first_key / PARTITION_TOKENS * PARTITION_TOKENS;
-        for start in (first_partition..item.first_position + item.num_queries).step_by(PARTITION_TOKENS) {
+        let end = item.common_end.max(item.first_position + item.num_queries);
+        for start in (first_partition..end).step_by(PARTITION_TOKENS) {
             let partition = Partition::<E>::gather(self.kv, self.layer_idx, kv_head, block_table, start);
             // SAFETY: a `Cpu` holds only kernels of an instruction set that this machine has.
             unsafe { kernel(&item, &partition, scratch) };
@@ -279,6 +289,8 @@ pub(crate) struct AttentionItem<'a> {
     pub(crate) scale: f32,
     /// Position of the first query.
     pub(crate) first_position: usize,
+    /// Every query sees the keys before this position, those behind its own too; 0 where attention is causal.
+    pub(crate) common_end: usize,
     /// A query sees this many keys at most.
     pub(crate) window: usize,
 }
@@ -296,8 +308,8 @@ impl AttentionItem<'_> {
     /// Keys of the partition that begins at position `start` that row `row` sees.
     #[inline]
     pub(crate) fn visible(&self, row: usize, start: usize) -> Range<usize> {
-        let end = self.first_position + row / self.group + 1;
-        let first = end.saturating_sub(self.window);
+        let own_end = self.first_position + row / self.group + 1;
+        let (first, end) = (own_end.saturating_sub(self.window), own_end.max(self.common_end));
         first.saturating_sub(start).min(PARTITION_TOKENS)..end.saturating_sub(start).min(PARTITION_TOKENS)
     }
 }

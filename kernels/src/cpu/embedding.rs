@@ -1,4 +1,4 @@
-//! Copies of whole rows: embeddings out of a packed matrix, and rows of an operand.
+//! Whole rows out of a packed matrix (embeddings), copied or added; and rows of an operand.
 
 use crate::cpu::Cpu;
 use crate::cpu::linear::{Operand, PackedLinear};
@@ -8,28 +8,57 @@ use crate::error::{Error, Result};
 
 /// Row `token_ids[i]` of the embedding matrix into row `i` of `out` `[tokens, in_features]`.
 pub fn embed(cpu: &Cpu, embedding: &PackedLinear, token_ids: &[u32], out: &mut [f32]) -> Result<()> {
-    let (operation, width) = ("embed", embedding.in_features());
-    if out.len() != token_ids.len() * width {
-        let (expected, actual) = (token_ids.len() * width, out.len());
+    check(("embed", "token id"), embedding, token_ids, out.len())?;
+    run_rows(cpu, embedding, token_ids, out, |row, id| embedding.row_into(id, row));
+    Ok(())
+}
+
+/// Adds row `indices[i]` of an embedding matrix (of positions, of token types) to row `i` of `rows` `[tokens,
+/// in_features]`.
+pub fn add_embedding(cpu: &Cpu, embedding: &PackedLinear, indices: &[u32], rows: &mut [f32]) -> Result<()> {
+    check(("add_embedding", "row"), embedding, indices, rows.len())?;
+    run_rows(cpu, embedding, indices, rows, |row, idx| {
+        let mut added = vec![0.0; row.len()];
+        embedding.row_into(idx, &mut added);
+        row.iter_mut().zip(added).for_each(|(x, added)| *x += added);
+    });
+    Ok(())
+}
+
+/// `names`: of the operation and of its indices.
+fn check(names: (&'static str, &'static str), embedding: &PackedLinear, indices: &[u32], len: usize) -> Result<()> {
+    let (operation, index) = names;
+    let (width, limit) = (embedding.in_features(), embedding.out_features());
+    if len != indices.len() * width {
+        let (expected, actual) = (indices.len() * width, len);
         return Err(Error::SizeMismatch { operation, dimension: "elements of out", expected, actual });
     }
-    let limit = embedding.out_features();
-    if let Some(&token_id) = token_ids.iter().find(|&&token_id| token_id as usize >= limit) {
-        return Err(Error::IndexOutOfRange { operation, index: "token id", value: token_id as usize, limit });
+    match indices.iter().find(|&&idx| idx as usize >= limit) {
+        None => Ok(()),
+        Some(&idx) => Err(Error::IndexOutOfRange { operation, index, value: idx as usize, limit }),
     }
-    let is_small = out.len() < MIN_PARALLEL_ELEMENTS;
+}
+
+/// Gives each row of `out` and its index to `write`.
+fn run_rows(
+    cpu: &Cpu,
+    embedding: &PackedLinear,
+    indices: &[u32],
+    out: &mut [f32],
+    write: impl Fn(&mut [f32], usize) + Sync,
+) {
+    let (width, is_small) = (embedding.in_features(), out.len() < MIN_PARALLEL_ELEMENTS);
     let out = DisjointMut::new(out);
-    let copy_rows = |rows: std::ops::Range<usize>| {
+    let write_rows = |rows: std::ops::Range<usize>| {
         for row in rows {
             // SAFETY: each row is written by the one thread that has it among its items.
-            embedding.row_into(token_ids[row] as usize, unsafe { out.range_mut(row * width..(row + 1) * width) });
+            write(unsafe { out.range_mut(row * width..(row + 1) * width) }, indices[row] as usize);
         }
     };
     match is_small {
-        true => copy_rows(0..token_ids.len()),
-        false => cpu.pool().run(token_ids.len(), 8, copy_rows),
+        true => write_rows(0..indices.len()),
+        false => cpu.pool().run(indices.len(), 8, write_rows),
     }
-    Ok(())
 }
 
 /// Rows `first_row..first_row + out.rows()` of `x` into `out`, which has the same width and format.

@@ -1,4 +1,4 @@
-//! Products of activations with packed weight matrices: `x W^T`, with bias, residual sum or SwiGLU fused behind it.
+//! Products of activations with packed weight matrices: `x W^T`, with bias, residual sum, SwiGLU or GELU fused behind it.
 //!
 //! A weight matrix is cut into panels of [`PANEL_ROWS`] output rows ([`PackedLinear`]); a work item is one panel (for
 //! SwiGLU a gate panel and its up panel) times one block of activation rows. Up to a block of rows, that is all of a
@@ -42,6 +42,19 @@ pub(crate) struct LinearKernels {
     pub(crate) bf16_pairs: Option<PanelKernel<u16, u16>>,
     /// `gate[i] = silu(gate[i]) * up[i]`
     pub(crate) swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
+    /// `x[i] = gelu(x[i])`, exact
+    pub(crate) gelu_erf: unsafe fn(x: &mut [f32]),
+    /// `x[i] = gelu(x[i])`, with the hyperbolic tangent
+    pub(crate) gelu_tanh: unsafe fn(x: &mut [f32]),
+}
+
+/// The forms of GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gelu {
+    /// `x * Phi(x)`, with the error function.
+    Erf,
+    /// `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`
+    Tanh,
 }
 
 /// `sums[row, j] (+)= sum over k of x[row, k] * panel[k, j]`, with `sums` `[rows, 32]`: one chain of additions per
@@ -94,6 +107,29 @@ pub fn matmul_swiglu(cpu: &Cpu, x: &Operand, gate_up: &PackedLinear, out: &mut O
         unsafe { (cpu.kernels().linear.swiglu)(gate, up) };
         for (row, sums) in rows.zip(gate.chunks_exact(PANEL_ROWS)) {
             // SAFETY: each pair of panels and block of rows is one item, so no two items write the same elements.
+            unsafe { out.store(row, columns.start, &sums[..columns.len()]) };
+        }
+    });
+    Ok(())
+}
+
+/// `out = gelu(x W^T + bias)`: `x` `[rows, in]`, `out` `[rows, out]`.
+pub fn matmul_gelu(cpu: &Cpu, x: &Operand, weight: &PackedLinear, gelu: Gelu, out: &mut Operand) -> Result<()> {
+    let operation = "matmul_gelu";
+    let product = Product::new(operation, cpu, x, weight, Arrangement::Stacked)?;
+    expect_size(operation, "out rows", x.rows(), out.rows())?;
+    expect_size(operation, "out width", weight.out_features(), out.width())?;
+    let apply = match gelu {
+        Gelu::Erf => cpu.kernels().linear.gelu_erf,
+        Gelu::Tanh => cpu.kernels().linear.gelu_tanh,
+    };
+    let out = out.writer();
+    product.run(|rows, panel, columns, sums| {
+        product.add_bias(panel, sums);
+        // SAFETY: `Cpu` has the instruction set of its kernels.
+        unsafe { apply(sums) };
+        for (row, sums) in rows.zip(sums.chunks_exact(PANEL_ROWS)) {
+            // SAFETY: each panel and block of rows is one item, so no two items write the same elements.
             unsafe { out.store(row, columns.start, &sums[..columns.len()]) };
         }
     });

@@ -33,17 +33,22 @@ pub struct Decoder<B: Backend, L> {
 impl<B: Backend, L: DecoderLayer<B>> Decoder<B, L> {
     /// Takes all weights, for sequences of at most `context_tokens`.
     pub fn load(weights: &mut WeightLoader<'_, B>, config: &ModelConfig, context_tokens: usize) -> Result<Self> {
-        let rope = Arc::new(weights.backend().load_rope(rope_table(&config.rope, config.head_dim, context_tokens)?)?);
+        let rope = config.rope.as_ref().expect("the architectures with this decoder have rotary positions");
+        let rope = Arc::new(weights.backend().load_rope(rope_table(rope, config.head_dim, context_tokens)?)?);
         let vocabulary = [config.vocab_size, config.hidden_size];
-        let embed_tokens = weights.linear("model.embed_tokens", vocabulary, false)?;
-        let mut layers = Vec::with_capacity(config.num_hidden_layers);
-        for layer_idx in 0..config.num_hidden_layers {
-            let attention = attention_layer(config, layer_idx, rope.clone());
-            layers.push(
-                weights.below(&format!("model.layers.{layer_idx}."), |weights| L::load(weights, config, attention))?,
-            );
-        }
-        let norm = weights.norm("model.norm", config.hidden_size, config.rms_norm_eps)?;
+        // Checkpoints that were saved to embed texts have the decoder alone.
+        let prefix = if weights.contains("embed_tokens.weight") { "" } else { "model." };
+        let (embed_tokens, layers, norm) = weights.below(prefix, |weights| {
+            let embed_tokens = weights.linear("embed_tokens", vocabulary, false)?;
+            let mut layers = Vec::with_capacity(config.num_hidden_layers);
+            for layer_idx in 0..config.num_hidden_layers {
+                let attention = attention_layer(config, layer_idx, rope.clone());
+                layers.push(
+                    weights.below(&format!("layers.{layer_idx}."), |weights| L::load(weights, config, attention))?,
+                );
+            }
+            Ok((embed_tokens, layers, weights.norm("norm", config.hidden_size, config.norm_eps)?))
+        })?;
         let lm_head = match config.tie_word_embeddings {
             true => weights.ignore("lm_head.weight"),
             false => Some(weights.linear("lm_head", vocabulary, false)?),
@@ -59,8 +64,9 @@ fn attention_layer<B: Backend>(config: &ModelConfig, layer_idx: usize, rope: Arc
         head_dim: config.head_dim,
         scale: (config.head_dim as f32).sqrt().recip(),
         sliding_window_tokens: config.sliding_windows[layer_idx],
+        causal: true,
     };
-    AttentionLayer { layer_idx, shape, qk_norm: None, rope }
+    AttentionLayer { layer_idx, shape, qk_norm: None, rope: Some(rope) }
 }
 
 impl<B: Backend, L: DecoderLayer<B>> Decoder<B, L> {

@@ -15,11 +15,18 @@
 
 use std::arch::x86_64::*;
 
-use super::math::silu;
+use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::linear::{LinearKernels, PANEL_ROWS, PanelProduct};
 
-pub(crate) const KERNELS: LinearKernels =
-    LinearKernels { f32: panel::<F32>, f16: panel::<F16>, bf16: panel::<Bf16>, bf16_pairs: None, swiglu };
+pub(crate) const KERNELS: LinearKernels = LinearKernels {
+    f32: panel::<F32>,
+    f16: panel::<F16>,
+    bf16: panel::<Bf16>,
+    bf16_pairs: None,
+    swiglu,
+    gelu_erf: gelu_erf_all,
+    gelu_tanh: gelu_tanh_all,
+};
 
 /// Rows of most tiles.
 const TILE_ROWS: usize = 5;
@@ -318,5 +325,27 @@ fn swiglu(gate: &mut [f32], up: &[f32]) {
             let product = _mm256_mul_ps(silu(_mm256_loadu_ps(gate.as_ptr())), _mm256_loadu_ps(up.as_ptr()));
             _mm256_storeu_ps(gate.as_mut_ptr(), product);
         }
+    }
+}
+
+/// `x[i] = gelu_erf(x[i])`, for whole vectors.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn gelu_erf_all(x: &mut [f32]) {
+    let (x, rest) = x.as_chunks_mut::<LANES>();
+    assert!(rest.is_empty(), "whole vectors");
+    for x in x {
+        // SAFETY: it is eight numbers long.
+        unsafe { _mm256_storeu_ps(x.as_mut_ptr(), gelu_erf(_mm256_loadu_ps(x.as_ptr()))) };
+    }
+}
+
+/// `x[i] = gelu_tanh(x[i])`, for whole vectors.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn gelu_tanh_all(x: &mut [f32]) {
+    let (x, rest) = x.as_chunks_mut::<LANES>();
+    assert!(rest.is_empty(), "whole vectors");
+    for x in x {
+        // SAFETY: it is eight numbers long.
+        unsafe { _mm256_storeu_ps(x.as_mut_ptr(), gelu_tanh(_mm256_loadu_ps(x.as_ptr()))) };
     }
 }

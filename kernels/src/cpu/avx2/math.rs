@@ -2,7 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use crate::cpu::scalar::math::{EXP_MAX, EXP_MIN, EXP_POLYNOMIAL, LN2_HIGH, LN2_LOW};
+use crate::cpu::scalar::math::{
+    ERF_EDGE, ERF_LARGE, ERF_MAX, ERF_SMALL, EXP_MAX, EXP_MIN, EXP_POLYNOMIAL, GELU_TANH_CUBE, GELU_TANH_FACTOR,
+    LN2_HIGH, LN2_LOW, SQRT_HALF,
+};
 
 /// `e^x` as in the scalar form, with fused multiply-adds.
 #[inline]
@@ -40,10 +43,78 @@ pub(crate) fn silu(x: __m256) -> __m256 {
     _mm256_div_ps(x, _mm256_add_ps(one, exp(negated)))
 }
 
+/// The polynomial with these coefficients, highest degree first.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn polynomial(coefficients: &[f32], x: __m256) -> __m256 {
+    let mut sum = _mm256_set1_ps(coefficients[0]);
+    for &coefficient in &coefficients[1..] {
+        sum = _mm256_fmadd_ps(sum, x, _mm256_set1_ps(coefficient));
+    }
+    sum
+}
+
+/// The error function as in the scalar form: both of its branches, and a choice.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn erf(x: __m256) -> __m256 {
+    let sign = _mm256_set1_ps(-0.0);
+    let t = _mm256_andnot_ps(sign, x);
+    let small = _mm256_fmadd_ps(polynomial(&ERF_SMALL, _mm256_mul_ps(x, x)), x, x);
+    // The operand order makes NaN pass.
+    let bounded = _mm256_min_ps(_mm256_set1_ps(ERF_MAX), t);
+    let large = _mm256_sub_ps(_mm256_set1_ps(1.0), exp(polynomial(&ERF_LARGE, bounded)));
+    let large = _mm256_or_ps(large, _mm256_and_ps(sign, x));
+    _mm256_blendv_ps(large, small, _mm256_cmp_ps::<_CMP_LT_OQ>(t, _mm256_set1_ps(ERF_EDGE)))
+}
+
+/// `x * Phi(x)`
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn gelu_erf(x: __m256) -> __m256 {
+    let twice_phi = _mm256_add_ps(_mm256_set1_ps(1.0), erf(_mm256_mul_ps(x, _mm256_set1_ps(SQRT_HALF))));
+    _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(0.5), x), twice_phi)
+}
+
+/// The approximation with a hyperbolic tangent, as in the scalar form.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn gelu_tanh(x: __m256) -> __m256 {
+    let one = _mm256_set1_ps(1.0);
+    let cube = _mm256_fmadd_ps(_mm256_mul_ps(x, x), _mm256_set1_ps(GELU_TANH_CUBE), one);
+    let inner = _mm256_mul_ps(_mm256_set1_ps(-GELU_TANH_FACTOR), _mm256_mul_ps(x, cube));
+    _mm256_div_ps(x, _mm256_add_ps(one, exp(inner)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cpu::scalar;
+
+    /// The vector `erf` and both forms of GELU are the scalar ones to rounding, NaN and the tails included; skipped
+    /// where the CPU has no AVX2.
+    #[test]
+    fn erf_and_gelu_are_the_scalar_ones() {
+        if !crate::cpu::Isa::available().contains(&crate::cpu::Isa::Avx2) {
+            return;
+        }
+        let apply = |function: unsafe fn(__m256) -> __m256, x: f32| {
+            // SAFETY: the CPU has AVX2 and FMA (checked above).
+            unsafe { _mm256_cvtss_f32(function(_mm256_set1_ps(x))) }
+        };
+        type Pair = (unsafe fn(__m256) -> __m256, fn(f32) -> f32);
+        let pairs: [Pair; 3] =
+            [(erf, scalar::math::erf), (gelu_erf, scalar::math::gelu_erf), (gelu_tanh, scalar::math::gelu_tanh)];
+        for (i, (vector, scalar)) in pairs.into_iter().enumerate() {
+            for x in scalar::math::tests::gelu_arguments().chain([1e30, -1e30, f32::INFINITY]) {
+                let (got, want) = (apply(vector, x), scalar(x));
+                // Near -5 both forms of GELU are differences of almost equal numbers.
+                let size = if i == 0 { want.abs() } else { x.abs().min(1.0).max(want.abs()) };
+                assert!(got == want || (got - want).abs() <= 4e-7 * size, "function {i} of {x}: {got}, scalar {want}");
+            }
+            assert!(apply(vector, f32::NAN).is_nan());
+        }
+    }
 
     /// The vector `exp` is within 2 units in the last place of the f64 function, and agrees with the scalar one at the
     /// edges; skipped where the CPU has no AVX2.

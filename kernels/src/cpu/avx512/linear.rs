@@ -17,12 +17,19 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::LANES;
-use super::math::silu;
+use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::linear::{LinearKernels, PANEL_ROWS, PanelProduct};
 
 /// The AVX-512 kernels.
-pub(crate) const KERNELS: LinearKernels =
-    LinearKernels { f32: panel::<F32>, f16: panel::<F16>, bf16: panel::<Bf16>, bf16_pairs: None, swiglu };
+pub(crate) const KERNELS: LinearKernels = LinearKernels {
+    f32: panel::<F32>,
+    f16: panel::<F16>,
+    bf16: panel::<Bf16>,
+    bf16_pairs: None,
+    swiglu,
+    gelu_erf: gelu_erf_all,
+    gelu_tanh: gelu_tanh_all,
+};
 
 /// The kernels of a CPU that also has the bf16 dot product.
 pub(crate) const BF16_KERNELS: LinearKernels = LinearKernels { bf16_pairs: Some(panel::<Bf16Pairs>), ..KERNELS };
@@ -377,5 +384,27 @@ fn swiglu(gate: &mut [f32], up: &[f32]) {
             let product = _mm512_mul_ps(silu(_mm512_loadu_ps(gate.as_ptr())), _mm512_loadu_ps(up.as_ptr()));
             _mm512_storeu_ps(gate.as_mut_ptr(), product);
         }
+    }
+}
+
+/// `x[i] = gelu_erf(x[i])`, for whole vectors.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn gelu_erf_all(x: &mut [f32]) {
+    let (x, rest) = x.as_chunks_mut::<LANES>();
+    assert!(rest.is_empty(), "whole vectors");
+    for x in x {
+        // SAFETY: it is sixteen numbers long.
+        unsafe { _mm512_storeu_ps(x.as_mut_ptr(), gelu_erf(_mm512_loadu_ps(x.as_ptr()))) };
+    }
+}
+
+/// `x[i] = gelu_tanh(x[i])`, for whole vectors.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn gelu_tanh_all(x: &mut [f32]) {
+    let (x, rest) = x.as_chunks_mut::<LANES>();
+    assert!(rest.is_empty(), "whole vectors");
+    for x in x {
+        // SAFETY: it is sixteen numbers long.
+        unsafe { _mm512_storeu_ps(x.as_mut_ptr(), gelu_tanh(_mm512_loadu_ps(x.as_ptr()))) };
     }
 }

@@ -2,7 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use crate::cpu::scalar::math::{EXP_MAX, EXP_MIN, EXP_POLYNOMIAL, LN2_HIGH, LN2_LOW};
+use crate::cpu::scalar::math::{
+    ERF_EDGE, ERF_LARGE, ERF_MAX, ERF_SMALL, EXP_MAX, EXP_MIN, EXP_POLYNOMIAL, GELU_TANH_CUBE, GELU_TANH_FACTOR,
+    LN2_HIGH, LN2_LOW, SQRT_HALF,
+};
 
 /// `e^x` as in the scalar form, with fused multiply-adds.
 #[inline]
@@ -31,10 +34,78 @@ pub(crate) fn silu(x: __m512) -> __m512 {
     _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0), exp(negated)))
 }
 
+/// The polynomial with these coefficients, highest degree first.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn polynomial(coefficients: &[f32], x: __m512) -> __m512 {
+    let mut sum = _mm512_set1_ps(coefficients[0]);
+    for &coefficient in &coefficients[1..] {
+        sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(coefficient));
+    }
+    sum
+}
+
+/// The error function as in the scalar form: both of its branches, and a choice.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn erf(x: __m512) -> __m512 {
+    let sign = _mm512_set1_ps(-0.0);
+    let t = _mm512_andnot_ps(sign, x);
+    let small = _mm512_fmadd_ps(polynomial(&ERF_SMALL, _mm512_mul_ps(x, x)), x, x);
+    // The operand order makes NaN pass.
+    let bounded = _mm512_min_ps(_mm512_set1_ps(ERF_MAX), t);
+    let large = _mm512_sub_ps(_mm512_set1_ps(1.0), exp(polynomial(&ERF_LARGE, bounded)));
+    let large = _mm512_or_ps(large, _mm512_and_ps(sign, x));
+    _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(t, _mm512_set1_ps(ERF_EDGE)), large, small)
+}
+
+/// `x * Phi(x)`
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn gelu_erf(x: __m512) -> __m512 {
+    let twice_phi = _mm512_add_ps(_mm512_set1_ps(1.0), erf(_mm512_mul_ps(x, _mm512_set1_ps(SQRT_HALF))));
+    _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5), x), twice_phi)
+}
+
+/// The approximation with a hyperbolic tangent, as in the scalar form.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn gelu_tanh(x: __m512) -> __m512 {
+    let one = _mm512_set1_ps(1.0);
+    let cube = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(GELU_TANH_CUBE), one);
+    let inner = _mm512_mul_ps(_mm512_set1_ps(-GELU_TANH_FACTOR), _mm512_mul_ps(x, cube));
+    _mm512_div_ps(x, _mm512_add_ps(one, exp(inner)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cpu::scalar;
+
+    /// The vector `erf` and both forms of GELU are the scalar ones to rounding, NaN and the tails included; skipped
+    /// where the CPU has no AVX-512.
+    #[test]
+    fn erf_and_gelu_are_the_scalar_ones() {
+        if !crate::cpu::Isa::available().contains(&crate::cpu::Isa::Avx512) {
+            return;
+        }
+        let apply = |function: unsafe fn(__m512) -> __m512, x: f32| {
+            // SAFETY: the CPU has AVX-512 (checked above).
+            unsafe { _mm512_cvtss_f32(function(_mm512_set1_ps(x))) }
+        };
+        type Pair = (unsafe fn(__m512) -> __m512, fn(f32) -> f32);
+        let pairs: [Pair; 3] =
+            [(erf, scalar::math::erf), (gelu_erf, scalar::math::gelu_erf), (gelu_tanh, scalar::math::gelu_tanh)];
+        for (i, (vector, scalar)) in pairs.into_iter().enumerate() {
+            for x in scalar::math::tests::gelu_arguments().chain([1e30, -1e30, f32::INFINITY]) {
+                let (got, want) = (apply(vector, x), scalar(x));
+                // Near -5 both forms of GELU are differences of almost equal numbers.
+                let size = if i == 0 { want.abs() } else { x.abs().min(1.0).max(want.abs()) };
+                assert!(got == want || (got - want).abs() <= 4e-7 * size, "function {i} of {x}: {got}, scalar {want}");
+            }
+            assert!(apply(vector, f32::NAN).is_nan());
+        }
+    }
 
     /// The vector `exp` is within 2 units in the last place of the f64 function, and agrees with the scalar one at the
     /// edges; skipped where the CPU has no AVX-512.

@@ -2,11 +2,18 @@
 
 use half::{bf16, f16};
 
-use super::math::silu;
+use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::linear::{LinearKernels, PANEL_ROWS, PanelProduct};
 
-pub(crate) const KERNELS: LinearKernels =
-    LinearKernels { f32: panel_f32, f16: panel_f16, bf16: panel_bf16, bf16_pairs: None, swiglu };
+pub(crate) const KERNELS: LinearKernels = LinearKernels {
+    f32: panel_f32,
+    f16: panel_f16,
+    bf16: panel_bf16,
+    bf16_pairs: None,
+    swiglu,
+    gelu_erf: |x| x.iter_mut().for_each(|x| *x = gelu_erf(*x)),
+    gelu_tanh: |x| x.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
+};
 
 fn panel_f32(product: &PanelProduct<'_, f32, f32>, sums: &mut [f32]) {
     panel(product, sums, |panel, k, j| panel[k * PANEL_ROWS + j]);

@@ -1,0 +1,224 @@
+/**
+ * The cache that a server shows and manages. Its numbers are those of the engines' prefix cache, where keys and values of
+ * prompts really are kept and found again, and of a store of finished responses beside it, for callers that keep some.
+ * Everything is in memory; the engines' part needs no call.
+ */
+
+import { createHash } from 'node:crypto';
+
+import { NsLlmError } from '../errors.js';
+import { describe } from '../request.js';
+import { ResponseStore } from './response_store.js';
+import type { EntryUse } from './response_store.js';
+import { state } from './shared_state.js';
+import { parse, stringify } from './typed_json.js';
+
+/** How to make the service. Everything is optional. */
+export interface KvCacheOptions {
+  /** Taken for the sake of callers that name one; nothing is written. */
+  cacheDir?: string | undefined;
+  /** Responses to keep, together with `maxDiskSize`. Default 10. */
+  maxMemorySize?: number | undefined;
+  /** Responses that were once kept on disk, and are now in memory as well. Default 100. */
+  maxDiskSize?: number | undefined;
+  /** Bytes of all responses. Default 64 MiB. */
+  maxBytes?: number | undefined;
+  /** How long a response is served, milliseconds. Default one day. */
+  ttlMs?: number | undefined;
+  /** Whether responses are kept at all. Default true; the engines' prefix cache is not touched by it. */
+  enabled?: boolean | undefined;
+}
+
+/** What a response depends on besides its prompt and model. */
+export interface CacheContext {
+  /** Default 0, as for a generation. */
+  temperature?: number | undefined;
+  /** Default 1. */
+  topP?: number | undefined;
+  maxTokens?: number | undefined;
+  seed?: number | bigint | undefined;
+  /** The system prompt. */
+  system?: string | undefined;
+}
+
+/** A response that was found. */
+export interface CachedResponse {
+  /** A copy. */
+  data: unknown;
+  metadata: Record<string, unknown> & EntryUse;
+  source: 'memory';
+}
+
+/** Counts since the start or the last `clear()`. */
+export interface KvCacheStats {
+  /** KV blocks of prompts that were found, and responses that were. */
+  hits: number;
+  /** KV blocks of prompts that had to be computed, and responses that were not there. */
+  misses: number;
+  /** Responses that were given up. */
+  evictions: number;
+  stores: number;
+  retrievals: number;
+  /** Always 0: nothing is read from disk. */
+  diskReads: number;
+  /** Always 0. */
+  diskWrites: number;
+  /** Always 0: no peer is asked. */
+  federatedQueries: number;
+  /** Hits and misses. */
+  totalRequests: number;
+  /** Percent. */
+  hitRate: number;
+  /** Responses and KV blocks that are kept in memory. */
+  memorySize: number;
+  /** Always 0. */
+  diskSize: number;
+  enabled: boolean;
+  /** The engines' part of it. */
+  prefix: {
+    hitBlocks: number;
+    missedBlocks: number;
+    hitTokens: number;
+    queriedTokens: number;
+    cachedBlocks: number;
+    usedBlocks: number;
+    totalBlocks: number;
+    cachedBytes: number;
+  };
+  /** The part of the stored responses. */
+  responses: { hits: number; misses: number; entries: number; bytes: number };
+}
+
+const DEFAULT_MEMORY_ENTRIES = 10;
+const DEFAULT_DISK_ENTRIES = 100;
+const DEFAULT_BYTES = 64 << 20;
+const DEFAULT_TTL_MS = 24 * 3_600_000;
+/** Length of a key. */
+const MAX_KEY_LENGTH = 1_024;
+
+/** Any number of services may be made; each has responses of its own, and all tell of the same engines. */
+export class KvCacheService {
+  readonly enabled: boolean;
+  readonly #store: ResponseStore;
+  #counts = { hits: 0, misses: 0, stores: 0, retrievals: 0 };
+
+  constructor(options: KvCacheOptions = {}) {
+    const { maxMemorySize = DEFAULT_MEMORY_ENTRIES, maxDiskSize = DEFAULT_DISK_ENTRIES } = options;
+    const { maxBytes = DEFAULT_BYTES, ttlMs = DEFAULT_TTL_MS, enabled = true } = options;
+    this.enabled = enabled;
+    this.#store = new ResponseStore({ maxEntries: maxMemorySize + maxDiskSize, maxBytes, ttlMs });
+  }
+
+  /** Nothing has to be prepared. */
+  async initialize(): Promise<void> {}
+
+  /** A key for a response: another value of anything that it depends on gives another key. */
+  cacheKey(prompt: string, model = 'default', context: CacheContext = {}): string {
+    const { temperature = 0, topP = 1, maxTokens = null, seed = null, system = null } = context;
+    const fields = [prompt, model, temperature, topP, maxTokens, seed === null ? null : String(seed), system];
+    return createHash('sha256').update(JSON.stringify(fields)).digest('hex');
+  }
+
+  /** Keeps a response: whether it was kept. What JSON cannot hold, but for typed arrays, is refused. */
+  async store(key: string, data: unknown, metadata: Record<string, unknown> = {}): Promise<boolean> {
+    checkKey(key);
+    if (!this.enabled) {
+      return false;
+    }
+    this.#counts.stores += 1;
+    return this.#store.set(key, stringify({ data, metadata }));
+  }
+
+  /** A response, when it is there and not too old. */
+  async retrieve(key: string): Promise<CachedResponse | null> {
+    checkKey(key);
+    if (!this.enabled) {
+      return null;
+    }
+    this.#counts.retrievals += 1;
+    const found = this.#store.get(key);
+    this.#counts[found ? 'hits' : 'misses'] += 1;
+    if (!found) {
+      return null;
+    }
+    const { data, metadata } = parse(found.text) as { data: unknown; metadata: Record<string, unknown> };
+    return { data, metadata: { ...metadata, ...found.use }, source: 'memory' };
+  }
+
+  /** Whether a response is there. Counts as no retrieval. */
+  async has(key: string): Promise<boolean> {
+    checkKey(key);
+    return this.#store.has(key);
+  }
+
+  /** Gives a response up: whether it was there. */
+  async delete(key: string): Promise<boolean> {
+    checkKey(key);
+    return this.#store.delete(key);
+  }
+
+  /**
+   * Gives all responses up, makes what the engines have cached unfindable (its memory is used again as it is needed),
+   * and begins all counts anew.
+   */
+  async clear(): Promise<void> {
+    this.#store.clear();
+    this.#store.evictions = 0;
+    this.#counts = { hits: 0, misses: 0, stores: 0, retrievals: 0 };
+    state.engines.clearPrefixCache();
+  }
+
+  /** Gives up responses that are too old: how many that were. */
+  async prune(): Promise<number> {
+    return this.#store.prune();
+  }
+
+  getStats(): KvCacheStats {
+    const { hitBlocks, missedBlocks, ...tokensAndBlocks } = state.engines.prefixCacheUse();
+    const { stores, retrievals, ...counts } = this.#counts;
+    const hits = counts.hits + hitBlocks;
+    const misses = counts.misses + missedBlocks;
+    const totalRequests = hits + misses;
+    return {
+      hits,
+      misses,
+      evictions: this.#store.evictions,
+      stores,
+      retrievals,
+      diskReads: 0,
+      diskWrites: 0,
+      federatedQueries: 0,
+      totalRequests,
+      hitRate: totalRequests > 0 ? Math.round((hits / totalRequests) * 1e4) / 1e2 : 0,
+      memorySize: this.#store.size + tokensAndBlocks.cachedBlocks,
+      diskSize: 0,
+      enabled: this.enabled,
+      prefix: { hitBlocks, missedBlocks, ...tokensAndBlocks },
+      responses: { ...counts, entries: this.#store.size, bytes: this.#store.bytes },
+    };
+  }
+
+  /** Base64 of a value's JSON, in which typed arrays stay what they are. */
+  serialize(value: unknown): string {
+    return Buffer.from(stringify(value)).toString('base64');
+  }
+
+  /** The value of {@link serialize}. */
+  deserialize(serialized: string): unknown {
+    try {
+      return parse(Buffer.from(serialized, 'base64').toString('utf8'));
+    } catch (error) {
+      const reason = error instanceof Error ? error.message : String(error);
+      throw new NsLlmError('invalid_argument', `the text is no serialized value: ${reason}`, { cause: error });
+    }
+  }
+}
+
+function checkKey(key: unknown): void {
+  if (typeof key !== 'string') {
+    throw new NsLlmError('invalid_argument', `key is ${describe(key)}, must be a string`);
+  }
+  if (key.length > MAX_KEY_LENGTH) {
+    throw new NsLlmError('invalid_argument', `key has ${key.length} characters, at most ${MAX_KEY_LENGTH} are allowed`);
+  }
+}

@@ -1,0 +1,52 @@
+/** What the built addon asks of its host: so little that glibc and musl (Alpine) both have it. */
+
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'node:test';
+import { pathToFileURL } from 'node:url';
+
+import { ROOT } from './support.js';
+
+const ADDON = join(ROOT, 'bindings-node', 'native.node');
+
+/**
+ * Functions of the C library that the addon needs. Each is in musl 1.2 under this name (those that end in 64 for
+ * libraries that were linked elsewhere). Look there before a name is added.
+ */
+const C_LIBRARY = `
+  __cxa_finalize __errno_location __tls_get_addr __xpg_strerror_r abort bcmp calloc clock_gettime close cos
+  dl_iterate_phdr dladdr dlclose dlerror dlopen dlsym exp free fstat64 getcwd getenv getpriority getrandom gettid log
+  lseek64 lstat64 madvise malloc memcmp memcpy memmove memset mmap mmap64 munmap open open64 opendir closedir
+  readdir64 pause poll posix_memalign pow pthread_attr_destroy pthread_attr_init pthread_attr_setstacksize
+  pthread_create pthread_detach pthread_join pthread_key_create pthread_key_delete pthread_self pthread_setname_np
+  pthread_setspecific read readlink realloc realpath sched_getaffinity sched_yield setpriority sin stat64 strlen
+  syscall sysconf write writev`;
+/** Of the compiler's library, which Node itself brings, and of Node. */
+const OTHER = /^(_Unwind_|napi_)/;
+
+const onLinux = { skip: process.platform !== 'linux' && 'not ELF' };
+
+test('the addon asks for no more libraries than every Linux has, glibc or not', onLinux, async () => {
+  const script = pathToFileURL(join(ROOT, 'scripts', 'portable-addon.mjs')).href;
+  const { neededLibraries, withoutGlibcLoader } = (await import(script)) as {
+    neededLibraries(file: Buffer): string[];
+    withoutGlibcLoader(file: Buffer): Buffer;
+  };
+  const file = readFileSync(ADDON);
+  const needed = neededLibraries(file);
+  assert.ok(needed.includes('libc.so.6'), String(needed));
+  const everywhere = /^(libc\.so\.6|libm\.so\.6|libpthread\.so\.0|libdl\.so\.2|libgcc_s\.so\.1)$/;
+  assert.deepEqual(needed.filter((name) => !everywhere.test(name)), []);
+  assert.ok(withoutGlibcLoader(file).equals(file), 'it was already taken out');
+});
+
+test('every function that the addon needs is in glibc and in musl', onLinux, () => {
+  const lines = execFileSync('nm', ['--dynamic', '--undefined-only', ADDON], { encoding: 'utf8' }).trim().split('\n');
+  const strong = lines.map((line) => line.trim().split(/\s+/)).filter(([kind]) => kind === 'U');
+  const names = strong.map(([, name = '']) => name.replace(/@.*/, ''));
+  assert.ok(names.length > 40, String(names));
+  const known = new Set(C_LIBRARY.trim().split(/\s+/));
+  assert.deepEqual(names.filter((name) => !known.has(name) && !OTHER.test(name)), []);
+});

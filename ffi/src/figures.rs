@@ -1,0 +1,269 @@
+//! # Figures
+//!
+//! What is loaded, what was done, and how many bytes it takes. The program gives a struct with its `struct_size` set, and
+//! finds it filled.
+
+use ns_llm_core::{MemoryUse, ModelInfo, Stats};
+
+use crate::engine::{ENGINES, ns_llm_engine};
+use crate::failure::{Failure, boundary};
+use crate::params::{SizedStruct, check_struct, write_struct};
+use crate::status::ns_llm_status;
+use crate::text::ns_llm_text;
+
+/// What is loaded. The texts are the library's and valid until the engine is freed.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct ns_llm_model_info {
+    /// `sizeof(ns_llm_model_info)`.
+    pub struct_size: usize,
+    /// Last component of the model's path.
+    pub name: ns_llm_text,
+    /// As in the model's config.json, such as "Qwen3ForCausalLM".
+    pub architecture: ns_llm_text,
+    /// How the weights are kept, such as "bf16".
+    pub weights: ns_llm_text,
+    /// How keys and values are kept, such as "f16".
+    pub kv_dtype: ns_llm_text,
+    /// "cpu" or "cuda".
+    pub device: ns_llm_text,
+    /// The instruction set in use, such as "avx2" or "portable".
+    pub isa: ns_llm_text,
+    /// Numbers in all weights.
+    pub num_parameters: u64,
+    /// Those that are multiplied with every token of a prompt: the matrices of the layers.
+    pub num_layer_parameters: u64,
+    /// Entries of the vocabulary: token ids are below this.
+    pub vocab_size: u64,
+    /// Longest sequence, prompt and answer, in tokens.
+    pub context_tokens: u64,
+    /// Elements of the vector that an embedding request gets.
+    pub embedding_dimensions: u64,
+    /// Longest input of an embedding request, tokens; more is cut.
+    pub max_embedding_tokens: u64,
+    /// Compute threads.
+    pub threads: u64,
+    /// What opening took, milliseconds.
+    pub load_ms: f64,
+    /// 1 if the model can write text; 0 if it makes vectors only.
+    pub can_generate: u32,
+    /// 1 if messages can be turned into a prompt, else 0.
+    pub has_chat_template: u32,
+}
+
+// SAFETY: `repr(C)`, begins with a `usize`; numbers and raw pointers.
+unsafe impl SizedStruct for ns_llm_model_info {}
+
+/// What an engine has done and is doing. Those named `_total` only grow.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ns_llm_stats {
+    /// `sizeof(ns_llm_stats)`.
+    pub struct_size: usize,
+    /// Sequences that are being computed.
+    pub num_requests_running: u64,
+    /// Sequences that wait.
+    pub num_requests_waiting: u64,
+    /// Blocks of the KV pool.
+    pub kv_blocks_total: u64,
+    /// Blocks that live sequences hold.
+    pub kv_blocks_used: u64,
+    /// Blocks that hold KV for later, and are given away when needed.
+    pub kv_blocks_cached: u64,
+    /// Blocks that hold nothing.
+    pub kv_blocks_free: u64,
+    /// Requests admitted: the finished, cancelled, failed and live ones.
+    pub requests_total: u64,
+    /// Requests that ended by themselves.
+    pub requests_finished_total: u64,
+    /// Requests that were cancelled.
+    pub requests_cancelled_total: u64,
+    /// Admitted requests that ended in an error.
+    pub requests_failed_total: u64,
+    /// Requests that were refused or given up before they were admitted.
+    pub requests_refused_total: u64,
+    /// Prompt tokens of admitted requests.
+    pub prompt_tokens_total: u64,
+    /// Prompt tokens that the prefix cache was asked for.
+    pub prefix_cache_queries_total: u64,
+    /// Prompt tokens that it had.
+    pub prefix_cache_hits_total: u64,
+    /// Tokens produced.
+    pub generation_tokens_total: u64,
+    /// Tokens of inputs that were turned into vectors.
+    pub embedding_tokens_total: u64,
+    /// Tokens computed, those of preempted sequences again.
+    pub computed_tokens_total: u64,
+    /// Sequences that lost their blocks and were computed again.
+    pub preemptions_total: u64,
+    /// Steps run.
+    pub steps_total: u64,
+    /// Milliseconds since the engine was opened.
+    pub uptime_ms: u64,
+}
+
+// SAFETY: `repr(C)`, begins with a `usize`, all numbers.
+unsafe impl SizedStruct for ns_llm_stats {}
+
+/// Bytes that an engine holds.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ns_llm_memory_use {
+    /// `sizeof(ns_llm_memory_use)`.
+    pub struct_size: usize,
+    /// Weights, as they are kept.
+    pub weights_bytes: u64,
+    /// The KV pool, as reserved.
+    pub kv_reserved_bytes: u64,
+    /// The part of it that live sequences hold.
+    pub kv_used_bytes: u64,
+    /// The part of it that is kept for later.
+    pub kv_cached_bytes: u64,
+}
+
+// SAFETY: `repr(C)`, begins with a `usize`, all numbers.
+unsafe impl SizedStruct for ns_llm_memory_use {}
+
+/// Says what is loaded.
+///
+/// Ownership:  `*out_info` is the caller's, its texts the library's until the engine is freed.
+/// Threads:    any, also inside a callback.
+/// NULL:       `out_info` must not be NULL.
+/// Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT
+///             about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: `*out_info` is unchanged.
+///
+/// # Safety
+/// `out_info` points to a `size_t` and to as many writable bytes as that says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ns_llm_engine_info(engine: ns_llm_engine, out_info: *mut ns_llm_model_info) -> ns_llm_status {
+    boundary(|| {
+        // SAFETY: promised by the caller.
+        unsafe { check_struct("out_info", out_info) }?;
+        let live = ENGINES.get(engine)?;
+        // SAFETY: promised by the caller.
+        unsafe { write_struct("out_info", out_info, &live.engine.info().into()) }
+    })
+}
+
+/// Says what an engine has done so far, as of its last step.
+///
+/// Ownership:  `*out_stats` is the caller's.
+/// Threads:    any, also inside a callback.
+/// NULL:       `out_stats` must not be NULL.
+/// Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT
+///             about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: `*out_stats` is unchanged.
+///
+/// # Safety
+/// `out_stats` points to a `size_t` and to as many writable bytes as that says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ns_llm_engine_stats(engine: ns_llm_engine, out_stats: *mut ns_llm_stats) -> ns_llm_status {
+    boundary(|| {
+        // SAFETY: promised by the caller.
+        unsafe { check_struct("out_stats", out_stats) }?;
+        let live = ENGINES.get(engine)?;
+        // SAFETY: promised by the caller.
+        unsafe { write_struct("out_stats", out_stats, &live.engine.stats().into()) }
+    })
+}
+
+/// Says how many bytes an engine holds.
+///
+/// Ownership:  `*out_memory` is the caller's.
+/// Threads:    any, also inside a callback.
+/// NULL:       `out_memory` must not be NULL.
+/// Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT
+///             about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: `*out_memory` is unchanged.
+///
+/// # Safety
+/// `out_memory` points to a `size_t` and to as many writable bytes as that says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ns_llm_engine_memory(
+    engine: ns_llm_engine,
+    out_memory: *mut ns_llm_memory_use,
+) -> ns_llm_status {
+    boundary(|| {
+        // SAFETY: promised by the caller.
+        unsafe { check_struct("out_memory", out_memory) }?;
+        let live = ENGINES.get(engine)?;
+        // SAFETY: promised by the caller.
+        unsafe { write_struct("out_memory", out_memory, &live.engine.memory().into()) }
+    })
+}
+
+/// Says whether an engine takes requests. Costs next to nothing: made for a health check.
+///
+/// Threads:    any, also inside a callback.
+/// Returns:    NS_LLM_OK; NS_LLM_INTERNAL if a defect of this library ended the engine, with the reason in
+///             ns_llm_last_error(): free it and open a new one; NS_LLM_BAD_HANDLE (also for 0); NS_LLM_CLOSED if it is just
+///             being freed; NS_LLM_FORKED_PROCESS.
+#[unsafe(no_mangle)]
+pub extern "C" fn ns_llm_engine_health(engine: ns_llm_engine) -> ns_llm_status {
+    boundary(|| ENGINES.get(engine)?.engine.health().map_err(Failure::from))
+}
+
+impl From<&ModelInfo> for ns_llm_model_info {
+    fn from(info: &ModelInfo) -> Self {
+        ns_llm_model_info {
+            struct_size: size_of::<ns_llm_model_info>(),
+            name: ns_llm_text::view(&info.name),
+            architecture: ns_llm_text::view(&info.architecture),
+            weights: ns_llm_text::view(info.weights),
+            kv_dtype: ns_llm_text::view(info.kv_dtype),
+            device: ns_llm_text::view(info.device),
+            isa: ns_llm_text::view(info.isa),
+            num_parameters: info.num_parameters,
+            num_layer_parameters: info.num_layer_parameters,
+            vocab_size: info.vocab_size as u64,
+            context_tokens: info.context_tokens as u64,
+            embedding_dimensions: info.embedding_dimensions as u64,
+            max_embedding_tokens: info.max_embedding_tokens as u64,
+            threads: info.threads as u64,
+            load_ms: info.load_ms,
+            can_generate: u32::from(info.can_generate),
+            has_chat_template: u32::from(info.has_chat_template),
+        }
+    }
+}
+
+impl From<Stats> for ns_llm_stats {
+    fn from(stats: Stats) -> Self {
+        ns_llm_stats {
+            struct_size: size_of::<ns_llm_stats>(),
+            num_requests_running: stats.num_requests_running as u64,
+            num_requests_waiting: stats.num_requests_waiting as u64,
+            kv_blocks_total: stats.kv_blocks_total as u64,
+            kv_blocks_used: stats.kv_blocks_used as u64,
+            kv_blocks_cached: stats.kv_blocks_cached as u64,
+            kv_blocks_free: stats.kv_blocks_free as u64,
+            requests_total: stats.requests_total,
+            requests_finished_total: stats.requests_finished,
+            requests_cancelled_total: stats.requests_cancelled,
+            requests_failed_total: stats.requests_failed,
+            requests_refused_total: stats.requests_refused,
+            prompt_tokens_total: stats.prompt_tokens_total,
+            prefix_cache_queries_total: stats.prefix_cache_queries_total,
+            prefix_cache_hits_total: stats.prefix_cache_hits_total,
+            generation_tokens_total: stats.generation_tokens_total,
+            embedding_tokens_total: stats.embedding_tokens_total,
+            computed_tokens_total: stats.computed_tokens_total,
+            preemptions_total: stats.preemptions_total,
+            steps_total: stats.steps_total,
+            uptime_ms: stats.uptime_ms,
+        }
+    }
+}
+
+impl From<MemoryUse> for ns_llm_memory_use {
+    fn from(memory: MemoryUse) -> Self {
+        ns_llm_memory_use {
+            struct_size: size_of::<ns_llm_memory_use>(),
+            weights_bytes: memory.weights_bytes,
+            kv_reserved_bytes: memory.kv_reserved_bytes,
+            kv_used_bytes: memory.kv_used_bytes,
+            kv_cached_bytes: memory.kv_cached_bytes,
+        }
+    }
+}
