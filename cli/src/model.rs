@@ -10,7 +10,7 @@ use ns_llm::{Device, Engine, EngineOptions, Result, ThreadPriority, WeightFormat
 /// Which model, and how to run it.
 #[derive(Args, Clone)]
 pub(crate) struct ModelOptions {
-    /// Folder of the model
+    /// Folder of the model, or its .gguf file
     #[arg(long, value_name = "PATH", default_value = "models/demo")]
     pub(crate) model: PathBuf,
     /// Compute threads (default: all cores; one is left to the system when there are more than two)

@@ -71,6 +71,20 @@ pub const TEMPLATE_FUEL: u64 = 2_000_000;
 pub const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 /// Header of a safetensors file, bytes (the format's own cap).
 pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 100_000_000;
+/// Header of a GGUF file (metadata, vocabulary, tensor infos), bytes: several times that of the largest vocabularies.
+pub const MAX_GGUF_HEADER_BYTES: u64 = 64 << 20;
+/// Keys in the metadata of a GGUF file.
+pub const MAX_GGUF_KEYS: u64 = 1 << 16;
+/// Name of a key or tensor of a GGUF file, bytes (the format's own cap for keys).
+pub const MAX_GGUF_NAME_BYTES: u64 = (1 << 16) - 1;
+/// Tensors in one GGUF file.
+pub const MAX_GGUF_TENSORS: u64 = 100_000;
+/// Axes of a tensor in a GGUF file (the format's own cap).
+pub const MAX_GGUF_AXES: u32 = 4;
+/// Text of a token of a SentencePiece vocabulary, bytes: the longest in use are rows of some 30 spaces.
+pub const MAX_PIECE_BYTES: usize = 256;
+/// Token ids of one vocabulary; the largest in use have some 260,000.
+pub const MAX_TOKEN_IDS: u32 = 1 << 22;
 /// JSON files of a model folder (configuration, index, tokenizer), bytes.
 pub const MAX_JSON_BYTES: u64 = 256 << 20;
 /// JSON files that are kept as a tree while they are read (`config.json`, `generation_config.json`,
@@ -170,7 +184,7 @@ pub type ProgressCallback = Box<dyn FnMut(LoadProgress) -> bool + Send>;
 /// [`Engine::open`]: crate::Engine::open
 #[non_exhaustive]
 pub struct EngineOptions {
-    /// Folder of the model.
+    /// Folder of the model, or its GGUF file (of a split one, the first).
     pub model: PathBuf,
     /// Where to compute.
     pub device: Device,

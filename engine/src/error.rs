@@ -129,7 +129,7 @@ pub enum Error {
     /// A configuration file is not what it should be.
     #[error("{file}: field `{field}`: {reason}")]
     Config {
-        /// File name, such as "config.json".
+        /// File name, such as "config.json", or "GGUF metadata".
         file: &'static str,
         /// The field, with dots for nesting.
         field: String,

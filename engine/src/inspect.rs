@@ -1,4 +1,4 @@
-//! What a model folder holds and what running it would take, from its headers alone: no weight is read.
+//! What a model's files hold and what running it would take, from its headers alone: no weight is read.
 
 use crate::config::EngineOptions;
 use crate::error::Result;
@@ -59,7 +59,7 @@ pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
         .map(|(name, shape, dtype)| TensorInfo {
             name: name.to_string(),
             shape: shape.to_vec(),
-            dtype: format!("{dtype:?}"),
+            dtype: dtype.to_string(),
         })
         .collect();
     Ok(Inspection {

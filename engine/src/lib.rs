@@ -1,5 +1,5 @@
-//! ns-llm: a native LLM inference engine in one process. Opens a model folder, answers any number of requests at once,
-//! and shares the work of common prefixes between them.
+//! ns-llm: a native LLM inference engine in one process. Opens a model (a folder, or one GGUF file), answers any number
+//! of requests at once, and shares the work of common prefixes between them.
 //!
 //! ```
 //! use ns_llm::{EmbeddingRequest, Engine, EngineOptions, Event, Request};

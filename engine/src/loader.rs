@@ -1,4 +1,4 @@
-//! From a model folder to typed configuration and to weights by name. Says what is missing, what is damaged and what
+//! From a model's files to typed configuration and to weights by name. Says what is missing, what is damaged and what
 //! is unused; knows no model and does no arithmetic on weights.
 //!
 //! Invariants: only files inside the folder are opened (see [`ModelFolder`]), regular ones, each of bounded size; a
@@ -6,22 +6,25 @@
 //! allocated from a declared length beyond the bytes of the file; a failed load leaves nothing behind.
 
 mod generation_config;
+mod gguf;
 mod json;
 mod safetensors;
 mod sentence_transformers;
+mod source;
+mod stored;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use ::safetensors::Dtype;
-
 pub use self::generation_config::GenerationConfig;
 pub use self::json::{JsonFile, JsonList, JsonObject};
-use self::safetensors::{SafetensorsFile, StoredTensor};
 pub use self::sentence_transformers::{PoolingMode, SentenceConfig};
-use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES};
+pub use self::source::ModelSource;
+pub use self::stored::StoredDtype;
+use self::stored::{StoredTensor, WeightsFile};
+use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES, WeightFormat};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
@@ -99,7 +102,7 @@ impl ModelFolder {
     /// The weights: `model.safetensors`, else the shards that `model.safetensors.index.json` names.
     pub fn weights(&self) -> Result<Weights> {
         if let Some(file) = self.file(SINGLE_FILE)? {
-            return Weights::from_files(vec![SafetensorsFile::open(SINGLE_FILE, file)?]);
+            return Weights::from_files(vec![self::safetensors::open(SINGLE_FILE, file)?], str::to_string);
         }
         let index =
             self.json(INDEX_FILE)?.ok_or_else(|| self.missing("model.safetensors or model.safetensors.index.json"))?;
@@ -108,9 +111,9 @@ impl ModelFolder {
             let file = self
                 .file(shard)?
                 .ok_or_else(|| io_error(&self.path.join(shard), "is named by the index, but not there"))?;
-            SafetensorsFile::open(shard, file)
+            self::safetensors::open(shard, file)
         };
-        let weights = Weights::from_files(shards.iter().map(open).collect::<Result<_>>()?)?;
+        let weights = Weights::from_files(shards.iter().map(open).collect::<Result<_>>()?, str::to_string)?;
         weights.agree_with_index(&tensors)?;
         Ok(weights)
     }
@@ -196,12 +199,16 @@ fn is_shard_name(name: &str) -> bool {
 /// The tensors of a checkpoint by name, each to be taken once. Reads a tensor when it is taken.
 #[derive(Debug)]
 pub struct Weights {
-    files: Vec<SafetensorsFile>,
+    files: Vec<WeightsFile>,
+    /// What the files call a tensor, for messages.
+    name_in_file: fn(&str) -> String,
     /// By name: index into `files`, and where it is there.
     tensors: BTreeMap<String, (usize, StoredTensor)>,
     taken: HashSet<String>,
     ignored: HashSet<String>,
     total_bytes: u64,
+    /// What quantized tensors are decoded to.
+    decoded: DType,
     /// Buffers of tensors that were given back.
     spare: Vec<Vec<u8>>,
 }
@@ -212,27 +219,36 @@ impl Weights {
         ModelFolder::open(path)?.weights()
     }
 
-    fn from_files(files: Vec<SafetensorsFile>) -> Result<Weights> {
+    fn from_files(files: Vec<WeightsFile>, name_in_file: fn(&str) -> String) -> Result<Weights> {
         let mut tensors: BTreeMap<String, (usize, StoredTensor)> = BTreeMap::new();
         let mut total_bytes = 0_u64;
         for (file_idx, file) in files.iter().enumerate() {
             for tensor in &file.tensors {
                 total_bytes = total_bytes.saturating_add(tensor.num_bytes);
                 if let Some((other, _)) = tensors.insert(tensor.name.clone(), (file_idx, tensor.clone())) {
-                    let reason = format!("tensor `{}` is also in {}", tensor.name, files[other].name());
-                    return Err(Error::Weights { file: file.name().to_string(), offset: tensor.offset, reason });
+                    let reason = format!("tensor `{}` is also in {}", name_in_file(&tensor.name), files[other].name);
+                    return Err(Error::Weights { file: file.name.clone(), offset: tensor.offset, reason });
                 }
             }
         }
         let (taken, ignored) = (HashSet::new(), HashSet::new());
-        Ok(Weights { files, tensors, taken, ignored, total_bytes, spare: Vec::new() })
+        Ok(Weights {
+            files,
+            name_in_file,
+            tensors,
+            taken,
+            ignored,
+            total_bytes,
+            decoded: DType::F32,
+            spare: Vec::new(),
+        })
     }
 
     /// Fails unless every tensor of the index is in the shard that the index names.
     fn agree_with_index(&self, index: &BTreeMap<String, String>) -> Result<()> {
         for (name, shard) in index {
             let (file_idx, _) = self.tensors.get(name).ok_or_else(|| Error::MissingTensor { name: name.clone() })?;
-            let actual = self.files[*file_idx].name();
+            let actual = &self.files[*file_idx].name;
             if actual != shard {
                 let reason = format!("is said to be in {shard}, it is in {actual}");
                 return Err(Error::Config { file: INDEX_FILE, field: format!("weight_map.{name}"), reason });
@@ -247,7 +263,7 @@ impl Weights {
     }
 
     /// Name, shape and element type (as the file calls it) of all tensors, in alphabetical order.
-    pub fn entries(&self) -> impl Iterator<Item = (&str, &[usize], Dtype)> {
+    pub fn entries(&self) -> impl Iterator<Item = (&str, &[usize], StoredDtype)> {
         self.tensors.iter().map(|(name, (_, tensor))| (name.as_str(), tensor.shape.as_slice(), tensor.dtype))
     }
 
@@ -263,21 +279,32 @@ impl Weights {
 
     /// Reads a tensor, which must have `shape`. Each can be taken once.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let (file_idx, stored) =
-            self.tensors.get(name).ok_or_else(|| Error::MissingTensor { name: name.to_string() })?;
+        let shown_name = || (self.name_in_file)(name);
+        let (file_idx, stored) = self.tensors.get(name).ok_or_else(|| Error::MissingTensor { name: shown_name() })?;
         if stored.shape != shape {
             let (expected, actual) = (shape.to_vec(), stored.shape.clone());
-            return Err(Error::TensorShape { name: name.to_string(), expected, actual });
+            return Err(Error::TensorShape { name: shown_name(), expected, actual });
         }
-        let dtype = match stored.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::Bf16,
-            other => return Err(Error::TensorDtype { name: name.to_string(), dtype: other.to_string() }),
-        };
+        if !stored.dtype.can_be_plain() {
+            return Err(Error::TensorDtype { name: shown_name(), dtype: stored.dtype.to_string() });
+        }
         assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
         let data = self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?;
-        Ok(Tensor { name: name.to_string(), shape: shape.to_vec(), dtype, data })
+        stored::to_plain(stored, data, self.decoded)
+    }
+
+    /// Says in which form the weights will be kept: quantized tensors are decoded to that, by default to f32.
+    pub fn decode_to(&mut self, format: WeightFormat) {
+        self.decoded = match format {
+            WeightFormat::F32 | WeightFormat::Auto => DType::F32,
+            WeightFormat::Bf16 => DType::Bf16,
+            WeightFormat::F16 => DType::F16,
+        };
+    }
+
+    /// Bytes that a tensor takes in its file; 0 if there is none of this name.
+    pub fn stored_bytes(&self, name: &str) -> u64 {
+        self.tensors.get(name).map_or(0, |(_, stored)| stored.num_bytes)
     }
 
     /// Gives back the memory of a tensor that has been packed, for the next ones: fresh pages cost more than reading.
@@ -300,7 +327,7 @@ impl Weights {
         };
         let mut unused = self.tensors.keys().filter(is_unused);
         match unused.next() {
-            Some(first) => Err(Error::UnusedTensors { count: unused.count() + 1, name: first.clone() }),
+            Some(first) => Err(Error::UnusedTensors { name: (self.name_in_file)(first), count: unused.count() + 1 }),
             None => Ok(()),
         }
     }

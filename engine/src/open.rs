@@ -28,7 +28,7 @@ use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
 use crate::intake;
 use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
-use crate::loader::{GenerationConfig, ModelFolder, PoolingMode, SentenceConfig, Weights};
+use crate::loader::{GenerationConfig, ModelSource, PoolingMode, SentenceConfig, StoredDtype, Weights};
 use crate::memory_plan::MemoryPlan;
 use crate::model;
 use crate::model::config::ModelConfig;
@@ -143,7 +143,7 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
         .map_err(|e| Error::Internal { reason: format!("thread {name} could not be started: {e}") })
 }
 
-/// A model folder, read as far as it can be without its weights: everything is checked that can be.
+/// The files of a model, read as far as it can be without its weights: everything is checked that can be.
 pub(crate) struct ModelFiles {
     pub(crate) config: ModelConfig,
     pub(crate) generation: GenerationConfig,
@@ -157,17 +157,17 @@ pub(crate) struct ModelFiles {
 
 impl ModelFiles {
     pub(crate) fn open(options: &EngineOptions) -> Result<ModelFiles> {
-        let folder = ModelFolder::open(&options.model)?;
-        let config = ModelConfig::from_json(&folder.config()?)?;
-        let generation = folder.generation_config()?;
-        let sentence = sentence_config(&folder, &config)?;
-        let tokenizer_config = tokenizer_config(&folder)?;
-        let tokenizer = Tokenizer::from_json(&folder.tokenizer_json()?, &tokenizer_config)?;
+        let source = ModelSource::open(&options.model)?;
+        let config = ModelConfig::from_json(&source.config()?)?;
+        let generation = source.generation_config()?;
+        let sentence = sentence_config(&source, &config)?;
+        let tokenizer_config = tokenizer_config(&source)?;
+        let tokenizer = Tokenizer::from_json(&source.tokenizer_json()?, &tokenizer_config)?;
         Ok(ModelFiles {
             chat_template: chat_template(&tokenizer_config, &tokenizer)?,
             tokenizer,
             eos_token_ids: eos_token_ids(&generation, &config)?,
-            weights: folder.weights()?,
+            weights: source.weights()?,
             config,
             generation,
             sentence,
@@ -177,8 +177,8 @@ impl ModelFiles {
 }
 
 /// What the files of sentence-transformers say, when it fits the model.
-fn sentence_config(folder: &ModelFolder, config: &ModelConfig) -> Result<SentenceConfig> {
-    let sentence = folder.sentence_config()?;
+fn sentence_config(source: &ModelSource, config: &ModelConfig) -> Result<SentenceConfig> {
+    let sentence = source.sentence_config()?;
     match sentence.word_embedding_dimension {
         Some(dimension) if dimension != config.hidden_size => Err(Error::Config {
             file: "1_Pooling/config.json",
@@ -190,12 +190,12 @@ fn sentence_config(folder: &ModelFolder, config: &ModelConfig) -> Result<Sentenc
 }
 
 /// `tokenizer_config.json`, every part of which is optional; a `chat_template.jinja` goes before its template.
-fn tokenizer_config(folder: &ModelFolder) -> Result<TokenizerConfig> {
-    let mut config = match folder.tokenizer_config()? {
+fn tokenizer_config(source: &ModelSource) -> Result<TokenizerConfig> {
+    let mut config = match source.tokenizer_config()? {
         Some(file) => TokenizerConfig::parse(&file.into_value())?,
         None => TokenizerConfig::default(),
     };
-    config.chat_template = folder.chat_template()?.or(config.chat_template);
+    config.chat_template = source.chat_template()?.or(config.chat_template);
     Ok(config)
 }
 
@@ -277,9 +277,10 @@ fn stored_format(weights: &Weights) -> WeightFormat {
     let mut bytes = [(WeightFormat::F32, 0u64), (WeightFormat::Bf16, 0), (WeightFormat::F16, 0)];
     for (_, shape, dtype) in weights.entries() {
         let (idx, size) = match dtype {
-            Dtype::F32 => (0, 4),
-            Dtype::BF16 => (1, 2),
-            Dtype::F16 => (2, 2),
+            StoredDtype::Plain(Dtype::F32) => (0, 4),
+            // Blocks are decoded to the form that most matrices are kept in.
+            StoredDtype::Plain(Dtype::BF16) | StoredDtype::Blocks(_) => (1, 2),
+            StoredDtype::Plain(Dtype::F16) => (2, 2),
             // No model can use it; loading will say so by name.
             _ => continue,
         };
@@ -303,7 +304,9 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let identity = kv_identity(&files, format, &layout, &backend);
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
-    let loaded = model::load(&backend, files.weights, &config, plan.context_tokens, &mut *on_progress)?;
+    let mut weights = files.weights;
+    weights.decode_to(format);
+    let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut *on_progress)?;
     plan.weights_bytes = backend.weights_bytes();
     let kv = backend.allocate_kv(layout)?;
     let max_embedding_tokens = max_embedding_tokens(&config, &files.sentence, &plan);

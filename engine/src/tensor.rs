@@ -1,7 +1,8 @@
 //! A tensor as a checkpoint holds it: name, shape, element type and bytes. No arithmetic; a backend packs it.
 
 use crate::error::{Error, Result};
-pub use ns_llm_kernels::dtype::DType;
+pub use ns_llm_kernels::dtype::{DType, encode_bf16, encode_f16};
+pub use ns_llm_kernels::quant::{self, QuantType};
 
 /// Owned tensor, row-major, little-endian.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,70 +1,30 @@
 //! Promise: no model folder of any content does more than fail to load, with an error that names file, field or tensor.
 //! A table of hand-made folders, each a valid one with one thing changed, and the error that it must give. None may
 //! panic, keep a file open, or allocate more than its files justify.
-#![allow(unsafe_code, reason = "a counting allocator cannot be written without")]
 
+#[path = "support/counting_allocator.rs"]
+mod counting_allocator;
 #[path = "support/encoder_cases.rs"]
 mod encoder_cases;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use counting_allocator::peak_bytes_of;
 use encoder_cases::{bert_config, encoder_cases, gpt2_config};
 use ns_llm::{EngineOptions, Error, Result};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tiny_model::{TempFolder, TensorData, small_config, weights, write_model, write_weights};
 
-// ---- how a folder is opened, and what that costs ------------------------------------------------------------------------
+// ---- how a folder is opened ---------------------------------------------------------------------------------------------
 
 /// Opens a model as an engine's worker does, on this thread.
 fn load(path: &Path) -> Result<()> {
     ns_llm::open::load(EngineOptions::new(path).threads(1).kv_bytes(1 << 20)).map(drop)
-}
-
-/// Counts what the current thread holds, and the most it held.
-struct Counting;
-
-thread_local! {
-    static LIVE_BYTES: Cell<i64> = const { Cell::new(0) };
-    static PEAK_BYTES: Cell<i64> = const { Cell::new(0) };
-}
-
-fn count(bytes: i64) {
-    let live = LIVE_BYTES.get() + bytes;
-    LIVE_BYTES.set(live);
-    PEAK_BYTES.set(PEAK_BYTES.get().max(live));
-}
-
-// SAFETY: every call goes to the system's allocator unchanged; the counters are plain cells of the thread, without
-// destructors, and allocate nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as i64);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(-(layout.size() as i64));
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// The most bytes that `run` held beyond what was there before.
-fn peak_bytes_of<T>(run: impl FnOnce() -> T) -> (T, u64) {
-    let before = LIVE_BYTES.get();
-    PEAK_BYTES.set(before);
-    let result = run();
-    (result, (PEAK_BYTES.get() - before) as u64)
 }
 
 // ---- how a folder is made -----------------------------------------------------------------------------------------------

@@ -53,6 +53,14 @@ pub enum Error {
         /// The first that is too large.
         limit: usize,
     },
+    /// A number that must be finite is not.
+    #[error("{operation}: value {value_idx} is NaN or infinite, must be finite")]
+    NonFiniteValue {
+        /// Name of the entry point.
+        operation: &'static str,
+        /// Which value, the first of several.
+        value_idx: usize,
+    },
     /// Numbers of this type cannot be used there.
     #[error("{operation}: element type {dtype} is not supported")]
     UnsupportedDtype {

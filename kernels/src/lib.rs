@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod host;
+pub mod quant;
 
 #[cfg(target_endian = "big")]
 compile_error!("packed weights hold pairs of 16-bit numbers as little-endian machines read them");

@@ -2,6 +2,7 @@
 //! should be; `null` counts as absent, as the writers of these files mean it. No getter converts: `"3"` and `3.5` are
 //! not integers, `1` is not `true`.
 
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 use serde::de::DeserializeOwned;
@@ -9,17 +10,32 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
+/// Fields are called what they are.
+static NO_NAMES: BTreeMap<String, String> = BTreeMap::new();
+
 /// A parsed file whose outermost value is an object. Nesting is bounded by the parser (128 levels).
 #[derive(Debug, Clone)]
 pub struct JsonFile {
     name: &'static str,
     root: Map<String, Value>,
+    /// What fields are called where they came from, if that is another kind of file.
+    names: BTreeMap<String, String>,
 }
 
 impl JsonFile {
     /// Parses `bytes`, the content of the file `name`.
     pub fn parse(name: &'static str, bytes: &[u8]) -> Result<JsonFile> {
-        Ok(JsonFile { name, root: parse(name, bytes)? })
+        Ok(JsonFile { name, root: parse(name, bytes)?, names: BTreeMap::new() })
+    }
+
+    /// What another kind of file says, in the words of a JSON file. Errors about a field of `names` (with dots for
+    /// nesting) call it by its name there.
+    pub(super) fn translated(
+        name: &'static str,
+        root: Map<String, Value>,
+        names: BTreeMap<String, String>,
+    ) -> JsonFile {
+        JsonFile { name, root, names }
     }
 
     /// The whole file as a tree.
@@ -29,7 +45,7 @@ impl JsonFile {
 
     /// The outermost object.
     pub fn object(&self) -> JsonObject<'_> {
-        JsonObject { file: self.name, path: String::new(), fields: &self.root }
+        JsonObject { file: self.name, path: String::new(), fields: &self.root, names: &self.names }
     }
 }
 
@@ -53,7 +69,8 @@ impl JsonList {
 
     /// The objects, in order.
     pub fn objects(&self) -> Vec<JsonObject<'_>> {
-        let object = |(idx, fields)| JsonObject { file: self.name, path: format!("[{idx}]."), fields };
+        let object =
+            |(idx, fields)| JsonObject { file: self.name, path: format!("[{idx}]."), fields, names: &NO_NAMES };
         self.entries.iter().enumerate().map(object).collect()
     }
 }
@@ -80,12 +97,16 @@ pub struct JsonObject<'a> {
     /// Path of this object with a trailing dot, empty for the outermost.
     path: String,
     fields: &'a Map<String, Value>,
+    /// As in [`JsonFile`].
+    names: &'a BTreeMap<String, String>,
 }
 
 impl<'a> JsonObject<'a> {
     /// An error about `field` of this object.
     pub fn error(&self, field: &str, reason: impl Into<String>) -> Error {
-        Error::Config { file: self.file, field: format!("{}{field}", self.path), reason: reason.into() }
+        let path = format!("{}{field}", self.path);
+        let field = self.names.get(&path).cloned().unwrap_or(path);
+        Error::Config { file: self.file, field, reason: reason.into() }
     }
 
     /// Whether the field is written at all, be it as `null`.
@@ -126,7 +147,12 @@ impl<'a> JsonObject<'a> {
     /// An object.
     pub fn object(&self, field: &str) -> Result<Option<JsonObject<'a>>> {
         let fields = self.typed(field, "an object", Value::as_object)?;
-        Ok(fields.map(|fields| JsonObject { file: self.file, path: format!("{}{field}.", self.path), fields }))
+        Ok(fields.map(|fields| JsonObject {
+            file: self.file,
+            path: format!("{}{field}.", self.path),
+            fields,
+            names: self.names,
+        }))
     }
 
     /// An integer of `range`.

@@ -2,7 +2,7 @@
 //! read and checked before a byte of data; tensors are read one at a time into buffers of their own (no memory map:
 //! truncating a mapped file kills the process).
 //!
-//! Invariants after [`SafetensorsFile::open`]: names are unique; the bytes of each tensor equal the product of its
+//! Invariants after [`open`]: names are unique; the bytes of each tensor equal the product of its
 //! shape and element size, and lie inside the file; tensors follow one another without hole or overlap and end where
 //! the file ends. Nothing is allocated from a declared length beyond the bytes that are there.
 //!
@@ -14,68 +14,30 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::json::without_position;
+use super::stored::{RowOrder, StoredDtype, StoredTensor, WeightsFile, read_exactly};
 use crate::config::{MAX_SAFETENSORS_HEADER_BYTES, MAX_TENSOR_AXES};
 use crate::error::{Error, Result};
 
 const LENGTH_BYTES: u64 = 8;
 
-/// An open file with a checked header.
-#[derive(Debug)]
-pub(super) struct SafetensorsFile {
-    name: String,
-    file: File,
-    /// The tensors in the order of their data.
-    pub(super) tensors: Vec<StoredTensor>,
-}
-
-/// Where a tensor lies in its file.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct StoredTensor {
-    pub(super) name: String,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
-    /// First byte, counted from the start of the file.
-    pub(super) offset: u64,
-    /// Bytes of data.
-    pub(super) num_bytes: u64,
-}
-
-impl SafetensorsFile {
-    /// Reads and checks the header of `file`; `name` is for messages.
-    pub(super) fn open(name: &str, mut file: File) -> Result<SafetensorsFile> {
-        let damaged = |offset, reason: String| Error::Weights { file: name.to_string(), offset, reason };
-        let file_bytes = file.metadata().map_err(|e| damaged(0, e.to_string()))?.len();
-        let header_bytes = header_length(&mut file, file_bytes).map_err(|reason| damaged(0, reason))?;
-        let header = read_exactly(&mut file, header_bytes, Vec::new()).map_err(|e| damaged(LENGTH_BYTES, e))?;
-        let entries = parse_header(&header)
-            .map_err(|(at, reason)| damaged(LENGTH_BYTES.saturating_add(at.try_into().unwrap_or(u64::MAX)), reason))?;
-        let data_start = LENGTH_BYTES.saturating_add(header_bytes);
-        let tensors = lay_out(entries, data_start, file_bytes).map_err(|(offset, reason)| damaged(offset, reason))?;
-        Ok(SafetensorsFile { name: name.to_string(), file, tensors })
-    }
-
-    /// Reads the data of `tensor`, one of [`Self::tensors`], into `buffer`, whose content is replaced.
-    pub(super) fn read(&mut self, tensor: &StoredTensor, mut buffer: Vec<u8>) -> Result<Vec<u8>> {
-        buffer.clear();
-        let seek = self.file.seek(SeekFrom::Start(tensor.offset)).map_err(|e| e.to_string());
-        seek.and_then(|_| read_exactly(&mut self.file, tensor.num_bytes, buffer)).map_err(|reason| Error::Weights {
-            file: self.name.clone(),
-            offset: tensor.offset,
-            reason: format!("tensor `{}`: {reason}", tensor.name),
-        })
-    }
-
-    /// File name, without its folder.
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
+/// Reads and checks the header of `file`; `name` is for messages.
+pub(super) fn open(name: &str, mut file: File) -> Result<WeightsFile> {
+    let damaged = |offset, reason: String| Error::Weights { file: name.to_string(), offset, reason };
+    let file_bytes = file.metadata().map_err(|e| damaged(0, e.to_string()))?.len();
+    let header_bytes = header_length(&mut file, file_bytes).map_err(|reason| damaged(0, reason))?;
+    let header = read_exactly(&mut file, header_bytes, Vec::new()).map_err(|e| damaged(LENGTH_BYTES, e))?;
+    let entries = parse_header(&header)
+        .map_err(|(at, reason)| damaged(LENGTH_BYTES.saturating_add(at.try_into().unwrap_or(u64::MAX)), reason))?;
+    let data_start = LENGTH_BYTES.saturating_add(header_bytes);
+    let tensors = lay_out(entries, data_start, file_bytes).map_err(|(offset, reason)| damaged(offset, reason))?;
+    Ok(WeightsFile { name: name.to_string(), file, tensors })
 }
 
 fn header_length(file: &mut File, file_bytes: u64) -> Result<u64, String> {
@@ -93,14 +55,6 @@ fn header_length(file: &mut File, file_bytes: u64) -> Result<u64, String> {
         return Err(format!("header of {length} bytes, the file has {left} left"));
     }
     Ok(length)
-}
-
-/// `num_bytes` has been compared with the length of the file, so that the allocation is bounded by what is there.
-fn read_exactly(file: &mut File, num_bytes: u64, mut buffer: Vec<u8>) -> Result<Vec<u8>, String> {
-    let len = usize::try_from(num_bytes).map_err(|_| format!("{num_bytes} bytes do not fit this machine's memory"))?;
-    buffer.try_reserve_exact(len).map_err(|e| format!("{num_bytes} bytes: {e}"))?;
-    file.take(num_bytes).read_to_end(&mut buffer).map_err(|e| e.to_string())?;
-    if buffer.len() == len { Ok(buffer) } else { Err(format!("{} of {len} bytes are there", buffer.len())) }
 }
 
 /// Gives the entries in the order of the header; the error carries its offset inside the header.
@@ -147,7 +101,8 @@ fn lay_out(
             return refuse(format!("begins at data byte {start}, the one before ends at {end_of_last}"));
         }
         end_of_last = end;
-        tensors.push(StoredTensor { name, dtype, shape, offset, num_bytes });
+        let (dtype, row_order) = (StoredDtype::Plain(dtype), RowOrder::AsIs);
+        tensors.push(StoredTensor { name, dtype, shape, offset, num_bytes, row_order });
     }
     if end_of_last != data_bytes {
         let surplus = data_bytes.saturating_sub(end_of_last);
@@ -223,7 +178,6 @@ impl<'de> Deserialize<'de> for Header {
 }
 
 #[cfg(test)]
-#[expect(clippy::arithmetic_side_effects, reason = "numbers of the tests' own")]
 mod tests {
     use super::*;
 

@@ -126,7 +126,7 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
     /// Counts what was packed, gives its memory back and reports.
     fn done_with(&mut self, matrices: Vec<Matrix>) -> Result<()> {
         for tensor in matrices.into_iter().flat_map(|matrix| [Some(matrix.weight), matrix.bias]).flatten() {
-            self.loaded.loaded_bytes += tensor.data.len() as u64;
+            self.loaded.loaded_bytes += self.weights.stored_bytes(&tensor.name);
             self.num_parameters += (tensor.data.len() / tensor.dtype.size_bytes()) as u64;
             self.weights.recycle(tensor);
         }

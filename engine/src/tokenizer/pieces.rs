@@ -10,10 +10,8 @@
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use crate::config::MAX_TOKEN_IDS;
 use crate::error::{Error, Result};
-
-/// Token ids of one vocabulary; the largest in use have some 260,000.
-const MAX_TOKEN_IDS: u32 = 1 << 22;
 
 /// What happens to spaces at the beginning of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

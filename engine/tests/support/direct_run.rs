@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ns_llm::backend::{Backend, KvDtype, KvLayout, Pooling};
 use ns_llm::batch::{Batch, BatchSequence, BlockId, OutputKind, OutputRow, RowSampling, SeqId};
-use ns_llm::loader::ModelFolder;
+use ns_llm::loader::ModelSource;
 use ns_llm::model::config::ModelConfig;
 use ns_llm::model::{self, Model};
 use ns_llm::{Result, SamplingParams};
@@ -38,12 +38,12 @@ pub enum Rows {
 }
 
 impl<B: Backend> DirectRun<B> {
-    /// Opens the model folder `path`, with room for `tokens` tokens in all.
+    /// Opens the model folder or file `path`, with room for `tokens` tokens in all.
     pub fn open(path: &Path, backend: B, kv_dtype: KvDtype, tokens: usize) -> Result<DirectRun<B>> {
-        let folder = ModelFolder::open(path)?;
-        let config = ModelConfig::from_json(&folder.config()?)?;
+        let source = ModelSource::open(path)?;
+        let config = ModelConfig::from_json(&source.config()?)?;
         let context_tokens = config.max_position_embeddings;
-        let loaded = model::load(&backend, folder.weights()?, &config, context_tokens, &mut |_| true)?;
+        let loaded = model::load(&backend, source.weights()?, &config, context_tokens, &mut |_| true)?;
         let num_blocks = tokens.div_ceil(BLOCK_TOKENS);
         let kv = backend.allocate_kv(config.kv_layout(num_blocks, BLOCK_TOKENS, kv_dtype))?;
         let mut free: Vec<_> = (0..num_blocks as u32).map(BlockId).collect();

@@ -1,0 +1,102 @@
+//! How text is cut into words before merging. A GGUF file only has the name of a known tokenizer; its expressions are
+//! facts of that tokenizer, as its own `tokenizer.json` has them.
+
+#![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+
+use serde_json::{Value as Json, json};
+
+use super::metadata::{self, Metadata};
+use crate::error::Result;
+
+const KEY: &str = "tokenizer.ggml.pre";
+const SUPPORTED: &str = "default, gpt-2, llama-bpe, qwen2, smollm";
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Ways of cutting that are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PreTokenizer {
+    /// What files without a name mean: punctuation, then words as in GPT-2, then digits by threes.
+    Default,
+    Gpt2,
+    Llama3,
+    Qwen2,
+    SmolLm,
+}
+
+impl PreTokenizer {
+    pub(super) fn of(metadata: &Metadata) -> Result<PreTokenizer> {
+        match metadata.string(KEY)?.unwrap_or("default") {
+            "default" => Ok(PreTokenizer::Default),
+            "gpt-2" => Ok(PreTokenizer::Gpt2),
+            "llama-bpe" | "llama3" | "llama-v3" => Ok(PreTokenizer::Llama3),
+            "qwen2" | "deepseek-r1-qwen" => Ok(PreTokenizer::Qwen2),
+            "smollm" => Ok(PreTokenizer::SmolLm),
+            other => {
+                let reason = format!("is {other:?}, which is not supported (supported: {SUPPORTED})");
+                Err(metadata::error(KEY, reason))
+            }
+        }
+    }
+
+    /// Whether a prompt begins with the token of that role when the file does not say.
+    pub(super) fn adds_bos(self) -> bool {
+        self == PreTokenizer::Llama3
+    }
+
+    /// Whether a word that is a token is taken whole.
+    pub(super) fn ignores_merges(self) -> bool {
+        self == PreTokenizer::Llama3
+    }
+
+    /// `normalizer` of `tokenizer.json`: Qwen composes characters.
+    pub(super) fn normalizer(self) -> Json {
+        if self == PreTokenizer::Qwen2 { json!({"type": "NFC"}) } else { Json::Null }
+    }
+
+    /// `pre_tokenizer` of `tokenizer.json`: each expression cuts what the ones before it left, then bytes become the
+    /// characters that stand for them.
+    pub(super) fn json(self) -> Json {
+        let expressions: &[&str] = match self {
+            PreTokenizer::Default => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+            PreTokenizer::Gpt2 => &[GPT2],
+            PreTokenizer::Llama3 => &[LLAMA3],
+            PreTokenizer::Qwen2 => &[QWEN2],
+            PreTokenizer::SmolLm => &[r"\p{N}", GPT2],
+        };
+        let split = |expression: &&str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
+        let mut steps: Vec<Json> = expressions.iter().map(split).collect();
+        steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
+        json!({"type": "Sequence", "pretokenizers": steps})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper};
+
+    use super::*;
+
+    /// Each name cuts as its tokenizer does: contractions, digits, runs of punctuation and whitespace all differ.
+    #[test]
+    fn each_name_cuts_in_its_own_way() {
+        for (name, expected) in [
+            (PreTokenizer::Gpt2, "It|'s| 12345| foo|!!|\n | x"),
+            (PreTokenizer::Llama3, "It|'s| |123|45| foo|!!\n| | x"),
+            (PreTokenizer::Qwen2, "It|'s| |1|2|3|4|5| foo|!!\n| | x"),
+            (PreTokenizer::SmolLm, "It|'s| |1|2|3|4|5| foo|!!|\n | x"),
+            (PreTokenizer::Default, "It|'|s| |123|45| foo|!!|\n | x"),
+        ] {
+            let pre_tokenizer: PreTokenizerWrapper = serde_json::from_value(name.json()).unwrap();
+            let mut text = PreTokenizedString::from("It's 12345 foo!!\n  x");
+            pre_tokenizer.pre_tokenize(&mut text).unwrap();
+            let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let words: Vec<String> =
+                splits.iter().map(|(word, _, _)| word.replace('\u{120}', " ").replace('\u{10A}', "\n")).collect();
+            assert_eq!(words.join("|"), expected, "{name:?}");
+        }
+    }
+}

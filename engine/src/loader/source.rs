@@ -1,0 +1,83 @@
+//! Where a model comes from: a folder of several files, or one GGUF file that says the same. Everything after the
+//! loader sees no difference.
+
+use std::path::Path;
+
+use super::gguf::GgufModel;
+use super::{GenerationConfig, JsonFile, ModelFolder, SentenceConfig, Weights};
+use crate::error::Result;
+
+/// The files of one model.
+#[derive(Debug)]
+pub enum ModelSource {
+    /// As the Hugging Face hub lays them out.
+    Folder(ModelFolder),
+    /// One file, or a split one.
+    Gguf(Box<GgufModel>),
+}
+
+impl ModelSource {
+    /// A folder is opened as such, everything else as a GGUF file.
+    pub fn open(path: &Path) -> Result<ModelSource> {
+        if path.is_file() {
+            return Ok(ModelSource::Gguf(Box::new(GgufModel::open(path)?)));
+        }
+        ModelFolder::open(path).map(ModelSource::Folder)
+    }
+
+    /// `config.json`.
+    pub fn config(&self) -> Result<JsonFile> {
+        match self {
+            ModelSource::Folder(folder) => folder.config(),
+            ModelSource::Gguf(model) => model.config(),
+        }
+    }
+
+    /// `generation_config.json`.
+    pub fn generation_config(&self) -> Result<GenerationConfig> {
+        match self {
+            ModelSource::Folder(folder) => folder.generation_config(),
+            ModelSource::Gguf(model) => model.generation_config(),
+        }
+    }
+
+    /// What the files of sentence-transformers say.
+    pub fn sentence_config(&self) -> Result<SentenceConfig> {
+        match self {
+            ModelSource::Folder(folder) => folder.sentence_config(),
+            ModelSource::Gguf(_) => Ok(SentenceConfig::default()),
+        }
+    }
+
+    /// `tokenizer_config.json`, if there is one.
+    pub fn tokenizer_config(&self) -> Result<Option<JsonFile>> {
+        match self {
+            ModelSource::Folder(folder) => folder.tokenizer_config(),
+            ModelSource::Gguf(model) => model.tokenizer_config().map(Some),
+        }
+    }
+
+    /// A template that goes before that of `tokenizer_config.json`.
+    pub fn chat_template(&self) -> Result<Option<String>> {
+        match self {
+            ModelSource::Folder(folder) => folder.chat_template(),
+            ModelSource::Gguf(_) => Ok(None),
+        }
+    }
+
+    /// `tokenizer.json`.
+    pub fn tokenizer_json(&self) -> Result<Vec<u8>> {
+        match self {
+            ModelSource::Folder(folder) => folder.tokenizer_json(),
+            ModelSource::Gguf(model) => model.tokenizer_json(),
+        }
+    }
+
+    /// The weights, with checked headers.
+    pub fn weights(self) -> Result<Weights> {
+        match self {
+            ModelSource::Folder(folder) => folder.weights(),
+            ModelSource::Gguf(model) => model.weights(),
+        }
+    }
+}

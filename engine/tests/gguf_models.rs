@@ -1,0 +1,266 @@
+//! Promise: a model in a GGUF file is the model that it was made from. Small models of every architecture, converted by
+//! the test, give logits of the same bits as their safetensors; quantized ones those of their decoded numbers; the demo
+//! model converted gives the same tokens and the same answers.
+
+#[allow(dead_code)]
+#[path = "support/demo.rs"]
+mod demo;
+#[path = "support/direct_run.rs"]
+mod direct_run;
+#[path = "support/gguf_file.rs"]
+mod gguf_file;
+#[path = "support/reference_backend.rs"]
+mod reference_backend;
+#[path = "support/tiny_model.rs"]
+mod tiny_model;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use demo::{Rng, fingerprint, with_logprobs};
+use direct_run::{DirectRun, Rows};
+use gguf_file::{GgufFile, Value, converted};
+use ns_llm::backend::KvDtype;
+use ns_llm::loader::ModelSource;
+use ns_llm::tokenizer::{Tokenizer, TokenizerConfig};
+use ns_llm::{Engine, EngineOptions, Message, Request};
+use ns_llm_kernels::quant::{QuantType, decode, encode};
+use reference_backend::Reference;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value as Json, json};
+use tiny_model::{TempFolder, TensorData, weights, write_weights};
+
+/// Bits of all logits of one sequence.
+fn logit_bits(path: &Path, token_ids: &[u32]) -> Vec<u32> {
+    let mut run = DirectRun::open(path, Reference, KvDtype::F32, 96).unwrap_or_else(|e| panic!("{e}"));
+    let sequence = run.begin();
+    let logits = run.step(&[(sequence, token_ids)], Rows::All).unwrap();
+    logits.iter().flatten().map(|logit| logit.to_bits()).collect()
+}
+
+/// Every architecture and variant that a file can say has the logits of the folder it was converted from, to the bit:
+/// rows of q and k are put back, stretched frequencies are found again, tied and biased matrices are seen.
+#[test]
+fn converted_models_have_the_same_logits() {
+    let golden: Json = serde_json::from_str(include_str!("golden/tiny_models.json")).unwrap();
+    let (mut compared, mut reordered, mut stretched) = (0, 0, 0);
+    for model in golden["models"].as_array().unwrap() {
+        let (name, config) = (model["name"].as_str().unwrap(), &model["config"]);
+        let architecture = config["architectures"][0].as_str().unwrap();
+        let in_format = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+        if config["use_sliding_window"] == true || !in_format.contains(&architecture) {
+            continue;
+        }
+        let dtype: Dtype = serde_json::from_value(model["dtype"].clone()).unwrap();
+        let tensors = weights(config, dtype);
+        let folder = TempFolder::new("gguf-models");
+        folder.write("config.json", config.to_string());
+        write_weights(&folder, &tensors, 1);
+        let file = converted(config, &tensors);
+        folder.write("model.gguf", file.bytes());
+        let q_proj = |name: &[u8]| name == b"blk.0.attn_q.weight";
+        let in_file = &file.tensors.iter().find(|tensor| q_proj(&tensor.name)).unwrap().data;
+        let in_folder = &tensors.iter().find(|(name, _)| name.ends_with("0.self_attn.q_proj.weight")).unwrap().1.bytes;
+        reordered += usize::from(in_file != in_folder);
+        stretched += usize::from(file.tensors.iter().any(|tensor| tensor.name == b"rope_freqs.weight"));
+        let token_ids: Vec<u32> = serde_json::from_value(model["sequences"][1]["token_ids"].clone()).unwrap();
+        let expected = logit_bits(folder.path(), &token_ids);
+        assert!(expected.len() >= 200 * 10);
+        assert!(logit_bits(&folder.path().join("model.gguf"), &token_ids) == expected, "{name}");
+        compared += 1;
+    }
+    assert_eq!((compared, reordered, stretched), (7, 4, 1));
+}
+
+/// A tensor of blocks is the tensor of the numbers that its blocks stand for, for each of the formats, also where rows
+/// were reordered: shown on a Llama whose matrices are all quantized.
+#[test]
+fn quantized_models_have_the_logits_of_their_numbers() {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 256, "intermediate_size": 256,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    });
+    let tensors = weights(&config, Dtype::F32);
+    let floats = |bytes: &[u8]| -> Vec<f32> {
+        bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+    };
+    let quantized = |quant_type: QuantType, bytes: &[u8]| {
+        let values = floats(bytes);
+        let mut blocks = vec![0; quant_type.size_bytes(values.len()).unwrap()];
+        encode(quant_type, &values, &mut blocks).unwrap();
+        blocks
+    };
+    let mut seen = std::collections::HashSet::new();
+    for quant_type in QuantType::ALL {
+        let folder = TempFolder::new("gguf-quantized");
+        let mut file = converted(&config, &tensors);
+        for tensor in file.tensors.iter_mut().filter(|tensor| tensor.sizes.len() == 2) {
+            (tensor.kind, tensor.data) = (quant_type.ggml_id(), quantized(quant_type, &tensor.data));
+        }
+        folder.write("model.gguf", file.bytes());
+        let decoded = tensors.iter().map(|(name, tensor)| {
+            let mut tensor: TensorData = tensor.clone();
+            if tensor.shape.len() == 2 {
+                let mut values = floats(&tensor.bytes);
+                decode(quant_type, &quantized(quant_type, &tensor.bytes), &mut values).unwrap();
+                tensor.bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            }
+            (name.clone(), tensor)
+        });
+        folder.write("config.json", config.to_string());
+        write_weights(&folder, &decoded.collect::<Vec<_>>(), 1);
+        let token_ids = [1, 5, 9, 33, 2];
+        let expected = logit_bits(folder.path(), &token_ids);
+        assert!(logit_bits(&folder.path().join("model.gguf"), &token_ids) == expected, "{}", quant_type.name());
+        seen.insert(expected);
+        let engine = Engine::open(EngineOptions::new(folder.path().join("model.gguf")).threads(1)).unwrap();
+        assert_eq!(engine.info().weights, "bf16");
+        assert_eq!(engine.complete(Request::tokens(vec![1, 2]).max_tokens(4)).unwrap().choices.len(), 1);
+    }
+    assert_eq!(seen.len(), QuantType::ALL.len(), "each format rounds in its own way");
+}
+
+// ---- the demo model -----------------------------------------------------------------------------------------------------
+
+fn read_json(path: PathBuf) -> Json {
+    serde_json::from_slice(&fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
+}
+
+/// The demo model as one file, weights as they are.
+fn converted_demo() -> GgufFile {
+    let bytes = fs::read(demo::path().join("model.safetensors")).unwrap();
+    let tensors: Vec<(String, TensorData)> = SafeTensors::deserialize(&bytes)
+        .unwrap()
+        .iter()
+        .map(|(name, view)| {
+            let (dtype, shape, bytes) = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+            (name.to_string(), TensorData { dtype, shape, bytes })
+        })
+        .collect();
+    let mut file = converted(&read_json(demo::path().join("config.json")), &tensors);
+    let tokenizer = read_json(demo::path().join("tokenizer.json"));
+    let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
+    let mut tokens = vec![String::new(); vocab.len()];
+    vocab.iter().for_each(|(token, id)| tokens[id.as_u64().unwrap() as usize] = token.clone());
+    let mut types = vec![1; tokens.len()];
+    let special = tokenizer["added_tokens"].as_array().unwrap();
+    special.iter().for_each(|token| types[token["id"].as_u64().unwrap() as usize] = 3);
+    let merge = |merge: &Json| format!("{} {}", merge[0].as_str().unwrap(), merge[1].as_str().unwrap());
+    let merges: Vec<String> = tokenizer["model"]["merges"].as_array().unwrap().iter().map(merge).collect();
+    let template = read_json(demo::path().join("tokenizer_config.json"))["chat_template"].clone();
+    file.set("tokenizer.ggml.pre", Value::string("qwen2"));
+    file.set("tokenizer.ggml.tokens", Value::strings(&tokens));
+    file.set("tokenizer.ggml.token_type", Value::i32s(&types));
+    file.set("tokenizer.ggml.merges", Value::strings(&merges));
+    file.set("tokenizer.ggml.padding_token_id", Value::u32(0));
+    file.set("tokenizer.chat_template", Value::string(template.as_str().unwrap()));
+    file
+}
+
+fn tokenizer(path: &Path) -> Tokenizer {
+    let source = ModelSource::open(path).unwrap();
+    let config = TokenizerConfig::parse(&source.tokenizer_config().unwrap().unwrap().into_value()).unwrap();
+    Tokenizer::from_json(&source.tokenizer_json().unwrap(), &config).unwrap()
+}
+
+/// The converted vocabulary gives the original's ids: for the texts of the golden file in many languages, code and
+/// emoji, and for random mixtures of such characters, with special tokens counting and as plain text. What Qwen's
+/// tokenizer does and the demo's does not: it composes characters first.
+#[test]
+fn converted_vocabulary_gives_the_same_tokens() {
+    let folder = TempFolder::new("gguf-demo");
+    folder.write("demo.gguf", converted_demo().bytes());
+    let (original, converted) = (tokenizer(&demo::path()), tokenizer(&folder.path().join("demo.gguf")));
+    let vectors = read_json(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/text_vectors.json"));
+    let mut texts: Vec<String> =
+        vectors["demo"].as_array().unwrap().iter().map(|row| row["text"].as_str().unwrap().to_string()).collect();
+    let pieces: Vec<&str> = "the| and|'LL|n't| 1234|5|\u{00E9}|\u{00DF}|\u{0436}\u{0443}\u{043A}|\u{4F60}\u{597D}|\u{1F600}|\
+        \u{1F468}\u{200D}\u{1F469}|\u{0627}\u{0644}|\u{D55C}|\u{A0}|\u{0}|\u{7F}|\u{FFFD}|\u{FEFF}|\t|\n|\r\n|  |   x|fn main() {|</p>|<|im_start|\
+        |>|<|im_end|>|!!|...|\u{2026}|_|-"
+        .split('|')
+        .collect();
+    let mut rng = Rng(7);
+    for _ in 0..2_000 {
+        texts.push((0..1 + rng.below(12)).map(|_| pieces[rng.below(pieces.len())]).collect());
+    }
+    texts.push("<|im_start|>user\nhi<|im_end|>\n".to_string());
+    assert!(texts.len() > 2_025);
+    let (mut special, mut composed) = (0, 0);
+    for text in &texts {
+        let wanted = text.replace("e\u{301}", "\u{E9}");
+        let ids = original.encode(&wanted, true).unwrap();
+        assert_eq!(converted.encode(text, true).unwrap(), ids, "{text:?}");
+        assert_eq!(converted.encode_plain(text).unwrap(), original.encode_plain(&wanted).unwrap(), "plain {text:?}");
+        assert_eq!(converted.decode(&ids, false), wanted);
+        special += usize::from(ids.iter().any(|&id| converted.is_special(id)));
+        composed += usize::from(wanted != *text);
+    }
+    assert!(special > 0 && composed > 0);
+    assert!(converted.special_tokens().eq(original.special_tokens()));
+}
+
+/// A vocabulary with scores instead of merges gives the ids, the frame around a prompt and the text that Python gives
+/// its original, in every text of the golden file.
+#[test]
+fn scored_vocabulary_gives_the_same_tokens() {
+    let golden = |name: &str| read_json(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name));
+    let original = golden("sentencepiece.json");
+    let vocab = original["model"]["vocab"].as_object().unwrap();
+    let mut tokens = vec![String::new(); vocab.len()];
+    vocab.iter().for_each(|(token, id)| tokens[id.as_u64().unwrap() as usize] = token.clone());
+    let kind = |(id, token): (usize, &String)| match id {
+        0 => 2,
+        1 | 2 => 3,
+        _ if token.starts_with("<0x") => 6,
+        _ => 1,
+    };
+    let types: Vec<i32> = tokens.iter().enumerate().map(kind).collect();
+    let scores: Vec<f32> = (0..tokens.len()).map(|id| -(id as f32)).collect();
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    });
+    let mut file = converted(&config, &weights(&config, Dtype::F32));
+    file.remove("tokenizer.ggml.merges");
+    file.set("tokenizer.ggml.model", Value::string("llama"));
+    file.set("tokenizer.ggml.pre", Value::string("default"));
+    file.set("tokenizer.ggml.tokens", Value::strings(&tokens));
+    file.set("tokenizer.ggml.token_type", Value::i32s(&types));
+    file.set("tokenizer.ggml.scores", Value::f32s(&scores));
+    for (key, id) in [("unknown", 0), ("bos", 1), ("eos", 2)] {
+        file.set(&format!("tokenizer.ggml.{key}_token_id"), Value::u32(id));
+    }
+    let folder = TempFolder::new("gguf-scores");
+    folder.write("model.gguf", file.bytes());
+    let tokenizer = tokenizer(&folder.path().join("model.gguf"));
+    let rows = golden("text_vectors.json")["sentencepiece"].as_array().unwrap().clone();
+    assert!(rows.len() >= 25);
+    for row in rows {
+        let ids = |field: &str| -> Vec<u32> { serde_json::from_value(row[field].clone()).unwrap() };
+        let text = row["text"].as_str().unwrap();
+        assert_eq!(tokenizer.encode(text, false).unwrap(), ids("ids"), "{text:?}");
+        assert_eq!(tokenizer.encode(text, true).unwrap(), ids("framed_ids"), "{text:?}");
+        assert_eq!(tokenizer.decode(&ids("ids"), true), row["decoded"].as_str().unwrap(), "{text:?}");
+    }
+    assert!(Engine::open(EngineOptions::new(folder.path().join("model.gguf")).threads(1)).is_ok());
+}
+
+/// The converted model answers as the original does, to the bits of its logprobs, for a prompt and for a conversation
+/// through the template in the file; with f32 weights too.
+#[test]
+fn converted_demo_gives_the_same_answers() {
+    let folder = TempFolder::new("gguf-demo");
+    folder.write("demo.gguf", converted_demo().bytes());
+    let open = |path: PathBuf| Engine::open(EngineOptions::new(path).threads(1)).unwrap_or_else(|e| panic!("{e}"));
+    let (original, converted) = (open(demo::path()), open(folder.path().join("demo.gguf")));
+    assert_eq!((converted.info().weights, converted.info().vocab_size), ("bf16", original.info().vocab_size));
+    assert!(converted.info().has_chat_template);
+    let prompt = || Request::prompt("Once upon a time").max_tokens(48).temperature(0.0);
+    let messages = || Request::chat(vec![Message::new("user", "Tell me a story.")]).max_tokens(48).temperature(0.0);
+    for request in [prompt, messages] {
+        let answers =
+            [&original, &converted].map(|engine| fingerprint(&engine.complete(with_logprobs(request())).unwrap()));
+        assert!(answers[0].token_ids[0].len() > 8, "{:?}", answers[0].text);
+        assert_eq!(answers[0], answers[1]);
+    }
+}
