@@ -31,7 +31,7 @@ export interface LoadProgress {
 
 /** How to open a model. Everything is optional. */
 export interface OpenOptions {
-  /** Folder of the model: `config.json`, safetensors, `tokenizer.json`. Default: the small model that ships. */
+  /** The model: its folder (`config.json`, safetensors, `tokenizer.json`) or a GGUF file. Default: the one that ships. */
   model?: string | undefined;
   /** Where to compute. Default `auto`: the best that is there. */
   device?: 'auto' | 'cpu' | 'cuda' | undefined;
@@ -161,6 +161,11 @@ export class Engine {
   /** What was done so far and is being done; after {@link close}, what was done in all. */
   stats(): Stats {
     return wrapErrors(() => this.#native.stats());
+  }
+
+  /** Whether it takes requests: it is neither closed nor ended by a defect. */
+  get isHealthy(): boolean {
+    return wrapErrors(() => this.#native.isHealthy());
   }
 
   /** Bytes held outside JavaScript's heap; after {@link close}, none. */

@@ -68,7 +68,7 @@ impl NativeOpening {
         let on_progress = on_progress.map(|f| f.create_ref()).transpose().map_err(from_napi)?;
         let loading = CancelOnDrop(Arc::clone(&self.loading));
         let options = with_reports(options, &self.loading);
-        let opening = on_own_thread(move || Engine::open(options));
+        let opening = on_own_thread("ns-llm-open", move || Engine::open(options));
         let poll = move |env: &Env, cx: &mut Context<'_>| {
             if let Some(on_progress) = &on_progress {
                 report(env, cx, &loading.0, on_progress);
@@ -140,7 +140,7 @@ impl ObjectFinalize for NativeEngine {
 /// Freeing a large vocabulary takes milliseconds, which the event loop should not pay for.
 fn release(state: State) {
     if let State::Open(engine) | State::Closing(engine) = state {
-        drop(on_own_thread(move || {
+        drop(on_own_thread("ns-llm-close", move || {
             drop(engine);
             Ok(())
         }));
@@ -227,6 +227,12 @@ impl NativeEngine {
         })
     }
 
+    /// Whether it takes requests: it is neither closed nor ended by a defect.
+    #[napi(catch_unwind)]
+    pub fn is_healthy(&self) -> bool {
+        matches!(&*self.state.borrow(), State::Open(engine) if engine.health().is_ok())
+    }
+
     /// Bytes held; after `close`, none.
     #[napi(catch_unwind)]
     pub fn memory(&self) -> Result<MemoryUse> {
@@ -248,7 +254,7 @@ impl NativeEngine {
         let engine = self.start_closing();
         let state = Rc::clone(&self.state);
         let reported_bytes = Rc::clone(&self.reported_bytes);
-        let pending = on_own_thread(move || {
+        let pending = on_own_thread("ns-llm-close", move || {
             Ok(engine.map(|engine| {
                 engine.close();
                 engine.stats()

@@ -61,7 +61,7 @@ impl NativeHost {
     /// The GPUs of this machine, NVIDIA's first.
     #[napi(catch_unwind)]
     pub fn gpus(env: &Env) -> Result<PromiseRaw<'_, Vec<NativeGpu>>> {
-        let pending = on_own_thread(|| Ok(ns_llm::gpus().into_iter().map(NativeGpu::from).collect()));
+        let pending = on_own_thread("ns-llm-gpus", || Ok(ns_llm::gpus().into_iter().map(NativeGpu::from).collect()));
         promise(env, move |_, cx| pending.poll(cx)).map_err(from_napi)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 
-use ns_llm::{Error, Result};
+use ns_llm::{Error, Result, panic_text};
 
 /// Where a thread leaves its result and JavaScript's thread looks for it.
 struct Slot<T> {
@@ -46,12 +46,15 @@ impl<T> Pending<T> {
     }
 }
 
-/// Runs `work` on a new thread. For what is rare and long.
-pub(crate) fn on_own_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Pending<T> {
+/// Runs `work` on a new thread of this name. For what is rare and long.
+pub(crate) fn on_own_thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Pending<T> {
     let (pending, settle) = Pending::new();
     let settle = Arc::new(Mutex::new(Some(settle)));
     let settled = Arc::clone(&settle);
-    let spawned = thread::Builder::new().name("ns-llm-open".into()).spawn(move || {
+    let spawned = thread::Builder::new().name(name.into()).spawn(move || {
         let result = caught(work);
         if let Some(settle) = lock(&settled).take() {
             settle(result);
@@ -67,34 +70,39 @@ pub(crate) fn on_own_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> 
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// Texts that may wait for the thread for text; each may have megabytes.
+const MAX_WAITING_TEXTS: usize = 256;
+
 /// Runs `work` after what was given before, on the one thread for text.
 pub(crate) fn on_text_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Pending<T> {
-    static JOBS: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
+    static JOBS: OnceLock<mpsc::SyncSender<Job>> = OnceLock::new();
     let jobs = JOBS.get_or_init(|| {
-        let (sender, receiver) = mpsc::channel::<Job>();
+        let (sender, receiver) = mpsc::sync_channel::<Job>(MAX_WAITING_TEXTS);
         // Without the thread the receiver is gone, and each job is answered with the error below.
         let _ = thread::Builder::new().name("ns-llm-text".into()).spawn(move || receiver.iter().for_each(|job| job()));
         sender
     });
     let (pending, settle) = Pending::new();
     let job = move || settle(caught(work));
-    match jobs.send(Box::new(job)) {
-        Ok(()) => pending,
-        Err(_) => {
-            let (pending, settle) = Pending::new();
-            settle(Err(Error::Internal { reason: "the thread for text could not be started".into() }));
-            pending
+    let refused = match jobs.try_send(Box::new(job)) {
+        Ok(()) => return pending,
+        Err(mpsc::TrySendError::Full(_)) => {
+            let (waiting, limit) = (MAX_WAITING_TEXTS, MAX_WAITING_TEXTS);
+            Error::Overloaded { queue: "texts to tokenize or detokenize", waiting, limit }
         }
-    }
+        Err(mpsc::TrySendError::Disconnected(_)) => {
+            Error::Internal { reason: "the thread for text could not be started".into() }
+        }
+    };
+    let (pending, settle) = Pending::new();
+    settle(Err(refused));
+    pending
 }
 
 /// `work`, with a panic turned into an error: a thread that dies silently would leave its promise unsettled for ever.
 pub(crate) fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<&str>().map(|s| s.to_string());
-        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-        Err(Error::Internal { reason: text.unwrap_or_else(|| "panic".into()) })
-    })
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(Error::Internal { reason: panic_text(panic.as_ref()) }))
 }
 
 /// The lock, whatever happened to a thread that held it: the values behind it are replaced whole, never half.

@@ -100,7 +100,8 @@ pub(crate) fn read_embedding_request(object: &Object) -> Result<EmbeddingRequest
 pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
     let fields = Fields::of(object, ENGINE_FIELDS)?;
     let model = fields.string("model")?.filter(|path| !path.is_empty() && !path.contains('\0'));
-    let model = model.ok_or_else(|| to_js(&invalid("model", "no path", "the path of a model folder")))?;
+    let model =
+        model.ok_or_else(|| to_js(&invalid("model", "no path", "the path of a model folder or of a GGUF file")))?;
     let mut options = EngineOptions::new(model);
     options.device = fields.one_of("device", DEVICES)?.unwrap_or_default();
     options.weights = fields.one_of("weights", WEIGHTS)?.unwrap_or_default();

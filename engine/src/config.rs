@@ -7,9 +7,6 @@ use crate::error::{Error, Result};
 
 /// Tokens in one KV block.
 pub const DEFAULT_BLOCK_TOKENS: usize = 16;
-/// Keys that attention visits at once, counted from position 0 whatever the block size: part of the numerics
-/// (ARCHITECTURE.md, "Row invariance").
-pub const ATTENTION_PARTITION_TOKENS: usize = 64;
 /// Tokens one step may compute while no sequence is decoding.
 pub const PREFILL_BUDGET_TOKENS: usize = 512;
 /// Tokens one step may compute while some sequence is decoding: a long prompt must not stall the streams.
@@ -51,7 +48,9 @@ pub const MAX_MESSAGES: usize = 4_096;
 pub const MAX_EMBEDDING_INPUTS: usize = 2_048;
 /// Longest input that a decoder turns into a vector, tokens: it is computed in one step, while nobody else is served.
 pub const MAX_DECODER_EMBEDDING_TOKENS: usize = 512;
-/// Namespace, user and request-id strings, bytes.
+/// Sequences that one step turns into vectors at most.
+pub const MAX_ENCODE_STEP_SEQUENCES: usize = 64;
+/// Namespace strings, bytes.
 pub const MAX_NAME_BYTES: usize = 512;
 /// New tokens of one request, before the context bounds them.
 pub const MAX_NEW_TOKENS: usize = 1 << 20;
@@ -160,7 +159,7 @@ pub enum ThreadPriority {
     Normal,
 }
 
-/// Progress of opening a model: what is being done, and how far it is (0.0 to 1.0 over all stages).
+/// How far the loading of weights is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoadProgress {
     /// Bytes of weights that are packed.

@@ -140,8 +140,11 @@ impl Engine {
             logprobs: Vec::new(),
             finish_reason: FinishReason::Length,
         };
-        let mut choices = vec![empty; request.n];
-        for event in self.generate(request)? {
+        // `n` is within its range once the request is accepted.
+        let num_choices = request.n;
+        let stream = self.generate(request)?;
+        let mut choices = vec![empty; num_choices];
+        for event in stream {
             match event? {
                 Event::Delta(delta) => {
                     let choice = &mut choices[delta.choice];
@@ -160,8 +163,10 @@ impl Engine {
     /// Turns inputs into vectors and waits for all of them. Any model can: one that was made for it, or a decoder, whose
     /// final states are averaged.
     pub fn embed(&self, request: EmbeddingRequest) -> Result<Embeddings> {
-        let mut embeddings = vec![Embedding::default(); request.inputs.len()];
-        for event in self.submit_embedding(request)? {
+        let num_inputs = request.inputs.len();
+        let stream = self.submit_embedding(request)?;
+        let mut embeddings = vec![Embedding::default(); num_inputs];
+        for event in stream {
             match event? {
                 Event::Embedding { input, embedding } => embeddings[input] = embedding,
                 Event::Done(summary) => return Ok(Embeddings { embeddings, summary }),

@@ -24,8 +24,9 @@ pub enum Error {
         /// The closed range or set that is allowed, in words.
         expected: String,
     },
-    /// The prompt has more tokens than the context, or leaves no room for one new token.
-    #[error("prompt has {prompt_tokens} tokens, at most {limit_tokens} fit the context of {context_tokens}")]
+    /// The prompt has more tokens than the context, or leaves no room for one new token; or an input of an embedding
+    /// request that may not be cut is longer than the model embeds.
+    #[error("prompt has {prompt_tokens} tokens, at most {limit_tokens} are possible with a context of {context_tokens}")]
     PromptTooLong {
         /// Length of the prompt.
         prompt_tokens: usize,

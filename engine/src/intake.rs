@@ -84,7 +84,7 @@ fn prepare_generation(text: &TextModel, request: &Request, submitted: Duration) 
             prompt: prompt.clone(),
             max_new_tokens: request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
             stop_token_ids: stop_token_ids.clone(),
-            deadline_ms: request.timeout_ms.map(|timeout_ms| submitted.as_millis() as u64 + timeout_ms),
+            deadline_ms: deadline_ms(request.timeout_ms, submitted),
             timeout_ms: request.timeout_ms.unwrap_or_default(),
             namespace: namespace_key(request.namespace.as_deref()),
             read_prefix_cache: request.prefix_cache,
@@ -100,14 +100,14 @@ fn prepare_generation(text: &TextModel, request: &Request, submitted: Duration) 
 /// One spec per input, each cut to what the model takes at once if the request allows it.
 fn prepare_embedding(text: &TextModel, request: &EmbeddingRequest, submitted: Duration) -> Result<PreparedWork> {
     let limit_tokens = text.max_embedding_tokens;
-    let deadline_ms = request.timeout_ms.map(|timeout_ms| submitted.as_millis() as u64 + timeout_ms);
+    let deadline_ms = deadline_ms(request.timeout_ms, submitted);
     let prepare_input = |input: &EmbeddingInput| {
         let (mut ids, whole_tokens) = match input {
             EmbeddingInput::Text(input) => text.tokenizer.encode_truncated(input, limit_tokens)?,
             EmbeddingInput::Tokens(ids) => (ids.clone(), ids.len()),
         };
         if whole_tokens > limit_tokens && !request.truncate {
-            let context_tokens = limit_tokens;
+            let context_tokens = text.context_tokens;
             return Err(Error::PromptTooLong { prompt_tokens: whole_tokens, limit_tokens, context_tokens });
         }
         ids.truncate(limit_tokens);
@@ -119,6 +119,11 @@ fn prepare_embedding(text: &TextModel, request: &EmbeddingRequest, submitted: Du
     let inputs = request.inputs.iter().map(prepare_input).collect::<Result<Vec<_>>>()?;
     let dimensions = request.dimensions.unwrap_or(text.embedding_dimensions);
     Ok(PreparedWork::Embed(inputs, VectorForm { dimensions, normalize: request.normalize }))
+}
+
+/// Milliseconds since the worker's epoch.
+fn deadline_ms(timeout_ms: Option<u64>, submitted: Duration) -> Option<u64> {
+    timeout_ms.map(|timeout_ms| submitted.as_millis() as u64 + timeout_ms)
 }
 
 fn encode(text: &TextModel, prompt: &Prompt) -> Result<Vec<u32>> {

@@ -214,11 +214,6 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Opens the weights of the model folder `path` and checks every header.
-    pub fn open(path: &Path) -> Result<Weights> {
-        ModelFolder::open(path)?.weights()
-    }
-
     fn from_files(files: Vec<WeightsFile>, name_in_file: fn(&str) -> String) -> Result<Weights> {
         let mut tensors: BTreeMap<String, (usize, StoredTensor)> = BTreeMap::new();
         let mut total_bytes = 0_u64;
@@ -255,11 +250,6 @@ impl Weights {
             }
         }
         Ok(())
-    }
-
-    /// Names of all tensors, in alphabetical order.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
     }
 
     /// Name, shape and element type (as the file calls it) of all tensors, in alphabetical order.

@@ -21,8 +21,8 @@ use crate::backend::{Backend, KvDtype, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    Device, EngineOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS, MAX_THREADS, MAX_WAITING_TOKENS, ThreadPriority,
-    WeightFormat,
+    Device, EngineOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS, MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS,
+    MAX_WAITING_TOKENS, ThreadPriority, WeightFormat,
 };
 use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
@@ -338,7 +338,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         max_embedding_tokens,
         embedding_dimensions: config.hidden_size,
     });
-    let encode_kv = encode_layout(&layout, options.prefill_budget_tokens.max(max_embedding_tokens));
+    let encode_kv = encode_layout(&options, &layout, max_embedding_tokens);
     let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv, pooling(&files.sentence))?;
     let scheduler = Scheduler::new(
         scheduler_config(&options, &plan, max_embedding_tokens, executor.max_in_flight()),
@@ -367,10 +367,12 @@ fn pooling(sentence: &SentenceConfig) -> Pooling {
     }
 }
 
-/// Blocks of one layer for the sequences of a step that encodes. Each sequence has blocks of its own, so there are at
-/// most as many blocks as tokens; what is never written takes no memory.
-fn encode_layout(layout: &KvLayout, max_step_tokens: usize) -> KvLayout {
-    KvLayout { num_layers: 1, num_blocks: max_step_tokens, ..*layout }
+/// Blocks of one layer for the sequences of a step that encodes: for its tokens, and for what each sequence leaves empty of
+/// its last block. What is never written takes no memory.
+fn encode_layout(options: &EngineOptions, layout: &KvLayout, max_embedding_tokens: usize) -> KvLayout {
+    let max_step_tokens = options.prefill_budget_tokens.max(options.mixed_budget_tokens).max(max_embedding_tokens);
+    let num_blocks = max_step_tokens.div_ceil(layout.block_tokens) + MAX_ENCODE_STEP_SEQUENCES;
+    KvLayout { num_layers: 1, num_blocks, ..*layout }
 }
 
 fn scheduler_config(

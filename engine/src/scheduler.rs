@@ -389,8 +389,7 @@ impl Scheduler {
         true
     }
 
-    /// Ends every sequence whose deadline has passed. To be called before [`Scheduler::schedule`], and when
-    /// [`Scheduler::next_deadline`] comes while nothing else happens.
+    /// Ends every sequence whose deadline has passed. To be called before [`Scheduler::schedule`].
     pub fn expire(&mut self, now_ms: u64) -> Vec<SequenceEvent> {
         let mut events = Vec::new();
         while let Some(&(deadline_ms, seq)) = self.deadlines.first() {

@@ -25,7 +25,7 @@ pub struct Stats {
     pub requests_failed: u64,
     /// Requests that were refused or given up before they were admitted.
     pub requests_refused: u64,
-    /// Prompt tokens of admitted requests.
+    /// Prompt tokens of admitted requests that generate.
     pub prompt_tokens_total: u64,
     /// Prompt tokens that the prefix cache was asked for.
     pub prefix_cache_queries_total: u64,
@@ -35,11 +35,11 @@ pub struct Stats {
     pub generation_tokens_total: u64,
     /// Tokens of inputs that were turned into vectors.
     pub embedding_tokens_total: u64,
-    /// Tokens computed, those of preempted sequences again.
+    /// Tokens computed, for text and for vectors; those of preempted sequences again.
     pub computed_tokens_total: u64,
     /// Sequences that lost their blocks and were computed again.
     pub preemptions_total: u64,
-    /// Steps run.
+    /// Steps run, of either kind.
     pub steps_total: u64,
     /// Milliseconds since the engine was opened.
     pub uptime_ms: u64,

@@ -1,10 +1,10 @@
-//! What a model's folder says about text, as it was loaded.
+//! What a model's files say about text, as they were loaded.
 
 use crate::chat::ChatTemplate;
 use crate::request::SamplingDefaults;
 use crate::tokenizer::Tokenizer;
 
-/// What a model's folder says about text. Immutable; shared by the engine's handle, intake and worker.
+/// What a model's files say about text. Immutable; shared by the engine's handle, intake and worker.
 pub struct TextModel {
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,

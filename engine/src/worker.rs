@@ -128,12 +128,7 @@ impl<E: Executor> Worker<E> {
     }
 
     fn launch(&mut self, step: Step) {
-        let now = Instant::now();
-        for seq in &step.started {
-            if let Some(answer) = self.owners.get(seq).and_then(|(id, _)| self.answers.get_mut(id)) {
-                answer.start(now);
-            }
-        }
+        self.mark_started(step.started.iter().copied());
         let batch = self.scheduler.batch(&step);
         match self.executor.launch(&batch) {
             Ok(()) => self.in_flight.push_back(step),
@@ -144,6 +139,16 @@ impl<E: Executor> Worker<E> {
                 }
                 let events = self.scheduler.fail_step(step, &error);
                 self.deliver(events);
+            }
+        }
+    }
+
+    /// The first step that computes some of these sequences begins.
+    fn mark_started(&mut self, seqs: impl Iterator<Item = SeqId>) {
+        let now = Instant::now();
+        for seq in seqs {
+            if let Some(answer) = self.owners.get(&seq).and_then(|(id, _)| self.answers.get_mut(id)) {
+                answer.start(now);
             }
         }
     }
@@ -164,12 +169,7 @@ impl<E: Executor> Worker<E> {
             return;
         }
         let Some(step) = self.scheduler.schedule_encoding(self.now_ms()) else { return };
-        let now = Instant::now();
-        for seq in step.sequences() {
-            if let Some(answer) = self.owners.get(&seq).and_then(|(id, _)| self.answers.get_mut(id)) {
-                answer.start(now);
-            }
-        }
+        self.mark_started(step.sequences());
         let vectors = self.executor.encode(&step.batch(self.executor.encode_block_tokens()));
         let events = self.scheduler.apply_encoding(step, vectors);
         self.deliver(events);
@@ -388,9 +388,9 @@ impl<E: Executor> Worker<E> {
             prefix_cache_hits_total: counters.prefix_hit_tokens,
             generation_tokens_total: counters.generated_tokens,
             embedding_tokens_total: counters.encoded_tokens,
-            computed_tokens_total: counters.computed_tokens,
+            computed_tokens_total: counters.computed_tokens + counters.encoded_tokens,
             preemptions_total: counters.preemptions,
-            steps_total: counters.steps,
+            steps_total: counters.steps + counters.encode_steps,
             uptime_ms: self.now_ms(),
         }
     }

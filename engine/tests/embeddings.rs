@@ -39,7 +39,10 @@ fn vectors_depend_on_their_input_alone() {
         .map(|ids| bits(&engine.embed(EmbeddingRequest::new([ids.clone()])).expect("embeds").embeddings[0]))
         .collect();
     let alone_stats = engine.stats();
-    assert!(alone_stats.embedding_tokens_total > 0 && alone_stats.steps_total == 0, "nothing was generated");
+    assert!(
+        alone_stats.embedding_tokens_total > 0 && alone_stats.generation_tokens_total == 0,
+        "nothing was generated"
+    );
     for threads in 2..=4 {
         let engine = demo::open(|options| options.threads = Some(threads));
         let mates: Vec<_> = (0..4)
@@ -116,6 +119,20 @@ fn forms_of_a_vector() {
     let mut strict = EmbeddingRequest::new([long]);
     strict.truncate = false;
     assert!(matches!(engine.embed(strict), Err(Error::PromptTooLong { prompt_tokens: 600, limit_tokens: 512, .. })));
+}
+
+/// A step has room for as many inputs as its budgets allow, whichever of the two counts: short inputs by the hundred,
+/// beside a generation, with a budget for mixed steps above the one for prompts.
+#[test]
+fn many_short_inputs_beside_a_generation() {
+    let engine = demo::open(|options| (options.prefill_budget_tokens, options.mixed_budget_tokens) = (16, 4096));
+    let mut story = Request::tokens(Rng(5).prompt(20)).max_tokens(1900);
+    story.ignore_eos = true;
+    let mut story = engine.submit(story).expect("submits");
+    assert!(matches!(story.next_event(), Some(Ok(Event::Delta(_)))), "it decodes");
+    let inputs: Vec<_> = (0..600).map(|i| vec![i % 50 + 1]).collect();
+    assert_eq!(engine.embed(EmbeddingRequest::new(inputs)).expect("embeds").embeddings.len(), 600);
+    assert!(engine.stats().num_requests_running > 0, "the generation still runs");
 }
 
 /// Each bad request has its typed error, and the next good one works.

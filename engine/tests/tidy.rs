@@ -150,7 +150,7 @@ fn no_file_is_too_long() {
     check("these files are too long", broken);
 }
 
-/// Unsafe code lives in `kernels/` and `ffi/` only.
+/// Unsafe code lives in `kernels/`, `ffi/` and one file of the Node face.
 #[test]
 fn unsafe_has_an_address() {
     let broken = sources(&[".rs"])
@@ -167,10 +167,14 @@ fn unsafe_has_an_address() {
             .iter()
             .any(|home| s.path.starts_with(home))
         })
-        .filter(|s| s.text.lines().any(|line| line.contains("unsafe {") || line.contains("unsafe fn")))
+        .filter(|s| {
+            s.text.lines().any(|line| {
+                ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern"].iter().any(|word| line.contains(word))
+            })
+        })
         .map(|s| s.path)
         .collect();
-    check("unsafe outside kernels/ and ffi/", broken);
+    check("unsafe outside kernels/, ffi/ and event_loop.rs", broken);
 }
 
 /// Only one page asks the CPU what it can do, and no code is chosen at compile time by CPU features.

@@ -69,8 +69,11 @@ unsafe impl SizedStruct for ns_llm_embedding_params {}
 /// Threads:    any, also concurrently, also inside a callback, which then holds up the other events of its engine.
 /// NULL:       `buffer` may be NULL if `capacity` is 0, to ask for the number of floats; `out_summary` may be NULL, else
 ///             its `struct_size` must be set; `params` and `out_num` must not be NULL.
-/// Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL, before anything is computed; every status that ns_llm_generate() can
-///             return but those about chat; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_NON_FINITE_EMBEDDING.
+/// Returns:    NS_LLM_OK; NS_LLM_BUFFER_TOO_SMALL, before anything is computed; NS_LLM_OVERLOADED (try later);
+///             NS_LLM_PROMPT_TOO_LONG or NS_LLM_TOKENIZER about an input; NS_LLM_DEADLINE_EXCEEDED;
+///             NS_LLM_NON_FINITE_EMBEDDING; NS_LLM_NULL_ARGUMENT, NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8,
+///             NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the parameters; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the
+///             engine is being freed; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
 /// On failure: `buffer` and `*out_summary` are unchanged. `*out_num` is the number of floats that are needed after
 ///             NS_LLM_BUFFER_TOO_SMALL, else 0.
 ///
@@ -132,8 +135,7 @@ pub unsafe extern "C" fn ns_llm_embed(
 /// NULL:       `callback` and `user_data` may be NULL; `params` and `out_request` must not be.
 /// Returns:    NS_LLM_OK; NS_LLM_OVERLOADED (try later); NS_LLM_NULL_ARGUMENT, NS_LLM_MISALIGNED_POINTER,
 ///             NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the parameters;
-///             NS_LLM_NOT_SUPPORTED; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the engine is being freed;
-///             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+///             NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the engine is being freed; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
 /// On failure: `*out_request` is 0, and `callback` was not and will not be called.
 ///
 /// # Safety

@@ -65,7 +65,7 @@ pub type ns_llm_progress_callback =
 pub struct ns_llm_engine_params {
     /// `sizeof(ns_llm_engine_params)`.
     pub struct_size: usize,
-    /// Path of the model's folder.
+    /// Path of the model: its folder, or a GGUF file.
     pub model: ns_llm_text,
     /// A value of `ns_llm_device`.
     pub device: u32,

@@ -176,7 +176,7 @@ pub const NS_LLM_FOREVER: u64 = u64::MAX;
 /// Threads:    any, also concurrently on one engine, also inside a callback.
 /// NULL:       `callback` and `user_data` may be NULL; `params` and `out_request` must not be.
 /// Returns:    NS_LLM_OK; NS_LLM_OVERLOADED (try later); NS_LLM_PROMPT_TOO_LONG; NS_LLM_EXCEEDS_KV_POOL;
-///             NS_LLM_TEMPLATE, NS_LLM_NO_CHAT_TEMPLATE or NS_LLM_TOKENIZER about the prompt; NS_LLM_NOT_SUPPORTED if the
+///             NS_LLM_DEADLINE_EXCEEDED; NS_LLM_TEMPLATE, NS_LLM_NO_CHAT_TEMPLATE or NS_LLM_TOKENIZER about the prompt; NS_LLM_NOT_SUPPORTED if the
 ///             model makes vectors only; NS_LLM_NULL_ARGUMENT, NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8,
 ///             NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the parameters; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if
 ///             the engine is being freed; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.

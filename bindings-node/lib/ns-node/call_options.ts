@@ -55,6 +55,9 @@ export function readContextId(contextId: unknown): string | undefined {
   return contextId;
 }
 
+/** One day, the engine's own limit; timers could not tell much more than three weeks. */
+const MAX_TIMEOUT_MS = 86_400_000;
+
 /** How long a call may still take. */
 export class Deadline {
   readonly signal: AbortSignal | undefined;
@@ -62,8 +65,9 @@ export class Deadline {
   readonly #startedAt = clock();
 
   constructor({ timeout, signal }: { timeout?: unknown; signal?: unknown }) {
-    if (timeout !== undefined && !(typeof timeout === 'number' && timeout > 0)) {
-      throw new NsLlmError('invalid_argument', `timeout is ${describe(timeout)}, must be milliseconds above 0`);
+    if (timeout !== undefined && !(typeof timeout === 'number' && timeout > 0 && timeout <= MAX_TIMEOUT_MS)) {
+      const message = `timeout is ${describe(timeout)}, must be milliseconds above 0, at most ${MAX_TIMEOUT_MS}`;
+      throw new NsLlmError('invalid_argument', message);
     }
     this.#timeout = timeout;
     this.signal = abortSignal(signal);

@@ -150,6 +150,8 @@ export class NsNodeClient {
 
   /** Whether a request would be answered, and by what. A new object at each call. Never rejects. */
   async health(): Promise<Health> {
+    // For the next answer: a look at the devices takes its time, off this thread.
+    void state.gpus.refresh();
     const about = {
       version: VERSION,
       memory_mb: residentMebibytes(),
@@ -316,8 +318,7 @@ export class NsNodeClient {
     try {
       return await work({ engine, model });
     } catch (error) {
-      // An engine that ended by a defect answers so to everyone from then on.
-      if (error instanceof NsLlmError && (error.code === 'closed' || error.code === 'internal')) {
+      if (!engine.isHealthy) {
         state.engines.forget(model.folder, engine);
       }
       throw error;

@@ -22,6 +22,8 @@ export interface InstalledModel {
   folder: string;
   /** Whether its architecture writes text; another one makes vectors only. */
   canGenerate: boolean;
+  /** Whether it was made for vectors: then it is the default for them. */
+  isEncoder: boolean;
 }
 
 /** Where to look, when it is not the environment that says so. */
@@ -91,7 +93,7 @@ export class ModelCatalog {
   }
 
   #default(models: InstalledModel[], purpose: Purpose): InstalledModel {
-    const encoder = models.find(({ canGenerate }) => !canGenerate);
+    const encoder = models.find(({ isEncoder }) => isEncoder);
     if (purpose === 'embed' && encoder) {
       return encoder;
     }
@@ -106,7 +108,7 @@ export class ModelCatalog {
 }
 
 async function look(root: string): Promise<InstalledModel[]> {
-  const shipped = { name: basename(DEMO_MODEL), folder: await realpath(DEMO_MODEL), canGenerate: true };
+  const shipped = { name: basename(DEMO_MODEL), folder: await realpath(DEMO_MODEL), canGenerate: true, isEncoder: false };
   if (root === '') {
     return [shipped];
   }
@@ -130,16 +132,25 @@ async function readModel(folder: string): Promise<InstalledModel | undefined> {
     return undefined;
   }
   const config = await readFile(join(folder, 'config.json'), 'utf8').catch(() => '');
-  return { name: basename(folder), folder: await realpath(folder), canGenerate: writesText(config) };
+  const architecture = architectureOf(config);
+  return {
+    name: basename(folder),
+    folder: await realpath(folder),
+    canGenerate: /ForCausalLM$|LMHeadModel$/.test(architecture),
+    isEncoder: /^Bert(Model|ForMaskedLM)$/.test(architecture),
+  };
 }
 
-/** By the name of the architecture. A file that cannot be read is told by the engine, when that model is asked for. */
-function writesText(config: string): boolean {
+/**
+ * As `config.json` names it; nothing when it names none. A model of another kind, or one that cannot be read, is no
+ * default: it answers, or says what is wrong with it, when it is asked for by name.
+ */
+function architectureOf(config: string): string {
   try {
     const { architectures } = JSON.parse(config) as { architectures?: unknown };
-    return Array.isArray(architectures) && /ForCausalLM$|LMHeadModel$/.test(String(architectures[0]));
+    return Array.isArray(architectures) ? String(architectures[0]) : '';
   } catch {
-    return false;
+    return '';
   }
 }
 

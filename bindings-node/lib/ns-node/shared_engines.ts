@@ -60,10 +60,12 @@ export class SharedEngines {
     return opening.promise;
   }
 
-  /** Forgets an engine that has closed, so that the next request opens the model again. */
+  /** Forgets an engine that takes no requests any more, and frees it, so that the next one opens the model again. */
   forget(folder: string, engine: Engine): void {
     if (this.#openings.get(folder)?.engine === engine) {
       this.#openings.delete(folder);
+      // Its end may have come by itself; closing it again is harmless.
+      engine.close().catch(() => {});
     }
   }
 

@@ -17,7 +17,7 @@ pub enum ModelSource {
 }
 
 impl ModelSource {
-    /// A folder is opened as such, everything else as a GGUF file.
+    /// A regular file is opened as GGUF, everything else as a folder.
     pub fn open(path: &Path) -> Result<ModelSource> {
         if path.is_file() {
             return Ok(ModelSource::Gguf(Box::new(GgufModel::open(path)?)));

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use super::waiting::{Waiting, WaitingQueue};
 use super::{Scheduler, SequenceEvent};
 use crate::batch::{Batch, SeqId};
+use crate::config::MAX_ENCODE_STEP_SEQUENCES;
 use crate::error::{Error, Result};
 use crate::request::Usage;
 use crate::sequence::EncodeSpec;
@@ -79,7 +80,7 @@ impl Scheduler {
             return Err(Error::InvalidArgument { field: "input", value: "empty".to_string(), expected });
         }
         if prompt_tokens > limit_tokens {
-            let context_tokens = limit_tokens;
+            let context_tokens = self.config.context_tokens;
             return Err(Error::PromptTooLong { prompt_tokens, limit_tokens, context_tokens });
         }
         match spec.deadline_ms.is_some_and(|deadline| deadline <= now_ms) {
@@ -107,7 +108,8 @@ impl Scheduler {
     pub fn schedule_encoding(&mut self, now_ms: u64) -> Option<EncodeStep> {
         let decoding = self.running.iter().any(|id| self.sequences[id].is_decoding());
         let budget = if decoding { self.config.mixed_budget_tokens } else { self.config.prefill_budget_tokens };
-        let order = self.encodings.waiting.first(self.encodings.num_steps, self.config.age_steps, budget.max(1));
+        let order =
+            self.encodings.waiting.first(self.encodings.num_steps, self.config.age_steps, MAX_ENCODE_STEP_SEQUENCES);
         let mut step = EncodeStep { sequences: Vec::new() };
         for (_, seq) in order {
             let spec = &self.encodings.specs[&seq];
@@ -144,12 +146,12 @@ impl Scheduler {
         if let Some(deadline_ms) = spec.deadline_ms {
             self.deadlines.remove(&(deadline_ms, seq));
         }
-        self.counters.encoded_tokens += spec.tokens.len() as u64;
         let usage = Usage { prompt_tokens: spec.tokens.len(), ..Usage::default() };
         let failed = |error| SequenceEvent::Failed { seq, error, usage };
         match vector {
             Ok(values) if values.iter().all(|value| value.is_finite()) => {
                 self.counters.finished += 1;
+                self.counters.encoded_tokens += spec.tokens.len() as u64;
                 SequenceEvent::Encoded { seq, values, usage }
             }
             Ok(_) => {
