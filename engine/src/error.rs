@@ -26,7 +26,9 @@ pub enum Error {
     },
     /// The prompt has more tokens than the context, or leaves no room for one new token; or an input of an embedding
     /// request that may not be cut is longer than the model embeds.
-    #[error("prompt has {prompt_tokens} tokens, at most {limit_tokens} are possible with a context of {context_tokens}")]
+    #[error(
+        "prompt has {prompt_tokens} tokens, at most {limit_tokens} are possible with a context of {context_tokens}"
+    )]
     PromptTooLong {
         /// Length of the prompt.
         prompt_tokens: usize,

@@ -298,7 +298,12 @@ impl<E: Executor> Worker<E> {
         Some(answer)
     }
 
+    /// Tells the readers. What an event says is in the statistics before its reader hears of it.
     fn deliver(&mut self, events: Vec<SequenceEvent>) {
+        if events.is_empty() {
+            return;
+        }
+        self.publish_stats();
         let _delivery = Delivery::start();
         for event in events {
             // A sequence without an owner belongs to a request that was cancelled: what comes late is dropped.
