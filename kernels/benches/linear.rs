@@ -128,7 +128,12 @@ fn packed(cpu: &Cpu, format: WeightFormat, in_features: usize, out_features: usi
 
 fn operand(cpu: &Cpu, weight: &PackedLinear, rows: usize) -> Operand {
     let values: Vec<f32> = (0..rows * weight.in_features()).map(|i| (i * 31 % 997) as f32 * 1e-3).collect();
-    Operand::from_f32(OperandFormat::for_weights(cpu, weight.formats().next().expect("one section")), rows, weight.in_features(), &values)
+    Operand::from_f32(
+        OperandFormat::for_weights(cpu, weight.formats().next().expect("one section")),
+        rows,
+        weight.in_features(),
+        &values,
+    )
 }
 
 /// One matrix again and again.

@@ -137,8 +137,10 @@ fn products_match_the_reference() {
     let mut random = Random(1);
     for quant_type in QuantType::ALL {
         for (in_features, out) in in_sizes(quant_type).into_iter().flat_map(|size| [(size, 33), (size, 64)]) {
-            let matrices = [Matrix::encoded, Matrix::arbitrary].map(|new| new(&mut random, quant_type, out, in_features));
-            for (matrix, rows) in matrices.iter().flat_map(|matrix| [0, 1, 2, 3, 7, 14, 50].map(|rows| (matrix, rows))) {
+            let matrices =
+                [Matrix::encoded, Matrix::arbitrary].map(|new| new(&mut random, quant_type, out, in_features));
+            for (matrix, rows) in matrices.iter().flat_map(|matrix| [0, 1, 2, 3, 7, 14, 50].map(|rows| (matrix, rows)))
+            {
                 let values = random.vec(rows * in_features);
                 let mut bits_before: Option<Vec<u32>> = None;
                 for isa in Isa::available() {

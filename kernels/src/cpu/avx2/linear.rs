@@ -15,8 +15,8 @@
 
 use std::arch::x86_64::*;
 
-use super::math::{gelu_erf, gelu_tanh, silu};
 use super::linear_quant::panel_quant;
+use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::linear::{CodeProducts, LinearKernels, PANEL_ROWS, PanelProduct};
 
 pub(crate) const KERNELS: LinearKernels = LinearKernels {

@@ -28,14 +28,14 @@ thread_local! {
 pub(crate) fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
     UNPACKED.with_borrow_mut(|chunk| {
         match (product.layout.meaning, product.layout.code_bits(), product.layout.halves) {
-                (CodeMeaning::Signed, ..) => panel::<Signed>(product, chunk, sums),
-                (CodeMeaning::Offset(_), 6, _) => panel::<Unsigned<false, 2, 2>>(product, chunk, sums),
-                (CodeMeaning::Offset(_), _, 2) => panel::<Unsigned<false, 4, 2>>(product, chunk, sums),
-                (CodeMeaning::Offset(_), 5, _) => panel::<Unsigned<false, 4, 1>>(product, chunk, sums),
-                (CodeMeaning::Offset(_), ..) => panel::<Unsigned<false, 8, 1>>(product, chunk, sums),
-                (CodeMeaning::Minimum, _, 2) => panel::<Unsigned<true, 4, 2>>(product, chunk, sums),
-                (CodeMeaning::Minimum, 5, _) => panel::<Unsigned<true, 4, 1>>(product, chunk, sums),
-                (CodeMeaning::Minimum, ..) => panel::<Unsigned<true, 8, 1>>(product, chunk, sums),
+            (CodeMeaning::Signed, ..) => panel::<Signed>(product, chunk, sums),
+            (CodeMeaning::Offset(_), 6, _) => panel::<Unsigned<false, 2, 2>>(product, chunk, sums),
+            (CodeMeaning::Offset(_), _, 2) => panel::<Unsigned<false, 4, 2>>(product, chunk, sums),
+            (CodeMeaning::Offset(_), 5, _) => panel::<Unsigned<false, 4, 1>>(product, chunk, sums),
+            (CodeMeaning::Offset(_), ..) => panel::<Unsigned<false, 8, 1>>(product, chunk, sums),
+            (CodeMeaning::Minimum, _, 2) => panel::<Unsigned<true, 4, 2>>(product, chunk, sums),
+            (CodeMeaning::Minimum, 5, _) => panel::<Unsigned<true, 4, 1>>(product, chunk, sums),
+            (CodeMeaning::Minimum, ..) => panel::<Unsigned<true, 8, 1>>(product, chunk, sums),
         }
     });
 }
@@ -54,18 +54,15 @@ fn panel<P: Products>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, 
         layout.unpack(bytes, num_groups, unpacked);
         let passes = if num_rows <= 2 { 1 } else { 2 * num_rows.div_ceil(TILE_ROWS) };
         // The next chunk, or panel, lies behind this one. A prefetch of an address that is not mapped does nothing.
-        let mut prefetch = Prefetch {
-            address: bytes.as_ptr_range().end.cast(),
-            step_bytes: bytes.len() / (passes * num_groups),
-        };
+        let mut prefetch =
+            Prefetch { address: bytes.as_ptr_range().end.cast(), step_bytes: bytes.len() / (passes * num_groups) };
         let mut row = 0;
         while row < num_rows {
             let tile_rows = next_tile_rows(num_rows - row);
             let x = &x[row * groups_per_row + first_group..];
             let sums = &mut sums[row * PANEL_ROWS..][..tile_rows * PANEL_ROWS];
             assert!(x.len() >= (tile_rows - 1) * groups_per_row + num_groups, "activations of a tile");
-            let tile =
-                Tile { x: x.as_ptr(), groups_per_row, num_groups, chunk: unpacked, sums: sums.as_mut_ptr() };
+            let tile = Tile { x: x.as_ptr(), groups_per_row, num_groups, chunk: unpacked, sums: sums.as_mut_ptr() };
             // SAFETY: the CPU has the features of this function; activations and sums of `tile_rows` rows were checked.
             unsafe {
                 match tile_rows {

@@ -4,7 +4,8 @@ use half::{bf16, f16};
 
 use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::linear::{
-    CHUNK_GROUPS, CodeMeaning, CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, QuantProduct, UnpackedChunk,
+    CHUNK_GROUPS, CodeMeaning, CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, QuantProduct,
+    UnpackedChunk,
 };
 
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
