@@ -105,10 +105,10 @@ impl Reader {
 type ReadArgs = FnArgs<(Option<NativeBatch>, Option<String>, u32, u32)>;
 
 fn read_args(batch: Option<NativeBatch>) -> ReadArgs {
-    match batch.map(NativeBatch::into_single_token) {
-        Some(Ok((delta, token_id))) => (None, Some(delta.text), delta.choice, token_id).into(),
-        Some(Err(batch)) => (Some(batch), None, 0, 0).into(),
-        None => (None, None, 0, 0).into(),
+    let Some(mut batch) = batch else { return (None, None, 0, 0).into() };
+    match batch.take_single_token() {
+        Some((delta, token_id)) => (None, Some(delta.text), delta.choice, token_id).into(),
+        None => (Some(batch), None, 0, 0).into(),
     }
 }
 
@@ -148,15 +148,13 @@ impl NativeBatch {
     }
 
     /// The delta and the token of a batch that holds nothing else.
-    fn into_single_token(mut self) -> std::result::Result<(NativeDelta, u32), NativeBatch> {
-        match self.deltas.as_slice() {
-            [NativeDelta { token_ids, logprobs: None, .. }] if token_ids.len() == 1 && self.num_events() == 1 => {
-                let delta = self.deltas.remove(0);
-                let token_id = delta.token_ids[0];
-                Ok((delta, token_id))
-            }
-            _ => Err(self),
+    fn take_single_token(&mut self) -> Option<(NativeDelta, u32)> {
+        let [NativeDelta { token_ids, logprobs: None, .. }] = self.deltas.as_slice() else { return None };
+        let &[token_id] = token_ids.as_slice() else { return None };
+        if self.num_events() > 1 {
+            return None;
         }
+        self.deltas.pop().map(|delta| (delta, token_id))
     }
 
     fn num_events(&self) -> usize {
