@@ -12,7 +12,7 @@ use ns_llm::{
 use crate::error::{Result, from_napi, invalid, to_js};
 
 /// Largest integer that a JavaScript number holds exactly, 2^53 - 1.
-const MAX_SAFE_INTEGER: f64 = 9_007_199_254_740_991.0;
+pub(crate) const MAX_SAFE_INTEGER: f64 = 9_007_199_254_740_991.0;
 
 /// Every name that [`read_request`] knows. Another name is most likely a typing error, and refused.
 const REQUEST_FIELDS: &[&str] = &[

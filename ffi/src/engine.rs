@@ -12,9 +12,10 @@ use ns_llm_core::{Device, Engine, EngineOptions, LoadProgress, ThreadPriority, W
 use crate::callback::{UserData, as_callback};
 use crate::dispatcher::Dispatcher;
 use crate::failure::{Failure, boundary};
-use crate::handle::{HandleKind, HandleTable, check_process};
+use crate::handle::{HandleKind, HandleTable};
 use crate::log::{Log, ns_llm_log_callback};
 use crate::params::{SizedStruct, read_struct};
+use crate::process::check_process;
 use crate::status::ns_llm_status;
 use crate::text::{Out, ns_llm_text, read_text};
 
