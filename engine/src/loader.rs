@@ -209,6 +209,7 @@ pub struct Weights {
     total_bytes: u64,
     /// What quantized tensors are decoded to.
     decoded: DType,
+    conv1d_is_linear: bool,
     /// Buffers of tensors that were given back.
     spare: Vec<Vec<u8>>,
 }
@@ -235,6 +236,7 @@ impl Weights {
             ignored,
             total_bytes,
             decoded: DType::F32,
+            conv1d_is_linear: false,
             spare: Vec::new(),
         })
     }
@@ -290,6 +292,11 @@ impl Weights {
             WeightFormat::Bf16 => DType::Bf16,
             WeightFormat::F16 => DType::F16,
         };
+    }
+
+    /// Whether the matrices of GPT-2's `Conv1D` are `[out, in]`, as all others: converters to GGUF turn them.
+    pub fn conv1d_is_linear(&self) -> bool {
+        self.conv1d_is_linear
     }
 
     /// Bytes that a tensor takes in its file; 0 if there is none of this name.
