@@ -295,8 +295,9 @@ fn refuse_uneven_heads(metadata: &Metadata, architecture: Architecture) -> Resul
             _ => {}
         }
     }
-    match number("attention.head_count_kv") {
-        Some(kv_heads) if !architecture.is_kin_of_llama() && Some(kv_heads) != heads => {
+    let kv_heads = metadata.json(&architecture.key("attention.head_count_kv"))?;
+    match kv_heads {
+        Some(kv_heads) if !architecture.is_kin_of_llama() && heads.is_some() && kv_heads.as_u64() != heads => {
             let reason = format!("is {kv_heads}, which is not supported for this architecture: heads share no keys");
             Err(metadata::error(&architecture.key("attention.head_count_kv"), reason))
         }

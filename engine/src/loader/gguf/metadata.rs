@@ -90,7 +90,7 @@ impl Kind {
             Kind::I16 => Value::Signed(i16::from_le_bytes(bytes.try_into().ok()?).into()),
             Kind::I32 => Value::Signed(i32::from_le_bytes(bytes.try_into().ok()?).into()),
             Kind::I64 => Value::Signed(i64::from_le_bytes(bytes.try_into().ok()?)),
-            Kind::F32 => Value::Float(f32::from_le_bytes(bytes.try_into().ok()?).into()),
+            Kind::F32 => Value::Float(as_meant(f32::from_le_bytes(bytes.try_into().ok()?))?),
             Kind::F64 => Value::Float(f64::from_le_bytes(bytes.try_into().ok()?)),
             Kind::Bool => match bytes {
                 [0] => Value::Bool(false),
@@ -100,6 +100,12 @@ impl Kind {
             Kind::String | Kind::Array => return None,
         })
     }
+}
+
+/// The shortest decimal number that is rounded to `value`: what the configuration said from which a converter made it.
+/// Widened, an epsilon of 1e-12 would be below itself.
+fn as_meant(value: f32) -> Option<f64> {
+    value.to_string().parse().ok()
 }
 
 /// An array of strings.
