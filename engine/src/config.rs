@@ -1,6 +1,7 @@
 //! Every limit and every default of the engine, each with its unit, its reason and what happens beyond it; and the
 //! options with which an engine is opened. A value is checked once, where it enters, and is immutable afterwards.
 
+use ns_llm_kernels::quant::QuantType;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
@@ -135,6 +136,9 @@ pub enum WeightFormat {
     Bf16,
     /// IEEE half precision.
     F16,
+    /// Integers with scales, multiplied with activations of 8 bits. A matrix whose rows are no whole number of blocks is
+    /// kept in the nearest format that takes them.
+    Quant(QuantType),
 }
 
 impl WeightFormat {
@@ -145,6 +149,7 @@ impl WeightFormat {
             WeightFormat::F32 => "f32",
             WeightFormat::Bf16 => "bf16",
             WeightFormat::F16 => "f16",
+            WeightFormat::Quant(quant_type) => quant_type.name(),
         }
     }
 }

@@ -24,9 +24,9 @@ pub use self::sentence_transformers::{PoolingMode, SentenceConfig};
 pub use self::source::ModelSource;
 pub use self::stored::StoredDtype;
 use self::stored::{StoredTensor, WeightsFile};
-use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES, WeightFormat};
+use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const SINGLE_FILE: &str = "model.safetensors";
 /// Larger buffers are given back to the system: an embedding's would stay until the end of the load.
@@ -207,8 +207,6 @@ pub struct Weights {
     taken: HashSet<String>,
     ignored: HashSet<String>,
     total_bytes: u64,
-    /// What quantized tensors are decoded to.
-    decoded: DType,
     conv1d_is_linear: bool,
     /// Buffers of tensors that were given back.
     spare: Vec<Vec<u8>>,
@@ -228,17 +226,8 @@ impl Weights {
             }
         }
         let (taken, ignored) = (HashSet::new(), HashSet::new());
-        Ok(Weights {
-            files,
-            name_in_file,
-            tensors,
-            taken,
-            ignored,
-            total_bytes,
-            decoded: DType::F32,
-            conv1d_is_linear: false,
-            spare: Vec::new(),
-        })
+        let conv1d_is_linear = false;
+        Ok(Weights { files, name_in_file, tensors, taken, ignored, total_bytes, conv1d_is_linear, spare: Vec::new() })
     }
 
     /// Fails unless every tensor of the index is in the shard that the index names.
@@ -277,21 +266,12 @@ impl Weights {
             let (expected, actual) = (shape.to_vec(), stored.shape.clone());
             return Err(Error::TensorShape { name: shown_name(), expected, actual });
         }
-        if !stored.dtype.can_be_plain() {
+        if stored.dtype.encoding().is_none() {
             return Err(Error::TensorDtype { name: shown_name(), dtype: stored.dtype.to_string() });
         }
         assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
         let data = self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?;
-        stored::to_plain(stored, data, self.decoded)
-    }
-
-    /// Says in which form the weights will be kept: quantized tensors are decoded to that, by default to f32.
-    pub fn decode_to(&mut self, format: WeightFormat) {
-        self.decoded = match format {
-            WeightFormat::F32 | WeightFormat::Auto => DType::F32,
-            WeightFormat::Bf16 => DType::Bf16,
-            WeightFormat::F16 => DType::F16,
-        };
+        stored::to_tensor(stored, data)
     }
 
     /// Whether the matrices of GPT-2's `Conv1D` are `[out, in]`, as all others: converters to GGUF turn them.

@@ -13,7 +13,6 @@ use std::time::Instant;
 
 use ns_llm_kernels::host;
 pub(crate) use ns_llm_kernels::host::return_free_memory;
-use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::{CpuBackend, CpuBackendOptions};
@@ -28,13 +27,14 @@ use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
 use crate::intake;
 use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
-use crate::loader::{GenerationConfig, ModelSource, PoolingMode, SentenceConfig, StoredDtype, Weights};
+use crate::loader::{GenerationConfig, ModelSource, PoolingMode, SentenceConfig, Weights};
 use crate::memory_plan::MemoryPlan;
 use crate::model;
 use crate::model::config::ModelConfig;
 use crate::request::SamplingDefaults;
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::{ModelInfo, Stats};
+use crate::tensor::{DType, Encoding};
 use crate::text_model::TextModel;
 use crate::tokenizer::{Tokenizer, TokenizerConfig};
 use crate::worker::Worker;
@@ -272,21 +272,25 @@ pub(crate) fn plan_memory(options: &EngineOptions, files: &ModelFiles) -> Result
     Ok((format, KvLayout { num_blocks: plan.num_blocks, ..layout }, plan))
 }
 
-/// The form in which the checkpoint has most of its bytes.
+/// The form in which the checkpoint has most of its numbers.
 fn stored_format(weights: &Weights) -> WeightFormat {
-    let mut bytes = [(WeightFormat::F32, 0u64), (WeightFormat::Bf16, 0), (WeightFormat::F16, 0)];
+    let mut counts: Vec<(WeightFormat, u64)> = Vec::new();
     for (_, shape, dtype) in weights.entries() {
-        let (idx, size) = match dtype {
-            StoredDtype::Plain(Dtype::F32) => (0, 4),
-            // Blocks are decoded to the form that most matrices are kept in.
-            StoredDtype::Plain(Dtype::BF16) | StoredDtype::Blocks(_) => (1, 2),
-            StoredDtype::Plain(Dtype::F16) => (2, 2),
+        let format = match dtype.encoding() {
+            Some(Encoding::Plain(DType::F32)) => WeightFormat::F32,
+            Some(Encoding::Plain(DType::F16)) => WeightFormat::F16,
+            Some(Encoding::Plain(DType::Bf16)) => WeightFormat::Bf16,
+            Some(Encoding::Blocks(quant_type)) => WeightFormat::Quant(quant_type),
             // No model can use it; loading will say so by name.
-            _ => continue,
+            None => continue,
         };
-        bytes[idx].1 += size * shape.iter().map(|&n| n as u64).product::<u64>();
+        let count = shape.iter().map(|&n| n as u64).product::<u64>();
+        match counts.iter_mut().find(|(other, _)| *other == format) {
+            Some((_, sum)) => *sum += count,
+            None => counts.push((format, count)),
+        }
     }
-    bytes.into_iter().max_by_key(|&(_, bytes)| bytes).map_or(WeightFormat::F32, |(format, _)| format)
+    counts.into_iter().max_by_key(|&(_, count)| count).map_or(WeightFormat::F32, |(format, _)| format)
 }
 
 /// Loads a model on the calling thread.
@@ -304,8 +308,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let identity = kv_identity(&files, format, &layout, &backend);
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
-    let mut weights = files.weights;
-    weights.decode_to(format);
+    let weights = files.weights;
     let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut *on_progress)?;
     plan.weights_bytes = backend.weights_bytes();
     let kv = backend.allocate_kv(layout)?;
