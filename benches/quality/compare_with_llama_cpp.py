@@ -84,6 +84,11 @@ def compare(type_name, options, folder):
     sequences = [ids[start : start + options.tokens] for start in range(0, len(ids), options.tokens)][: options.sequences]
     ours = our_logits(options.logits, file, sequences, folder)
     theirs = np.concatenate([their_logits(llama, sequence) for sequence in sequences])
+    # The same numbers in f32: products without rounded activations.
+    exact_file = folder / f"{type_name}-in-f32.gguf"
+    if not exact_file.exists():
+        run(options.ns_llm, "quantize", "--model", file, "--type", "f32", "--output", exact_file)
+    exact = our_logits(options.logits, exact_file, sequences, folder)
     evaluated = json.loads(run(options.ns_llm, "eval", "--model", file, "--text", options.text, "--items", options.items, "--json"))
     perplexity, tokens = their_perplexity(llama, ids)
     if tokens != evaluated["text"]["tokens"]:
@@ -93,6 +98,8 @@ def compare(type_name, options, folder):
         "file_bytes": file.stat().st_size,
         "nmse": nmse(ours, theirs),
         "nmse_limit": NMSE_LIMITS.get(type_name, NMSE_LIMIT_ROUNDED),
+        "nmse_to_exact": nmse(ours, exact),
+        "nmse_to_exact_llama_cpp": nmse(theirs, exact),
         "same_first_choice": float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean()),
         "perplexity": evaluated["text"]["perplexity"],
         "perplexity_llama_cpp": perplexity,
@@ -112,6 +119,7 @@ def line(row):
         row["type"],
         f"{row['file_bytes'] / 2**20:.2f}",
         f"{row['nmse']:.1e} (<= {row['nmse_limit']:.0e})",
+        f"{row['nmse_to_exact']:.1e}, {row['nmse_to_exact_llama_cpp']:.1e}",
         f"{100 * row['same_first_choice']:.2f} %",
         f"{row['perplexity']:.4f}",
         f"{row['perplexity_llama_cpp']:.4f}",
@@ -140,8 +148,8 @@ def main():
 
     all_good = True
     if not options.json:
-        print("| type | MiB | NMSE of logits | same first choice | perplexity | llama.cpp | difference | exact | |")
-        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        print("| type | MiB | NMSE of logits | to exact: ours, theirs | same first choice | perplexity | llama.cpp | difference | exact | |")
+        print("| --- " * 10 + "|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.files.resolve() if options.files else pathlib.Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
