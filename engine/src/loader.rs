@@ -207,6 +207,7 @@ pub struct Weights {
     taken: HashSet<String>,
     ignored: HashSet<String>,
     total_bytes: u64,
+    conv1d_is_linear: bool,
     /// Buffers of tensors that were given back.
     spare: Vec<Vec<u8>>,
 }
@@ -225,7 +226,8 @@ impl Weights {
             }
         }
         let (taken, ignored) = (HashSet::new(), HashSet::new());
-        Ok(Weights { files, name_in_file, tensors, taken, ignored, total_bytes, spare: Vec::new() })
+        let conv1d_is_linear = false;
+        Ok(Weights { files, name_in_file, tensors, taken, ignored, total_bytes, conv1d_is_linear, spare: Vec::new() })
     }
 
     /// Fails unless every tensor of the index is in the shard that the index names.
@@ -270,6 +272,11 @@ impl Weights {
         assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
         let data = self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?;
         stored::to_tensor(stored, data)
+    }
+
+    /// Whether the matrices of GPT-2's `Conv1D` are `[out, in]`, as all others: converters to GGUF turn them.
+    pub fn conv1d_is_linear(&self) -> bool {
+        self.conv1d_is_linear
     }
 
     /// Bytes that a tensor takes in its file; 0 if there is none of this name.

@@ -20,6 +20,7 @@ mod rope_factors;
 mod sentence_piece;
 mod types;
 mod vocabulary;
+mod word_piece;
 
 use std::collections::HashSet;
 use std::fs::File;

@@ -9,12 +9,18 @@ use super::metadata::{self, Metadata};
 use crate::error::Result;
 
 const KEY: &str = "tokenizer.ggml.pre";
-const SUPPORTED: &str = "default, gpt-2, llama-bpe, qwen2, smollm";
+const SUPPORTED: &str = "default, gpt-2, llama-bpe, qwen2, smollm, tekken, deepseek-llm, deepseek-coder";
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LINE_ENDS: &str = r"[\r\n]";
+/// Letters that have a case.
+const DEEPSEEK_LETTERS: &str = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+";
+const DEEPSEEK_MARKS: &str = r"\s?[!-/:-~！-／：-～‘-‟　-。]+";
+const DEEPSEEK_IDEOGRAPHS: &str = r"[一-龥ࠀ-一가-퟿]+";
 
 /// Ways of cutting that are known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +31,10 @@ pub(super) enum PreTokenizer {
     Llama3,
     Qwen2,
     SmolLm,
+    /// Mistral's, since Nemo: words end where small letters are followed by capitals.
+    Tekken,
+    DeepSeekLlm,
+    DeepSeekCoder,
 }
 
 impl PreTokenizer {
@@ -35,6 +45,9 @@ impl PreTokenizer {
             "llama-bpe" | "llama3" | "llama-v3" => Ok(PreTokenizer::Llama3),
             "qwen2" | "deepseek-r1-qwen" => Ok(PreTokenizer::Qwen2),
             "smollm" => Ok(PreTokenizer::SmolLm),
+            "tekken" => Ok(PreTokenizer::Tekken),
+            "deepseek-llm" => Ok(PreTokenizer::DeepSeekLlm),
+            "deepseek-coder" => Ok(PreTokenizer::DeepSeekCoder),
             other => {
                 let reason = format!("is {other:?}, which is not supported (supported: {SUPPORTED})");
                 Err(metadata::error(KEY, reason))
@@ -44,12 +57,12 @@ impl PreTokenizer {
 
     /// Whether a prompt begins with the token of that role when the file does not say.
     pub(super) fn adds_bos(self) -> bool {
-        self == PreTokenizer::Llama3
+        matches!(self, PreTokenizer::Llama3 | PreTokenizer::Tekken)
     }
 
     /// Whether a word that is a token is taken whole.
     pub(super) fn ignores_merges(self) -> bool {
-        self == PreTokenizer::Llama3
+        matches!(self, PreTokenizer::Llama3 | PreTokenizer::Tekken)
     }
 
     /// `normalizer` of `tokenizer.json`: Qwen composes characters.
@@ -66,6 +79,11 @@ impl PreTokenizer {
             PreTokenizer::Llama3 => &[LLAMA3],
             PreTokenizer::Qwen2 => &[QWEN2],
             PreTokenizer::SmolLm => &[r"\p{N}", GPT2],
+            PreTokenizer::Tekken => &[TEKKEN],
+            PreTokenizer::DeepSeekLlm => {
+                &[LINE_ENDS, DEEPSEEK_LETTERS, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_IDEOGRAPHS, r"\p{N}"]
+            }
+            PreTokenizer::DeepSeekCoder => &[LINE_ENDS, r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_IDEOGRAPHS, r"\p{N}"],
         };
         let split = |expression: &&str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
         let mut steps: Vec<Json> = expressions.iter().map(split).collect();
@@ -89,6 +107,9 @@ mod tests {
             (PreTokenizer::Qwen2, "It|'s| |1|2|3|4|5| foo|!!\n| | x"),
             (PreTokenizer::SmolLm, "It|'s| |1|2|3|4|5| foo|!!|\n | x"),
             (PreTokenizer::Default, "It|'|s| |123|45| foo|!!|\n | x"),
+            (PreTokenizer::Tekken, "It|'s| |1|2|3|4|5| foo|!!\n| | x"),
+            (PreTokenizer::DeepSeekLlm, "It|'|s| |1|2|3|4|5| foo|!!|\n| | x"),
+            (PreTokenizer::DeepSeekCoder, "It|'|s| |1|2|3|4|5| foo|!!|\n| | x"),
         ] {
             let pre_tokenizer: PreTokenizerWrapper = serde_json::from_value(name.json()).unwrap();
             let mut text = PreTokenizedString::from("It's 12345 foo!!\n  x");
