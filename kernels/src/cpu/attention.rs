@@ -202,21 +202,23 @@ impl AttentionStep<'_> {
     /// Items are (kv head, sequence, chunk of queries), kv heads slowest: the shares of the threads are then of equal
     /// cost also when there is one long sequence, and a thread stays with its heads.
     fn run<E: KvElement>(&self, kernel: PartitionKernel<E>) {
-        let chunks = |sequence: &AttentionSequence| sequence.rows.len().div_ceil(self.item_queries());
-        let num_chunks: usize = self.batch.sequences.iter().map(chunks).sum();
+        let sequences = self.batch.sequences;
+        let item_queries = self.item_queries();
+        // Where each sequence's chunks begin: searching the sequences themselves for every item would take a time that
+        // grows with their square.
+        let mut first_chunks = Vec::with_capacity(sequences.len());
+        let mut num_chunks = 0;
+        for sequence in sequences {
+            first_chunks.push(num_chunks);
+            num_chunks += sequence.rows.len().div_ceil(item_queries);
+        }
         let run_items = |items: Range<usize>| {
             SCRATCH.with_borrow_mut(|scratch| {
                 for item in items {
-                    let (kv_head, mut chunk) = (item / num_chunks, item % num_chunks);
-                    for sequence in self.batch.sequences {
-                        match chunk.checked_sub(chunks(sequence)) {
-                            Some(rest) => chunk = rest,
-                            None => {
-                                self.attend(kernel, sequence, chunk, kv_head, scratch);
-                                break;
-                            }
-                        }
-                    }
+                    let (kv_head, chunk) = (item / num_chunks, item % num_chunks);
+                    // A sequence without rows begins where the next one does: the last one that has begun is meant.
+                    let idx = first_chunks.partition_point(|&first| first <= chunk) - 1;
+                    self.attend(kernel, &sequences[idx], chunk - first_chunks[idx], kv_head, scratch);
                 }
             });
         };
