@@ -270,11 +270,17 @@ impl AttentionStep<'_> {
         let first_key = (item.first_position + 1).saturating_sub(item.window);
         let first_partition = first_key / PARTITION_TOKENS * PARTITION_TOKENS;
         let end = item.common_end.max(item.first_position + item.num_queries);
-        for start in (first_partition..end).step_by(PARTITION_TOKENS) {
-            let partition = Partition::<E>::gather(self.kv, self.layer_idx, kv_head, block_table, start);
+        let gather = |start| Partition::<E>::gather(self.kv, self.layer_idx, kv_head, block_table, start);
+        let mut partition = gather(first_partition);
+        for next_start in (first_partition + PARTITION_TOKENS..end).step_by(PARTITION_TOKENS) {
+            let next = gather(next_start);
+            partition.soon = Some((next.keys, next.values));
             // SAFETY: a `Cpu` holds only kernels of an instruction set that this machine has.
             unsafe { kernel(&item, &partition, scratch) };
+            partition = next;
         }
+        // SAFETY: as above.
+        unsafe { kernel(&item, &partition, scratch) };
         for row in 0..item.num_rows() {
             let column = (first_head + row % group) * shape.head_dim;
             let values = &scratch.finish_row(row)[..shape.head_dim];
@@ -335,7 +341,12 @@ pub(crate) struct Partition<'a, E> {
     pub(crate) value_stride: usize,
     /// Of elements that have them.
     pub(crate) scales: Option<Scales>,
+    /// Keys and values of the partition that will be read next, to be fetched while this one is computed.
+    pub(crate) soon: Option<PartitionChunks<'a, E>>,
 }
+
+/// Keys and values of the chunks of a partition.
+pub(crate) type PartitionChunks<'a, E> = ([&'a [E]; PARTITION_CHUNKS], [&'a [E]; PARTITION_CHUNKS]);
 
 /// Scales of the 64 keys and values of a partition, those of empty chunks zero.
 pub(crate) struct Scales {
@@ -364,7 +375,7 @@ impl<'a, E: KvElement> Partition<'a, E> {
                 scales.values[chunk].0.copy_from_slice(&of_values[offset..][..CHUNK_TOKENS]);
             }
         }
-        Partition { start, keys, key_stride, values, value_stride, scales }
+        Partition { start, keys, key_stride, values, value_stride, scales, soon: None }
     }
 }
 

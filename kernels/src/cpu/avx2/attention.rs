@@ -1,7 +1,9 @@
 //! Attention of one partition of keys with AVX2, FMA and F16C. See [`crate::cpu::attention`] for the whole.
 //!
 //! Two shapes of one computation, with the same bits:
-//! - few rows (decode): keys and values are read where they lie, converted in registers, once per tile of rows;
+//! - few rows (decode): keys and values are read where they lie, converted in registers, once per tile of rows, and those
+//!   of the next partition are asked for on the way (its blocks lie elsewhere, and the hardware looks no further than a
+//!   page: 17 to 25 % more GB/s on Zen 3 in f16, 28 % in 8 bits; all at once at the begin of a partition it was slower);
 //! - many rows (prefill): a partition is first converted to f32 panels that fit the L1 cache line by line, then tiles of
 //!   [`TILE_ROWS`] rows × 16 lanes run over them: 12 accumulators hide the latency of the multiply-add.
 
@@ -15,7 +17,8 @@ use half::{bf16, f16};
 
 use super::math::exp;
 use crate::cpu::attention::{
-    AttentionItem, AttentionKernels, Line, PARTITION_CHUNKS, PARTITION_TOKENS, Partition, Scales, Scratch,
+    AttentionItem, AttentionKernels, Line, PARTITION_CHUNKS, PARTITION_TOKENS, Partition, PartitionChunks, Scales,
+    Scratch,
 };
 use crate::cpu::kv_blocks::{CHUNK_TOKENS, KvElement};
 
@@ -88,6 +91,7 @@ fn attend<E: Load>(item: &AttentionItem<'_>, partition: &Partition<'_, E>, scrat
             value_stride: partition.value_stride,
             panel_stride: 2 * LANES,
             scales: partition.scales.as_ref(),
+            soon: partition.soon,
         };
         attend_panels(item, &panels, partition.start, rows, scratch);
     } else {
@@ -100,6 +104,7 @@ fn attend<E: Load>(item: &AttentionItem<'_>, partition: &Partition<'_, E>, scrat
             value_stride: 2 * LANES,
             panel_stride: PARTITION_TOKENS * 2 * LANES,
             scales: partition.scales.as_ref(),
+            soon: None,
         };
         attend_panels(item, &panels, partition.start, rows, scratch);
         (scratch.keys, scratch.values) = (keys, values);
@@ -128,6 +133,34 @@ struct Panels<'a, E> {
     value_stride: usize,
     panel_stride: usize,
     scales: Option<&'a Scales>,
+    /// What is read next, in the same shape.
+    soon: Option<PartitionChunks<'a, E>>,
+}
+
+impl<E> Panels<'_, E> {
+    /// How far behind the keys of a chunk those of the next partition are, in elements.
+    fn keys_ahead(&self, chunk: usize) -> isize {
+        self.soon.map_or(0, |(keys, _)| distance(self.keys[chunk], keys[chunk]))
+    }
+    /// The same of the values.
+    fn values_ahead(&self, chunk: usize) -> isize {
+        self.soon.map_or(0, |(_, values)| distance(self.values[chunk], values[chunk]))
+    }
+}
+
+/// Elements from the begin of one slice to that of another of the same buffer; 0 to an empty one.
+fn distance<E>(from: &[E], to: &[E]) -> isize {
+    match to.is_empty() {
+        true => 0,
+        false => (to.as_ptr() as isize - from.as_ptr() as isize) / size_of::<E>() as isize,
+    }
+}
+
+/// Asks for the cache line of an element, which need not exist: a prefetch never faults. Into L2: L1 is full of what is read now.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch<E>(element: *const E) {
+    _mm_prefetch::<_MM_HINT_T1>(element.cast());
 }
 
 /// Copies a partition as f32 into `keys` `[4][head_dim][16]` and `values` `[head_dim / 16][64][16]`.
@@ -252,11 +285,13 @@ impl<E: Load> ScoreTile<'_, E> {
         let q: [*const f32; R] =
             std::array::from_fn(|r| self.item.q[self.item.q_offset(self.first_row + r)..][..head_dim].as_ptr());
         let mut k: [*const E; C] = std::array::from_fn(|c| keys[c].as_ptr());
+        let ahead: [isize; C] = std::array::from_fn(|c| self.panels.keys_ahead(self.chunk + c));
         let mut sums = [[[_mm256_setzero_ps(); 2]; C]; R];
         for d in 0..head_dim {
             for c in 0..C {
                 // SAFETY: 16 keys are readable at each `d` (asserted), and each query has `head_dim` elements.
                 let (low, high) = unsafe { (E::load(k[c]), E::load(k[c].add(LANES))) };
+                prefetch(k[c].wrapping_offset(ahead[c]));
                 k[c] = k[c].wrapping_add(stride);
                 for r in 0..R {
                     // SAFETY: as above.
@@ -478,12 +513,14 @@ impl<E: Load> ValueTile<'_, '_, E> {
         let rows = &self.scratch.scores[self.first_row..self.first_row + R];
         let mut weights = rows.as_ptr().cast::<f32>().wrapping_add(keys.start);
         let mut values = self.value(keys.start);
+        let ahead = self.panels.values_ahead(keys.start / CHUNK_TOKENS);
         for _ in keys {
             let mut value = [_mm256_setzero_ps(); W];
             for w in 0..W {
                 // SAFETY: promised by the caller.
                 value[w] = unsafe { E::load(values.add(w * LANES)) };
             }
+            prefetch(values.wrapping_offset(ahead));
             for r in 0..R {
                 // SAFETY: keys are below 64, and the rows are `R` times 64 weights.
                 let weight = unsafe { _mm256_broadcast_ss(&*weights.add(r * PARTITION_TOKENS)) };
