@@ -5,8 +5,8 @@ use napi::bindgen_prelude::{BigInt, FromNapiValue, JsObjectValue, Object, Uint32
 use napi::{JsString, JsValue, ValueType};
 use ns_llm::config::{MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
 use ns_llm::{
-    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, Message, Priority, Prompt, Request, SamplingOptions,
-    ThreadPriority, WeightFormat,
+    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, Request,
+    SamplingOptions, ThreadPriority, WeightFormat,
 };
 
 use crate::error::{Result, from_napi, invalid, to_js};
@@ -49,6 +49,7 @@ const ENGINE_FIELDS: &[&str] = &[
     "model",
     "device",
     "weights",
+    "kvDtype",
     "threads",
     "threadPriority",
     "contextTokens",
@@ -105,6 +106,7 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
     let mut options = EngineOptions::new(model);
     options.device = fields.one_of("device", DEVICES)?.unwrap_or_default();
     options.weights = fields.one_of("weights", WEIGHTS)?.unwrap_or_default();
+    options.kv_dtype = fields.one_of("kvDtype", KV_DTYPES)?.flatten();
     options.threads = fields.integer("threads")?.map(as_usize);
     options.thread_priority = fields.one_of("threadPriority", THREAD_PRIORITIES)?.unwrap_or_default();
     options.context_tokens = fields.integer("contextTokens")?.map(as_usize);
@@ -130,6 +132,13 @@ const WEIGHTS: &[(&str, WeightFormat)] = &[
     ("f32", WeightFormat::F32),
     ("bf16", WeightFormat::Bf16),
     ("f16", WeightFormat::F16),
+];
+const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
+    ("auto", None),
+    ("f32", Some(KvDtype::F32)),
+    ("f16", Some(KvDtype::F16)),
+    ("bf16", Some(KvDtype::Bf16)),
+    ("int8", Some(KvDtype::Int8)),
 ];
 const THREAD_PRIORITIES: &[(&str, ThreadPriority)] =
     &[("below-normal", ThreadPriority::BelowNormal), ("normal", ThreadPriority::Normal)];

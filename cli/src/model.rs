@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use ns_llm::{Device, Engine, EngineOptions, Result, ThreadPriority, WeightFormat};
+use ns_llm::{Device, Engine, EngineOptions, KvDtype, Result, ThreadPriority, WeightFormat};
 
 /// Which model, and how to run it.
 #[derive(Args, Clone)]
@@ -22,6 +22,9 @@ pub(crate) struct ModelOptions {
     /// Form in which weights are kept
     #[arg(long, value_enum, default_value_t)]
     pub(crate) weights: WeightsName,
+    /// Form in which keys and values are kept (auto: f32 with f32 weights, else f16)
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) kv_dtype: KvDtypeName,
     /// Longest sequence, prompt and answer (tokens)
     #[arg(long, value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
@@ -47,6 +50,16 @@ pub(crate) enum WeightsName {
     F16,
 }
 
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub(crate) enum KvDtypeName {
+    #[default]
+    Auto,
+    F32,
+    F16,
+    Bf16,
+    Int8,
+}
+
 impl ModelOptions {
     /// The engine's options; a command may change them before [`open`].
     pub(crate) fn engine_options(&self) -> EngineOptions {
@@ -63,6 +76,13 @@ impl ModelOptions {
             WeightsName::F32 => WeightFormat::F32,
             WeightsName::Bf16 => WeightFormat::Bf16,
             WeightsName::F16 => WeightFormat::F16,
+        };
+        options.kv_dtype = match self.kv_dtype {
+            KvDtypeName::Auto => None,
+            KvDtypeName::F32 => Some(KvDtype::F32),
+            KvDtypeName::F16 => Some(KvDtype::F16),
+            KvDtypeName::Bf16 => Some(KvDtype::Bf16),
+            KvDtypeName::Int8 => Some(KvDtype::Int8),
         };
         options.context_tokens = self.context;
         options.kv_bytes = self.kv_mib.map(|mib| mib << 20);

@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use ns_llm_core::config::MAX_THREADS;
-use ns_llm_core::{Device, Engine, EngineOptions, LoadProgress, ThreadPriority, WeightFormat};
+use ns_llm_core::{Device, Engine, EngineOptions, KvDtype, LoadProgress, ThreadPriority, WeightFormat};
 
 use crate::callback::{UserData, as_callback};
 use crate::dispatcher::Dispatcher;
@@ -46,6 +46,22 @@ pub enum ns_llm_weights {
     NS_LLM_WEIGHTS_BF16 = 2,
     /// IEEE half precision.
     NS_LLM_WEIGHTS_F16 = 3,
+}
+
+/// How an engine keeps keys and values.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ns_llm_kv_dtype {
+    /// 32-bit floats with 32-bit weights, else half precision.
+    NS_LLM_KV_DTYPE_AUTO = 0,
+    /// 32-bit floats.
+    NS_LLM_KV_DTYPE_F32 = 1,
+    /// IEEE half precision.
+    NS_LLM_KV_DTYPE_F16 = 2,
+    /// bfloat16.
+    NS_LLM_KV_DTYPE_BF16 = 3,
+    /// 8-bit integers with a scale for each token and head: half the memory of half precision.
+    NS_LLM_KV_DTYPE_INT8 = 4,
 }
 
 /// A flag of `ns_llm_engine_params`: KV of earlier prompts is not used again.
@@ -98,6 +114,10 @@ pub struct ns_llm_engine_params {
     pub log: ns_llm_log_callback,
     /// Handed to `log`.
     pub log_user_data: *mut c_void,
+    /// A value of `ns_llm_kv_dtype`.
+    pub kv_dtype: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -196,6 +216,10 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     let mut options = EngineOptions::new(unsafe { read_text("model", params.model, MAX_PATH_BYTES) }?);
     options.device = device(params.device)?;
     options.weights = weights(params.weights)?;
+    options.kv_dtype = kv_dtype(params.kv_dtype)?;
+    if params.reserved != 0 {
+        return Err(Failure::invalid("reserved", params.reserved, "0"));
+    }
     options.threads = unless_zero(params.threads as usize);
     if params.threads as usize > MAX_THREADS {
         return Err(Failure::invalid("threads", params.threads, format!("at most {MAX_THREADS}")));
@@ -255,6 +279,17 @@ fn weights(value: u32) -> Result<WeightFormat, Failure> {
         2 => Ok(WeightFormat::Bf16),
         3 => Ok(WeightFormat::F16),
         _ => Err(Failure::invalid("weights", value, "a value of ns_llm_weights")),
+    }
+}
+
+fn kv_dtype(value: u32) -> Result<Option<KvDtype>, Failure> {
+    match value {
+        0 => Ok(None),
+        1 => Ok(Some(KvDtype::F32)),
+        2 => Ok(Some(KvDtype::F16)),
+        3 => Ok(Some(KvDtype::Bf16)),
+        4 => Ok(Some(KvDtype::Int8)),
+        _ => Err(Failure::invalid("kv_dtype", value, "a value of ns_llm_kv_dtype")),
     }
 }
 

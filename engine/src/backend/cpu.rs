@@ -209,13 +209,7 @@ impl Backend for CpuBackend {
     }
 
     fn allocate_kv(&self, layout: KvLayout) -> Result<kv_blocks::KvBlocks> {
-        let dtype = match layout.dtype {
-            KvDtype::F32 => DType::F32,
-            KvDtype::F16 => DType::F16,
-        };
-        let KvLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, .. } = layout;
-        let layout = kv_blocks::KvBlocksLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, dtype };
-        kv_blocks::KvBlocks::new(layout).map_err(start_error)
+        kv_blocks::KvBlocks::new(kv_blocks_layout(layout)).map_err(start_error)
     }
 
     fn embed(&self, embedding: &PackedLinear, batch: &Batch) -> Result<CpuRows> {
@@ -380,6 +374,18 @@ impl Backend for CpuBackend {
         }
         Ok(())
     }
+}
+
+/// The same sizes, and as many bytes as they take here.
+pub(super) fn kv_blocks_layout(layout: KvLayout) -> kv_blocks::KvBlocksLayout {
+    let KvLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, dtype } = layout;
+    let dtype = match dtype {
+        KvDtype::F32 => kv_blocks::KvDtype::F32,
+        KvDtype::F16 => kv_blocks::KvDtype::F16,
+        KvDtype::Bf16 => kv_blocks::KvDtype::Bf16,
+        KvDtype::Int8 => kv_blocks::KvDtype::Int8,
+    };
+    kv_blocks::KvBlocksLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, dtype }
 }
 
 /// Where a layer's keys and values are: blocks of one layer are used by each layer in turn.
