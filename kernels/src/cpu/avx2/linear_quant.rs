@@ -64,8 +64,11 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
         if !is_direct {
             layout.unpack_codes(bytes, num_groups, unpacked);
         }
-        for (g, group) in layout.groups(bytes).take(num_groups).enumerate() {
-            unpack_scales(layout, &group, g, unpacked);
+        // One or two rows take the scale of a group from where it lies.
+        if !is_direct || layout.halves > 0 || layout.meaning == CodeMeaning::Minimum {
+            for (g, group) in layout.groups(bytes).take(num_groups).enumerate() {
+                unpack_scales(layout, &group, g, unpacked);
+            }
         }
         // The next chunk, or panel, lies behind this one. A prefetch of an address that is not mapped does nothing.
         let mut prefetch =
@@ -83,6 +86,11 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
                 chunk: unpacked,
                 planes: bytes[layout.header_bytes()..].as_ptr(),
                 group_bytes: layout.group_bytes(),
+                d: match is_direct && layout.halves == 0 && layout.meaning != CodeMeaning::Minimum {
+                    true => Scales::Planes(layout.group_bytes() - 2 * PANEL_ROWS),
+                    false if layout.halves == 0 => Scales::Groups,
+                    false => Scales::Chunk,
+                },
                 sums: sums.as_mut_ptr(),
             };
             // SAFETY: the CPU has the features of this function; activations and sums of `tile_rows` rows were checked;
@@ -126,20 +134,25 @@ fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &m
         // SAFETY: 32 bytes.
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), floats) };
     };
-    for vector in 0..PANEL_ROWS / LANES {
-        let d = match layout.quant_type {
-            QuantType::MXFP4 => {
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves(group.d, vector))))
+    // Scales of a chunk are read from the first group.
+    if layout.halves == 0 || g == 0 {
+        for vector in 0..PANEL_ROWS / LANES {
+            let d = match layout.quant_type {
+                QuantType::MXFP4 => {
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves(group.d, vector))))
+                }
+                _ => _mm256_cvtph_ps(halves(group.d, vector)),
+            };
+            store_floats(&mut out.d[g], vector, d);
+            if layout.meaning == CodeMeaning::Minimum {
+                store_floats(&mut out.d_min[g], vector, _mm256_cvtph_ps(halves(&group.d[2 * PANEL_ROWS..], vector)));
             }
-            _ => _mm256_cvtph_ps(halves(group.d, vector)),
-        };
-        store_floats(&mut out.d[g], vector, d);
-        if layout.meaning == CodeMeaning::Minimum {
-            store_floats(&mut out.d_min[g], vector, _mm256_cvtph_ps(halves(&group.d[2 * PANEL_ROWS..], vector)));
         }
-        if layout.halves == 0 {
-            continue;
-        }
+    }
+    if layout.halves == 0 {
+        return;
+    }
+    for vector in 0..PANEL_ROWS / LANES {
         let pair = |first: __m256i, second: __m256i| _mm256_blend_epi16::<0xaa>(first, _mm256_slli_epi32::<16>(second));
         for half in 0..layout.halves {
             let scales = integers(&group.scales[half * PANEL_ROWS..], vector);
@@ -148,7 +161,11 @@ fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &m
         let factors = if group.mins.is_empty() { group.scales } else { group.mins };
         let second = &factors[(layout.halves - 1) * PANEL_ROWS..];
         let factors = pair(integers(factors, vector), integers(second, vector));
-        store(&mut out.mins[g], vector, _mm256_mullo_epi16(factors, _mm256_set1_epi16(layout.offset())));
+        let factors = match layout.meaning {
+            CodeMeaning::Minimum => factors,
+            _ => _mm256_mullo_epi16(factors, _mm256_set1_epi16(layout.offset())),
+        };
+        store(&mut out.mins[g], vector, factors);
     }
 }
 
@@ -400,8 +417,20 @@ struct Tile<'a> {
     /// Planes of the chunk's first group.
     planes: *const u8,
     group_bytes: usize,
+    d: Scales,
     /// `[rows, 32]`
     sums: *mut f32,
+}
+
+/// Where the scale of a group is.
+#[derive(Clone, Copy)]
+enum Scales {
+    /// Taken apart, by group.
+    Groups,
+    /// Taken apart, one for the chunk.
+    Chunk,
+    /// As f16, so many bytes behind the group's first plane.
+    Planes(usize),
 }
 
 impl Tile<'_> {
@@ -445,23 +474,34 @@ impl Tile<'_> {
             // SAFETY: promised by the caller.
             unsafe {
                 let dots = P::dots::<DIRECT, ROWS, VECTORS>(self, g, first);
+                let mut d = [_mm256_setzero_ps(); VECTORS];
+                for (vector, d) in d.iter_mut().enumerate() {
+                    let lane = (first + vector) * LANES;
+                    *d = match self.d {
+                        Scales::Groups => _mm256_load_ps(self.chunk.d[g].as_ptr().add(lane)),
+                        Scales::Chunk => _mm256_load_ps(self.chunk.d[0].as_ptr().add(lane)),
+                        Scales::Planes(offset) => {
+                            _mm256_cvtph_ps(_mm_loadu_si128(self.plane(g).add(offset + 2 * lane).cast()))
+                        }
+                    };
+                }
+                let d_min = &self.chunk.d_min[if let Scales::Chunk = self.d { 0 } else { g }];
                 for (row, dots) in dots.iter().enumerate() {
                     let x = self.group(row, g);
                     let x_scale = _mm256_broadcast_ss(&(*x).scale);
                     let x_sums = broadcast((&raw const (*x).sums).cast());
                     for (vector, &dot) in dots.iter().enumerate() {
                         let lane = (first + vector) * LANES;
-                        let load = |numbers: &[f32; PANEL_ROWS]| _mm256_load_ps(numbers.as_ptr().add(lane));
                         let min = || {
                             let mins = _mm256_load_si256(self.chunk.mins[g].as_ptr().add(lane).cast());
                             _mm256_madd_epi16(mins, x_sums)
                         };
-                        let d = load(&self.chunk.d[g]);
+                        let d = d[vector];
                         let part = match P::MINS {
                             Mins::None => _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot)),
                             Mins::Integer => _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, min()))),
                             Mins::Float => {
-                                let min = _mm256_mul_ps(load(&self.chunk.d_min[g]), _mm256_cvtepi32_ps(min()));
+                                let min = _mm256_mul_ps(_mm256_load_ps(d_min.as_ptr().add(lane)), _mm256_cvtepi32_ps(min()));
                                 _mm256_fmsub_ps(d, _mm256_cvtepi32_ps(dot), min)
                             }
                         };
