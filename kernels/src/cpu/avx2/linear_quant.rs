@@ -236,7 +236,8 @@ impl Products for Signed {
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
         let codes = tile.chunk.signed_codes(g).as_ptr();
-        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| tile.group(row, g));
+        // Each row's place is kept in a register: left to itself, the compiler adds them up from row to row in each step.
+        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| black_box(tile.group(row, g)));
         let mut dots = [[zero(); VECTORS]; ROWS];
         // Steps are unrolled by hand: with one a turn, the loop is bound by its instructions, not by its products.
         for steps in 0..4 {
@@ -253,10 +254,7 @@ impl Products for Signed {
                         };
                     }
                     for (row, dots) in rows.iter().zip(&mut dots) {
-                        let x = broadcast((&raw const (**row).wide).cast::<i32>().add(step));
-                        for (dot, weights) in dots.iter_mut().zip(weights) {
-                            *dot = add_wide_products(*dot, weights, x);
-                        }
+                        add_wide_products(dots, &weights, (&raw const (**row).wide).cast::<i32>().add(step));
                     }
                 }
             }
@@ -313,7 +311,8 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
         let codes = tile.chunk.codes(g).as_ptr();
-        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| tile.group(row, g));
+        // Each row's place is kept in a register: left to itself, the compiler adds them up from row to row in each step.
+        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| black_box(tile.group(row, g)));
         let mut dots = [[zero(); VECTORS]; ROWS];
         for part in 0..const { 8 / Self::DEPTH } {
             let mut pairs = [[zero(); VECTORS]; ROWS];
@@ -330,10 +329,7 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
                         };
                     }
                     for (row, pairs) in rows.iter().zip(&mut pairs) {
-                        let x = broadcast((&raw const (**row).codes).cast::<i32>().add(step));
-                        for (pair, weights) in pairs.iter_mut().zip(weights) {
-                            *pair = add_products(*pair, weights, x);
-                        }
+                        add_products(pairs, &weights, (&raw const (**row).codes).cast::<i32>().add(step));
                     }
                 }
             }
@@ -352,45 +348,76 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
     }
 }
 
-/// `sums[i] + weights[2 i] * x[2 i] + weights[2 i + 1] * x[2 i + 1]`, numbers of 16 bits, sums of 32. In assembly because
-/// the compiler takes long chains of integer additions apart into trees, for which there are not enough registers.
+/// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits at `x`, sums of 32. In assembly
+/// because the compiler takes long chains of integer additions apart into trees, for which there are not enough registers.
+///
+/// # Safety
+/// `x` points to four bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_wide_products(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
-    let mut sums = sums;
-    // SAFETY: reads and writes the named registers only.
-    unsafe {
-        asm!(
-            "vpmaddwd {products}, {weights}, {x}",
-            "vpaddd {sums}, {sums}, {products}",
-            products = out(ymm_reg) _,
-            weights = in(ymm_reg) weights,
-            x = in(ymm_reg) x,
-            sums = inout(ymm_reg) sums,
-            options(pure, nomem, nostack, preserves_flags)
-        );
+unsafe fn add_wide_products<const VECTORS: usize>(
+    sums: &mut [__m256i; VECTORS],
+    weights: &[__m256i; VECTORS],
+    x: *const i32,
+) {
+    let (sums, rest) = sums.as_chunks_mut::<2>();
+    assert!(rest.is_empty(), "an even number of vectors");
+    for ([first, second], weights) in sums.iter_mut().zip(weights.as_chunks::<2>().0) {
+        // SAFETY: reads the four bytes, and the named registers.
+        unsafe {
+            asm!(
+                "vpbroadcastd {x}, dword ptr [{address}]",
+                "vpmaddwd {products}, {first_weights}, {x}",
+                "vpmaddwd {x}, {second_weights}, {x}",
+                "vpaddd {first}, {first}, {products}",
+                "vpaddd {second}, {second}, {x}",
+                x = out(ymm_reg) _,
+                products = out(ymm_reg) _,
+                address = in(reg) x,
+                first_weights = in(ymm_reg) weights[0],
+                second_weights = in(ymm_reg) weights[1],
+                first = inout(ymm_reg) *first,
+                second = inout(ymm_reg) *second,
+                options(pure, readonly, nostack, preserves_flags)
+            );
+        }
     }
-    sums
 }
 
-/// The same with bytes, of which the weights have no sign, and sums of 16 bits.
+/// Adds `weights[2 i] * x[i % 2 * 2] + weights[2 i + 1] * x[i % 2 * 2 + 1]` to each sum: four bytes at `x`, weights without
+/// sign, sums of 16 bits.
+///
+/// # Safety
+/// `x` points to four bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_products(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
-    let mut sums = sums;
-    // SAFETY: reads and writes the named registers only.
-    unsafe {
-        asm!(
-            "vpmaddubsw {products}, {weights}, {x}",
-            "vpaddw {sums}, {sums}, {products}",
-            products = out(ymm_reg) _,
-            weights = in(ymm_reg) weights,
-            x = in(ymm_reg) x,
-            sums = inout(ymm_reg) sums,
-            options(pure, nomem, nostack, preserves_flags)
-        );
+unsafe fn add_products<const VECTORS: usize>(
+    sums: &mut [__m256i; VECTORS],
+    weights: &[__m256i; VECTORS],
+    x: *const i32,
+) {
+    let (sums, rest) = sums.as_chunks_mut::<2>();
+    assert!(rest.is_empty(), "an even number of vectors");
+    for ([first, second], weights) in sums.iter_mut().zip(weights.as_chunks::<2>().0) {
+        // SAFETY: reads the four bytes, and the named registers.
+        unsafe {
+            asm!(
+                "vpbroadcastd {x}, dword ptr [{address}]",
+                "vpmaddubsw {products}, {first_weights}, {x}",
+                "vpmaddubsw {x}, {second_weights}, {x}",
+                "vpaddw {first}, {first}, {products}",
+                "vpaddw {second}, {second}, {x}",
+                x = out(ymm_reg) _,
+                products = out(ymm_reg) _,
+                address = in(reg) x,
+                first_weights = in(ymm_reg) weights[0],
+                second_weights = in(ymm_reg) weights[1],
+                first = inout(ymm_reg) *first,
+                second = inout(ymm_reg) *second,
+                options(pure, readonly, nostack, preserves_flags)
+            );
+        }
     }
-    sums
 }
 
 #[inline(always)]
@@ -501,7 +528,8 @@ impl Tile<'_> {
                             Mins::None => _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot)),
                             Mins::Integer => _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, min()))),
                             Mins::Float => {
-                                let min = _mm256_mul_ps(_mm256_load_ps(d_min.as_ptr().add(lane)), _mm256_cvtepi32_ps(min()));
+                                let min =
+                                    _mm256_mul_ps(_mm256_load_ps(d_min.as_ptr().add(lane)), _mm256_cvtepi32_ps(min()));
                                 _mm256_fmsub_ps(d, _mm256_cvtepi32_ps(dot), min)
                             }
                         };
