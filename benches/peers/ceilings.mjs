@@ -12,7 +12,8 @@ export function modelSizes(inspection) {
   const matrices = inspection.tensors.filter(({ shape }) => shape.length === 2);
   const parameters = (tensors) => tensors.reduce((sum, { shape: [rows, columns] }) => sum + rows * columns, 0);
   const isInLayer = ({ name }) => name.includes('.layers.');
-  const outputMatrix = matrices.find(({ name }) => name === 'lm_head.weight') ?? matrices.find(({ name }) => name.includes('embed_tokens'));
+  const named = (part) => matrices.find(({ name }) => name.includes(part));
+  const outputMatrix = named('lm_head') ?? named('embed_tokens');
   const layerParameters = parameters(matrices.filter(isInLayer));
   return {
     // All of the file's tensors are read for a token; the embedding too, where it is the output matrix.
@@ -32,7 +33,10 @@ export function modelSizes(inspection) {
  * that is 32 multiply-adds a cycle and core), floats as bf16 where there is a dot product for it, else as f32.
  */
 export function peaks(limits, format) {
-  const best = (prefix) => Math.max(0, ...Object.entries(limits).filter(([name]) => name.startsWith(prefix)).map(([, value]) => value));
+  const best = (prefix) => {
+    const values = Object.entries(limits).filter(([name]) => name.startsWith(prefix)).map(([, value]) => value);
+    return Math.max(0, ...values);
+  };
   const floats = Math.max(best('f32_'), best('bf16_'));
   return { bytes: best('ram_') * 1e9, floats: floats * 1e9, weights: (isFloat(format) ? floats : best('int8_')) * 1e9 };
 }

@@ -216,7 +216,9 @@ function writeConfiguration(folder, shape, { tokens, merges, specials, bosId, eo
       torch_dtype: 'bfloat16', bos_token_id: bosId, eos_token_id: eosId,
     },
     'generation_config.json': { bos_token_id: bosId, eos_token_id: eosId, do_sample: false },
-    'tokenizer_config.json': { eos_token: '<|im_end|>', model_max_length: sizes.max_position_embeddings, chat_template: CHAT_TEMPLATE },
+    'tokenizer_config.json': {
+      eos_token: '<|im_end|>', model_max_length: sizes.max_position_embeddings, chat_template: CHAT_TEMPLATE,
+    },
     'tokenizer.json': {
       version: '1.0', added_tokens: specials.map(special), normalizer: { type: 'NFC' },
       pre_tokenizer: { type: 'Sequence', pretokenizers: [split, byteLevel] }, post_processor: byteLevel, decoder: byteLevel,

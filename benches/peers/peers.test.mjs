@@ -43,10 +43,16 @@ test('the work of a run is its own, with that of its children', linux, async () 
 });
 
 test('the work of others is seen, and not that of neighbours who are part of the measurement', linux, async () => {
-  const idle = (neighbours) => runQuietly('sleep', ['1.5'], { ...AS_IT_IS, neighbours });
   await besideStranger(async (id) => {
-    const [unknown, known] = await Promise.all([idle([]), idle([id])]);
-    assert.ok(unknown.foreignCpus > known.foreignCpus + 0.05, `${unknown.foreignCpus} and ${known.foreignCpus} CPUs`);
+    // Until the stranger has had 0.6 s of processor time, however long that takes on a busy machine.
+    const ticks = `$(cut -d ' ' -f 14 /proc/${id}/stat)`;
+    const script = `end=$((${ticks} + 60)); until [ ${ticks} -ge $end ]; do sleep 0.1; done`;
+    const foreignSeconds = async (neighbours) => {
+      const { foreignCpus, seconds } = await runQuietly('sh', ['-c', script], { ...AS_IT_IS, neighbours });
+      return foreignCpus * seconds;
+    };
+    const [unknown, known] = await Promise.all([foreignSeconds([]), foreignSeconds([id])]);
+    assert.ok(unknown > known + 0.3, `${unknown} and ${known} s`);
   });
 });
 
@@ -157,10 +163,13 @@ test('a plan pairs every engine with every figure, and reads what the peers prin
   const bench = plan.find(({ command }) => command.endsWith('llama-bench'));
   assert.deepEqual(bench.read(printed), { prompt: 200, decode: 30 });
   const batched = plan.find(({ command }) => command.endsWith('llama-batched-bench'));
-  assert.deepEqual(batched.read('\n{"pl": 16, "speed_tg": 55}\n{"pl": 32, "speed_tg": 60}\n'), { 'sequences-16': 55, 'sequences-32': 60 });
+  const rows = '\n{"pl": 16, "speed_tg": 55}\n{"pl": 32, "speed_tg": 60}\n';
+  assert.deepEqual(batched.read(rows), { 'sequences-16': 55, 'sequences-32': 60 });
   const ours = plan.find(({ engine, args }) => engine === 'ns-llm' && args.includes('--parallel=16,32'));
   const report = { prompt_tps: 500, decode_tps: 45, weights: 'q8_0', isa: 'avx2', parallel: [{ n: 16, gen_tps: 250 }] };
-  assert.deepEqual(ours.read(JSON.stringify(report)), { prompt: 500, decode: 45, 'sequences-16': 250, runsAs: 'q8_0 weights, avx2' });
+  assert.deepEqual(ours.read(JSON.stringify(report)), {
+    prompt: 500, decode: 45, 'sequences-16': 250, runsAs: 'q8_0 weights, avx2',
+  });
   const long = plan.find(({ args }) => args.includes('--depth'));
   assert.deepEqual(long.read(JSON.stringify(report)), { 'prompt-of-4096': 500, 'decode-after-4096': 45 });
   assert.equal(plan.filter(({ busy }) => busy).length, 2);
@@ -191,8 +200,11 @@ test('sizes are those of the file', () => {
     { name: 'model.embed_tokens.weight', shape: [100, 8] }, { name: 'model.layers.0.self_attn.q_proj.weight', shape: [8, 8] },
     { name: 'model.layers.0.input_layernorm.weight', shape: [8] }, { name: 'model.norm.weight', shape: [8] },
   ];
-  const hyperparameters = { num_hidden_layers: '1', num_attention_heads: '2', num_key_value_heads: '1', head_dim: '4', vocab_size: '100' };
+  const hyperparameters = {
+    num_hidden_layers: '1', num_attention_heads: '2', num_key_value_heads: '1', head_dim: '4', vocab_size: '100',
+  };
   assert.deepEqual(modelSizes({ checkpoint_bytes: 1760, tensors, hyperparameters }), {
-    weightBytes: 1760, kvTokenBytes: 16, layerParameters: 64, tokenParameters: 864, attentionFlopsPerContextToken: 32, vocabSize: 100,
+    weightBytes: 1760, kvTokenBytes: 16, layerParameters: 64, tokenParameters: 864, attentionFlopsPerContextToken: 32,
+    vocabSize: 100,
   });
 });

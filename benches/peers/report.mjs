@@ -58,8 +58,8 @@ function aboutLines({ date, machine, threads, versions, sizes, runsAs, command }
   return [
     `${date}. ${machine.cpu}, ${machine.cores} cores, ${machine.memoryGib} GiB, Linux ${machine.kernel}; ${threads} threads.`,
     `${named.join('; ')}.${runs.length > 0 ? ` ns-llm runs ${runs.join('; ')}.` : ''}`,
-    `Prompt of ${sizes.promptTokens} tokens, ${sizes.genTokens} generated. Each cell: median (least to most, runs); the ratio is that of`,
-    `the medians, in parentheses the least and the most of one round. Command: \`npm run bench:peers${command}\`.`,
+    `Prompt of ${sizes.promptTokens} tokens, ${sizes.genTokens} generated. Command: \`npm run bench:peers${command}\`.`,
+    'Each cell: median (least to most, runs); the ratio is that of the medians, in parentheses the least and the most of one round.',
   ];
 }
 

@@ -11,7 +11,7 @@
 //     --wait 60 --tries 5             longest wait for a quiet machine, seconds, and tries of a disturbed run
 
 import { execFileSync } from 'node:child_process';
-import { appendFileSync, readFileSync, writeFileSync } from 'node:fs';
+import { appendFileSync, createReadStream, readFileSync, writeFileSync } from 'node:fs';
 import { availableParallelism, cpus, release, totalmem } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
@@ -93,7 +93,9 @@ async function measure({ suites, shape, formats, rounds, threads, sizes, quietly
   const command = process.argv.length > 2 ? ` -- ${process.argv.slice(2).join(' ')}` : '';
   const about = { date, shape, threads, sizes, versions, command, machine: machine(), models: {}, runsAs: {} };
   for (const [format, model] of Object.entries(models)) {
-    about.models[format] = modelSizes(JSON.parse(execFileSync(at.nsLlm, ['inspect', '--model', model, '--json'], { encoding: 'utf8' })));
+    const inspection = execFileSync(at.nsLlm, ['inspect', '--model', model, '--json'], { encoding: 'utf8' });
+    about.models[format] = modelSizes(JSON.parse(inspection));
+    await readOnce(model);
   }
   const [{ vocabSize, kvTokenBytes }] = Object.values(about.models);
   const plan = planOf({ at, models, suites, threads, sizes, vocabSize, kvTokenBytes });
@@ -115,12 +117,17 @@ async function measure({ suites, shape, formats, rounds, threads, sizes, quietly
   writePage(results, samples);
 }
 
+/** Into the file cache: no run is to wait for a disk. */
+async function readOnce(file) {
+  for await (const _ of createReadStream(file, { highWaterMark: 1 << 22 }));
+}
+
 async function recordLimits({ at, round, threads, quietly, record }) {
   const { stdout, foreignCpus } = await runQuietly(at.limits, [threads, LIMIT_REPETITIONS, LIMIT_MIB].map(String), quietly);
   jsonLines(stdout).forEach((limit) => record({ ...limit, round, foreignCpus: round3(foreignCpus) }));
 }
 
-/** A run that fails is told and left out: the others still count. */
+/** A run that fails is told, and left out: the others still count. The exit code tells too. */
 async function recordRun({ run, round, threads, quietly, record, about }) {
   const { engine, format, command, args, env, cwd, timeoutS, busy } = run;
   const words = args.map(String);
@@ -130,6 +137,7 @@ async function recordRun({ run, round, threads, quietly, record, about }) {
     result = await (busy ? withBusyNeighbours(availableParallelism(), once) : once([]));
   } catch (error) {
     console.error(`round ${round} ${format} ${engine}: FAILED: ${error.message}`);
+    process.exitCode = 1;
     return;
   }
   const { runsAs, ...figures } = run.read(result.stdout);
@@ -159,7 +167,7 @@ function machine() {
   const field = (name) => new RegExp(`^${name}\\s*: (.*)$`, 'm').exec(info)?.[1] ?? '?';
   const flags = field('flags').split(' ').filter((flag) => CPU_FLAGS.includes(flag));
   const cpu = `${cpus()[0].model} (family ${field('cpu family')} model ${field('model')}; ${flags.join(', ')})`;
-  return { cpu, cores: cpus().length, memoryGib: Math.round(totalmem() / 2 ** 30), kernel: release() };
+  return { cpu, cores: cpus().length, memoryGib: Math.round(totalmem() / 2 ** 30), kernel: release().split('-')[0] };
 }
 
 function reportAgain(results) {

@@ -104,8 +104,8 @@ function versions(at, inNode) {
   const named = {
     'ns-llm': `commit ${git('rev-parse', '--short', 'HEAD')}${changed}`,
     'llama.cpp': llamaVersion(at),
-    cc: first('cc', ['--version']),
-    node: process.version,
+    compiler: first('cc', ['--version']),
+    Node: process.version,
   };
   if (inNode) {
     const file = join(at.nodeLlamaCpp, 'node_modules', 'node-llama-cpp', 'package.json');
