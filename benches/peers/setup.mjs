@@ -3,7 +3,7 @@
 // one folder that git ignores; the environment may name places where it is already (README.md).
 
 import { execFileSync, spawn } from 'node:child_process';
-import { closeSync, existsSync, mkdirSync, openSync, readFileSync, readdirSync, rmSync } from 'node:fs';
+import { closeSync, existsSync, mkdirSync, openSync, readFileSync, readdirSync, renameSync, rmSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -75,7 +75,7 @@ async function buildLlamaCpp(at) {
     await logged(at, 'unpack', 'tar', ['xf', join(archive, file), '-C', `${source}.part`, '--strip-components=1']);
     // It points at a git folder that is not there, and cmake would look for it again in each build.
     rmSync(join(`${source}.part`, 'vendor', 'llama.cpp', '.git'), { force: true });
-    await logged(at, 'unpacked', 'mv', [`${source}.part`, source]);
+    renameSync(`${source}.part`, source);
   }
   const options = { GGML_NATIVE: 'ON', LLAMA_CURL: 'OFF', LLAMA_OPENSSL: 'OFF', LLAMA_BUILD_UI: 'OFF' };
   const unused = { LLAMA_BUILD_TESTS: 'OFF', LLAMA_BUILD_EXAMPLES: 'OFF', LLAMA_USE_PREBUILT_UI: 'OFF' };
@@ -92,9 +92,11 @@ async function installNodeLlamaCpp(at) {
   if (process.env.NS_LLM_PEERS_NODE_LLAMA_CPP) {
     throw new Error(`NS_LLM_PEERS_NODE_LLAMA_CPP is ${at.nodeLlamaCpp}, which has no node_modules/node-llama-cpp`);
   }
-  mkdirSync(at.nodeLlamaCpp, { recursive: true });
+  const part = `${at.nodeLlamaCpp}.part`;
+  mkdirSync(part, { recursive: true });
   const quiet = ['--ignore-scripts', '--no-audit', '--no-fund'];
-  await logged(at, 'node-llama-cpp', 'npm', ['install', ...quiet, '--prefix', at.nodeLlamaCpp, NODE_LLAMA_CPP]);
+  await logged(at, 'node-llama-cpp', 'npm', ['install', ...quiet, '--prefix', part, NODE_LLAMA_CPP]);
+  renameSync(part, at.nodeLlamaCpp);
 }
 
 function versions(at, inNode) {
