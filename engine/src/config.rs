@@ -30,6 +30,8 @@ pub const DISK_MIN_SEGMENTS: u64 = 16;
 pub const MAX_DISK_SEGMENTS: usize = 4_096;
 /// Blocks that one disk tier remembers (some 250 bytes of memory each); beyond it the least recently used segment goes.
 pub const MAX_DISK_ENTRIES: usize = 1 << 20;
+/// Blocks whose use led to an error and that the tiers therefore avoid; beyond it the oldest is forgotten.
+pub const MAX_QUARANTINED_BLOCKS: usize = 1_024;
 /// Segment files that are held open at once.
 pub const MAX_OPEN_SEGMENTS: usize = 64;
 
