@@ -7,17 +7,17 @@
 //! | G2 | Power failure and every n-th call failing in six ways | `every_call_may_fail_in_six_ways`, `random_faults_never_show` |
 //! | G3 | Any flip or overwrite is a miss or right | `flipped_and_overwritten_bytes_are_misses`, `record.rs` |
 //! | G4 | A payload belongs to its key, file and layout | `keys_are_bound_to_payloads`, `records_are_bound_to_their_place` |
-//! | G5 | Refusals of the system are counted, and over when their cause is | `full_disk_serves_what_it_has`, the six ways |
+//! | G5 | Refusals of the system are counted, and over when their cause is | `full_disk_serves_what_it_has`, the six ways; `tiers.rs`: `failing_tier_is_left_alone` |
 //! | G6 | A failed sync drops the segment | `failed_sync_drops_the_segment` |
 //! | G7 | A restore is staged | a record holds all layers and is checked before its bytes leave the tier: G2 and G3 |
-//! | G8 | What led to an error is not used again | `quarantine_outlives_a_restart` |
+//! | G8 | What led to an error is not used again | `quarantine_outlives_a_restart`; `tiers.rs`: `quarantined_block_stays_away` |
 //! | G9 | Bytes within the budget, no drift | `accounting_does_not_drift`; each call of G2; the kill test |
 //! | G10 | Opening time | `opening_reads_headers_only`: calls are counted; the time of 100,000 blocks in the large form |
 //! | G11 | One writer, readers are safe, no stale lock | `one_writer_and_many_readers`, `reader_changes_nothing`, the kill test |
 //! | G12 | A newer format is left alone | `newer_version_is_left_alone`; there is no older one |
 //! | G13 | A panic is an unclean end | nothing is done at a clean end, so every test that drops a tier shows it |
 //! | G14 | Private, and wiped by one call | `directory_is_private`, `real_files_are_found_again_and_wiped` |
-//! | G15 | A stalled disk costs a bounded time | not here: the tier has no clock; who asks it decides how long to wait |
+//! | G15 | A stalled disk costs a bounded time | `tiers.rs`: `stalled_tier_costs_the_budget_once`, in simulated time |
 //!
 //! Less than the charter: a file system of limited size and a read-only mount (G5) need the rights to mount, the simulated
 //! disk stands for them; pairs of processes that start and die at random (G11) are one child at a time.
@@ -269,7 +269,7 @@ fn random_faults_never_show() {
             scenario.run();
             crashes += u64::from(kind == FaultKind::Crash);
         }
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             scenario.close();
             disk.crash();
             disk.start_if_down();
@@ -316,9 +316,9 @@ fn flipped_and_overwritten_bytes_are_misses() {
             let length = 1 + random_at(round, 2) as usize % (file.len() - start).min(9_000);
             let value = random_at(round, 3);
             file[start..start + length].iter_mut().enumerate().for_each(|(i, byte)| {
-                *byte = if value % 3 == 0 { 0 } else { random_at(value, i as u64) as u8 };
+                *byte = if value.is_multiple_of(3) { 0 } else { random_at(value, i as u64) as u8 };
             });
-            file.truncate(if value % 5 == 0 { start } else { file.len() });
+            file.truncate(if value.is_multiple_of(5) { start } else { file.len() });
             check(files);
         }
     }
