@@ -1,7 +1,7 @@
 //! Matrix products of 8-bit activations with quantized panels.
 //!
 //! A chunk of 256 columns of the panel is taken apart once, into the L1 cache, and then multiplied with all rows, a few at
-//! a time; for one or two rows, which are bound by memory, the codes are taken from the planes as they are multiplied. A
+//! a time; for a few rows, and for codes of 8 bits, the codes are taken from the planes as they are multiplied. A
 //! tile is some rows times some vectors of eight output columns. For codes without sign a 32-bit lane holds four columns:
 //! `vpmaddubsw` multiplies them and adds pairs, as many of which are summed in 16 bits as cannot overflow, before
 //! `vpmaddwd` multiplies with the integer scales and widens. Signed codes are widened to 16 bits and go through `vpmaddwd`
@@ -48,7 +48,7 @@ pub(crate) fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
     });
 }
 
-/// All chunks of a panel, for all rows. `DIRECT`: one or two rows can take codes from the planes.
+/// All chunks of a panel, for all rows. `DIRECT`: codes can be taken from the planes.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, sums: &mut [f32]) {
     let &QuantProduct { x, groups_per_row, panel, layout } = product;
@@ -57,14 +57,16 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
     assert!(x.len() >= num_rows * groups_per_row, "activations of {num_rows} rows");
     layout.begin(unpacked);
     sums.fill(0.0);
-    let is_direct = DIRECT && num_rows <= 2;
+    // Codes in two planes cost more to put together.
+    let max_direct_rows = if layout.high_bits == 0 { TILE_ROWS } else { 2 };
+    let is_direct = DIRECT && (num_rows <= max_direct_rows || P::MINS == Mins::None);
     let passes = if num_rows <= 2 { 1 } else { 2 * num_rows.div_ceil(TILE_ROWS) };
     for (bytes, first_group) in panel.chunks(layout.chunk_bytes()).zip((0..groups_per_row).step_by(CHUNK_GROUPS)) {
         let num_groups = CHUNK_GROUPS.min(groups_per_row - first_group);
         if !is_direct {
             layout.unpack_codes(bytes, num_groups, unpacked);
         }
-        // One or two rows take the scale of a group from where it lies.
+        // A scale of a group alone is then read where it lies, too.
         if !is_direct || layout.halves > 0 || layout.meaning == CodeMeaning::Minimum {
             for (g, group) in layout.groups(bytes).take(num_groups).enumerate() {
                 unpack_scales(layout, &group, g, unpacked);
@@ -101,10 +103,14 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
                     (2, true) => tile.run::<P, true, 2, 4>(0, &mut prefetch),
                     (1, false) => tile.run::<P, false, 1, 4>(0, &mut prefetch),
                     (2, false) => tile.run::<P, false, 2, 4>(0, &mut prefetch),
-                    (3, _) => tile.run_halves::<P, 3>(&mut prefetch),
-                    (4, _) => tile.run_halves::<P, 4>(&mut prefetch),
-                    (5, _) => tile.run_halves::<P, 5>(&mut prefetch),
-                    _ => tile.run_halves::<P, 6>(&mut prefetch),
+                    (3, true) => tile.run_halves::<P, true, 3>(&mut prefetch),
+                    (4, true) => tile.run_halves::<P, true, 4>(&mut prefetch),
+                    (5, true) => tile.run_halves::<P, true, 5>(&mut prefetch),
+                    (_, true) => tile.run_halves::<P, true, 6>(&mut prefetch),
+                    (3, _) => tile.run_halves::<P, false, 3>(&mut prefetch),
+                    (4, _) => tile.run_halves::<P, false, 4>(&mut prefetch),
+                    (5, _) => tile.run_halves::<P, false, 5>(&mut prefetch),
+                    _ => tile.run_halves::<P, false, 6>(&mut prefetch),
                 }
             }
             row += tile_rows;
@@ -473,11 +479,11 @@ impl Tile<'_> {
     /// # Safety
     /// As for [`run`](Self::run).
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn run_halves<P: Products, const ROWS: usize>(&self, prefetch: &mut Prefetch) {
+    unsafe fn run_halves<P: Products, const DIRECT: bool, const ROWS: usize>(&self, prefetch: &mut Prefetch) {
         // SAFETY: promised by the caller.
         unsafe {
-            self.run::<P, false, ROWS, 2>(0, prefetch);
-            self.run::<P, false, ROWS, 2>(2, prefetch);
+            self.run::<P, DIRECT, ROWS, 2>(0, prefetch);
+            self.run::<P, DIRECT, ROWS, 2>(2, prefetch);
         }
     }
 
