@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use ns_llm::{Device, Engine, EngineOptions, Result, ThreadPriority, WeightFormat};
+use ns_llm::{Device, Engine, EngineOptions, ProgressCallback, Result, ThreadPriority, WeightFormat};
 
 /// Which model, and how to run it.
 #[derive(Args, Clone)]
@@ -70,24 +70,42 @@ impl ModelOptions {
     }
 }
 
-/// Opens a model; shows a bar while it loads when standard error is a terminal.
-pub(crate) fn open(mut options: EngineOptions) -> Result<Engine> {
-    if !std::io::stderr().is_terminal() {
-        return Engine::open(options);
+/// A bar on standard error while something long is done, when that is a terminal.
+pub(crate) struct Bar(Option<ProgressBar>);
+
+impl Bar {
+    pub(crate) fn new(verb: &str) -> Bar {
+        let style = || {
+            ProgressStyle::with_template(&format!("{verb} {{bar:30}} {{bytes}}/{{total_bytes}} {{bytes_per_sec}}"))
+                .expect("the template is constant")
+        };
+        Bar(std::io::stderr().is_terminal().then(|| ProgressBar::new(0).with_style(style())))
     }
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes} {bytes_per_sec}")
-            .expect("the template is constant"),
-    );
-    let shown = bar.clone();
-    options.on_progress = Some(Box::new(move |progress| {
-        shown.set_length(progress.total_bytes);
-        shown.set_position(progress.loaded_bytes);
-        true
-    }));
-    let engine = Engine::open(options);
-    bar.finish_and_clear();
-    engine
+
+    /// What moves the bar.
+    pub(crate) fn callback(&self) -> Option<ProgressCallback> {
+        let shown = self.0.clone()?;
+        Some(Box::new(move |progress| {
+            shown.set_length(progress.total_bytes);
+            shown.set_position(progress.loaded_bytes);
+            true
+        }))
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Opens a model behind a bar.
+pub(crate) fn open(mut options: EngineOptions) -> Result<Engine> {
+    let bar = Bar::new("loading");
+    options.on_progress = bar.callback();
+    Engine::open(options)
 }
 
 /// Opens a model with the options as they are.

@@ -134,6 +134,30 @@ fn eval_measures_own_files() {
     assert!(report["all"]["right"].as_u64().is_some_and(|right| right >= 5), "{report}");
 }
 
+/// A model becomes one smaller file that answers; a file that is there is only replaced when that is asked for.
+#[test]
+fn quantize_writes_a_model() {
+    let file = std::env::temp_dir().join(format!("ns-llm-quantize-{}.gguf", std::process::id()));
+    let output = file.to_str().expect("UTF-8");
+    let arguments = ["--type", "q4_k_m", "--output", output];
+    let report = json("quantize", &[&arguments[..], &["--json"]].concat());
+    assert_eq!((&report["type"], &report["tensors"]["f32"]), (&"q4_k_m".into(), &25.into()), "{report}");
+    assert_eq!(report["file_bytes"].as_u64(), std::fs::metadata(&file).map(|file| file.len()).ok());
+    assert!(report["bits_per_weight"].as_f64().is_some_and(|bits| (4.5..5.5).contains(&bits)), "{report}");
+    let again = run("quantize", &arguments);
+    assert!(!again.status.success() && String::from_utf8_lossy(&again.stderr).contains("already there"));
+    let text = succeed("quantize", &[&arguments[..], &["--force"]].concat());
+    assert!(text.contains("bits a weight") && text.contains("q6_k"), "{text}");
+    let question = ["--chat", "--prompt", "What is the capital of France?", "--temperature", "0"];
+    let answer =
+        Command::new(env!("CARGO_BIN_EXE_ns-llm")).args(["generate", "--model", output]).args(question).output();
+    std::fs::remove_file(&file).expect("removed");
+    assert!(String::from_utf8_lossy(&answer.expect("the program starts").stdout).contains("Paris"));
+    let unknown = run("quantize", &["--type", "q9_9", "--output", output]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("q4_k_m"));
+}
+
 /// What cannot be done is one line on standard error and exit code 1 (2 for arguments that make no sense).
 #[test]
 fn faults_are_one_line() {

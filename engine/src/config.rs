@@ -160,7 +160,7 @@ pub enum ThreadPriority {
 }
 
 /// How far the loading of weights is.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct LoadProgress {
     /// Bytes of weights that are packed.
     pub loaded_bytes: u64,

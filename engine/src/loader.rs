@@ -6,7 +6,7 @@
 //! allocated from a declared length beyond the bytes of the file; a failed load leaves nothing behind.
 
 mod generation_config;
-mod gguf;
+pub mod gguf;
 mod json;
 mod safetensors;
 mod sentence_transformers;
@@ -281,6 +281,24 @@ impl Weights {
         assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
         let data = self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?;
         stored::to_plain(stored, data, self.decoded)
+    }
+
+    /// The bytes of a tensor exactly as its file has them: encoded, and with rows in the file's order. Each can be taken
+    /// once.
+    pub fn take_stored(&mut self, name: &str, buffer: Vec<u8>) -> Result<Vec<u8>> {
+        let missing = || Error::MissingTensor { name: (self.name_in_file)(name) };
+        let (file_idx, stored) = self.tensors.get(name).ok_or_else(missing)?;
+        assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
+        self.files[*file_idx].read(stored, buffer)
+    }
+
+    /// An error about the content of a tensor, with its place.
+    pub fn error(&self, name: &str, reason: impl std::fmt::Display) -> Error {
+        let (file, offset) = match self.tensors.get(name) {
+            Some((file_idx, stored)) => (self.files[*file_idx].name.clone(), stored.offset),
+            None => (String::new(), 0),
+        };
+        Error::Weights { file, offset, reason: format!("tensor `{}` {reason}", (self.name_in_file)(name)) }
     }
 
     /// Says in which form the weights will be kept: quantized tensors are decoded to that, by default to f32.

@@ -86,6 +86,11 @@ impl GgufModel {
         vocabulary::tokenizer_json(&self.metadata)
     }
 
+    /// Everything that the file says but for its tensors.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
     /// The tensors of all files, by the names that models have for them.
     pub fn weights(self) -> Result<Weights> {
         let mut weights = Weights::from_files(self.files, name_in_file)?;

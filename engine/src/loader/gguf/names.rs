@@ -28,7 +28,7 @@ pub(super) fn name_in_model(name: &str) -> String {
 }
 
 /// The name that a file has for the tensor that models call `name`.
-pub(in crate::loader) fn name_in_file(name: &str) -> String {
+pub fn name_in_file(name: &str) -> String {
     translate(name, "model.layers.", "blk.", |&(file, model)| (model, file))
 }
 

@@ -12,6 +12,8 @@ const KEY: &str = "tokenizer.ggml.pre";
 const SUPPORTED: &str = "default, gpt-2, llama-bpe, qwen2, smollm";
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const DIGIT: &str = r"\p{N}";
+const DIGITS_TOGETHER: &str = r"\p{N}+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -42,6 +44,25 @@ impl PreTokenizer {
         }
     }
 
+    /// The way in which the `pre_tokenizer` of a `tokenizer.json` cuts; `None` for one that no name stands for.
+    pub(super) fn recognise(pre_tokenizer: &Json) -> Option<PreTokenizer> {
+        let mut found = Vec::new();
+        expressions(pre_tokenizer, &mut found)?;
+        use PreTokenizer::*;
+        [Default, Gpt2, Llama3, Qwen2, SmolLm].into_iter().find(|known| known.expressions() == found)
+    }
+
+    /// As [`KEY`] has it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            PreTokenizer::Default => "default",
+            PreTokenizer::Gpt2 => "gpt-2",
+            PreTokenizer::Llama3 => "llama-bpe",
+            PreTokenizer::Qwen2 => "qwen2",
+            PreTokenizer::SmolLm => "smollm",
+        }
+    }
+
     /// Whether a prompt begins with the token of that role when the file does not say.
     pub(super) fn adds_bos(self) -> bool {
         self == PreTokenizer::Llama3
@@ -60,17 +81,47 @@ impl PreTokenizer {
     /// `pre_tokenizer` of `tokenizer.json`: each expression cuts what the ones before it left, then bytes become the
     /// characters that stand for them.
     pub(super) fn json(self) -> Json {
-        let expressions: &[&str] = match self {
-            PreTokenizer::Default => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+        let split = |expression: &&str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
+        let mut steps: Vec<Json> = self.expressions().iter().map(split).collect();
+        steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
+        json!({"type": "Sequence", "pretokenizers": steps})
+    }
+
+    fn expressions(self) -> &'static [&'static str] {
+        match self {
+            PreTokenizer::Default => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, DIGITS_TOGETHER, "[0-9][0-9][0-9]"],
             PreTokenizer::Gpt2 => &[GPT2],
             PreTokenizer::Llama3 => &[LLAMA3],
             PreTokenizer::Qwen2 => &[QWEN2],
-            PreTokenizer::SmolLm => &[r"\p{N}", GPT2],
-        };
-        let split = |expression: &&str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
-        let mut steps: Vec<Json> = expressions.iter().map(split).collect();
-        steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
-        json!({"type": "Sequence", "pretokenizers": steps})
+            PreTokenizer::SmolLm => &[DIGIT, GPT2],
+        }
+    }
+}
+
+/// Appends the expressions by which `step` cuts, in their order. `None` for a step that does anything else.
+fn expressions<'a>(step: &'a Json, found: &mut Vec<&'a str>) -> Option<()> {
+    let flag = |field: &str| step.get(field).and_then(Json::as_bool);
+    match step.get("type")?.as_str()? {
+        "Sequence" => step.get("pretokenizers")?.as_array()?.iter().try_for_each(|step| expressions(step, found)),
+        "Split" => {
+            let behavior = step.get("behavior")?.as_str()?;
+            // What is between the words is empty for the expressions that match everything.
+            if !matches!((behavior, flag("invert")?), ("Isolated", false) | ("Removed", true)) {
+                return None;
+            }
+            found.push(step.get("pattern")?.get("Regex")?.as_str()?);
+            Some(())
+        }
+        "Digits" => {
+            found.push(if flag("individual_digits")? { DIGIT } else { DIGITS_TOGETHER });
+            Some(())
+        }
+        "ByteLevel" if flag("add_prefix_space")? => None,
+        "ByteLevel" => {
+            found.extend(flag("use_regex").unwrap_or(true).then_some(GPT2));
+            Some(())
+        }
+        _ => None,
     }
 }
 
@@ -79,6 +130,30 @@ mod tests {
     use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper};
 
     use super::*;
+
+    /// Each way is recognised as it is written here and as tokenizers of its kind write it; others are not.
+    #[test]
+    fn ways_to_cut_are_recognised() {
+        use PreTokenizer::*;
+        for known in [Default, Gpt2, Llama3, Qwen2, SmolLm] {
+            assert_eq!(PreTokenizer::recognise(&known.json()), Some(known));
+        }
+        let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        let smollm = json!({"type": "Sequence", "pretokenizers": [digits, byte_level]});
+        assert_eq!(PreTokenizer::recognise(&byte_level), Some(Gpt2));
+        assert_eq!(PreTokenizer::recognise(&smollm), Some(SmolLm));
+        for unknown in [
+            json!(null),
+            json!({"type": "Whitespace"}),
+            json!({"type": "ByteLevel", "add_prefix_space": true}),
+            json!({"type": "Sequence", "pretokenizers": [byte_level, digits]}),
+            json!({"type": "Split", "pattern": {"Regex": GPT2}, "behavior": "Removed", "invert": false}),
+            json!({"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": false}),
+        ] {
+            assert_eq!(PreTokenizer::recognise(&unknown), None, "{unknown}");
+        }
+    }
 
     /// Each name cuts as its tokenizer does: contractions, digits, runs of punctuation and whitespace all differ.
     #[test]
