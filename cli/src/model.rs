@@ -19,15 +19,19 @@ pub(crate) struct ModelOptions {
     /// Where to compute
     #[arg(long, value_enum, default_value_t)]
     pub(crate) device: DeviceName,
-    /// Form in which weights are kept
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) weights: WeightsName,
+    /// Form in which weights are kept: auto, f32, bf16, f16, or quantized as q8_0, q6_k, q5_k, q4_k, q3_k, q2_k, q5_1,
+    /// q5_0, q4_1, q4_0, iq4_nl, mxfp4
+    #[arg(long, value_name = "FORM", default_value = "auto", value_parser = |name: &str| WeightFormat::from_name(name))]
+    pub(crate) weights: WeightFormat,
     /// Longest sequence, prompt and answer (tokens)
     #[arg(long, value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
     /// Size of the KV pool (MiB)
     #[arg(long, value_name = "MIB")]
     pub(crate) kv_mib: Option<u64>,
+    /// What weights and KV pool may take together (MiB); weights that are too large are rounded to the best form that fits
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory_limit_mib: Option<u64>,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -36,15 +40,6 @@ pub(crate) enum DeviceName {
     Auto,
     Cpu,
     Cuda,
-}
-
-#[derive(Clone, Copy, Default, ValueEnum)]
-pub(crate) enum WeightsName {
-    #[default]
-    Auto,
-    F32,
-    Bf16,
-    F16,
 }
 
 impl ModelOptions {
@@ -58,14 +53,10 @@ impl ModelOptions {
             DeviceName::Cpu => Device::Cpu,
             DeviceName::Cuda => Device::Cuda,
         };
-        options.weights = match self.weights {
-            WeightsName::Auto => WeightFormat::Auto,
-            WeightsName::F32 => WeightFormat::F32,
-            WeightsName::Bf16 => WeightFormat::Bf16,
-            WeightsName::F16 => WeightFormat::F16,
-        };
+        options.weights = self.weights;
         options.context_tokens = self.context;
         options.kv_bytes = self.kv_mib.map(|mib| mib << 20);
+        options.memory_limit_bytes = self.memory_limit_mib.map(|mib| mib << 20);
         options
     }
 }

@@ -77,6 +77,7 @@ pub use engine::{Choice, Completion, Engine};
 pub use error::panic_text;
 pub use error::{Error, Result};
 pub use ns_llm_kernels::host::gpu::{Gpu, GpuVendor, gpus};
+pub use ns_llm_kernels::quant::QuantType;
 pub use request::{
     Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request, SamplingDefaults,
     SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,

@@ -24,9 +24,9 @@ pub use self::sentence_transformers::{PoolingMode, SentenceConfig};
 pub use self::source::ModelSource;
 pub use self::stored::StoredDtype;
 use self::stored::{StoredTensor, WeightsFile};
-use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES, WeightFormat};
+use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const SINGLE_FILE: &str = "model.safetensors";
 /// Larger buffers are given back to the system: an embedding's would stay until the end of the load.
@@ -207,10 +207,10 @@ pub struct Weights {
     taken: HashSet<String>,
     ignored: HashSet<String>,
     total_bytes: u64,
-    /// What quantized tensors are decoded to.
-    decoded: DType,
     /// Buffers of tensors that were given back.
     spare: Vec<Vec<u8>>,
+    /// Whether tensors come without their data.
+    is_outline: bool,
 }
 
 impl Weights {
@@ -227,16 +227,21 @@ impl Weights {
             }
         }
         let (taken, ignored) = (HashSet::new(), HashSet::new());
-        Ok(Weights {
-            files,
-            name_in_file,
-            tensors,
-            taken,
-            ignored,
-            total_bytes,
-            decoded: DType::F32,
+        Ok(Weights { files, name_in_file, tensors, taken, ignored, total_bytes, spare: Vec::new(), is_outline: false })
+    }
+
+    /// The same tensors without their data: [`take`](Weights::take) gives names, shapes and types, and reads nothing.
+    pub fn outline(&self) -> Weights {
+        Weights {
+            files: Vec::new(),
+            name_in_file: self.name_in_file,
+            tensors: self.tensors.clone(),
+            taken: HashSet::new(),
+            ignored: self.ignored.clone(),
+            total_bytes: self.total_bytes,
             spare: Vec::new(),
-        })
+            is_outline: true,
+        }
     }
 
     /// Fails unless every tensor of the index is in the shard that the index names.
@@ -275,12 +280,15 @@ impl Weights {
             let (expected, actual) = (shape.to_vec(), stored.shape.clone());
             return Err(Error::TensorShape { name: shown_name(), expected, actual });
         }
-        if !stored.dtype.can_be_plain() {
+        if stored.dtype.encoding().is_none() {
             return Err(Error::TensorDtype { name: shown_name(), dtype: stored.dtype.to_string() });
         }
         assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
-        let data = self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?;
-        stored::to_plain(stored, data, self.decoded)
+        let data = match self.is_outline {
+            false => self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?,
+            true => Vec::new(),
+        };
+        stored::to_tensor(stored, data)
     }
 
     /// The bytes of a tensor exactly as its file has them: encoded, and with rows in the file's order. Each can be taken
@@ -299,15 +307,6 @@ impl Weights {
             None => (String::new(), 0),
         };
         Error::Weights { file, offset, reason: format!("tensor `{}` {reason}", (self.name_in_file)(name)) }
-    }
-
-    /// Says in which form the weights will be kept: quantized tensors are decoded to that, by default to f32.
-    pub fn decode_to(&mut self, format: WeightFormat) {
-        self.decoded = match format {
-            WeightFormat::F32 | WeightFormat::Auto => DType::F32,
-            WeightFormat::Bf16 => DType::Bf16,
-            WeightFormat::F16 => DType::F16,
-        };
     }
 
     /// Bytes that a tensor takes in its file; 0 if there is none of this name.

@@ -17,13 +17,14 @@ use safetensors::Dtype;
 use self::convert::{ConversionError, Rows};
 pub use self::file_type::FileType;
 use self::file_type::ModelShape;
-use crate::config::{EngineOptions, LoadProgress, MAX_THREADS, ProgressCallback};
+use crate::config::{EngineOptions, LoadProgress, MAX_THREADS, ProgressCallback, WeightFormat};
 use crate::error::{Error, Result};
 use crate::inspect::TensorInfo;
 use crate::loader::gguf::{GgufMetadata, GgufTensor, GgufWriter, ROPE_FACTORS_TENSOR, name_in_file};
 use crate::loader::{ModelSource, StoredDtype, Weights};
 use crate::model::config::{Architecture, ModelConfig};
-use crate::open::ModelFiles;
+use crate::open::{ModelFiles, measure_weights};
+use crate::tensor::Encoding;
 
 /// What to make of what, and where.
 #[non_exhaustive]
@@ -80,6 +81,8 @@ pub fn quantize(mut options: QuantizeOptions) -> Result<Quantized> {
         return Err(Error::InvalidArgument { field: "threads", value: threads.to_string(), expected });
     }
     let files = ModelFiles::open(&EngineOptions::new(&options.model))?;
+    // Finds what is missing or of another shape before anything is written.
+    measure_weights(WeightFormat::Auto, &files.weights, &files.config)?;
     let source = ModelSource::open(&options.model)?;
     let metadata = file_metadata(&source, &files, &options)?;
     let is_folder = matches!(source, ModelSource::Folder(_));
@@ -95,12 +98,13 @@ pub fn quantize(mut options: QuantizeOptions) -> Result<Quantized> {
     for tensor in &tensors {
         match &tensor.origin {
             Origin::Computed(data) => writer.write(data)?,
-            Origin::Stored { name, rows, interleaved_heads, dtype } => {
+            Origin::Stored { name, rows, interleaved_heads, encoding } => {
                 stored = weights.take_stored(name, stored)?;
                 let [num_rows, width] = *rows;
-                let rows =
-                    Rows { bytes: &stored, dtype: *dtype, num_rows, width, interleaved_heads: *interleaved_heads };
-                convert::convert(&pool, &rows, tensor.written.dtype, &mut converted).map_err(|e| match e {
+                let (encoding, interleaved_heads) = (*encoding, *interleaved_heads);
+                let rows = Rows { bytes: &stored, encoding, num_rows, width, interleaved_heads };
+                let written = tensor.written.dtype.encoding().expect("chosen among what can be read");
+                convert::convert(&pool, &rows, written, &mut converted).map_err(|e| match e {
                     ConversionError::NotFinite { row } => {
                         weights.error(name, format!("has numbers in row {row} that are not finite"))
                     }
@@ -175,7 +179,7 @@ struct PlannedTensor {
 }
 
 enum Origin {
-    Stored { name: String, dtype: StoredDtype, rows: [usize; 2], interleaved_heads: Option<usize> },
+    Stored { name: String, encoding: Encoding, rows: [usize; 2], interleaved_heads: Option<usize> },
     Computed(Vec<u8>),
 }
 
@@ -200,23 +204,18 @@ fn planned_tensors(
         heads_per_kv_head: config.num_attention_heads / config.num_key_value_heads,
         is_tied: config.tie_word_embeddings,
     };
+    // Checkpoints that were saved to embed texts have the decoder alone.
+    let prefix = if weights.contains("embed_tokens.weight") { "model." } else { "" };
     let mut tensors = Vec::new();
-    let mut unknown = Vec::new();
     for (name, shape, dtype) in weights.entries() {
-        // A folder may have what no model of this engine reads either.
-        if is_folder
-            && (name.ends_with("rotary_emb.inv_freq") || config.tie_word_embeddings && name == "lm_head.weight")
-        {
+        let file_name = name_in_file(&format!("{prefix}{name}"));
+        // What models ignore has no name in the format.
+        let is_ignored = file_name.ends_with(name) || config.tie_word_embeddings && name == "lm_head.weight";
+        if is_folder && is_ignored {
             continue;
         }
-        let file_name = name_in_file(name);
-        if is_folder && file_name == name {
-            unknown.push(name);
-            continue;
-        }
-        if !is_float(dtype) {
-            return Err(Error::TensorDtype { name: name.to_string(), dtype: dtype.to_string() });
-        }
+        let unsupported = || Error::TensorDtype { name: name.to_string(), dtype: dtype.to_string() };
+        let encoding = dtype.encoding().ok_or_else(unsupported)?;
         let width = shape.last().copied().unwrap_or(1);
         let is_matrix = shape.len() == 2 && file_name.ends_with(".weight") && !file_name.ends_with("_norm.weight");
         let written = match is_matrix {
@@ -231,21 +230,14 @@ fn planned_tensors(
         };
         tensors.push(PlannedTensor {
             written: GgufTensor { name: file_name, shape: shape.to_vec(), dtype: written },
-            origin: Origin::Stored { name: name.to_string(), dtype, rows, interleaved_heads },
+            origin: Origin::Stored { name: name.to_string(), encoding, rows, interleaved_heads },
         });
-    }
-    if let Some(first) = unknown.first() {
-        return Err(Error::UnusedTensors { name: first.to_string(), count: unknown.len() });
     }
     if is_folder {
         tensors.extend(rope_factors(config)?);
     }
     tensors.sort_by_cached_key(|tensor| place(&tensor.written.name));
     Ok(tensors)
-}
-
-fn is_float(dtype: StoredDtype) -> bool {
-    matches!(dtype, StoredDtype::Blocks(_) | StoredDtype::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16))
 }
 
 /// Heads of the rows that the format has in another order: q and k of a llama.

@@ -42,6 +42,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "request",
             "scheduler",
             "stats",
+            "tensor",
             "text_model",
             "tokenizer",
             "worker",

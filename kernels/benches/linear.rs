@@ -122,13 +122,18 @@ fn read_gbytes(cpu: &Cpu) -> f64 {
 fn packed(cpu: &Cpu, format: WeightFormat, in_features: usize, out_features: usize) -> PackedLinear {
     // bf16 between 0.5 and 1: any numbers do, as long as they are normal.
     let bytes: Vec<u8> = (0..in_features * out_features).flat_map(|i| [(i * 7919 % 128) as u8, 0x3f]).collect();
-    let source = MatrixSource { bytes: &bytes, dtype: DType::Bf16, out_features, in_features, bias: None };
-    PackedLinear::pack(cpu, &[source], format).expect("sizes fit")
+    let source = MatrixSource { bytes: &bytes, encoding: DType::Bf16.into(), out_features, in_features, bias: None };
+    PackedLinear::pack(cpu, &[(source, format)]).expect("sizes fit")
 }
 
 fn operand(cpu: &Cpu, weight: &PackedLinear, rows: usize) -> Operand {
     let values: Vec<f32> = (0..rows * weight.in_features()).map(|i| (i * 31 % 997) as f32 * 1e-3).collect();
-    Operand::from_f32(OperandFormat::for_weights(cpu, weight.format()), rows, weight.in_features(), &values)
+    Operand::from_f32(
+        OperandFormat::for_weights(cpu, weight.formats().next().expect("one section")),
+        rows,
+        weight.in_features(),
+        &values,
+    )
 }
 
 /// One matrix again and again.

@@ -3,6 +3,54 @@
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
+use crate::error::{Error, Result};
+use crate::quant::{self, QuantType};
+
+/// How the numbers of a matrix are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Encoding {
+    /// One by one.
+    Plain(DType),
+    /// In blocks along a row.
+    Blocks(QuantType),
+}
+
+impl Encoding {
+    /// Name of the element type or of the block format.
+    pub fn name(self) -> &'static str {
+        match self {
+            Encoding::Plain(dtype) => dtype.name(),
+            Encoding::Blocks(quant_type) => quant_type.name(),
+        }
+    }
+    /// Bytes of `num_values` numbers; refuses a count that is no whole number of blocks, or whose bytes no `usize` counts.
+    pub fn size_bytes(self, num_values: usize) -> Result<usize> {
+        match self {
+            Encoding::Plain(dtype) => dtype.checked_size_bytes(num_values),
+            Encoding::Blocks(quant_type) => quant_type.size_bytes(num_values),
+        }
+    }
+    /// Reads numbers at any alignment as f32. Panics unless `bytes` holds as many as `out`.
+    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Encoding::Plain(dtype) => dtype.decode(bytes, out),
+            Encoding::Blocks(quant_type) => quant::decode(quant_type, bytes, out).expect("the bytes of whole blocks"),
+        }
+    }
+}
+
+impl From<DType> for Encoding {
+    fn from(dtype: DType) -> Encoding {
+        Encoding::Plain(dtype)
+    }
+}
+
+impl From<QuantType> for Encoding {
+    fn from(quant_type: QuantType) -> Encoding {
+        Encoding::Blocks(quant_type)
+    }
+}
+
 /// How one number is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -21,6 +69,11 @@ impl DType {
             DType::F32 => 4,
             DType::F16 | DType::Bf16 => 2,
         }
+    }
+    fn checked_size_bytes(self, num_values: usize) -> Result<usize> {
+        let (operation, dimension, expected) = ("size_bytes", "number of values", "addressable");
+        let size_bytes = num_values.checked_mul(self.size_bytes());
+        size_bytes.ok_or(Error::InvalidSize { operation, dimension, value: num_values, expected })
     }
     /// Name as in a safetensors header.
     pub fn name(self) -> &'static str {

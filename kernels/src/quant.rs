@@ -15,6 +15,7 @@
 mod bit_planes;
 mod iq4_nl;
 mod mxfp4;
+mod parts;
 mod q2_k;
 mod q3_k;
 mod q4_0;
@@ -30,7 +31,10 @@ mod scale_search;
 use half::f16;
 
 pub use self::iq4_nl::BlockIq4Nl;
+pub(crate) use self::iq4_nl::LEVELS as IQ4_NL_LEVELS;
 pub use self::mxfp4::BlockMxfp4;
+pub(crate) use self::mxfp4::LEVELS as MXFP4_LEVELS;
+pub(crate) use self::parts::BlockParts;
 pub use self::q2_k::BlockQ2K;
 pub use self::q3_k::BlockQ3K;
 pub use self::q4_0::BlockQ4_0;
@@ -168,6 +172,11 @@ pub fn encode(quant_type: QuantType, values: &[f32], bytes: &mut [u8]) -> Result
     Ok(())
 }
 
+/// Takes the first block in `bytes` apart. Panics without a whole one.
+pub(crate) fn take_apart(quant_type: QuantType, bytes: &[u8], parts: &mut BlockParts) {
+    (quant_type.format().take_apart)(bytes, parts);
+}
+
 fn check_size(operation: &'static str, quant_type: QuantType, num_values: usize, actual: usize) -> Result<()> {
     let expected = quant_type.size_bytes(num_values)?;
     match actual == expected {
@@ -184,6 +193,8 @@ fn check_size(operation: &'static str, quant_type: QuantType, num_values: usize,
 pub(crate) unsafe trait Block<const VALUES: usize>: Sized {
     /// The numbers that the block stands for.
     fn decode(&self, out: &mut [f32; VALUES]);
+    /// The integers and scales that they are made of.
+    fn take_apart(&self, parts: &mut BlockParts);
     /// The block that stands for finite `values`, as nearly as the format's rule or search says.
     fn encode(values: &[f32; VALUES]) -> Self;
 }
@@ -196,6 +207,7 @@ struct Format {
     block_bytes: usize,
     decode: fn(&[u8], &mut [f32]),
     encode: fn(&[f32], &mut [u8]),
+    take_apart: fn(&[u8], &mut BlockParts),
 }
 
 impl Format {
@@ -215,6 +227,7 @@ impl Format {
                     *block = B::encode(values);
                 }
             },
+            take_apart: |bytes, parts| blocks_of::<B, VALUES>(bytes)[0].take_apart(parts),
         }
     }
 }
@@ -238,6 +251,9 @@ fn blocks_of_mut<B: Block<VALUES>, const VALUES: usize>(bytes: &mut [u8]) -> &mu
 pub struct F16Bytes([u8; 2]);
 
 impl F16Bytes {
+    fn to_bits(self) -> u16 {
+        u16::from_le_bytes(self.0)
+    }
     /// Exactly this number. With branches, not with a question to the CPU, so that it is inlined into the loop over blocks.
     pub fn to_f32(self) -> f32 {
         f16::from_le_bytes(self.0).to_f32_const()

@@ -315,9 +315,15 @@ fn rows_are_copied() {
     let values: Vec<f32> = (0..vocab * width).map(|i| (i % 251) as f32 - 125.0).collect();
     let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
     let cpu = cpu(Isa::Portable, 2);
-    let source = MatrixSource { bytes: &bytes, dtype: DType::F32, out_features: vocab, in_features: width, bias: None };
+    let source = MatrixSource {
+        bytes: &bytes,
+        encoding: DType::F32.into(),
+        out_features: vocab,
+        in_features: width,
+        bias: None,
+    };
     for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16] {
-        let matrix = PackedLinear::pack(&cpu, &[source], format).expect("packs");
+        let matrix = PackedLinear::pack(&cpu, &[(source, format)]).expect("packs");
         for tokens in [1, 3, 1000] {
             let token_ids: Vec<u32> = (0..tokens).map(|i| (i * 67 + 5) % vocab as u32).collect();
             let mut out = vec![0.0; token_ids.len() * width];

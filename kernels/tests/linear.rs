@@ -61,14 +61,14 @@ impl Matrix {
     fn source(&self) -> MatrixSource<'_> {
         MatrixSource {
             bytes: &self.bytes[1..],
-            dtype: self.dtype,
+            encoding: self.dtype.into(),
             out_features: self.out_features,
             in_features: self.in_features,
             bias: self.bias.as_deref(),
         }
     }
     fn pack(&self, cpu: &Cpu) -> PackedLinear {
-        PackedLinear::pack(cpu, &[self.source()], self.dtype.into()).expect("sizes fit")
+        PackedLinear::pack(cpu, &[(self.source(), self.dtype.into())]).expect("sizes fit")
     }
     /// `x W^T + bias` in f64.
     fn product(&self, x: &[f32]) -> Vec<f64> {
@@ -111,7 +111,7 @@ fn products_match_the_reference() {
                 let matrix = Matrix::random(&mut random, dtype, out, in_features, rows % 2 == 1);
                 let weight = matrix.pack(&cpu);
                 let values = random.vec(rows * in_features);
-                let format = OperandFormat::for_weights(&cpu, weight.format());
+                let format = OperandFormat::for_weights(&cpu, format_of(&weight));
                 let x = Operand::from_f32(format, rows, in_features, &values);
                 let what = format!("{} {} [{rows}, {in_features}] x [{out}]", isa.name(), dtype.name());
                 let want = matrix.product(&operand_values(&x));
@@ -141,7 +141,7 @@ fn swiglu_matches_the_reference() {
                 let up = Matrix::random(&mut random, dtype, out, 64, rows % 3 == 0);
                 let weight = PackedLinear::pack_gate_up(&cpu, gate.source(), up.source(), dtype.into()).expect("sizes");
                 let values = random.vec(rows * 64);
-                let x = Operand::from_f32(OperandFormat::for_weights(&cpu, weight.format()), rows, 64, &values);
+                let x = Operand::from_f32(OperandFormat::for_weights(&cpu, format_of(&weight)), rows, 64, &values);
                 let mut got = Operand::zeros(OperandFormat::F32, rows, out);
                 matmul_swiglu(&cpu, &x, &weight, &mut got).expect("sizes fit");
                 let silu = |gate: f64| gate / (1.0 + (-gate).exp());
@@ -181,7 +181,7 @@ fn gelu_matches_the_reference() {
                 let matrix = Matrix::random(&mut random, dtype, out, 64, rows % 2 == 0);
                 let weight = matrix.pack(&cpu);
                 let values = random.vec(rows * 64);
-                let x = Operand::from_f32(OperandFormat::for_weights(&cpu, weight.format()), rows, 64, &values);
+                let x = Operand::from_f32(OperandFormat::for_weights(&cpu, format_of(&weight)), rows, 64, &values);
                 let product = matrix.product(&operand_values(&x));
                 type Form = (Gelu, fn(f64) -> f64);
                 let forms: [Form; 2] = [(Gelu::Erf, gelu_erf), (Gelu::Tanh, gelu_tanh)];
@@ -207,6 +207,10 @@ fn gelu_matches_the_reference() {
     let mut out = Operand::zeros(OperandFormat::F32, 2, 6);
     let error = matmul_gelu(&cpu, &x, &matrix.pack(&cpu), Gelu::Erf, &mut out).expect_err("width").to_string();
     assert!(error.contains("matmul_gelu: out width is 6, must be 5"), "{error}");
+}
+
+fn format_of(weight: &PackedLinear) -> WeightFormat {
+    weight.formats().next().expect("one section")
 }
 
 fn operand_values(operand: &Operand) -> Vec<f32> {
@@ -255,7 +259,7 @@ fn rows_do_not_depend_on_their_neighbours() {
             let values = random.vec(max_rows * in_features);
             let residual = random.vec(max_rows * out);
             let compute = |cpu: &Cpu, rows: std::ops::Range<usize>| {
-                let format = OperandFormat::for_weights(cpu, stacked.format());
+                let format = OperandFormat::for_weights(cpu, format_of(&stacked));
                 let values = &values[rows.start * in_features..rows.end * in_features];
                 let x = Operand::from_f32(format, rows.len(), in_features, values);
                 let mut plain = vec![0.0; rows.len() * out];
@@ -299,8 +303,8 @@ fn packed_rows_are_read_back() {
     for (dtype, format) in FORMATS.into_iter().flat_map(|dtype| FORMATS.map(|format| (dtype, format))) {
         for in_features in [1, 31, 64, 130] {
             let parts = [5, 32, 40].map(|out| Matrix::random(&mut random, dtype, out, in_features, out == 32));
-            let sources = parts.each_ref().map(Matrix::source);
-            let packed = PackedLinear::pack(&cpu, &sources, format.into()).expect("sizes fit");
+            let sources = parts.each_ref().map(|part| (part.source(), format.into()));
+            let packed = PackedLinear::pack(&cpu, &sources).expect("sizes fit");
             assert_eq!((packed.out_features(), packed.in_features()), (77, in_features));
             let want = parts.iter().flat_map(|part| part.values.iter().copied()).map(|value| match format {
                 DType::F32 => value,
@@ -328,7 +332,7 @@ fn non_finite_rows_stay_alone() {
             let mut values = random.vec(7 * 31);
             values[3 * 31 + 30] = f32::NAN;
             values[5 * 31 + 30] = f32::INFINITY;
-            let x = Operand::from_f32(OperandFormat::for_weights(&cpu, weight.format()), 7, 31, &values);
+            let x = Operand::from_f32(OperandFormat::for_weights(&cpu, format_of(&weight)), 7, 31, &values);
             let mut out = vec![0.0; 7 * 33];
             matmul(&cpu, &x, &weight, &mut out).expect("sizes fit");
             for (row, out) in out.chunks_exact(33).enumerate() {
@@ -360,13 +364,13 @@ fn wrong_sizes_are_errors() {
     mismatch(matmul(&cpu, &x(5), &weight, &mut [0.0; 6]), "x width");
     mismatch(matmul(&cpu, &x(4), &weight, &mut [0.0; 7]), "out elements");
     mismatch(matmul_add(&cpu, &x(4), &weight, &mut [0.0; 5]), "out elements");
-    let pack = |source: MatrixSource<'_>| PackedLinear::pack(&cpu, &[source], WeightFormat::F32).map(|_| ());
+    let pack = |source: MatrixSource<'_>| PackedLinear::pack(&cpu, &[(source, WeightFormat::F32)]).map(|_| ());
     let source = matrix.source();
     mismatch(pack(MatrixSource { in_features: 5, ..source }), "bytes");
     mismatch(pack(MatrixSource { out_features: usize::MAX, ..source }), "bytes");
     mismatch(pack(MatrixSource { bias: Some(&[0.0; 2]), ..source }), "bias");
     let other = Matrix::random(&mut random, DType::F32, 3, 5, false);
-    let two = PackedLinear::pack(&cpu, &[source, other.source()], WeightFormat::F32);
+    let two = PackedLinear::pack(&cpu, &[source, other.source()].map(|part| (part, WeightFormat::F32)));
     mismatch(two.map(|_| ()), "in_features");
     let other = Matrix::random(&mut random, DType::F32, 4, 4, false);
     let gate_up = PackedLinear::pack_gate_up(&cpu, source, other.source(), WeightFormat::F32);

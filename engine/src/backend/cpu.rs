@@ -5,9 +5,10 @@
 //! [`Error::Internal`]. What comes from a checkpoint is checked when it is loaded.
 
 mod arena;
+mod format;
 mod sample;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ns_llm_kernels as kernels;
@@ -21,10 +22,16 @@ use crate::backend::{
 use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Encoding, Tensor};
 pub use arena::CpuOperand;
 use arena::{Arena, Floats};
+use format::{gate_up_format, packed_format};
 use sample::SamplerScratches;
+
+/// Bytes of a matrix as [`CpuBackend`] keeps it when the user wants `weights`; `None` if nothing can count them.
+pub(super) fn packed_bytes(weights: WeightFormat, weight: &LinearWeight<'_>) -> Option<u64> {
+    format::packed_bytes(weights, weight)
+}
 
 /// How to start a [`CpuBackend`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,8 +53,8 @@ pub struct CpuBackend {
     /// The attention rows of the step at hand, kept for their allocation.
     sequences: Mutex<Sequences>,
     weights_bytes: AtomicU64,
-    /// Whether a matrix was loaded that does not want bf16 activations.
-    needs_f32_operands: AtomicBool,
+    /// What the matrices that were loaded so far want of activations: those of a model have one form.
+    operand_format: Mutex<Option<OperandFormat>>,
 }
 
 #[derive(Default)]
@@ -103,7 +110,7 @@ impl CpuBackend {
             scratches: SamplerScratches::default(),
             sequences: Mutex::default(),
             weights_bytes: AtomicU64::new(0),
-            needs_f32_operands: AtomicBool::new(false),
+            operand_format: Mutex::default(),
         }
     }
 
@@ -122,29 +129,25 @@ impl CpuBackend {
         self.weights_bytes.load(Ordering::Relaxed)
     }
 
-    /// The form in which a matrix that is stored as `stored` is kept and multiplied.
-    pub fn weight_format(&self, stored: DType) -> linear::WeightFormat {
-        match self.weights {
-            WeightFormat::Auto => stored.into(),
-            WeightFormat::F32 => linear::WeightFormat::F32,
-            WeightFormat::Bf16 => linear::WeightFormat::Bf16,
-            WeightFormat::F16 => linear::WeightFormat::F16,
-        }
+    /// The form in which a matrix `[_, in_features]` that is stored as `stored` is kept and multiplied.
+    pub fn weight_format(&self, stored: Encoding, in_features: usize) -> linear::WeightFormat {
+        packed_format(self.weights, stored, in_features)
     }
 
-    /// Matrices that are packed together have one form: f32 when they are stored in different ones.
-    fn common_format(&self, parts: &[LinearPart<'_>]) -> linear::WeightFormat {
-        let mut formats = parts.iter().map(|part| self.weight_format(part.weight.dtype));
-        let first = formats.next().unwrap_or(linear::WeightFormat::F32);
-        if formats.all(|format| format == first) { first } else { linear::WeightFormat::F32 }
-    }
-
-    /// bf16 only when all matrices want it: a model's activations have one form.
+    /// What the products of all matrices that were loaded want.
     fn operand_format(&self) -> OperandFormat {
-        match self.needs_f32_operands.load(Ordering::Relaxed) {
-            true => OperandFormat::F32,
-            false => OperandFormat::for_weights(&self.cpu, linear::WeightFormat::Bf16),
+        let format = *self.operand_format.lock().unwrap_or_else(PoisonError::into_inner);
+        format.unwrap_or(OperandFormat::F32)
+    }
+
+    fn packed(&self, packed: PackedLinear) -> PackedLinear {
+        self.weights_bytes.fetch_add(packed.len_bytes() as u64, Ordering::Relaxed);
+        let mut wanted = self.operand_format.lock().unwrap_or_else(PoisonError::into_inner);
+        for format in packed.formats() {
+            let format = OperandFormat::for_weights(&self.cpu, format);
+            *wanted = Some(wanted.map_or(format, |wanted| wanted.and(format)));
         }
+        packed
     }
 
     fn rows(&self, rows: usize, width: usize) -> CpuRows {
@@ -169,23 +172,21 @@ impl Backend for CpuBackend {
         let packed = match weight {
             LinearWeight::Stacked(parts) => {
                 let biases = parts.iter().map(read_bias).collect::<Result<Vec<_>>>()?;
-                let sources = parts.iter().zip(&biases).map(|(part, bias)| matrix_source(part, bias.as_deref()));
-                let sources = sources.collect::<Result<Vec<_>>>()?;
-                PackedLinear::pack(&self.cpu, &sources, self.common_format(parts))
+                let sources = parts.iter().zip(&biases).map(|(part, bias)| {
+                    let source = matrix_source(part, bias.as_deref())?;
+                    Ok((source, self.weight_format(source.encoding, source.in_features)))
+                });
+                PackedLinear::pack(&self.cpu, &sources.collect::<Result<Vec<_>>>()?)
             }
             LinearWeight::GateUp { gate, up } => {
                 let biases = (read_bias(&gate)?, read_bias(&up)?);
-                let format = self.common_format(&[gate, up]);
                 let gate = matrix_source(&gate, biases.0.as_deref())?;
-                PackedLinear::pack_gate_up(&self.cpu, gate, matrix_source(&up, biases.1.as_deref())?, format)
+                let up = matrix_source(&up, biases.1.as_deref())?;
+                let format = gate_up_format(self.weights, [gate, up].map(|part| (part.encoding, part.in_features)));
+                PackedLinear::pack_gate_up(&self.cpu, gate, up, format)
             }
         };
-        let packed = packed.map_err(start_error)?;
-        self.weights_bytes.fetch_add(packed.len_bytes() as u64, Ordering::Relaxed);
-        if OperandFormat::for_weights(&self.cpu, packed.format()) == OperandFormat::F32 {
-            self.needs_f32_operands.store(true, Ordering::Relaxed);
-        }
-        Ok(packed)
+        packed.map(|packed| self.packed(packed)).map_err(start_error)
     }
 
     fn load_norm(&self, weight: &Tensor, eps: f32) -> Result<CpuNorm> {
@@ -310,7 +311,14 @@ impl Backend for CpuBackend {
         batch: &Batch,
         kv: &kv_blocks::KvBlocks,
     ) -> Result<CpuOperand> {
-        let mut out = self.operand(q.rows, q.width);
+        // Heads narrower than a group of 8-bit activations cannot be stored one by one.
+        let heads_are_groups = layer.shape.head_dim.is_multiple_of(32);
+        let mut out = match self.operand_format() {
+            OperandFormat::Int8 | OperandFormat::F32AndInt8 if !heads_are_groups => {
+                self.arena.operand(OperandFormat::F32, q.rows, q.width)
+            }
+            format => self.arena.operand(format, q.rows, q.width),
+        };
         let mut sequences = self.sequences.lock().unwrap_or_else(PoisonError::into_inner);
         sequences.take_from(batch);
         let Sequences { list: sequences, block_tables } = &*sequences;
@@ -318,7 +326,16 @@ impl Backend for CpuBackend {
         let shape = attention_shape(&layer.shape);
         attention::paged_attention(&self.cpu, (kv_layer(layer, kv), &shape), &attention_batch, kv, &mut out)
             .map_err(internal)?;
-        Ok(out)
+        if out.format() == self.operand_format() {
+            return Ok(out);
+        }
+        let mut converted = self.operand(out.rows(), out.width());
+        let mut values = self.arena.floats(out.rows() * out.width());
+        for (idx, row) in values.chunks_exact_mut(out.width().max(1)).enumerate() {
+            out.row_into(idx, row);
+        }
+        converted.store_rows(&values);
+        Ok(converted)
     }
 
     fn select_outputs(&self, hidden: &CpuRows, batch: &Batch) -> Result<CpuRows> {
@@ -407,11 +424,11 @@ fn rope_table(table: &RopeTable) -> rope::RopeTable<'_> {
 }
 
 fn matrix_source<'a>(part: &LinearPart<'a>, bias: Option<&'a [f32]>) -> Result<MatrixSource<'a>> {
-    let Tensor { name, shape, dtype, data } = part.weight;
+    let Tensor { name, shape, encoding, data } = part.weight;
     let &[out_features, in_features] = shape.as_slice() else {
         return Err(Error::TensorShape { name: name.clone(), expected: vec![0, 0], actual: shape.clone() });
     };
-    Ok(MatrixSource { bytes: data, dtype: *dtype, out_features, in_features, bias })
+    Ok(MatrixSource { bytes: data, encoding: *encoding, out_features, in_features, bias })
 }
 
 fn read_bias(part: &LinearPart<'_>) -> Result<Option<Vec<f32>>> {
@@ -424,9 +441,7 @@ fn read_bias(part: &LinearPart<'_>) -> Result<Option<Vec<f32>>> {
 /// A tensor with one axis, as f32.
 fn read_vector(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.expect_shape(&[tensor.shape.iter().product()])?;
-    let mut values = vec![0.0; tensor.data.len() / tensor.dtype.size_bytes()];
-    tensor.dtype.decode(&tensor.data, &mut values);
-    Ok(values)
+    Ok(tensor.to_f32())
 }
 
 /// A refusal while the backend starts or a model is loaded.
@@ -458,6 +473,7 @@ mod tests {
     use super::*;
     use crate::batch::{BatchSequence, BlockId, Outcome, OutputKind, RowSampling, SeqId};
     use crate::request::SamplingParams;
+    use crate::tensor::QuantType;
 
     const HIDDEN: usize = 24;
     const VOCAB: usize = 50;
@@ -471,7 +487,7 @@ mod tests {
         let len = shape.iter().product::<usize>();
         let values = (0..len).map(|i| ((i * 7919 + name.len()) % 101) as f32 / 101.0 - 0.5);
         let data = values.flat_map(f32::to_le_bytes).collect();
-        Tensor { name: name.to_owned(), shape: shape.to_vec(), dtype: DType::F32, data }
+        Tensor { name: name.to_owned(), shape: shape.to_vec(), encoding: DType::F32.into(), data }
     }
 
     /// A model of one layer: enough to call every operation.
@@ -602,22 +618,29 @@ mod tests {
         assert_eq!((round(), round()), (warm, warm));
     }
 
-    /// The form of the weights is the checkpoint's unless the options say otherwise, and f32 when parts differ.
+    /// The form of the weights is the checkpoint's unless the options say otherwise, part by part.
     #[test]
     fn weight_formats_are_resolved() {
         let auto = backend(1, WeightFormat::Auto);
         let (a, mut b) = (tensor("a", &[32, 4]), tensor("b", &[32, 4]));
         let part = |weight| LinearPart { weight, bias: None };
-        let format = |backend: &CpuBackend, parts: &[LinearPart<'_>]| {
-            backend.load_linear(LinearWeight::Stacked(parts)).expect("loads").format()
+        let formats = |backend: &CpuBackend, parts: &[LinearPart<'_>]| {
+            let packed = backend.load_linear(LinearWeight::Stacked(parts)).expect("loads");
+            packed.formats().map(linear::WeightFormat::name).collect::<Vec<_>>()
         };
-        assert_eq!(format(&auto, &[part(&a)]), linear::WeightFormat::F32);
-        b.dtype = DType::Bf16;
+        assert_eq!(formats(&auto, &[part(&a)]), ["f32"]);
+        b.encoding = DType::Bf16.into();
         b.data.truncate(32 * 4 * 2);
-        assert_eq!(format(&auto, &[part(&b)]), linear::WeightFormat::Bf16);
-        assert_eq!(format(&auto, &[part(&a), part(&b)]), linear::WeightFormat::F32);
-        assert_eq!(format(&backend(1, WeightFormat::F16), &[part(&a), part(&b)]), linear::WeightFormat::F16);
-        assert_eq!(auto.weights_bytes(), 32 * 4 * (4 + 2 + 8));
+        assert_eq!(formats(&auto, &[part(&b)]), ["bf16"]);
+        assert_eq!(formats(&auto, &[part(&a), part(&b)]), ["f32", "bf16"]);
+        assert_eq!(formats(&backend(1, WeightFormat::F16), &[part(&a), part(&b)]), ["f16"]);
+        assert_eq!(auto.weights_bytes(), 32 * 4 * (4 + 2 + 4 + 2));
+        let quantized = backend(1, WeightFormat::Quant(QuantType::Q8_0));
+        let wide = tensor("c", &[32, 64]);
+        assert_eq!(formats(&quantized, &[part(&wide)]), ["q8_0"]);
+        assert_eq!(quantized.operand_format(), OperandFormat::Int8);
+        assert_eq!(formats(&quantized, &[part(&a)]), ["f16"], "no whole blocks");
+        assert_eq!(quantized.operand_format(), OperandFormat::F32AndInt8);
     }
 
     /// Tensors and sizes that do not fit are typed errors that name them.

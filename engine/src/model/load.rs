@@ -5,7 +5,7 @@ use crate::backend::{Backend, LinearPart, LinearWeight};
 use crate::config::LoadProgress;
 use crate::error::{Error, Result};
 use crate::loader::Weights;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Encoding, Tensor};
 
 /// Hears how far loading is; `false` cancels.
 pub type OnProgress<'a> = &'a mut dyn FnMut(LoadProgress) -> bool;
@@ -127,7 +127,7 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
     fn done_with(&mut self, matrices: Vec<Matrix>) -> Result<()> {
         for tensor in matrices.into_iter().flat_map(|matrix| [Some(matrix.weight), matrix.bias]).flatten() {
             self.loaded.loaded_bytes += self.weights.stored_bytes(&tensor.name);
-            self.num_parameters += (tensor.data.len() / tensor.dtype.size_bytes()) as u64;
+            self.num_parameters += tensor.num_elements() as u64;
             self.weights.recycle(tensor);
         }
         self.report()
@@ -150,12 +150,27 @@ impl Matrix {
     }
 }
 
-/// A matrix `[rows, columns]` as `[columns, rows]`. In squares: going down a column of a large matrix touches another
-/// page with each element.
+/// A matrix `[rows, columns]` as `[columns, rows]`; blocks, which lie along the rows, become f32. In squares: going down a
+/// column of a large matrix touches another page with each element.
 fn transposed(matrix: &Tensor) -> Tensor {
     const SQUARE: usize = 32;
     let &[rows, columns] = matrix.shape.as_slice() else { unreachable!("taken with two axes") };
-    let size = matrix.dtype.size_bytes();
+    let dtype = match matrix.encoding {
+        // An outline of weights has no numbers.
+        _ if matrix.data.is_empty() => {
+            let encoding = match matrix.encoding {
+                Encoding::Blocks(_) => DType::F32.into(),
+                plain => plain,
+            };
+            return Tensor { shape: vec![columns, rows], encoding, ..matrix.clone() };
+        }
+        Encoding::Plain(dtype) => dtype,
+        Encoding::Blocks(_) => {
+            let data = matrix.to_f32().into_iter().flat_map(f32::to_le_bytes).collect();
+            return transposed(&Tensor { encoding: DType::F32.into(), data, ..matrix.clone() });
+        }
+    };
+    let size = dtype.size_bytes();
     let mut data = vec![0; matrix.data.len()];
     for (first_row, first_column) in
         (0..rows).step_by(SQUARE).flat_map(|row| (0..columns).step_by(SQUARE).map(move |column| (row, column)))
@@ -167,13 +182,12 @@ fn transposed(matrix: &Tensor) -> Tensor {
             }
         }
     }
-    Tensor { name: matrix.name.clone(), shape: vec![columns, rows], dtype: matrix.dtype, data }
+    Tensor { name: matrix.name.clone(), shape: vec![columns, rows], encoding: matrix.encoding, data }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::DType;
 
     /// Element `[i, j]` becomes `[j, i]`, over sizes around the edge of a square and both widths of an element.
     #[test]
@@ -182,9 +196,9 @@ mod tests {
             for dtype in [DType::F32, DType::F16] {
                 let size = dtype.size_bytes();
                 let data = (0..rows * columns * size).map(|i| (i * 37 % 251) as u8).collect();
-                let matrix = Tensor { name: "m".to_string(), shape: vec![rows, columns], dtype, data };
+                let matrix = Tensor { name: "m".to_string(), shape: vec![rows, columns], encoding: dtype.into(), data };
                 let swapped = transposed(&matrix);
-                assert_eq!((swapped.shape.as_slice(), swapped.dtype), ([columns, rows].as_slice(), dtype));
+                assert_eq!((swapped.shape.as_slice(), swapped.encoding), ([columns, rows].as_slice(), dtype.into()));
                 for (row, column) in (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))) {
                     let at = |data: &[u8], idx: usize| data[idx * size..(idx + 1) * size].to_vec();
                     assert_eq!(at(&swapped.data, column * rows + row), at(&matrix.data, row * columns + column));

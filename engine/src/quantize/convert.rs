@@ -4,10 +4,9 @@ use std::collections::TryReserveError;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ns_llm_kernels::cpu::pool::Pool;
-use safetensors::Dtype;
+use ns_llm_kernels::dtype::{encode_bf16, encode_f16};
 
-use crate::loader::StoredDtype;
-use crate::tensor::{DType, encode_bf16, encode_f16, quant};
+use crate::tensor::{DType, Encoding, quant};
 
 /// Numbers that a thread converts at once, at least one row.
 const CONVERTED_AT_ONCE: usize = 1 << 14;
@@ -15,7 +14,7 @@ const CONVERTED_AT_ONCE: usize = 1 << 14;
 /// Rows of a tensor as it is stored.
 pub(super) struct Rows<'a> {
     pub(super) bytes: &'a [u8],
-    pub(super) dtype: StoredDtype,
+    pub(super) encoding: Encoding,
     pub(super) num_rows: usize,
     pub(super) width: usize,
     /// Heads whose rows are to be reordered from halves to neighbours (see [`interleaved`]).
@@ -32,16 +31,17 @@ pub(super) enum ConversionError {
     },
 }
 
-/// The same numbers, written as `dtype`, into `out`, whose content is replaced.
+/// The same numbers, written as `encoding`, into `out`, whose content is replaced.
 ///
 /// Panics unless rows are whole blocks of both types and these are floats: the caller has chosen types that are.
 pub(super) fn convert(
     pool: &Pool,
     rows: &Rows<'_>,
-    dtype: StoredDtype,
+    encoding: Encoding,
     out: &mut Vec<u8>,
 ) -> Result<(), ConversionError> {
-    let (row_bytes, out_row_bytes) = (row_bytes(rows.dtype, rows.width), row_bytes(dtype, rows.width));
+    let [row_bytes, out_row_bytes] =
+        [rows.encoding, encoding].map(|encoding| encoding.size_bytes(rows.width).expect("rows are whole blocks"));
     let num_bytes = out_row_bytes * rows.num_rows;
     out.clear();
     out.try_reserve_exact(num_bytes).map_err(ConversionError::NoMemory)?;
@@ -56,12 +56,12 @@ pub(super) fn convert(
             let stored_row = rows.interleaved_heads.map_or(row, |heads| interleaved(row, rows.num_rows / heads));
             let stored = &rows.bytes[stored_row * row_bytes..][..row_bytes];
             // The same blocks again would be rounded a second time.
-            if rows.dtype == dtype {
+            if rows.encoding == encoding {
                 out.copy_from_slice(stored);
                 continue;
             }
-            decode(rows.dtype, stored, &mut values);
-            if encode(dtype, &values, out).is_err() {
+            rows.encoding.decode(stored, &mut values);
+            if encode(encoding, &values, out).is_err() {
                 first_bad_row.fetch_min(stored_row, Ordering::Relaxed);
             }
         }
@@ -79,44 +79,19 @@ fn interleaved(row: usize, head_rows: usize) -> usize {
     head * head_rows + place % 2 * (head_rows / 2) + place / 2
 }
 
-fn row_bytes(dtype: StoredDtype, width: usize) -> usize {
-    match dtype {
-        StoredDtype::Plain(_) => width * plain(dtype).size_bytes(),
-        StoredDtype::Blocks(blocks) => blocks.size_bytes(width).expect("rows are whole blocks"),
-    }
-}
-
-fn plain(dtype: StoredDtype) -> DType {
-    match dtype {
-        StoredDtype::Plain(Dtype::F32) => DType::F32,
-        StoredDtype::Plain(Dtype::F16) => DType::F16,
-        StoredDtype::Plain(Dtype::BF16) => DType::Bf16,
-        other => unreachable!("{other} is neither read nor written"),
-    }
-}
-
-fn decode(dtype: StoredDtype, bytes: &[u8], values: &mut [f32]) {
-    match dtype {
-        StoredDtype::Blocks(blocks) => quant::decode(blocks, bytes, values).expect("whole rows"),
-        StoredDtype::Plain(_) => plain(dtype).decode(bytes, values),
-    }
-}
-
-fn encode(dtype: StoredDtype, values: &[f32], out: &mut [u8]) -> Result<(), ns_llm_kernels::error::Error> {
+fn encode(encoding: Encoding, values: &[f32], out: &mut [u8]) -> ns_llm_kernels::error::Result<()> {
     let halves = |encode: fn(&[f32], &mut [u16]), out: &mut [u8]| {
         let mut halves = vec![0; values.len()];
         encode(values, &mut halves);
         out.as_chunks_mut().0.iter_mut().zip(halves).for_each(|(out, half)| *out = half.to_le_bytes());
     };
-    match dtype {
-        StoredDtype::Blocks(blocks) => return quant::encode(blocks, values, out),
-        StoredDtype::Plain(_) => match plain(dtype) {
-            DType::F32 => {
-                out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_le_bytes())
-            }
-            DType::F16 => halves(encode_f16, out),
-            DType::Bf16 => halves(encode_bf16, out),
-        },
+    match encoding {
+        Encoding::Blocks(blocks) => return quant::encode(blocks, values, out),
+        Encoding::Plain(DType::F32) => {
+            out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_le_bytes());
+        }
+        Encoding::Plain(DType::F16) => halves(encode_f16, out),
+        Encoding::Plain(DType::Bf16) => halves(encode_bf16, out),
     }
     Ok(())
 }
@@ -127,12 +102,12 @@ mod tests {
     use crate::tensor::QuantType;
     use ns_llm_kernels::cpu::pool::PoolPriority;
 
-    const F32: StoredDtype = StoredDtype::Plain(Dtype::F32);
-    const Q8_0: StoredDtype = StoredDtype::Blocks(QuantType::Q8_0);
+    const F32: Encoding = Encoding::Plain(DType::F32);
+    const Q8_0: Encoding = Encoding::Blocks(QuantType::Q8_0);
 
-    fn converted(rows: &Rows<'_>, dtype: StoredDtype) -> Result<Vec<u8>, ConversionError> {
+    fn converted(rows: &Rows<'_>, encoding: Encoding) -> Result<Vec<u8>, ConversionError> {
         let mut out = vec![1; 3];
-        convert(&Pool::new(2, PoolPriority::Normal).unwrap(), rows, dtype, &mut out).map(|()| out)
+        convert(&Pool::new(2, PoolPriority::Normal).unwrap(), rows, encoding, &mut out).map(|()| out)
     }
 
     fn bytes(values: &[f32]) -> Vec<u8> {
@@ -146,19 +121,18 @@ mod tests {
         let values: Vec<f32> = (0..num_rows * width).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
         let mut expected = vec![0; QuantType::Q8_0.size_bytes(values.len()).unwrap()];
         quant::encode(QuantType::Q8_0, &values, &mut expected).unwrap();
-        let rows = Rows { bytes: &bytes(&values), dtype: F32, num_rows, width, interleaved_heads: None };
+        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows, width, interleaved_heads: None };
         assert!(converted(&rows, Q8_0).unwrap() == expected);
-        let again = Rows { bytes: &expected, dtype: Q8_0, ..rows };
+        let again = Rows { bytes: &expected, encoding: Q8_0, ..rows };
         assert!(converted(&again, Q8_0).unwrap() == expected);
         // To f32, and from there to bf16 and back, as exactly as the types are.
-        for (dtype, worst) in
-            [(F32, 0.25), (StoredDtype::Plain(Dtype::F16), 0.28), (StoredDtype::Plain(Dtype::BF16), 0.5)]
+        for (encoding, worst) in [(F32, 0.25), (Encoding::Plain(DType::F16), 0.28), (Encoding::Plain(DType::Bf16), 0.5)]
         {
-            let back = converted(&again, dtype).unwrap();
+            let back = converted(&again, encoding).unwrap();
             let mut numbers = vec![0.0; values.len()];
-            plain(dtype).decode(&back, &mut numbers);
+            encoding.decode(&back, &mut numbers);
             let error = numbers.iter().zip(&values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(error <= worst, "{dtype}: {error}");
+            assert!(error <= worst, "{encoding:?}: {error}");
         }
     }
 
@@ -166,7 +140,7 @@ mod tests {
     #[test]
     fn heads_are_interleaved() {
         let values: Vec<f32> = (0..8).map(|row| row as f32).collect();
-        let rows = Rows { bytes: &bytes(&values), dtype: F32, num_rows: 8, width: 1, interleaved_heads: Some(2) };
+        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows: 8, width: 1, interleaved_heads: Some(2) };
         assert_eq!(converted(&rows, F32).unwrap(), bytes(&[0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]));
     }
 
@@ -175,7 +149,7 @@ mod tests {
     fn numbers_that_are_none_are_refused() {
         let mut values = vec![1.0; 4 * 32];
         (values[70], values[100]) = (f32::NAN, f32::INFINITY);
-        let rows = Rows { bytes: &bytes(&values), dtype: F32, num_rows: 4, width: 32, interleaved_heads: None };
+        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows: 4, width: 32, interleaved_heads: None };
         assert_eq!(converted(&rows, Q8_0), Err(ConversionError::NotFinite { row: 2 }));
         assert!(converted(&rows, F32).is_ok());
     }

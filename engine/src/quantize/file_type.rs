@@ -6,7 +6,7 @@ use safetensors::Dtype;
 
 use crate::error::{Error, Result};
 use crate::loader::StoredDtype;
-use crate::tensor::QuantType;
+use crate::tensor::{Encoding, QuantType, fitting};
 
 /// How the matrices of a file are stored. Everything else (norms, biases) is always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -131,7 +131,10 @@ impl FileType {
     pub(super) fn of_matrix(self, name: &str, width: usize, model: &ModelShape, is_pure: bool) -> StoredDtype {
         let StoredDtype::Blocks(base) = self.base() else { return self.base() };
         let chosen = if is_pure { base } else { self.mixed(base, name, width, model) };
-        fitting(chosen, width)
+        match fitting(chosen, width) {
+            Encoding::Blocks(blocks) => StoredDtype::Blocks(blocks),
+            Encoding::Plain(_) => StoredDtype::Plain(Dtype::F16),
+        }
     }
 
     fn mixed(self, base: QuantType, name: &str, width: usize, model: &ModelShape) -> QuantType {
@@ -200,20 +203,6 @@ impl FileType {
 fn takes_more_bits(layer: usize, num_layers: usize) -> bool {
     let eighth = num_layers / 8;
     layer < eighth || layer >= 7 * num_layers / 8 || (layer - eighth) % 3 == 2
-}
-
-/// `wanted`, or where rows are no whole number of its blocks, the next larger type of 32 numbers a block, or else f16.
-fn fitting(wanted: QuantType, width: usize) -> StoredDtype {
-    let smaller_blocks = match wanted {
-        QuantType::Q2_K | QuantType::Q3_K => QuantType::Q4_0,
-        QuantType::Q4_K => QuantType::Q5_0,
-        QuantType::Q5_K => QuantType::Q5_1,
-        QuantType::Q6_K => QuantType::Q8_0,
-        other => other,
-    };
-    let fits = |quant_type: &QuantType| width.is_multiple_of(quant_type.block_values());
-    let found = [wanted, smaller_blocks].into_iter().find(fits);
-    found.map_or(StoredDtype::Plain(Dtype::F16), StoredDtype::Blocks)
 }
 
 #[cfg(test)]

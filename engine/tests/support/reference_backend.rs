@@ -2,13 +2,12 @@
 //! threads. Slow on purpose; what it computes is what every other backend must come close to.
 #![allow(dead_code, reason = "each test file uses a part")]
 
-use half::{bf16, f16};
 use ns_llm::Result;
 use ns_llm::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable};
 use ns_llm::batch::BlockCopy;
 use ns_llm::batch::{Batch, OutputRow, Sampled};
 use ns_llm::sampler::{SamplerScratch, sample_row};
-use ns_llm::tensor::{DType, Tensor};
+use ns_llm::tensor::Tensor;
 
 /// The backend; it has no state.
 pub struct Reference;
@@ -120,12 +119,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 }
 
 fn numbers(tensor: &Tensor) -> Vec<f64> {
-    let number = |bytes: &[u8]| match tensor.dtype {
-        DType::F32 => f64::from(f32::from_le_bytes(bytes.try_into().expect("four bytes"))),
-        DType::F16 => f16::from_le_bytes(bytes.try_into().expect("two bytes")).to_f64(),
-        DType::Bf16 => bf16::from_le_bytes(bytes.try_into().expect("two bytes")).to_f64(),
-    };
-    tensor.data.chunks(tensor.dtype.size_bytes()).map(number).collect()
+    tensor.to_f32().into_iter().map(f64::from).collect()
 }
 
 /// Rotates dimension `i` with `i + rotary_dim / 2` by the angle of `position`.

@@ -3,6 +3,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod linear;
+pub(crate) mod linear_quant;
 pub(crate) mod logits;
 pub(crate) mod math;
 pub(crate) mod norm;

@@ -61,7 +61,7 @@ fn run_rows(
     }
 }
 
-/// Rows `first_row..first_row + out.rows()` of `x` into `out`, which has the same width and format.
+/// Rows `first_row..first_row + out.rows()` of `x` into `out`, bit for bit. They have the same width and format.
 pub fn copy_rows(x: &Operand, first_row: usize, out: &mut Operand) -> Result<()> {
     let (operation, rows) = ("copy_rows", out.rows());
     if out.width() != x.width() {
@@ -72,12 +72,6 @@ pub fn copy_rows(x: &Operand, first_row: usize, out: &mut Operand) -> Result<()>
         let (value, limit) = (first_row + rows, x.rows() + 1);
         return Err(Error::IndexOutOfRange { operation, index: "end of the rows", value, limit });
     }
-    let mut row = vec![0.0; x.width()];
-    let out = out.writer();
-    for i in 0..rows {
-        x.row_into(first_row + i, &mut row);
-        // SAFETY: one thread, one row after the other.
-        unsafe { out.store(i, 0, &row) };
-    }
+    out.copy_rows_from(x, first_row);
     Ok(())
 }

@@ -8,8 +8,11 @@
 //! Row invariance: an element is one accumulator over `k = 0..in` in order, then `+ bias`, then the residual sum. Never
 //! is a reduction split, so the order of items, the size of blocks and the number of threads are free.
 
+mod int8;
 mod operand;
 mod packed;
+mod plain_panel;
+mod quant_panel;
 
 use std::ops::Range;
 
@@ -19,8 +22,11 @@ pub use packed::{MatrixSource, PANEL_ROWS, PackedLinear, WeightFormat};
 use super::dispatch::Cpu;
 use super::pool::DisjointMut;
 use crate::error::{Error, Result};
-use operand::OperandData;
-use packed::{Arrangement, PanelData};
+pub(crate) use int8::{Int8Group, Int8Rows};
+use operand::PlainRows;
+use packed::{Arrangement, PanelFormat};
+use plain_panel::PlainFormat;
+pub(crate) use quant_panel::{CHUNK_GROUPS, CodeMeaning, CodeProducts, QuantLayout, UnpackedChunk};
 
 /// Activation rows of one work item at most. More would not fit the L2 cache beside the weights ([`BLOCK_COLUMNS`]).
 const MAX_BLOCK_ROWS: usize = 48;
@@ -40,6 +46,9 @@ pub(crate) struct LinearKernels {
     pub(crate) bf16: PanelKernel<f32, u16>,
     /// bf16 activations with an even row stride, panel `[in / 2, 32, 2]` of bf16; where the instruction set has it.
     pub(crate) bf16_pairs: Option<PanelKernel<u16, u16>>,
+    /// int8 activations, quantized panel whose codes lie as `code_products` says.
+    pub(crate) quant: QuantKernel,
+    pub(crate) code_products: CodeProducts,
     /// `gate[i] = silu(gate[i]) * up[i]`
     pub(crate) swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
     /// `x[i] = gelu(x[i])`, exact
@@ -63,6 +72,36 @@ pub enum Gelu {
 /// # Safety
 /// The CPU has the instruction set of the table that holds the function.
 pub(crate) type PanelKernel<X, W> = unsafe fn(product: &PanelProduct<'_, X, W>, sums: &mut [f32]);
+
+/// `sums[row, j] = sum over groups g of` what [`QuantProduct`] says, in the order of `g`, with `sums` `[rows, 32]`.
+///
+/// # Safety
+/// As for [`PanelKernel`].
+pub(crate) type QuantKernel = unsafe fn(product: &QuantProduct<'_>, sums: &mut [f32]);
+
+/// Rows of 8-bit activations and a quantized panel.
+///
+/// With `q` the codes of a row of the panel in a group of 32 columns, `x` those of an activation row, `s` the sums of
+/// `x` over the halves of the group, and integer scales and factors by half:
+///
+/// ```text
+/// dot  = sum over halves h of scales[h] (q . x over h)            exact, in integers
+/// min  = sum over halves h of mins[h] s[h]                        exact, in integers
+/// part = d (dot)                                  signed codes
+///        d (dot - min)                            codes with an offset; the difference in integers
+///        fma(d, dot, -(d_min min))                codes with a minimum
+/// sum  = fma(part, scale of x, sum)               group by group
+/// ```
+///
+/// All that is rounded is the last two lines, so that every instruction set gives the same bits.
+pub(crate) struct QuantProduct<'a> {
+    /// First group of the first row.
+    pub(crate) x: &'a [Int8Group],
+    /// Groups from one row to the next: those of all columns.
+    pub(crate) groups_per_row: usize,
+    pub(crate) panel: &'a [u8],
+    pub(crate) layout: &'a QuantLayout,
+}
 
 /// Activation rows and the panel that they are multiplied with.
 pub(crate) struct PanelProduct<'a, X, W> {
@@ -148,14 +187,14 @@ struct Product<'a> {
     cpu: &'a Cpu,
     x: &'a Operand,
     weight: &'a PackedLinear,
-    kernel: Kernel<'a>,
 }
 
-/// Activations, weights and the function that multiplies them.
+/// Activations and panels of one section, and the function that multiplies them.
 enum Kernel<'a> {
-    F32(PanelKernel<f32, f32>, &'a [f32], &'a [f32]),
-    Bits16(PanelKernel<f32, u16>, &'a [f32], &'a [u16]),
-    Pairs16(PanelKernel<u16, u16>, &'a [u16], &'a [u16]),
+    F32(PanelKernel<f32, f32>, &'a [f32]),
+    Bits16(PanelKernel<f32, u16>, &'a [f32]),
+    Pairs16(PanelKernel<u16, u16>, &'a [u16]),
+    Quant(QuantKernel, &'a Int8Rows, QuantLayout),
 }
 
 impl<'a> Product<'a> {
@@ -168,20 +207,27 @@ impl<'a> Product<'a> {
     ) -> Result<Product<'a>> {
         assert_eq!(weight.arrangement(), arrangement, "{operation}: the matrix was packed for another operation");
         expect_size(operation, "x width", weight.in_features(), x.width())?;
-        let kernels = &cpu.kernels().linear;
-        let kernel = match (x.data(), weight.panels()) {
-            (OperandData::F32(x), PanelData::F32(panels)) => Kernel::F32(kernels.f32, x, panels),
-            (OperandData::F32(x), PanelData::F16(panels)) => Kernel::Bits16(kernels.f16, x, panels),
-            (OperandData::F32(x), PanelData::Bf16(panels)) => Kernel::Bits16(kernels.bf16, x, panels),
-            (OperandData::Bf16(x), PanelData::Bf16(panels)) if kernels.bf16_pairs.is_some() => {
-                Kernel::Pairs16(kernels.bf16_pairs.expect("checked by the guard"), x, panels)
-            }
-            _ => {
-                let (operand, weight, isa) = (x.format().name(), weight.format().name(), cpu.isa().name());
+        let product = Product { cpu, x, weight };
+        for (section, format) in weight.sections().iter().zip(weight.formats()) {
+            if product.kernel(section.panel_format).is_none() {
+                let (operand, weight, isa) = (x.format().name(), format.name(), cpu.isa().name());
                 return Err(Error::UnsupportedFormats { operation, isa, operand, weight });
             }
-        };
-        Ok(Product { cpu, x, weight, kernel })
+        }
+        Ok(product)
+    }
+
+    /// How activations in the form at hand are multiplied with such panels, if they can be.
+    fn kernel(&self, panels: PanelFormat) -> Option<Kernel<'a>> {
+        let kernels = &self.cpu.kernels().linear;
+        Some(match (panels, self.x.plain()) {
+            (PanelFormat::Quant(layout), _) => Kernel::Quant(kernels.quant, self.x.int8()?, layout),
+            (PanelFormat::Plain(PlainFormat::F32), PlainRows::F32(x)) => Kernel::F32(kernels.f32, x),
+            (PanelFormat::Plain(PlainFormat::F16), PlainRows::F32(x)) => Kernel::Bits16(kernels.f16, x),
+            (PanelFormat::Plain(PlainFormat::Bf16), PlainRows::F32(x)) => Kernel::Bits16(kernels.bf16, x),
+            (PanelFormat::Plain(PlainFormat::Bf16), PlainRows::Bf16(x)) => Kernel::Pairs16(kernels.bf16_pairs?, x),
+            (PanelFormat::Plain(_), _) => return None,
+        })
     }
 
     fn stacked(
@@ -215,7 +261,7 @@ impl<'a> Product<'a> {
     fn run(&self, finish: impl Fn(Range<usize>, usize, Range<usize>, &mut [f32]) + Sync) {
         let group_panels = self.weight.group_panels();
         let num_groups = self.weight.num_panels() / group_panels;
-        let (num_rows, out_features) = (self.x.rows(), self.weight.out_features());
+        let num_rows = self.x.rows();
         // Even blocks: a last block of one row would go through all weights for that row.
         let num_blocks = num_rows.div_ceil(MAX_BLOCK_ROWS);
         let block_rows = num_rows.div_ceil(num_blocks.max(1));
@@ -230,20 +276,26 @@ impl<'a> Product<'a> {
                 for (i, sums) in sums.chunks_exact_mut(rows.len() * PANEL_ROWS).enumerate() {
                     self.panel_sums(rows.clone(), group * group_panels + i, sums);
                 }
-                let columns = group * PANEL_ROWS..((group + 1) * PANEL_ROWS).min(out_features);
-                finish(rows, group, columns, sums);
+                finish(rows, group, self.weight.group_columns(group), sums);
             }
         });
     }
 
     /// `sums` `[rows, 32]` of one panel.
     fn panel_sums(&self, rows: Range<usize>, panel: usize, sums: &mut [f32]) {
-        // SAFETY: `Cpu` has the instruction set of its kernels.
+        let section = self.weight.section(panel);
+        let bytes = section.panel(panel);
+        // SAFETY: `Cpu` has the instruction set of its kernels; panels of 16 and 32-bit numbers are aligned to them, as
+        // their sizes are and the buffer's start is.
         unsafe {
-            match self.kernel {
-                Kernel::F32(kernel, x, panels) => self.add_blocks(kernel, x, panels, rows, panel, sums),
-                Kernel::Bits16(kernel, x, panels) => self.add_blocks(kernel, x, panels, rows, panel, sums),
-                Kernel::Pairs16(kernel, x, panels) => self.add_blocks(kernel, x, panels, rows, panel, sums),
+            match self.kernel(section.panel_format).expect("checked when the product was made") {
+                Kernel::F32(kernel, x) => self.add_blocks(kernel, x, bytes.align_to().1, rows, sums),
+                Kernel::Bits16(kernel, x) => self.add_blocks(kernel, x, bytes.align_to().1, rows, sums),
+                Kernel::Pairs16(kernel, x) => self.add_blocks(kernel, x, bytes.align_to().1, rows, sums),
+                Kernel::Quant(kernel, x, layout) => {
+                    let (x, groups_per_row) = (x.from_row(rows.start), x.groups_per_row());
+                    kernel(&QuantProduct { x, groups_per_row, panel: bytes, layout: &layout }, sums);
+                }
             }
         }
     }
@@ -256,13 +308,11 @@ impl<'a> Product<'a> {
         &self,
         kernel: PanelKernel<X, W>,
         x: &[X],
-        panels: &[W],
+        panel: &[W],
         rows: Range<usize>,
-        panel: usize,
         sums: &mut [f32],
     ) {
         let x_stride = self.x.stride();
-        let panel = &panels[self.weight.panel_range(panel)];
         // A product without columns is one empty block: its sums are zero.
         for start in (0..self.weight.in_features().max(1)).step_by(BLOCK_COLUMNS) {
             let columns = BLOCK_COLUMNS.min(self.weight.in_features() - start);

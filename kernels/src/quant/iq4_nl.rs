@@ -1,10 +1,10 @@
 //! IQ4_NL: 32 indices of 4 bits into a table of uneven levels and a scale, 4.5 bits a number.
 
 use super::scale_search::sum;
-use super::{Block, F16Bytes, inverse, pack_nibbles, signed_peak};
+use super::{Block, BlockParts, F16Bytes, inverse, pack_nibbles, signed_peak};
 
 /// The levels that the format fixes: dense around zero, where weights are.
-const LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(crate) const LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// | bytes | field |
 /// | --- | --- |
@@ -45,6 +45,11 @@ unsafe impl Block<32> for BlockIq4Nl {
             *first = d * f32::from(LEVELS[usize::from(q & 15)]);
             *second = d * f32::from(LEVELS[usize::from(q >> 4)]);
         }
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.set_nibbles(&self.q);
+        parts.d = self.d.to_bits();
     }
 
     fn encode(values: &[f32; 32]) -> Self {

@@ -1,10 +1,10 @@
 //! MXFP4: 32 floats of 4 bits and a power of two, 4.25 bits a number (Open Compute Project, "OCP Microscaling Formats (MX)
 //! Specification" 1.0, 2023, section 5).
 
-use super::{Block, pack_nibbles, signed_peak};
+use super::{Block, BlockParts, pack_nibbles, signed_peak};
 
 /// Twice the numbers that sign (bit 3), exponent (bits 1 and 2) and mantissa (bit 0) stand for.
-const LEVELS: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+pub(crate) const LEVELS: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// | bytes | field |
 /// | --- | --- |
@@ -34,6 +34,11 @@ unsafe impl Block<32> for BlockMxfp4 {
             *first = d * f32::from(LEVELS[usize::from(q & 15)]);
             *second = d * f32::from(LEVELS[usize::from(q >> 4)]);
         }
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.set_nibbles(&self.q);
+        parts.d = (power_of_two(self.e).to_bits() >> 16) as u16;
     }
 
     fn encode(values: &[f32; 32]) -> Self {

@@ -1,7 +1,7 @@
 //! Q2_K: 256 numbers of 2 bits, groups of 16 with scale and min of 4 bits each; 2.625 bits a number.
 
 use super::scale_search::{Limits, search_scales_and_mins};
-use super::{Block, F16Bytes, bit_planes};
+use super::{Block, BlockParts, F16Bytes, bit_planes};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -37,6 +37,13 @@ unsafe impl Block<256> for BlockQ2K {
                 *out = scale * f32::from(q) - min;
             }
         }
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.q = bit_planes::unpack::<2, 32>(&self.q);
+        parts.scales = self.scales_and_mins.map(|packed| (packed & 15) as i8);
+        parts.mins = self.scales_and_mins.map(|packed| packed >> 4);
+        (parts.d, parts.d_min) = (self.d.to_bits(), self.d_min.to_bits());
     }
 
     fn encode(values: &[f32; 256]) -> Self {

@@ -1,7 +1,7 @@
 //! Q3_K: 256 numbers of 3 bits, groups of 16 with a scale of 6 bits; 3.4375 bits a number.
 
 use super::scale_search::{Limits, search_scales};
-use super::{Block, F16Bytes, bit_planes};
+use super::{Block, BlockParts, F16Bytes, bit_planes};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -30,6 +30,14 @@ pub struct BlockQ3K {
 const _: () = assert!(size_of::<BlockQ3K>() == 110);
 
 impl BlockQ3K {
+    /// All codes.
+    fn codes(&self) -> [u8; 256] {
+        let mut q = bit_planes::unpack::<2, 32>(&self.q_low);
+        for (q, high) in q.iter_mut().zip(bit_planes::unpack::<1, 32>(&self.q_high)) {
+            *q |= high << 2;
+        }
+        q
+    }
     /// Scale of group `g`.
     fn scale(&self, g: usize) -> i8 {
         let low = self.scales_low[g % 8] >> (4 * (g / 8)) & 15;
@@ -41,10 +49,7 @@ impl BlockQ3K {
 // SAFETY: `repr(C)`, bytes only.
 unsafe impl Block<256> for BlockQ3K {
     fn decode(&self, out: &mut [f32; 256]) {
-        let (d, mut q) = (self.d.to_f32(), bit_planes::unpack::<2, 32>(&self.q_low));
-        for (q, high) in q.iter_mut().zip(bit_planes::unpack::<1, 32>(&self.q_high)) {
-            *q |= high << 2;
-        }
+        let (d, q) = (self.d.to_f32(), self.codes());
         let groups = out.as_chunks_mut::<16>().0.iter_mut().zip(q.as_chunks::<16>().0);
         for (g, (out, q)) in groups.enumerate() {
             let scale = d * f32::from(self.scale(g));
@@ -52,6 +57,12 @@ unsafe impl Block<256> for BlockQ3K {
                 *out = scale * (f32::from(q) - 4.0);
             }
         }
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.q = self.codes();
+        parts.scales = std::array::from_fn(|g| self.scale(g));
+        parts.d = self.d.to_bits();
     }
 
     fn encode(values: &[f32; 256]) -> Self {

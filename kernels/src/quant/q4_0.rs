@@ -1,6 +1,6 @@
 //! Q4_0: 32 numbers of 4 bits and a scale, 4.5 bits a number.
 
-use super::{Block, F16Bytes, inverse, pack_nibbles, signed_peak};
+use super::{Block, BlockParts, F16Bytes, inverse, pack_nibbles, signed_peak};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -29,6 +29,11 @@ unsafe impl Block<32> for BlockQ4_0 {
             *first = d * (f32::from(q & 15) - 8.0);
             *second = d * (f32::from(q >> 4) - 8.0);
         }
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.set_nibbles(&self.q);
+        parts.d = self.d.to_bits();
     }
 
     fn encode(values: &[f32; 32]) -> Self {

@@ -1,6 +1,6 @@
 //! Q4_1: 32 numbers of 4 bits, a scale and a minimum, 5 bits a number.
 
-use super::{Block, F16Bytes, inverse, min_max, pack_nibbles};
+use super::{Block, BlockParts, F16Bytes, inverse, min_max, pack_nibbles};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -31,6 +31,12 @@ unsafe impl Block<32> for BlockQ4_1 {
             *first = d * f32::from(q & 15) + m;
             *second = d * f32::from(q >> 4) + m;
         }
+    }
+
+    /// The minimum is added: `d_min` is its negative.
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.set_nibbles(&self.q);
+        (parts.d, parts.d_min) = (self.d.to_bits(), self.m.to_bits() ^ 0x8000);
     }
 
     fn encode(values: &[f32; 32]) -> Self {

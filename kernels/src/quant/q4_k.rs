@@ -1,7 +1,7 @@
 //! Q4_K: 256 numbers of 4 bits, groups of 32 with scale and min of 6 bits each; 4.5 bits a number.
 
 use super::scale_search::{Limits, search_scales_and_mins};
-use super::{Block, F16Bytes, bit_planes};
+use super::{Block, BlockParts, F16Bytes, bit_planes};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -61,6 +61,12 @@ impl PackedScales {
 unsafe impl Block<256> for BlockQ4K {
     fn decode(&self, out: &mut [f32; 256]) {
         decode_groups(self.d, self.d_min, &self.scales, &bit_planes::unpack::<4, 32>(&self.q), out);
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.q = bit_planes::unpack::<4, 32>(&self.q);
+        parts.set_group_scales(&self.scales);
+        (parts.d, parts.d_min) = (self.d.to_bits(), self.d_min.to_bits());
     }
 
     fn encode(values: &[f32; 256]) -> Self {

@@ -1,6 +1,6 @@
 //! Q5_0: 32 numbers of 5 bits and a scale, 5.5 bits a number.
 
-use super::{Block, F16Bytes, inverse, pack_fifth_bits, pack_nibbles, signed_peak};
+use super::{Block, BlockParts, F16Bytes, inverse, pack_fifth_bits, pack_nibbles, signed_peak};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -30,6 +30,11 @@ unsafe impl Block<32> for BlockQ5_0 {
         for (out, q) in out.iter_mut().zip(q) {
             *out = d * (f32::from(q) - 16.0);
         }
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.set_codes(unpack(&self.q_low, self.q_high));
+        parts.d = self.d.to_bits();
     }
 
     fn encode(values: &[f32; 32]) -> Self {

@@ -2,7 +2,7 @@
 
 use super::q4_1::quantize_from_min;
 use super::q5_0::unpack;
-use super::{Block, F16Bytes, pack_fifth_bits, pack_nibbles};
+use super::{Block, BlockParts, F16Bytes, pack_fifth_bits, pack_nibbles};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -34,6 +34,12 @@ unsafe impl Block<32> for BlockQ5_1 {
         for (out, q) in out.iter_mut().zip(q) {
             *out = d * f32::from(q) + m;
         }
+    }
+
+    /// The minimum is added: `d_min` is its negative.
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.set_codes(unpack(&self.q_low, self.q_high));
+        (parts.d, parts.d_min) = (self.d.to_bits(), self.m.to_bits() ^ 0x8000);
     }
 
     fn encode(values: &[f32; 32]) -> Self {

@@ -2,7 +2,7 @@
 
 use super::q4_k::decode_groups;
 use super::scale_search::{Limits, search_scales_and_mins};
-use super::{Block, F16Bytes, PackedScales, bit_planes};
+use super::{Block, BlockParts, F16Bytes, PackedScales, bit_planes};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -30,14 +30,26 @@ pub struct BlockQ5K {
 
 const _: () = assert!(size_of::<BlockQ5K>() == 176);
 
-// SAFETY: `repr(C)`, bytes only.
-unsafe impl Block<256> for BlockQ5K {
-    fn decode(&self, out: &mut [f32; 256]) {
+impl BlockQ5K {
+    /// All codes.
+    fn codes(&self) -> [u8; 256] {
         let mut q = bit_planes::unpack::<4, 32>(&self.q_low);
         for (q, high) in q.iter_mut().zip(bit_planes::unpack::<1, 32>(&self.q_high)) {
             *q |= high << 4;
         }
-        decode_groups(self.d, self.d_min, &self.scales, &q, out);
+        q
+    }
+}
+
+// SAFETY: `repr(C)`, bytes only.
+unsafe impl Block<256> for BlockQ5K {
+    fn decode(&self, out: &mut [f32; 256]) {
+        decode_groups(self.d, self.d_min, &self.scales, &self.codes(), out);
+    }
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.q = self.codes();
+        parts.set_group_scales(&self.scales);
+        (parts.d, parts.d_min) = (self.d.to_bits(), self.d_min.to_bits());
     }
 
     fn encode(values: &[f32; 256]) -> Self {

@@ -1,7 +1,7 @@
 //! Q6_K: 256 numbers of 6 bits, groups of 16 with a scale of 8 bits; 6.5625 bits a number.
 
 use super::scale_search::{Limits, search_scales};
-use super::{Block, F16Bytes, bit_planes};
+use super::{Block, BlockParts, F16Bytes, bit_planes};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -26,13 +26,21 @@ pub struct BlockQ6K {
 
 const _: () = assert!(size_of::<BlockQ6K>() == 210);
 
-// SAFETY: `repr(C)`, bytes only.
-unsafe impl Block<256> for BlockQ6K {
-    fn decode(&self, out: &mut [f32; 256]) {
-        let (d, mut q) = (self.d.to_f32(), bit_planes::unpack::<4, 64>(&self.q_low));
+impl BlockQ6K {
+    /// All codes.
+    fn codes(&self) -> [u8; 256] {
+        let mut q = bit_planes::unpack::<4, 64>(&self.q_low);
         for (q, high) in q.iter_mut().zip(bit_planes::unpack::<2, 32>(&self.q_high)) {
             *q |= high << 4;
         }
+        q
+    }
+}
+
+// SAFETY: `repr(C)`, bytes only.
+unsafe impl Block<256> for BlockQ6K {
+    fn decode(&self, out: &mut [f32; 256]) {
+        let (d, q) = (self.d.to_f32(), self.codes());
         let groups = out.as_chunks_mut::<16>().0.iter_mut().zip(q.as_chunks::<16>().0);
         for ((out, q), &scale) in groups.zip(&self.scales) {
             let scale = d * f32::from(scale);
@@ -40,6 +48,10 @@ unsafe impl Block<256> for BlockQ6K {
                 *out = scale * (f32::from(q) - 32.0);
             }
         }
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        (parts.q, parts.scales, parts.d) = (self.codes(), self.scales, self.d.to_bits());
     }
 
     fn encode(values: &[f32; 256]) -> Self {

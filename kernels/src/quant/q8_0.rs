@@ -1,6 +1,6 @@
 //! Q8_0: 32 signed bytes and a scale, 8.5 bits a number.
 
-use super::{Block, F16Bytes, inverse, signed_peak};
+use super::{Block, BlockParts, F16Bytes, inverse, signed_peak};
 
 /// | bytes | field |
 /// | --- | --- |
@@ -26,6 +26,11 @@ unsafe impl Block<32> for BlockQ8_0 {
         for (out, &q) in out.iter_mut().zip(&self.q) {
             *out = f32::from(q) * d;
         }
+    }
+
+    fn take_apart(&self, parts: &mut BlockParts) {
+        parts.set_codes(self.q.map(|q| q as u8));
+        parts.d = self.d.to_bits();
     }
 
     fn encode(values: &[f32; 32]) -> Self {

@@ -15,14 +15,17 @@
 
 use std::arch::x86_64::*;
 
+use super::linear_quant::panel_quant;
 use super::math::{gelu_erf, gelu_tanh, silu};
-use crate::cpu::linear::{LinearKernels, PANEL_ROWS, PanelProduct};
+use crate::cpu::linear::{CodeProducts, LinearKernels, PANEL_ROWS, PanelProduct};
 
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
     f32: panel::<F32>,
     f16: panel::<F16>,
     bf16: panel::<Bf16>,
     bf16_pairs: None,
+    quant: panel_quant,
+    code_products: CodeProducts::Narrow,
     swiglu,
     gelu_erf: gelu_erf_all,
     gelu_tanh: gelu_tanh_all,

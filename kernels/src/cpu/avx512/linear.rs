@@ -18,7 +18,8 @@ use std::arch::x86_64::*;
 
 use super::LANES;
 use super::math::{gelu_erf, gelu_tanh, silu};
-use crate::cpu::linear::{LinearKernels, PANEL_ROWS, PanelProduct};
+use crate::cpu::avx2::linear_quant::panel_quant;
+use crate::cpu::linear::{CodeProducts, LinearKernels, PANEL_ROWS, PanelProduct};
 
 /// The AVX-512 kernels.
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
@@ -26,6 +27,8 @@ pub(crate) const KERNELS: LinearKernels = LinearKernels {
     f16: panel::<F16>,
     bf16: panel::<Bf16>,
     bf16_pairs: None,
+    quant: panel_quant,
+    code_products: CodeProducts::Narrow,
     swiglu,
     gelu_erf: gelu_erf_all,
     gelu_tanh: gelu_tanh_all,

@@ -1,31 +1,26 @@
 //! Weight matrices in the layout that the products read.
 //!
-//! Panels of 32 output rows, one behind the other, each one contiguous stream of `in * 32` weights (several streams at
-//! once cost 12 to 30 % of the memory bandwidth):
+//! Panels of 32 output rows, one behind the other, each one contiguous stream (several streams at once cost 12 to 30 % of
+//! the memory bandwidth). `plain_panel.rs` and `quant_panel.rs` say what is in them. Rows are padded with zeros to 32. For
+//! SwiGLU panels of gate and up alternate, so that one work item has both factors of its outputs.
 //!
-//! ```text
-//! f32, f16   [out / 32][in][32]         one load gives the weights of 8 or 16 output rows for one k
-//! bf16       [out / 32][in / 2][32][2]  pairs along k: a 32-bit lane is (k, k + 1) of one output row, which a shift and
-//!                                       a mask turn into two f32 lanes, and a bf16 dot product reads as it is
-//! ```
-//!
-//! Rows are padded with zeros to 32, an odd `in` of bf16 to the next even one. For SwiGLU panels of gate and up
-//! alternate, so that one work item has both factors of its outputs.
+//! Matrices that are stacked may have different formats (of q, k and v, one is often stored in more bits): neighbours of
+//! one format make a section with panels of its own.
 
 use std::ops::Range;
-
-use half::{bf16, f16};
+use std::sync::{Mutex, PoisonError};
 
 use super::super::dispatch::Cpu;
 use super::super::pool::DisjointMut;
-use crate::dtype::{DType, encode_bf16, encode_f16};
+use super::plain_panel::PlainFormat;
+use super::quant_panel::{CodeProducts, QuantLayout};
+use crate::dtype::{DType, Encoding};
 use crate::error::{Error, Result};
-use crate::host::{HugeBuffer, Plain};
+use crate::host::HugeBuffer;
+use crate::quant::{self, QuantType};
 
 /// Output rows of one panel.
 pub const PANEL_ROWS: usize = 32;
-/// Columns that are converted at once while packing: 32 rows of them fit the L1 cache.
-const PACK_COLUMNS: usize = 64;
 
 /// How packed weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,6 +32,8 @@ pub enum WeightFormat {
     F16,
     /// bfloat16, in pairs along `in`.
     Bf16,
+    /// Blocks of integers with scales, multiplied with activations of 8 bits. `in` is a multiple of the format's block.
+    Quant(QuantType),
 }
 
 impl WeightFormat {
@@ -46,21 +43,47 @@ impl WeightFormat {
             WeightFormat::F32 => "f32",
             WeightFormat::F16 => "f16",
             WeightFormat::Bf16 => "bf16",
+            WeightFormat::Quant(quant_type) => quant_type.name(),
         }
     }
-    fn size_bytes(self) -> usize {
+    /// Whether rows of `in_features` numbers can be stored so: whole blocks only.
+    pub fn accepts(self, in_features: usize) -> bool {
         match self {
-            WeightFormat::F32 => 4,
-            WeightFormat::F16 | WeightFormat::Bf16 => 2,
+            WeightFormat::Quant(quant_type) => in_features.is_multiple_of(quant_type.block_values()),
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => true,
         }
     }
-    /// `in` is padded to a multiple of this.
-    fn in_multiple(self) -> usize {
+    /// Bytes of a packed matrix `[out, in]`: the rows padded to whole panels. `None` if no `usize` counts them or rows of
+    /// that length cannot be stored so.
+    pub fn packed_bytes(self, out_features: usize, in_features: usize) -> Option<usize> {
+        let panel_bytes = self.accepts(in_features).then(|| self.panel_bytes(in_features))??;
+        out_features.div_ceil(PANEL_ROWS).checked_mul(panel_bytes)
+    }
+    fn panel_bytes(self, in_features: usize) -> Option<usize> {
+        // The order of the codes, which depends on the instruction set, does not change their number.
+        match self.panel_format(CodeProducts::Narrow) {
+            PanelFormat::Plain(format) => format.panel_bytes(in_features),
+            // Never more than four bytes a weight.
+            PanelFormat::Quant(layout) => {
+                in_features.checked_mul(4 * PANEL_ROWS).map(|_| layout.panel_bytes(in_features))
+            }
+        }
+    }
+    fn panel_format(self, products: CodeProducts) -> PanelFormat {
         match self {
-            WeightFormat::F32 | WeightFormat::F16 => 1,
-            WeightFormat::Bf16 => 2,
+            WeightFormat::F32 => PanelFormat::Plain(PlainFormat::F32),
+            WeightFormat::F16 => PanelFormat::Plain(PlainFormat::F16),
+            WeightFormat::Bf16 => PanelFormat::Plain(PlainFormat::Bf16),
+            WeightFormat::Quant(quant_type) => PanelFormat::Quant(QuantLayout::new(quant_type, products)),
         }
     }
+}
+
+/// What is in the panels of a section.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum PanelFormat {
+    Plain(PlainFormat),
+    Quant(QuantLayout),
 }
 
 impl From<DType> for WeightFormat {
@@ -73,13 +96,22 @@ impl From<DType> for WeightFormat {
     }
 }
 
+impl From<Encoding> for WeightFormat {
+    fn from(encoding: Encoding) -> WeightFormat {
+        match encoding {
+            Encoding::Plain(dtype) => dtype.into(),
+            Encoding::Blocks(quant_type) => WeightFormat::Quant(quant_type),
+        }
+    }
+}
+
 /// A matrix as a checkpoint holds it.
 #[derive(Debug, Clone, Copy)]
 pub struct MatrixSource<'a> {
-    /// `[out, in]` row-major, little-endian, at any alignment.
+    /// `[out, in]` row-major, little-endian, at any alignment; blocks lie along the rows.
     pub bytes: &'a [u8],
-    /// Element type of `bytes`.
-    pub dtype: DType,
+    /// How `bytes` are to be read.
+    pub encoding: Encoding,
     /// Rows.
     pub out_features: usize,
     /// Columns.
@@ -89,78 +121,105 @@ pub struct MatrixSource<'a> {
 }
 
 impl MatrixSource<'_> {
-    fn check(&self, operation: &'static str, in_features: usize) -> Result<()> {
+    fn check(&self, operation: &'static str, in_features: usize, format: WeightFormat) -> Result<()> {
         let expect = |dimension, expected: Option<usize>, actual: usize| match expected {
             Some(expected) if expected == actual => Ok(()),
             _ => Err(Error::SizeMismatch { operation, dimension, expected: expected.unwrap_or(usize::MAX), actual }),
         };
         expect("in_features", Some(in_features), self.in_features)?;
+        if !format.accepts(in_features) || !WeightFormat::from(self.encoding).accepts(in_features) {
+            let (dimension, value, expected) = ("in_features", in_features, "a multiple of the format's block");
+            return Err(Error::InvalidSize { operation, dimension, value, expected });
+        }
         let elements = self.out_features.checked_mul(self.in_features);
-        let bytes = elements.and_then(|elements| elements.checked_mul(self.dtype.size_bytes()));
+        let bytes = elements.and_then(|elements| self.encoding.size_bytes(elements).ok());
         expect("bytes", bytes, self.bytes.len())?;
         expect("bias", Some(self.out_features), self.bias.map_or(self.out_features, <[f32]>::len))
     }
-    /// The elements `columns` of a row, as stored.
-    fn row_bytes(&self, row: usize, columns: Range<usize>) -> &[u8] {
-        let (size, start) = (self.dtype.size_bytes(), row * self.in_features);
-        &self.bytes[(start + columns.start) * size..(start + columns.end) * size]
+    /// A whole row, as stored.
+    fn row_bytes(&self, row: usize) -> &[u8] {
+        let row_bytes = self.bytes.len() / self.out_features;
+        &self.bytes[row * row_bytes..(row + 1) * row_bytes]
+    }
+    /// The elements `columns` of a row, as stored: whole blocks.
+    pub(super) fn column_bytes(&self, row: usize, columns: Range<usize>) -> &[u8] {
+        let bytes_before = |column: usize| match self.encoding {
+            Encoding::Plain(dtype) => column * dtype.size_bytes(),
+            Encoding::Blocks(quant_type) => column / quant_type.block_values() * quant_type.block_bytes(),
+        };
+        &self.row_bytes(row)[bytes_before(columns.start)..bytes_before(columns.end)]
     }
 }
 
 /// Which matrices the panels belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Arrangement {
-    /// Panel `p` has the output rows `32 p ..`.
+    /// The panels of each section have its output rows, 32 each.
     Stacked,
-    /// Panels `2 p` and `2 p + 1` have the rows `32 p ..` of gate and of up.
+    /// Panels `2 p` and `2 p + 1` have the rows `32 p ..` of gate and of up; one section.
     GateUp,
 }
 
 /// A weight matrix `[out, in]` with its bias, packed.
 #[derive(Debug)]
 pub struct PackedLinear {
-    format: WeightFormat,
     arrangement: Arrangement,
     out_features: usize,
     in_features: usize,
-    panels: HugeBuffer,
+    sections: Vec<Section>,
     /// `[panels, 32]`, zeros where a part has none.
     bias: Option<Vec<f32>>,
 }
 
-/// The packed weights by type.
-pub(super) enum PanelData<'a> {
-    F32(&'a [f32]),
-    F16(&'a [u16]),
-    Bf16(&'a [u16]),
+/// Panels of one format.
+#[derive(Debug)]
+pub(super) struct Section {
+    format: WeightFormat,
+    pub(super) panel_format: PanelFormat,
+    /// Panels of the matrix that lie here.
+    panels: Range<usize>,
+    /// Output rows (of gate, or of up).
+    rows: Range<usize>,
+    panel_bytes: usize,
+    bytes: HugeBuffer,
 }
 
 /// Where panel rows come from: `None` for padding.
-type RowSource<'a> = dyn Fn(usize, usize) -> Option<(&'a MatrixSource<'a>, usize)> + Sync + 'a;
+pub(super) type RowSource<'a> = dyn Fn(usize, usize) -> Option<(&'a MatrixSource<'a>, usize)> + Sync + 'a;
 
 impl PackedLinear {
-    /// Packs matrices that are multiplied with the same input, stacked along the output axis (q, k and v for example),
-    /// on all threads. Elements are rounded to nearest even where `format` is narrower.
-    pub fn pack(cpu: &Cpu, parts: &[MatrixSource<'_>], format: WeightFormat) -> Result<PackedLinear> {
-        let in_features = parts.first().map_or(0, |part| part.in_features);
-        let mut out_features = 0_usize;
-        for part in parts {
-            part.check("pack", in_features)?;
-            out_features = out_features.saturating_add(part.out_features);
+    /// Packs matrices that are multiplied with the same input, stacked along the output axis (q, k and v for example), each
+    /// in its format, on all threads. Elements are rounded to nearest even where a format is narrower, and encoded as
+    /// [`quant::encode`] does where it has blocks and the source has not the same ones.
+    pub fn pack(cpu: &Cpu, parts: &[(MatrixSource<'_>, WeightFormat)]) -> Result<PackedLinear> {
+        let in_features = parts.first().map_or(0, |(part, _)| part.in_features);
+        for (part, format) in parts {
+            part.check("pack", in_features, *format)?;
         }
-        let row_source = |panel: usize, row: usize| {
-            let mut row = panel * PANEL_ROWS + row;
-            for part in parts {
-                match row.checked_sub(part.out_features) {
-                    None => return Some((part, row)),
-                    Some(rest) => row = rest,
+        let (mut sections, mut bias) = (Vec::new(), Vec::new());
+        let (mut first_panel, mut first_row) = (0, 0);
+        for parts in parts.chunk_by(|(_, a), (_, b)| a == b) {
+            let row_source = |panel: usize, row: usize| {
+                let mut row = panel * PANEL_ROWS + row;
+                for (part, _) in parts {
+                    match row.checked_sub(part.out_features) {
+                        None => return Some((part, row)),
+                        Some(rest) => row = rest,
+                    }
                 }
-            }
-            None
-        };
-        let mut packed = PackedLinear::zeroed(format, Arrangement::Stacked, out_features, in_features)?;
-        packed.fill(cpu, &row_source);
-        Ok(packed)
+                None
+            };
+            let num_rows = parts.iter().fold(0_usize, |rows, (part, _)| rows.saturating_add(part.out_features));
+            let num_panels = num_rows.div_ceil(PANEL_ROWS);
+            let mut section = Section::zeroed(cpu, parts[0].1, num_panels, in_features)?;
+            section.fill(cpu, in_features, &row_source)?;
+            push_bias(&mut bias, num_panels, &row_source);
+            (section.panels, section.rows) = (first_panel..first_panel + num_panels, first_row..first_row + num_rows);
+            (first_panel, first_row) = (section.panels.end, section.rows.end);
+            sections.push(section);
+        }
+        let bias = all_or_none(bias);
+        Ok(PackedLinear { arrangement: Arrangement::Stacked, out_features: first_row, in_features, sections, bias })
     }
 
     /// Packs the gate and the up projection of a SwiGLU feed-forward, both `[intermediate, in]`.
@@ -170,10 +229,11 @@ impl PackedLinear {
         up: MatrixSource<'_>,
         format: WeightFormat,
     ) -> Result<PackedLinear> {
-        gate.check("pack_gate_up", gate.in_features)?;
-        up.check("pack_gate_up", gate.in_features)?;
-        if gate.out_features != up.out_features {
-            let (expected, actual) = (gate.out_features, up.out_features);
+        let (in_features, out_features) = (gate.in_features, gate.out_features);
+        gate.check("pack_gate_up", in_features, format)?;
+        up.check("pack_gate_up", in_features, format)?;
+        if out_features != up.out_features {
+            let (expected, actual) = (out_features, up.out_features);
             return Err(Error::SizeMismatch { operation: "pack_gate_up", dimension: "up rows", expected, actual });
         }
         let row_source = |panel: usize, row: usize| {
@@ -181,42 +241,14 @@ impl PackedLinear {
             let part = if panel.is_multiple_of(2) { &gate } else { &up };
             (row < part.out_features).then_some((part, row))
         };
-        let mut packed = PackedLinear::zeroed(format, Arrangement::GateUp, gate.out_features, gate.in_features)?;
-        packed.fill(cpu, &row_source);
-        Ok(packed)
-    }
-
-    fn zeroed(format: WeightFormat, arrangement: Arrangement, out: usize, in_features: usize) -> Result<PackedLinear> {
-        let panels_per_group = if arrangement == Arrangement::GateUp { 2 } else { 1 };
-        let bytes = out
-            .checked_next_multiple_of(PANEL_ROWS)
-            .and_then(|out| out.checked_mul(panels_per_group))
-            .zip(in_features.checked_next_multiple_of(format.in_multiple()))
-            .and_then(|(out, in_padded)| out.checked_mul(in_padded)?.checked_mul(format.size_bytes()));
-        // A size beyond usize is refused by the allocation.
-        let panels = HugeBuffer::zeroed("packed weights", bytes.unwrap_or(usize::MAX))?;
-        Ok(PackedLinear { format, arrangement, out_features: out, in_features, panels, bias: None })
-    }
-
-    /// Copies the weights into the panels, on all threads.
-    fn fill(&mut self, cpu: &Cpu, row_source: &RowSource<'_>) {
-        self.fill_bias(row_source);
-        let in_features = self.in_features;
-        match self.format {
-            WeightFormat::F32 => fill_panels(cpu, self.panels.as_mut_slice(), in_features, row_source, read_f32),
-            WeightFormat::F16 => fill_panels(cpu, self.panels.as_mut_slice(), in_features, row_source, read_f16),
-            WeightFormat::Bf16 => fill_panels(cpu, self.panels.as_mut_slice(), in_features, row_source, read_pairs),
-        }
-    }
-
-    fn fill_bias(&mut self, row_source: &RowSource<'_>) {
-        let rows = (0..self.num_panels()).flat_map(|panel| (0..PANEL_ROWS).map(move |row| (panel, row)));
-        let bias = rows.map(|(panel, row)| {
-            let (part, row) = row_source(panel, row)?;
-            Some(part.bias?[row])
-        });
-        let bias: Vec<Option<f32>> = bias.collect();
-        self.bias = bias.iter().any(Option::is_some).then(|| bias.into_iter().map(Option::unwrap_or_default).collect());
+        let num_panels = 2 * out_features.div_ceil(PANEL_ROWS);
+        let mut section = Section::zeroed(cpu, format, num_panels, in_features)?;
+        section.fill(cpu, in_features, &row_source)?;
+        (section.panels, section.rows) = (0..num_panels, 0..out_features);
+        let mut bias = Vec::new();
+        push_bias(&mut bias, num_panels, &row_source);
+        let (sections, bias) = (vec![section], all_or_none(bias));
+        Ok(PackedLinear { arrangement: Arrangement::GateUp, out_features, in_features, sections, bias })
     }
 
     /// Output rows (of gate, or of up, when both are packed together).
@@ -227,13 +259,13 @@ impl PackedLinear {
     pub fn in_features(&self) -> usize {
         self.in_features
     }
-    /// How the weights are stored.
-    pub fn format(&self) -> WeightFormat {
-        self.format
+    /// How the weights are stored, by section.
+    pub fn formats(&self) -> impl Iterator<Item = WeightFormat> {
+        self.sections.iter().map(|section| section.format)
     }
     /// Bytes of the packed weights: what one decode step reads.
     pub fn len_bytes(&self) -> usize {
-        self.panels.len_bytes()
+        self.sections.iter().map(|section| section.bytes.len_bytes()).sum()
     }
     /// One row of a stacked matrix as f32 (an embedding, when the matrix is also the embedding table). Panics unless
     /// `row < out_features` and `out` has `in_features` elements.
@@ -241,22 +273,12 @@ impl PackedLinear {
         assert_eq!(self.arrangement, Arrangement::Stacked, "rows are read from stacked matrices");
         assert!(row < self.out_features, "row {row} of {}", self.out_features);
         assert_eq!(out.len(), self.in_features, "elements of a row");
-        let panel = self.panel_range(row / PANEL_ROWS);
-        let row = row % PANEL_ROWS;
-        let out = out.iter_mut().enumerate();
-        match self.panels() {
-            PanelData::F32(data) => {
-                let data = &data[panel];
-                out.for_each(|(k, out)| *out = data[k * PANEL_ROWS + row]);
-            }
-            PanelData::F16(data) => {
-                let data = &data[panel];
-                out.for_each(|(k, out)| *out = f16::from_bits(data[k * PANEL_ROWS + row]).to_f32());
-            }
-            PanelData::Bf16(data) => {
-                let data = &data[panel];
-                out.for_each(|(k, out)| *out = bf16::from_bits(data[bf16_index(row, k)]).to_f32());
-            }
+        let section = self.sections.iter().find(|section| section.rows.contains(&row)).expect("checked above");
+        let row = row - section.rows.start;
+        let panel = section.panel(section.panels.start + row / PANEL_ROWS);
+        match section.panel_format {
+            PanelFormat::Plain(format) => format.row_into(panel, row % PANEL_ROWS, out),
+            PanelFormat::Quant(layout) => layout.row_into(panel, row % PANEL_ROWS, out),
         }
     }
 
@@ -271,123 +293,105 @@ impl PackedLinear {
         }
     }
     pub(super) fn num_panels(&self) -> usize {
-        self.out_features.div_ceil(PANEL_ROWS) * self.group_panels()
+        self.sections.last().map_or(0, |section| section.panels.end)
     }
-    /// The elements of one panel in [`panels`](Self::panels).
-    pub(super) fn panel_range(&self, panel: usize) -> Range<usize> {
-        panel * self.panel_len()..(panel + 1) * self.panel_len()
+    pub(super) fn sections(&self) -> &[Section] {
+        &self.sections
+    }
+    pub(super) fn section(&self, panel: usize) -> &Section {
+        self.sections.iter().find(|section| section.panels.contains(&panel)).expect("a panel of this matrix")
     }
     pub(super) fn panel_bias(&self, panel: usize) -> Option<&[f32]> {
         self.bias.as_ref().map(|bias| &bias[panel * PANEL_ROWS..(panel + 1) * PANEL_ROWS])
     }
-    pub(super) fn panels(&self) -> PanelData<'_> {
-        match self.format {
-            WeightFormat::F32 => PanelData::F32(self.panels.as_slice()),
-            WeightFormat::F16 => PanelData::F16(self.panels.as_slice()),
-            WeightFormat::Bf16 => PanelData::Bf16(self.panels.as_slice()),
-        }
-    }
-    fn panel_len(&self) -> usize {
-        self.in_features.next_multiple_of(self.format.in_multiple()) * PANEL_ROWS
+    /// Output columns of a group of panels, fewer than 32 at the end of a section.
+    pub(super) fn group_columns(&self, group: usize) -> Range<usize> {
+        let section = self.section(group * self.group_panels());
+        let first = section.rows.start + (group - section.panels.start / self.group_panels()) * PANEL_ROWS;
+        first..(first + PANEL_ROWS).min(section.rows.end)
     }
 }
 
-/// Place of row `row`, column `k` in a bf16 panel.
-fn bf16_index(row: usize, k: usize) -> usize {
-    (k / 2 * PANEL_ROWS + row) * 2 + k % 2
-}
+impl Section {
+    fn zeroed(cpu: &Cpu, format: WeightFormat, num_panels: usize, in_features: usize) -> Result<Section> {
+        let panel_bytes = format.panel_bytes(in_features);
+        let bytes = panel_bytes.and_then(|panel| panel.checked_mul(num_panels));
+        // A size beyond usize is refused by the allocation.
+        let bytes = HugeBuffer::zeroed("packed weights", bytes.unwrap_or(usize::MAX))?;
+        let panel_format = format.panel_format(cpu.kernels().linear.code_products);
+        let panel_bytes = panel_bytes.unwrap_or(0);
+        Ok(Section { format, panel_format, panels: 0..0, rows: 0..0, panel_bytes, bytes })
+    }
 
-/// What a panel stores for one row and one group of columns.
-trait Lane: Plain + Default {
-    /// Columns of a group.
-    const COLUMNS: usize;
-}
-impl Lane for f32 {
-    const COLUMNS: usize = 1;
-}
-/// The bits of an f16.
-impl Lane for u16 {
-    const COLUMNS: usize = 1;
-}
-/// The bits of two bf16, the first in the lower half.
-impl Lane for u32 {
-    const COLUMNS: usize = 2;
-}
-
-/// Reads columns of a source row, at most [`PACK_COLUMNS`], as lanes.
-type ReadLanes<L> = fn(source: &MatrixSource<'_>, row: usize, columns: Range<usize>, lanes: &mut [L]);
-
-/// Fills all panels, each from beginning to end.
-fn fill_panels<L: Lane>(cpu: &Cpu, out: &mut [L], in_features: usize, row_source: &RowSource<'_>, read: ReadLanes<L>) {
-    let panel_len = in_features.div_ceil(L::COLUMNS) * PANEL_ROWS;
-    let num_panels = out.len().checked_div(panel_len).unwrap_or(0);
-    let out = DisjointMut::new(out);
-    cpu.pool().run(num_panels, 1, |panels| {
-        for panel in panels {
-            // SAFETY: each panel is one item.
-            let out = unsafe { out.range_mut(panel * panel_len..(panel + 1) * panel_len) };
-            fill_panel(out, in_features, |row| row_source(panel, row), read);
-        }
-    });
-}
-
-/// Transposes the lanes of 32 rows, a square at a time that fits the L1 cache.
-fn fill_panel<'a, L: Lane>(
-    out: &mut [L],
-    in_features: usize,
-    row_source: impl Fn(usize) -> Option<(&'a MatrixSource<'a>, usize)>,
-    read: ReadLanes<L>,
-) {
-    // Rows that do not exist stay zero.
-    let mut lanes = [[L::default(); PACK_COLUMNS]; PANEL_ROWS];
-    let squares = out.chunks_mut(PACK_COLUMNS / L::COLUMNS * PANEL_ROWS);
-    for (start, out) in (0..in_features).step_by(PACK_COLUMNS).zip(squares) {
-        let columns = start..(start + PACK_COLUMNS).min(in_features);
-        let num_lanes = out.len() / PANEL_ROWS;
-        for (row, lanes) in lanes.iter_mut().enumerate() {
-            if let Some((source, source_row)) = row_source(row) {
-                read(source, source_row, columns.clone(), &mut lanes[..num_lanes]);
+    /// Copies the weights into the panels, on all threads. Fails at a number that blocks have no place for.
+    fn fill(&mut self, cpu: &Cpu, in_features: usize, row_source: &RowSource<'_>) -> Result<()> {
+        let layout = match self.panel_format {
+            PanelFormat::Plain(format) => {
+                format.fill(cpu, &mut self.bytes, in_features, row_source);
+                return Ok(());
             }
-        }
-        for (idx, out) in out.chunks_exact_mut(PANEL_ROWS).enumerate() {
-            out.iter_mut().zip(&lanes).for_each(|(out, lanes)| *out = lanes[idx]);
-        }
+            PanelFormat::Quant(layout) => layout,
+        };
+        let panel_bytes = self.panel_bytes;
+        let num_panels = self.bytes.len_bytes().checked_div(panel_bytes).unwrap_or(0);
+        let out = DisjointMut::new(self.bytes.as_mut_slice::<u8>());
+        let failure = Mutex::new(None);
+        cpu.pool().run(num_panels, 1, |panels| {
+            let mut encoded = EncodedRow::default();
+            for panel in panels {
+                // SAFETY: each panel is one item.
+                let out = unsafe { out.range_mut(panel * panel_bytes..(panel + 1) * panel_bytes) };
+                for row in 0..PANEL_ROWS {
+                    let Some((source, source_row)) = row_source(panel, row) else { continue };
+                    match encoded.blocks(source, source_row, layout.quant_type) {
+                        Ok(blocks) => layout.store_row(out, row, blocks),
+                        Err(error) => *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+                    }
+                }
+            }
+        });
+        let failure = failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// The bytes of one panel of the matrix.
+    pub(super) fn panel(&self, panel: usize) -> &[u8] {
+        let idx = panel - self.panels.start;
+        &self.bytes.as_slice::<u8>()[idx * self.panel_bytes..(idx + 1) * self.panel_bytes]
     }
 }
 
-fn read_f32(source: &MatrixSource<'_>, row: usize, columns: Range<usize>, lanes: &mut [f32]) {
-    source.dtype.decode(source.row_bytes(row, columns), lanes);
+/// One row on its way to blocks.
+#[derive(Default)]
+struct EncodedRow {
+    values: Vec<f32>,
+    blocks: Vec<u8>,
 }
 
-fn read_f16(source: &MatrixSource<'_>, row: usize, columns: Range<usize>, lanes: &mut [u16]) {
-    read_bits16(source, row, columns, DType::F16, encode_f16, lanes);
-}
-
-fn read_pairs(source: &MatrixSource<'_>, row: usize, columns: Range<usize>, lanes: &mut [u32]) {
-    let mut bits = [0; PACK_COLUMNS];
-    let num_columns = columns.len();
-    read_bits16(source, row, columns, DType::Bf16, encode_bf16, &mut bits[..num_columns]);
-    let (pairs, _) = bits.as_chunks::<2>();
-    lanes.iter_mut().zip(pairs).for_each(|(lane, pair)| *lane = u32::from(pair[0]) | u32::from(pair[1]) << 16);
-}
-
-/// Reads numbers as `target` (f16 or bf16), rounded by `encode` unless they are stored as `target` already.
-fn read_bits16(
-    source: &MatrixSource<'_>,
-    row: usize,
-    columns: Range<usize>,
-    target: DType,
-    encode: fn(&[f32], &mut [u16]),
-    bits: &mut [u16],
-) {
-    let bytes = source.row_bytes(row, columns);
-    if source.dtype == target {
-        let (numbers, _) = bytes.as_chunks::<2>();
-        bits.iter_mut().zip(numbers).for_each(|(bits, &number)| *bits = u16::from_le_bytes(number));
-    } else {
-        let mut values = [0.0; PACK_COLUMNS];
-        let values = &mut values[..bits.len()];
-        source.dtype.decode(bytes, values);
-        encode(values, bits);
+impl EncodedRow {
+    /// The blocks of a row: as they are stored, or encoded.
+    fn blocks<'a>(&'a mut self, source: &'a MatrixSource<'_>, row: usize, quant_type: QuantType) -> Result<&'a [u8]> {
+        let stored = source.row_bytes(row);
+        if source.encoding == Encoding::Blocks(quant_type) {
+            return Ok(stored);
+        }
+        self.values.resize(source.in_features, 0.0);
+        source.encoding.decode(stored, &mut self.values);
+        self.blocks.resize(quant_type.size_bytes(source.in_features)?, 0);
+        quant::encode(quant_type, &self.values, &mut self.blocks)?;
+        Ok(&self.blocks)
     }
+}
+
+/// Appends the bias of a section's rows.
+fn push_bias(bias: &mut Vec<Option<f32>>, num_panels: usize, row_source: &RowSource<'_>) {
+    let rows = (0..num_panels).flat_map(|panel| (0..PANEL_ROWS).map(move |row| (panel, row)));
+    bias.extend(rows.map(|(panel, row)| {
+        let (part, row) = row_source(panel, row)?;
+        Some(part.bias?[row])
+    }));
+}
+
+fn all_or_none(bias: Vec<Option<f32>>) -> Option<Vec<f32>> {
+    bias.iter().any(Option::is_some).then(|| bias.into_iter().map(Option::unwrap_or_default).collect())
 }

@@ -1,0 +1,434 @@
+//! Quantized weights in panels: the layout, the way from blocks to it, and from it to what the products multiply.
+//!
+//! A panel has 32 output rows and is cut into *chunks* of 256 columns, a chunk into *groups* of 32, the columns that share
+//! one scale of the activations. In a group the codes of all rows lie in *runs* of two or four columns, the order in which
+//! integer dot products take them:
+//!
+//! ```text
+//! code c = (step * 32 + row) * run + k         step: which run of the group's columns, k: column of the run
+//! plane of b bits, P = 128 b bytes             code c is at bits b (c / P) of byte c % P
+//! group of 32-column formats                   [low plane][high plane][d f16 x 32]([d_min f16 x 32])
+//! chunk of 256-column formats                  [d f16 x 32]([d_min f16 x 32]) [group; 8]
+//! group of them                                [low plane][high plane][scales i8, halves x 32]([mins u8, halves x 32])
+//! ```
+//!
+//! So a plane becomes codes by one shift and one mask of whole vectors, a thread reads one linear stream, and a weight
+//! takes the bits that it has in a file (Q4_K and Q5_K 1/8 bit more: their scales of six bits are bytes here).
+
+use super::packed::PANEL_ROWS;
+use crate::quant::{BlockParts, IQ4_NL_LEVELS, MXFP4_LEVELS, QuantType, take_apart};
+
+/// Columns of a chunk: a block of the K formats.
+pub(crate) const CHUNK_COLUMNS: usize = 256;
+/// Columns of a group.
+pub(crate) const GROUP_COLUMNS: usize = 32;
+/// Groups of a whole chunk.
+pub(crate) const CHUNK_GROUPS: usize = CHUNK_COLUMNS / GROUP_COLUMNS;
+/// Codes of a group, all rows.
+pub(crate) const GROUP_CODES: usize = GROUP_COLUMNS * PANEL_ROWS;
+/// 32 numbers of two bytes.
+const LANE_HALVES_BYTES: usize = 2 * PANEL_ROWS;
+
+/// Which integer products an instruction set has, and so in which runs codes lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CodeProducts {
+    /// Of bytes without sign and bytes with, summed in 16 bits: codes beyond 7 bits overflow, and are widened to 16.
+    Narrow,
+    /// The same summed in 32 bits: any codes fit.
+    Wide,
+}
+
+/// What a code stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CodeMeaning {
+    /// Itself, or a level of a table, as a number of 16 bits with sign; runs of two.
+    Signed,
+    /// Itself, less this; runs of four.
+    Offset(u8),
+    /// Itself; each group has a minimum that is subtracted; runs of four.
+    Minimum,
+}
+
+/// How a format's panels are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct QuantLayout {
+    pub(crate) quant_type: QuantType,
+    pub(crate) meaning: CodeMeaning,
+    /// Bits of a code in the low plane.
+    low_bits: usize,
+    /// Bits of a code in the high plane, 0 without one.
+    high_bits: usize,
+    /// Integer scales of a group; 0: none, `d` is the group's own.
+    pub(crate) halves: usize,
+    /// Codes of the file to codes here, plus `LEVEL_OFFSET` where they have an offset.
+    levels: Option<&'static [i8; 16]>,
+}
+
+/// What is added to levels and to signed codes to make them codes without sign.
+const LEVEL_OFFSET: u8 = 128;
+
+impl QuantLayout {
+    pub(crate) fn new(quant_type: QuantType, products: CodeProducts) -> QuantLayout {
+        let signed = match products {
+            CodeProducts::Narrow => CodeMeaning::Signed,
+            CodeProducts::Wide => CodeMeaning::Offset(LEVEL_OFFSET),
+        };
+        let (meaning, [low_bits, high_bits], halves, levels) = match quant_type {
+            QuantType::Q8_0 => (signed, [8, 0], 0, None),
+            QuantType::Q4_0 => (CodeMeaning::Offset(8), [4, 0], 0, None),
+            QuantType::Q4_1 => (CodeMeaning::Minimum, [4, 0], 0, None),
+            QuantType::Q5_0 => (CodeMeaning::Offset(16), [4, 1], 0, None),
+            QuantType::Q5_1 => (CodeMeaning::Minimum, [4, 1], 0, None),
+            QuantType::Q2_K => (CodeMeaning::Minimum, [2, 0], 2, None),
+            QuantType::Q3_K => (CodeMeaning::Offset(4), [2, 1], 2, None),
+            QuantType::Q4_K => (CodeMeaning::Minimum, [4, 0], 1, None),
+            QuantType::Q5_K => (CodeMeaning::Minimum, [4, 1], 1, None),
+            QuantType::Q6_K => (CodeMeaning::Offset(32), [4, 2], 2, None),
+            QuantType::IQ4_NL => (signed, [4, 0], 0, Some(&IQ4_NL_LEVELS)),
+            QuantType::MXFP4 => (signed, [4, 0], 0, Some(&MXFP4_LEVELS)),
+        };
+        QuantLayout { quant_type, meaning, low_bits, high_bits, halves, levels }
+    }
+
+    /// Bits of a code.
+    pub(crate) fn code_bits(&self) -> usize {
+        self.low_bits + self.high_bits
+    }
+    /// Consecutive columns that lie together.
+    fn run(&self) -> usize {
+        if self.meaning == CodeMeaning::Signed { 2 } else { 4 }
+    }
+    fn has_minimum(&self) -> bool {
+        self.meaning == CodeMeaning::Minimum
+    }
+    fn low_bytes(&self) -> usize {
+        GROUP_CODES * self.low_bits / 8
+    }
+    fn high_bytes(&self) -> usize {
+        GROUP_CODES * self.high_bits / 8
+    }
+    /// Bytes of `d` and `d_min` of all rows.
+    fn scale_bytes(&self) -> usize {
+        LANE_HALVES_BYTES * (1 + usize::from(self.has_minimum()))
+    }
+    fn header_bytes(&self) -> usize {
+        if self.halves == 0 { 0 } else { self.scale_bytes() }
+    }
+    fn group_bytes(&self) -> usize {
+        let scales = match self.halves {
+            0 => self.scale_bytes(),
+            halves => halves * PANEL_ROWS * (1 + usize::from(self.has_minimum())),
+        };
+        self.low_bytes() + self.high_bytes() + scales
+    }
+    /// Bytes of a whole chunk.
+    pub(crate) fn chunk_bytes(&self) -> usize {
+        self.header_bytes() + CHUNK_GROUPS * self.group_bytes()
+    }
+    /// Bytes of a panel; `in_features` is a multiple of the format's block.
+    pub(crate) fn panel_bytes(&self, in_features: usize) -> usize {
+        in_features / CHUNK_COLUMNS * self.chunk_bytes()
+            + in_features % CHUNK_COLUMNS / GROUP_COLUMNS * self.group_bytes()
+    }
+
+    /// Writes the blocks of one row into a panel. `blocks` are those of all columns.
+    pub(crate) fn store_row(&self, panel: &mut [u8], row: usize, blocks: &[u8]) {
+        let mut parts = BlockParts::default();
+        let block_groups = self.quant_type.block_values() / GROUP_COLUMNS;
+        for (idx, block) in blocks.chunks_exact(self.quant_type.block_bytes()).enumerate() {
+            take_apart(self.quant_type, block, &mut parts);
+            self.map_codes(&mut parts.q[..self.quant_type.block_values()]);
+            let first_group = idx * block_groups;
+            let chunk = first_group / CHUNK_GROUPS * self.chunk_bytes();
+            let chunk_end = panel.len().min(chunk + self.chunk_bytes());
+            let (header, groups) = panel[chunk..chunk_end].split_at_mut(self.header_bytes());
+            self.store_scales(header, row, &parts);
+            let groups = groups.chunks_exact_mut(self.group_bytes()).skip(first_group % CHUNK_GROUPS);
+            for (g, (group, q)) in groups.zip(parts.q.as_chunks().0).take(block_groups).enumerate() {
+                let (low, rest) = group.split_at_mut(self.low_bytes());
+                let (high, scales) = rest.split_at_mut(self.high_bytes());
+                self.store_codes(low, high, row, q);
+                match self.halves {
+                    0 => self.store_scales(scales, row, &parts),
+                    halves => {
+                        let (scales, mins) = scales.split_at_mut(halves * PANEL_ROWS);
+                        for half in 0..halves {
+                            scales[half * PANEL_ROWS + row] = parts.scales[g * halves + half] as u8;
+                        }
+                        for half in 0..mins.len() / PANEL_ROWS {
+                            mins[half * PANEL_ROWS + row] = parts.mins[g * halves + half];
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Codes of a file to codes of a panel.
+    fn map_codes(&self, codes: &mut [u8]) {
+        let offset = if self.meaning == CodeMeaning::Offset(LEVEL_OFFSET) { LEVEL_OFFSET } else { 0 };
+        match self.levels {
+            // The plane holds indices: it becomes levels when it is unpacked.
+            Some(_) => {}
+            None if self.low_bits == 8 => codes.iter_mut().for_each(|code| *code = code.wrapping_add(offset)),
+            None => {}
+        }
+    }
+
+    fn store_codes(&self, low: &mut [u8], high: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
+        let run = self.run();
+        for (step, codes) in codes.chunks_exact(run).enumerate() {
+            let start = (step * PANEL_ROWS + row) * run;
+            store_bits(low, self.low_bits, 0, start, codes);
+            if self.high_bits > 0 {
+                store_bits(high, self.high_bits, self.low_bits, start, codes);
+            }
+        }
+    }
+
+    /// `d` and `d_min` of a row, behind one another by rows.
+    fn store_scales(&self, bytes: &mut [u8], row: usize, parts: &BlockParts) {
+        for (numbers, number) in bytes.chunks_exact_mut(LANE_HALVES_BYTES).zip([parts.d, parts.d_min]) {
+            numbers[2 * row..2 * row + 2].copy_from_slice(&number.to_le_bytes());
+        }
+    }
+
+    /// Takes `num_groups` groups of a chunk apart.
+    #[inline(always)]
+    pub(crate) fn unpack(&self, chunk: &[u8], num_groups: usize, out: &mut UnpackedChunk) {
+        let (header, groups) = chunk.split_at(self.header_bytes());
+        for (g, group) in groups.chunks_exact(self.group_bytes()).take(num_groups).enumerate() {
+            let (low, rest) = group.split_at(self.low_bytes());
+            let (high, scales) = rest.split_at(self.high_bytes());
+            match self.meaning {
+                CodeMeaning::Signed => self.unpack_signed(low, out.signed_codes_mut(g)),
+                _ => self.unpack_codes(low, high, out.codes_mut(g)),
+            }
+            let own = match self.halves {
+                0 => scales,
+                halves => {
+                    let (scales, mins) = scales.split_at(halves * PANEL_ROWS);
+                    self.unpack_integers(scales, mins, g, out);
+                    header
+                }
+            };
+            self.unpack_scales(own, g, out);
+        }
+    }
+
+    #[inline(always)]
+    fn unpack_codes(&self, low: &[u8], high: &[u8], out: &mut [u8; GROUP_CODES]) {
+        match self.low_bits {
+            8 => out.copy_from_slice(low),
+            4 => unpack_plane::<4, 0>(low, out),
+            _ => unpack_plane::<2, 0>(low, out),
+        }
+        match (self.high_bits, self.low_bits) {
+            (0, _) => {}
+            (1, 4) => unpack_plane::<1, 4>(high, out),
+            (1, _) => unpack_plane::<1, 2>(high, out),
+            _ => unpack_plane::<2, 4>(high, out),
+        }
+        if let Some(levels) = self.levels {
+            out.iter_mut().for_each(|code| *code = (levels[usize::from(*code)] as u8).wrapping_add(LEVEL_OFFSET));
+        }
+    }
+
+    #[inline(always)]
+    fn unpack_signed(&self, low: &[u8], out: &mut [i16; GROUP_CODES]) {
+        match self.levels {
+            None => out.iter_mut().zip(low).for_each(|(out, &code)| *out = i16::from(code as i8)),
+            Some(levels) => {
+                let (first, second) = out.split_at_mut(GROUP_CODES / 2);
+                for ((first, second), &byte) in first.iter_mut().zip(second).zip(low) {
+                    *first = i16::from(levels[usize::from(byte & 15)]);
+                    *second = i16::from(levels[usize::from(byte >> 4)]);
+                }
+            }
+        }
+    }
+
+    /// Integer scales and minimums of group `g`, each doubled into the pairs that 16-bit products take.
+    #[inline(always)]
+    fn unpack_integers(&self, scales: &[u8], mins: &[u8], g: usize, out: &mut UnpackedChunk) {
+        for (out, scales) in out.scales[g].iter_mut().zip(scales.as_chunks::<PANEL_ROWS>().0) {
+            out.iter_mut().zip(scales).for_each(|(out, &scale)| *out = doubled(i32::from(scale as i8)));
+        }
+        let offset = match self.meaning {
+            CodeMeaning::Offset(offset) => i32::from(offset),
+            _ => 1,
+        };
+        let factors = if mins.is_empty() { scales } else { mins };
+        let factors = factors.as_chunks::<PANEL_ROWS>().0;
+        let (first, second) = (&factors[0], &factors[factors.len() - 1]);
+        for ((out, &first), &second) in out.mins[g].iter_mut().zip(first).zip(second) {
+            *out = pair(offset * i32::from(first as i8), offset * i32::from(second as i8));
+        }
+    }
+
+    #[inline(always)]
+    fn unpack_scales(&self, bytes: &[u8], g: usize, out: &mut UnpackedChunk) {
+        let (d, d_min) = bytes.split_at(LANE_HALVES_BYTES);
+        let d = d.as_chunks::<2>().0;
+        if self.quant_type == QuantType::MXFP4 {
+            let bf16 = |bytes: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
+            out.d[g].iter_mut().zip(d).for_each(|(out, &bytes)| *out = bf16(bytes));
+        } else {
+            out.d[g].iter_mut().zip(d).for_each(|(out, &bytes)| *out = f16_to_f32(u16::from_le_bytes(bytes)));
+        }
+        for (out, &bytes) in out.d_min[g].iter_mut().zip(d_min.as_chunks::<2>().0) {
+            *out = f16_to_f32(u16::from_le_bytes(bytes));
+        }
+    }
+
+    /// The integers that count for formats without integer scales.
+    #[inline(always)]
+    pub(crate) fn begin(&self, out: &mut UnpackedChunk) {
+        out.last_half = usize::from(self.halves == 2);
+        if self.halves == 0 {
+            let offset = if let CodeMeaning::Offset(offset) = self.meaning { i32::from(offset) } else { 1 };
+            out.scales.iter_mut().for_each(|scales| scales[0].fill(doubled(1)));
+            out.mins.iter_mut().for_each(|mins| mins.fill(doubled(offset)));
+        }
+    }
+
+    /// Numbers of one row of a panel.
+    pub(crate) fn row_into(&self, panel: &[u8], row: usize, out: &mut [f32]) {
+        let mut chunk = UnpackedChunk::zeroed();
+        self.begin(&mut chunk);
+        for (bytes, out) in panel.chunks(self.chunk_bytes()).zip(out.chunks_mut(CHUNK_COLUMNS)) {
+            self.unpack(bytes, out.len() / GROUP_COLUMNS, &mut chunk);
+            for (g, out) in out.chunks_mut(GROUP_COLUMNS).enumerate() {
+                for (column, out) in out.iter_mut().enumerate() {
+                    *out = self.number(&chunk, g, row, column);
+                }
+            }
+        }
+    }
+
+    /// One number of an unpacked chunk, by the products and sums that the format fixes.
+    fn number(&self, chunk: &UnpackedChunk, g: usize, row: usize, column: usize) -> f32 {
+        let (run, half) = (self.run(), column / 16 * usize::from(self.halves == 2));
+        let code = (column / run * PANEL_ROWS + row) * run + column % run;
+        let integer = |pairs: i32, half: usize| (pairs >> (16 * half)) as i16;
+        let scale = chunk.d[g][row] * f32::from(integer(chunk.scales[g][half][row], 0));
+        match self.meaning {
+            CodeMeaning::Signed => chunk.d[g][row] * f32::from(chunk.signed_codes(g)[code]),
+            CodeMeaning::Offset(offset) => scale * (f32::from(chunk.codes(g)[code]) - f32::from(offset)),
+            CodeMeaning::Minimum => {
+                let min = chunk.d_min[g][row] * f32::from(integer(chunk.mins[g][row], half));
+                scale * f32::from(chunk.codes(g)[code]) - min
+            }
+        }
+    }
+}
+
+/// Puts the bits `shift..shift + bits` of codes `start..` into their plane.
+fn store_bits(plane: &mut [u8], bits: usize, shift: usize, start: usize, codes: &[u8]) {
+    let (place, first) = (bits * (start / plane.len()), start % plane.len());
+    let mask = (0xff >> (8 - bits)) as u8;
+    for (byte, code) in plane[first..].iter_mut().zip(codes) {
+        *byte |= (code >> shift & mask) << place;
+    }
+}
+
+/// Bits `SHIFT..SHIFT + BITS` of all codes, from their plane; the lowest ones replace what was there.
+#[inline(always)]
+fn unpack_plane<const BITS: usize, const SHIFT: usize>(plane: &[u8], out: &mut [u8; GROUP_CODES]) {
+    for (place, out) in out.chunks_exact_mut(GROUP_CODES * BITS / 8).enumerate() {
+        for (out, &byte) in out.iter_mut().zip(plane) {
+            let bits = (byte >> (BITS * place) & ((1 << BITS) - 1)) << SHIFT;
+            *out = if SHIFT == 0 { bits } else { *out | bits };
+        }
+    }
+}
+
+/// Two numbers of 16 bits in one of 32, the first in the lower half.
+#[inline(always)]
+fn pair(first: i32, second: i32) -> i32 {
+    first & 0xffff | second << 16
+}
+
+#[inline(always)]
+fn doubled(number: i32) -> i32 {
+    pair(number, number)
+}
+
+/// As the `half` crate, without a branch, so that loops over it become vector code.
+#[inline(always)]
+fn f16_to_f32(bits: u16) -> f32 {
+    let bits = u32::from(bits);
+    let (sign, magnitude) = ((bits & 0x8000) << 16, (bits & 0x7fff) << 13);
+    // Exponents of f16 are 112 smaller; the product is exact, for subnormal numbers too.
+    let finite = (f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23)).to_bits();
+    let special = magnitude | 0x7f80_0000;
+    f32::from_bits(sign | if bits & 0x7c00 == 0x7c00 { special } else { finite })
+}
+
+/// A chunk of a panel as products read it.
+#[repr(C, align(64))]
+pub(crate) struct UnpackedChunk {
+    /// Codes of each group, as in the planes: a byte each, or 16 bits each where they are signed.
+    codes: [[i16; GROUP_CODES]; CHUNK_GROUPS],
+    /// Integer scales by half and row, doubled; formats of one scale use the first.
+    pub(crate) scales: [[[i32; PANEL_ROWS]; 2]; CHUNK_GROUPS],
+    /// Factors of the sums of activations over the first and the second half, by row.
+    pub(crate) mins: [[i32; PANEL_ROWS]; CHUNK_GROUPS],
+    /// Scale by row.
+    pub(crate) d: [[f32; PANEL_ROWS]; CHUNK_GROUPS],
+    /// Scale of the minimums by row.
+    pub(crate) d_min: [[f32; PANEL_ROWS]; CHUNK_GROUPS],
+    /// Index of the scales of the second half: 0 where both have the same.
+    pub(crate) last_half: usize,
+}
+
+impl UnpackedChunk {
+    pub(crate) fn zeroed() -> Box<UnpackedChunk> {
+        Box::new(UnpackedChunk {
+            codes: [[0; GROUP_CODES]; CHUNK_GROUPS],
+            scales: [[[0; PANEL_ROWS]; 2]; CHUNK_GROUPS],
+            mins: [[0; PANEL_ROWS]; CHUNK_GROUPS],
+            d: [[0.0; PANEL_ROWS]; CHUNK_GROUPS],
+            d_min: [[0.0; PANEL_ROWS]; CHUNK_GROUPS],
+            last_half: 0,
+        })
+    }
+    /// Codes of a group, 16 bits each.
+    #[inline(always)]
+    pub(crate) fn signed_codes(&self, g: usize) -> &[i16; GROUP_CODES] {
+        &self.codes[g]
+    }
+    #[inline(always)]
+    fn signed_codes_mut(&mut self, g: usize) -> &mut [i16; GROUP_CODES] {
+        &mut self.codes[g]
+    }
+    /// Codes of a group, a byte each: groups lie behind one another in half of the room.
+    #[inline(always)]
+    pub(crate) fn codes(&self, g: usize) -> &[u8; GROUP_CODES] {
+        assert!(g < CHUNK_GROUPS);
+        // SAFETY: inside the array, which has twice as many bytes; bytes have no alignment and no invalid values.
+        unsafe { &*self.codes.as_ptr().cast::<[u8; GROUP_CODES]>().add(g) }
+    }
+    #[inline(always)]
+    fn codes_mut(&mut self, g: usize) -> &mut [u8; GROUP_CODES] {
+        assert!(g < CHUNK_GROUPS);
+        // SAFETY: as in `codes`; `&mut self` makes it exclusive.
+        unsafe { &mut *self.codes.as_mut_ptr().cast::<[u8; GROUP_CODES]>().add(g) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    /// Own conversion is that of the `half` crate for every f16.
+    #[test]
+    fn f16_becomes_f32() {
+        for bits in 0..=u16::MAX {
+            let (got, want) = (f16_to_f32(bits), f16::from_bits(bits).to_f32());
+            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:04x}");
+        }
+    }
+}
