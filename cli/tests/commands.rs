@@ -112,6 +112,16 @@ fn inspect_shows_the_model() {
     assert_eq!(report["architecture"], "Qwen3ForCausalLM");
     assert!(report["tensors"].as_array().is_some_and(|tensors| tensors.len() > 40));
     assert!(report["memory"]["kv_blocks"].as_u64().is_some_and(|blocks| blocks > 0));
+    let limited = json("inspect", &["--json", "--kv-mib", "4", "--memory-limit-mib", "9"]);
+    let levels = limited["memory"]["levels"].as_array().expect("a list");
+    let chosen = levels.iter().find(|level| level["is_chosen"] == true).expect("one fits");
+    assert_eq!((&levels[0]["weights"], &levels[0]["fits"]), (&"bf16".into(), &false.into()), "{limited}");
+    assert_eq!(chosen["weights"], limited["memory"]["weights"]);
+    assert!(chosen["total_bytes"].as_u64().is_some_and(|bytes| bytes <= 9 << 20), "{limited}");
+    let table = succeed("inspect", &["--weights", "q4_k"]);
+    assert!(table.contains("* q4_k"), "{table}");
+    let unknown = run("inspect", &["--weights", "q9_9"]);
+    assert!(unknown.status.code() == Some(2) && String::from_utf8_lossy(&unknown.stderr).contains("iq4_nl"));
     let table = succeed("inspect", &[]);
     assert!(table.contains("Qwen3ForCausalLM") && table.contains("model.embed_tokens.weight"), "{table}");
 }

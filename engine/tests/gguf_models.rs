@@ -114,7 +114,7 @@ fn quantized_models_have_the_logits_of_their_numbers() {
         assert!(logit_bits(&folder.path().join("model.gguf"), &token_ids) == expected, "{}", quant_type.name());
         seen.insert(expected);
         let engine = Engine::open(EngineOptions::new(folder.path().join("model.gguf")).threads(1)).unwrap();
-        assert_eq!(engine.info().weights, "bf16");
+        assert_eq!(engine.info().weights, quant_type.name());
         assert_eq!(engine.complete(Request::tokens(vec![1, 2]).max_tokens(4)).unwrap().choices.len(), 1);
     }
     assert_eq!(seen.len(), QuantType::ALL.len(), "each format rounds in its own way");

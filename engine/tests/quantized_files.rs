@@ -272,8 +272,13 @@ fn failures_leave_nothing() {
     write_weights(&folder, &tensors, 1);
     let other = place.path().join("other.gguf");
     fails(options(&other), "weights", "`model.layers.1.mlp.up_proj.weight` has numbers in row 5");
-    (tensors[bad].0, tensors[bad].1.bytes[4 * 256 * 5 + 3]) = ("model.layers.1.mlp.extra.weight".to_string(), 0);
+    // What the model would miss, or has no use for, is found before anything is written.
+    let whole = tensors.clone();
+    tensors[bad].0 = "model.layers.1.mlp.extra.weight".to_string();
     write_weights(&folder, &tensors, 1);
+    fails(options(&other), "missing_tensor", "model.layers.1.mlp.up_proj.weight");
+    let extra = tensors[bad].clone();
+    write_weights(&folder, &[whole, vec![extra]].concat(), 1);
     fails(options(&other), "unused_tensors", "model.layers.1.mlp.extra.weight");
     assert_eq!(entries(place.path()), 1);
 }
