@@ -2,7 +2,9 @@
 //! (core clock times the FMA lanes of the instruction set), decode of one row in GB/s of weights beside a plain read of
 //! memory. Plain loops and the best of several runs; one thread is timed in CPU time, which other processes disturb less.
 //!
-//! `cargo bench -p ns-llm-kernels --bench linear [-- threads...]`
+//! Quantized weights are multiplied in integers: their share of the FMA peak may exceed 100 %.
+//!
+//! `cargo bench -p ns-llm-kernels --bench linear [-- threads... formats...]`
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
 use ns_llm_kernels::cpu::{Cpu, Isa};
 use ns_llm_kernels::dtype::DType;
 use ns_llm_kernels::host::HugeBuffer;
+use ns_llm_kernels::quant::QuantType;
 
 /// Distinct weights that one pass over "memory" reads: far more than any cache.
 const STREAM_BYTES: usize = 640 << 20;
@@ -22,6 +25,8 @@ const SHAPES: [(usize, usize); 2] = [(1024, 3072), (3072, 1024)];
 
 fn main() {
     let arguments: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
+    let names: Vec<String> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
+    let names: Vec<String> = names.into_iter().filter(|name| name.parse::<usize>().is_err()).collect();
     let thread_counts = if arguments.is_empty() { vec![1, 2] } else { arguments };
     for threads in thread_counts {
         let pool = Pool::new(threads, PoolPriority::Normal).expect("a few threads");
@@ -32,7 +37,9 @@ fn main() {
             "{}, {threads} threads: peak {peak_gflops:.0} GFLOP/s, memory {peak_gbytes:.1} GB/s",
             cpu.isa().name()
         );
-        for format in [WeightFormat::Bf16, WeightFormat::F16, WeightFormat::F32] {
+        let quantized = [QuantType::Q8_0, QuantType::Q4_K, QuantType::Q6_K, QuantType::Q4_0].map(WeightFormat::Quant);
+        let formats = quantized.into_iter().chain([WeightFormat::Bf16, WeightFormat::F16, WeightFormat::F32]);
+        for format in formats.filter(|format| names.is_empty() || names.iter().any(|name| name == format.name())) {
             for (in_features, out_features) in SHAPES {
                 let weight = packed(&cpu, format, in_features, out_features);
                 for rows in [512, 16] {
