@@ -76,9 +76,8 @@ fn set_hyperparameters(metadata: &mut GgufMetadata, config: &ModelConfig) -> Res
             }
         }
     }
-    match sliding_window(config)? {
-        Some(window) => metadata.set(key("attention.sliding_window"), window as u32),
-        None => {}
+    if let Some(window) = sliding_window(config)? {
+        metadata.set(key("attention.sliding_window"), window as u32);
     }
     Ok(())
 }

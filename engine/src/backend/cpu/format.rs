@@ -29,8 +29,9 @@ pub(super) fn gate_up_format(wanted: WeightFormat, parts: [(Encoding, usize); 2]
 
 /// Bytes of a packed matrix; `None` if no `usize` counts them. Parts have two axes.
 pub(super) fn packed_bytes(wanted: WeightFormat, weight: &LinearWeight<'_>) -> Option<u64> {
-    let sizes = |part: &LinearPart<'_>| match part.weight {
-        Tensor { shape, encoding, .. } => Some((*encoding, *shape.first()?, *shape.get(1)?)),
+    let sizes = |part: &LinearPart<'_>| {
+        let Tensor { shape, encoding, .. } = part.weight;
+        Some((*encoding, *shape.first()?, *shape.get(1)?))
     };
     match weight {
         LinearWeight::Stacked(parts) => {

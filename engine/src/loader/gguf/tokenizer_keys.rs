@@ -232,22 +232,24 @@ fn is_byte(text: &str) -> bool {
 
 /// Whether a space goes before a text; `None` where spaces are not simply written as `▁`.
 fn adds_space_prefix(normalizer: &Json, pre_tokenizer: &Json) -> Option<bool> {
+    let text = |step: &Json, pointer: &str, expected: &str| step.pointer(pointer).is_some_and(|text| text == expected);
     if normalizer.is_null() {
-        let has_name = pre_tokenizer["type"] == "Metaspace" && pre_tokenizer["replacement"] == SPACE;
-        return match (has_name, pre_tokenizer["prepend_scheme"].as_str()) {
+        let is_known = text(pre_tokenizer, "/type", "Metaspace") && text(pre_tokenizer, "/replacement", SPACE);
+        return match (is_known, pre_tokenizer.get("prepend_scheme").and_then(Json::as_str)) {
             (true, Some("always" | "first")) => Some(true),
             (true, Some("never")) => Some(false),
-            (true, None) => pre_tokenizer["add_prefix_space"].as_bool(),
+            (true, None) => pre_tokenizer.get("add_prefix_space")?.as_bool(),
             _ => None,
         };
     }
-    let steps = match normalizer["type"].as_str()? {
-        "Sequence" => normalizer["normalizers"].as_array()?.as_slice(),
+    let steps = match normalizer.get("normalizers") {
+        Some(steps) if text(normalizer, "/type", "Sequence") => steps.as_array()?.as_slice(),
         _ => std::slice::from_ref(normalizer),
     };
-    let replaces =
-        |step: &Json| step["type"] == "Replace" && step["pattern"]["String"] == " " && step["content"] == SPACE;
-    let prepends = |step: &Json| step["type"] == "Prepend" && step["prepend"] == SPACE;
+    let replaces = |step: &Json| {
+        text(step, "/type", "Replace") && text(step, "/pattern/String", " ") && text(step, "/content", SPACE)
+    };
+    let prepends = |step: &Json| text(step, "/type", "Prepend") && text(step, "/prepend", SPACE);
     match (pre_tokenizer.is_null(), steps) {
         (true, [replace]) if replaces(replace) => Some(false),
         (true, [prepend, replace]) if prepends(prepend) && replaces(replace) => Some(true),
