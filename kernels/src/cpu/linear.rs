@@ -26,7 +26,7 @@ pub(crate) use int8::{Int8Group, Int8Rows};
 use operand::PlainRows;
 use packed::{Arrangement, PanelFormat};
 use plain_panel::PlainFormat;
-pub(crate) use quant_panel::{CHUNK_GROUPS, CodeMeaning, CodeProducts, QuantLayout, UnpackedChunk};
+pub(crate) use quant_panel::{CHUNK_GROUPS, CodeMeaning, CodeProducts, GroupBytes, QuantLayout, UnpackedChunk};
 
 /// Activation rows of one work item at most. More would not fit the L2 cache beside the weights ([`BLOCK_COLUMNS`]).
 const MAX_BLOCK_ROWS: usize = 48;

@@ -1,17 +1,23 @@
 //! Matrix products of 8-bit activations with quantized panels.
 //!
 //! A chunk of 256 columns of the panel is taken apart once, into the L1 cache, and then multiplied with all rows, a few at
-//! a time. A tile is some rows times some vectors of eight output columns. For codes without sign a 32-bit lane holds four
-//! columns: `vpmaddubsw` multiplies them and adds pairs, as many of which are summed in 16 bits as cannot overflow, before
-//! `vpmaddwd` multiplies with the integer scales and widens. Signed codes were widened to 16 bits and go through
-//! `vpmaddwd` alone: bytes with sign have no such product.
+//! a time; for one or two rows, which are bound by memory, the codes are taken from the planes as they are multiplied. A
+//! tile is some rows times some vectors of eight output columns. For codes without sign a 32-bit lane holds four columns:
+//! `vpmaddubsw` multiplies them and adds pairs, as many of which are summed in 16 bits as cannot overflow, before
+//! `vpmaddwd` multiplies with the integer scales and widens. Signed codes are widened to 16 bits and go through `vpmaddwd`
+//! alone: bytes with sign have no such product.
 //!
 //! Integer sums are exact, so their order is free; what is rounded is done in the order that [`QuantProduct`] gives.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
+use std::hint::black_box;
 
-use crate::cpu::linear::{CHUNK_GROUPS, CodeMeaning, Int8Group, PANEL_ROWS, QuantProduct, UnpackedChunk};
+use crate::cpu::linear::{
+    CHUNK_GROUPS, CodeMeaning, GroupBytes, Int8Group, PANEL_ROWS, QuantLayout, QuantProduct, UnpackedChunk,
+};
+use crate::quant::QuantType;
 
 /// Rows of most tiles.
 const TILE_ROWS: usize = 6;
@@ -27,32 +33,40 @@ thread_local! {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
     UNPACKED.with_borrow_mut(|chunk| {
-        match (product.layout.meaning, product.layout.code_bits(), product.layout.halves) {
-            (CodeMeaning::Signed, ..) => panel::<Signed>(product, chunk, sums),
-            (CodeMeaning::Offset(_), 6, _) => panel::<Unsigned<false, 2, 2>>(product, chunk, sums),
-            (CodeMeaning::Offset(_), _, 2) => panel::<Unsigned<false, 4, 2>>(product, chunk, sums),
-            (CodeMeaning::Offset(_), 5, _) => panel::<Unsigned<false, 4, 1>>(product, chunk, sums),
-            (CodeMeaning::Offset(_), ..) => panel::<Unsigned<false, 8, 1>>(product, chunk, sums),
-            (CodeMeaning::Minimum, _, 2) => panel::<Unsigned<true, 4, 2>>(product, chunk, sums),
-            (CodeMeaning::Minimum, 5, _) => panel::<Unsigned<true, 4, 1>>(product, chunk, sums),
-            (CodeMeaning::Minimum, ..) => panel::<Unsigned<true, 8, 1>>(product, chunk, sums),
+        let layout = product.layout;
+        match (layout.meaning, layout.low_bits, layout.high_bits) {
+            (CodeMeaning::Signed, 8, _) => panel::<Signed, true>(product, chunk, sums),
+            (CodeMeaning::Signed, ..) => panel::<Signed, false>(product, chunk, sums),
+            (CodeMeaning::Offset(_), 4, 0) => panel::<Unsigned<false, 4, 0, 1>, true>(product, chunk, sums),
+            (CodeMeaning::Offset(_), 4, 1) => panel::<Unsigned<false, 4, 1, 1>, true>(product, chunk, sums),
+            (CodeMeaning::Offset(_), 4, _) => panel::<Unsigned<false, 4, 2, 2>, true>(product, chunk, sums),
+            (CodeMeaning::Offset(_), ..) => panel::<Unsigned<false, 2, 1, 2>, true>(product, chunk, sums),
+            (CodeMeaning::Minimum, 4, 0) => panel::<Unsigned<true, 4, 0, 1>, true>(product, chunk, sums),
+            (CodeMeaning::Minimum, 4, _) => panel::<Unsigned<true, 4, 1, 1>, true>(product, chunk, sums),
+            (CodeMeaning::Minimum, ..) => panel::<Unsigned<true, 2, 0, 2>, true>(product, chunk, sums),
         }
     });
 }
 
-/// All chunks of a panel, for all rows.
+/// All chunks of a panel, for all rows. `DIRECT`: one or two rows can take codes from the planes.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn panel<P: Products>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, sums: &mut [f32]) {
+fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, sums: &mut [f32]) {
     let &QuantProduct { x, groups_per_row, panel, layout } = product;
     let num_rows = sums.len() / PANEL_ROWS;
     assert_eq!(panel.len(), layout.panel_bytes(groups_per_row * 32), "bytes of a panel");
     assert!(x.len() >= num_rows * groups_per_row, "activations of {num_rows} rows");
     layout.begin(unpacked);
     sums.fill(0.0);
+    let is_direct = DIRECT && num_rows <= 2;
+    let passes = if num_rows <= 2 { 1 } else { 2 * num_rows.div_ceil(TILE_ROWS) };
     for (bytes, first_group) in panel.chunks(layout.chunk_bytes()).zip((0..groups_per_row).step_by(CHUNK_GROUPS)) {
         let num_groups = CHUNK_GROUPS.min(groups_per_row - first_group);
-        layout.unpack(bytes, num_groups, unpacked);
-        let passes = if num_rows <= 2 { 1 } else { 2 * num_rows.div_ceil(TILE_ROWS) };
+        if !is_direct {
+            layout.unpack_codes(bytes, num_groups, unpacked);
+        }
+        for (g, group) in layout.groups(bytes).take(num_groups).enumerate() {
+            unpack_scales(layout, &group, g, unpacked);
+        }
         // The next chunk, or panel, lies behind this one. A prefetch of an address that is not mapped does nothing.
         let mut prefetch =
             Prefetch { address: bytes.as_ptr_range().end.cast(), step_bytes: bytes.len() / (passes * num_groups) };
@@ -62,20 +76,79 @@ fn panel<P: Products>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, 
             let x = &x[row * groups_per_row + first_group..];
             let sums = &mut sums[row * PANEL_ROWS..][..tile_rows * PANEL_ROWS];
             assert!(x.len() >= (tile_rows - 1) * groups_per_row + num_groups, "activations of a tile");
-            let tile = Tile { x: x.as_ptr(), groups_per_row, num_groups, chunk: unpacked, sums: sums.as_mut_ptr() };
-            // SAFETY: the CPU has the features of this function; activations and sums of `tile_rows` rows were checked.
+            let tile = Tile {
+                x: x.as_ptr(),
+                groups_per_row,
+                num_groups,
+                chunk: unpacked,
+                planes: bytes[layout.header_bytes()..].as_ptr(),
+                group_bytes: layout.group_bytes(),
+                sums: sums.as_mut_ptr(),
+            };
+            // SAFETY: the CPU has the features of this function; activations and sums of `tile_rows` rows were checked;
+            // the chunk has `num_groups` groups of planes, and was taken apart, with codes unless they are not read.
             unsafe {
-                match tile_rows {
-                    1 => tile.run::<P, 1, 4>(0, &mut prefetch),
-                    2 => tile.run::<P, 2, 4>(0, &mut prefetch),
-                    3 => tile.run_halves::<P, 3>(&mut prefetch),
-                    4 => tile.run_halves::<P, 4>(&mut prefetch),
-                    5 => tile.run_halves::<P, 5>(&mut prefetch),
+                match (tile_rows, is_direct) {
+                    (1, true) => tile.run::<P, true, 1, 4>(0, &mut prefetch),
+                    (2, true) => tile.run::<P, true, 2, 4>(0, &mut prefetch),
+                    (1, false) => tile.run::<P, false, 1, 4>(0, &mut prefetch),
+                    (2, false) => tile.run::<P, false, 2, 4>(0, &mut prefetch),
+                    (3, _) => tile.run_halves::<P, 3>(&mut prefetch),
+                    (4, _) => tile.run_halves::<P, 4>(&mut prefetch),
+                    (5, _) => tile.run_halves::<P, 5>(&mut prefetch),
                     _ => tile.run_halves::<P, 6>(&mut prefetch),
                 }
             }
             row += tile_rows;
         }
+    }
+}
+
+/// Scales and minimums of group `g`, as [`QuantLayout::unpack`] does.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &mut UnpackedChunk) {
+    let halves = |bytes: &[u8], vector: usize| {
+        let bytes: &[u8; 2 * LANES] = bytes[2 * LANES * vector..][..2 * LANES].try_into().expect("16 bytes");
+        // SAFETY: 16 bytes.
+        unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+    };
+    let integers = |bytes: &[u8], vector: usize| {
+        let bytes: [u8; LANES] = bytes[LANES * vector..][..LANES].try_into().expect("8 bytes");
+        _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(bytes)))
+    };
+    let store = |out: &mut [i32; PANEL_ROWS], vector: usize, integers: __m256i| {
+        let out: &mut [i32; LANES] = (&mut out[LANES * vector..][..LANES]).try_into().expect("8 numbers");
+        // SAFETY: 32 bytes.
+        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), integers) };
+    };
+    let store_floats = |out: &mut [f32; PANEL_ROWS], vector: usize, floats: __m256| {
+        let out: &mut [f32; LANES] = (&mut out[LANES * vector..][..LANES]).try_into().expect("8 numbers");
+        // SAFETY: 32 bytes.
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), floats) };
+    };
+    for vector in 0..PANEL_ROWS / LANES {
+        let d = match layout.quant_type {
+            QuantType::MXFP4 => {
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves(group.d, vector))))
+            }
+            _ => _mm256_cvtph_ps(halves(group.d, vector)),
+        };
+        store_floats(&mut out.d[g], vector, d);
+        if layout.meaning == CodeMeaning::Minimum {
+            store_floats(&mut out.d_min[g], vector, _mm256_cvtph_ps(halves(&group.d[2 * PANEL_ROWS..], vector)));
+        }
+        if layout.halves == 0 {
+            continue;
+        }
+        let pair = |first: __m256i, second: __m256i| _mm256_blend_epi16::<0xaa>(first, _mm256_slli_epi32::<16>(second));
+        for half in 0..layout.halves {
+            let scales = integers(&group.scales[half * PANEL_ROWS..], vector);
+            store(&mut out.scales[g][half], vector, pair(scales, scales));
+        }
+        let factors = if group.mins.is_empty() { group.scales } else { group.mins };
+        let second = &factors[(layout.halves - 1) * PANEL_ROWS..];
+        let factors = pair(integers(factors, vector), integers(second, vector));
+        store(&mut out.mins[g], vector, _mm256_mullo_epi16(factors, _mm256_set1_epi16(layout.offset())));
     }
 }
 
@@ -100,7 +173,7 @@ impl Prefetch {
     fn step(&mut self) {
         for line in (0..self.step_bytes).step_by(CACHE_LINE_BYTES) {
             // SAFETY: a prefetch has no effect that could be seen.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.address.wrapping_add(line)) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.address.wrapping_add(line)) };
         }
         self.address = self.address.wrapping_add(self.step_bytes);
     }
@@ -114,8 +187,9 @@ trait Products {
     const MINS: Mins;
 
     /// # Safety
-    /// The CPU has AVX2; the tile has `ROWS` rows and the group; `first + VECTORS <= 4`.
-    unsafe fn dots<const ROWS: usize, const VECTORS: usize>(
+    /// The CPU has AVX2; the tile has `ROWS` rows and the group; `first + VECTORS <= 4`; unless `DIRECT`, the codes were
+    /// taken apart.
+    unsafe fn dots<const DIRECT: bool, const ROWS: usize, const VECTORS: usize>(
         tile: &Tile<'_>,
         g: usize,
         first: usize,
@@ -129,83 +203,183 @@ enum Mins {
     Float,
 }
 
-/// Codes of 16 bits.
+/// Codes of 16 bits, in planes of 8.
 struct Signed;
 
-/// Codes of a byte, of which `DEPTH` runs are summed in 16 bits, with `HALVES` scales of a group.
-struct Unsigned<const FLOAT_MINS: bool, const DEPTH: usize, const HALVES: usize>;
+/// Codes of `LOW + HIGH` bits in two planes, with `HALVES` scales of a group.
+struct Unsigned<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: usize>;
 
 impl Products for Signed {
     const MINS: Mins = Mins::None;
 
     #[inline(always)]
-    unsafe fn dots<const ROWS: usize, const VECTORS: usize>(
+    unsafe fn dots<const DIRECT: bool, const ROWS: usize, const VECTORS: usize>(
         tile: &Tile<'_>,
         g: usize,
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
         let codes = tile.chunk.signed_codes(g).as_ptr();
-        // SAFETY: promised by the caller.
-        unsafe {
-            let mut dots = [[_mm256_setzero_si256(); VECTORS]; ROWS];
-            for step in 0..16 {
-                let mut weights = [_mm256_setzero_si256(); VECTORS];
-                for (vector, weights) in weights.iter_mut().enumerate() {
-                    *weights = _mm256_load_si256(codes.add((step * PANEL_ROWS + (first + vector) * LANES) * 2).cast());
-                }
-                for (row, dots) in dots.iter_mut().enumerate() {
-                    let x = broadcast((*tile.group(row, g)).wide.as_ptr().add(2 * step).cast());
-                    for (dot, weights) in dots.iter_mut().zip(weights) {
-                        *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(weights, x));
+        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| tile.group(row, g));
+        let mut dots = [[zero(); VECTORS]; ROWS];
+        // Steps are unrolled by hand: with one a turn, the loop is bound by its instructions, not by its products.
+        for steps in 0..4 {
+            for step in 0..4 {
+                let step = 4 * steps + step;
+                // SAFETY: promised by the caller.
+                unsafe {
+                    let mut weights = [zero(); VECTORS];
+                    for (vector, weights) in weights.iter_mut().enumerate() {
+                        let code = (step * PANEL_ROWS + (first + vector) * LANES) * 2;
+                        *weights = match DIRECT {
+                            true => _mm256_cvtepi8_epi16(_mm_loadu_si128(tile.plane(g).add(code).cast())),
+                            false => _mm256_load_si256(codes.add(code).cast()),
+                        };
+                    }
+                    for (row, dots) in rows.iter().zip(&mut dots) {
+                        let x = broadcast((&raw const (**row).wide).cast::<i32>().add(step));
+                        for (dot, weights) in dots.iter_mut().zip(weights) {
+                            *dot = add_wide_products(*dot, weights, x);
+                        }
                     }
                 }
             }
-            dots
+        }
+        dots
+    }
+}
+
+impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: usize>
+    Unsigned<FLOAT_MINS, LOW, HIGH, HALVES>
+{
+    /// Steps whose products are summed in 16 bits: each adds at most `2 * 127 * (2^bits - 1)`, and a half has four.
+    const DEPTH: usize = match LOW + HIGH {
+        6 => 2,
+        5 => 4,
+        _ => 8 / HALVES,
+    };
+
+    /// Eight times four codes, from the planes.
+    ///
+    /// # Safety
+    /// As for [`Products::dots`].
+    #[inline(always)]
+    unsafe fn codes_of_planes(planes: *const u8, step: usize, vector: usize) -> __m256i {
+        // SAFETY: promised by the caller: the vector is inside each plane.
+        unsafe {
+            let code = (step * PANEL_ROWS + vector * LANES) * 4;
+            let bits = |plane: *const u8, bits: usize| {
+                let plane_bytes = 128 * bits;
+                let bytes = _mm256_loadu_si256(plane.add(code % plane_bytes).cast());
+                let place = _mm_cvtsi32_si128((bits * (code / plane_bytes)) as i32);
+                let mask = _mm256_set1_epi8(((1 << bits) - 1) as i8);
+                _mm256_and_si256(_mm256_srl_epi16(bytes, place), mask)
+            };
+            let low = bits(planes, LOW);
+            if HIGH == 0 {
+                return low;
+            }
+            let high = bits(planes.add(128 * LOW), HIGH);
+            _mm256_or_si256(low, _mm256_sll_epi16(high, _mm_cvtsi32_si128(LOW as i32)))
         }
     }
 }
 
-impl<const FLOAT_MINS: bool, const DEPTH: usize, const HALVES: usize> Products for Unsigned<FLOAT_MINS, DEPTH, HALVES> {
+impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: usize> Products
+    for Unsigned<FLOAT_MINS, LOW, HIGH, HALVES>
+{
     const MINS: Mins = if FLOAT_MINS { Mins::Float } else { Mins::Integer };
 
     #[inline(always)]
-    unsafe fn dots<const ROWS: usize, const VECTORS: usize>(
+    unsafe fn dots<const DIRECT: bool, const ROWS: usize, const VECTORS: usize>(
         tile: &Tile<'_>,
         g: usize,
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
         let codes = tile.chunk.codes(g).as_ptr();
-        // SAFETY: promised by the caller.
-        unsafe {
-            let mut dots = [[_mm256_setzero_si256(); VECTORS]; ROWS];
-            for start in (0..8).step_by(DEPTH) {
-                let mut pairs = [[_mm256_setzero_si256(); VECTORS]; ROWS];
-                for step in start..start + DEPTH {
-                    let mut weights = [_mm256_setzero_si256(); VECTORS];
+        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| tile.group(row, g));
+        let mut dots = [[zero(); VECTORS]; ROWS];
+        for part in 0..const { 8 / Self::DEPTH } {
+            let mut pairs = [[zero(); VECTORS]; ROWS];
+            for step in 0..Self::DEPTH {
+                let step = part * Self::DEPTH + step;
+                // SAFETY: promised by the caller.
+                unsafe {
+                    let mut weights = [zero(); VECTORS];
                     for (vector, weights) in weights.iter_mut().enumerate() {
                         let code = (step * PANEL_ROWS + (first + vector) * LANES) * 4;
-                        *weights = _mm256_load_si256(codes.add(code).cast());
+                        *weights = match DIRECT {
+                            true => Self::codes_of_planes(tile.plane(g), step, first + vector),
+                            false => _mm256_load_si256(codes.add(code).cast()),
+                        };
                     }
-                    for (row, pairs) in pairs.iter_mut().enumerate() {
-                        let x = broadcast((*tile.group(row, g)).codes.as_ptr().add(4 * step).cast());
+                    for (row, pairs) in rows.iter().zip(&mut pairs) {
+                        let x = broadcast((&raw const (**row).codes).cast::<i32>().add(step));
                         for (pair, weights) in pairs.iter_mut().zip(weights) {
-                            let products = _mm256_maddubs_epi16(weights, x);
-                            *pair = if step == start { products } else { _mm256_add_epi16(*pair, products) };
+                            *pair = add_products(*pair, weights, x);
                         }
                     }
                 }
-                let scales = &tile.chunk.scales[g][if HALVES == 2 { start / 4 } else { 0 }];
-                for vector in 0..VECTORS {
+            }
+            let scales = &tile.chunk.scales[g][part * Self::DEPTH / 4 * (HALVES - 1)];
+            for vector in 0..VECTORS {
+                // SAFETY: promised by the caller.
+                unsafe {
                     let scales = _mm256_load_si256(scales.as_ptr().add((first + vector) * LANES).cast());
                     for (dots, pairs) in dots.iter_mut().zip(&pairs) {
-                        let scaled = _mm256_madd_epi16(pairs[vector], scales);
-                        dots[vector] = if start == 0 { scaled } else { _mm256_add_epi32(dots[vector], scaled) };
+                        dots[vector] = _mm256_add_epi32(dots[vector], _mm256_madd_epi16(pairs[vector], scales));
                     }
                 }
             }
-            dots
         }
+        dots
     }
+}
+
+/// `sums[i] + weights[2 i] * x[2 i] + weights[2 i + 1] * x[2 i + 1]`, numbers of 16 bits, sums of 32. In assembly because
+/// the compiler takes long chains of integer additions apart into trees, for which there are not enough registers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_wide_products(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+    let mut sums = sums;
+    // SAFETY: reads and writes the named registers only.
+    unsafe {
+        asm!(
+            "vpmaddwd {products}, {weights}, {x}",
+            "vpaddd {sums}, {sums}, {products}",
+            products = out(ymm_reg) _,
+            weights = in(ymm_reg) weights,
+            x = in(ymm_reg) x,
+            sums = inout(ymm_reg) sums,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
+/// The same with bytes, of which the weights have no sign, and sums of 16 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_products(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+    let mut sums = sums;
+    // SAFETY: reads and writes the named registers only.
+    unsafe {
+        asm!(
+            "vpmaddubsw {products}, {weights}, {x}",
+            "vpaddw {sums}, {sums}, {products}",
+            products = out(ymm_reg) _,
+            weights = in(ymm_reg) weights,
+            x = in(ymm_reg) x,
+            sums = inout(ymm_reg) sums,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
+#[inline(always)]
+fn zero() -> __m256i {
+    // SAFETY: a vector of zero bits, whatever the CPU.
+    unsafe { std::mem::zeroed() }
 }
 
 /// # Safety
@@ -223,6 +397,9 @@ struct Tile<'a> {
     groups_per_row: usize,
     num_groups: usize,
     chunk: &'a UnpackedChunk,
+    /// Planes of the chunk's first group.
+    planes: *const u8,
+    group_bytes: usize,
     /// `[rows, 32]`
     sums: *mut f32,
 }
@@ -232,6 +409,10 @@ impl Tile<'_> {
     fn group(&self, row: usize, g: usize) -> *const Int8Group {
         self.x.wrapping_add(row * self.groups_per_row + g)
     }
+    #[inline(always)]
+    fn plane(&self, g: usize) -> *const u8 {
+        self.planes.wrapping_add(g * self.group_bytes)
+    }
 
     /// # Safety
     /// As for [`run`](Self::run).
@@ -239,59 +420,57 @@ impl Tile<'_> {
     unsafe fn run_halves<P: Products, const ROWS: usize>(&self, prefetch: &mut Prefetch) {
         // SAFETY: promised by the caller.
         unsafe {
-            self.run::<P, ROWS, 2>(0, prefetch);
-            self.run::<P, ROWS, 2>(2, prefetch);
+            self.run::<P, false, ROWS, 2>(0, prefetch);
+            self.run::<P, false, ROWS, 2>(2, prefetch);
         }
     }
 
     /// `ROWS` rows times `VECTORS` vectors of columns from `first` on, all groups.
     ///
     /// # Safety
-    /// The CPU has AVX2 and FMA; the tile has `ROWS` rows; `first + VECTORS <= 4`.
+    /// The CPU has AVX2 and FMA; the tile has `ROWS` rows; `first + VECTORS <= 4`; unless `DIRECT`, the codes were taken
+    /// apart.
     #[inline(never)]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn run<P: Products, const ROWS: usize, const VECTORS: usize>(&self, first: usize, prefetch: &mut Prefetch) {
+    unsafe fn run<P: Products, const DIRECT: bool, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        first: usize,
+        prefetch: &mut Prefetch,
+    ) {
+        let mut ahead = Prefetch { ..*prefetch };
         for g in 0..self.num_groups {
-            prefetch.step();
+            ahead.step();
+            // Sums stay in memory from group to group: the registers are the integer sums'.
+            let sums = black_box(self.sums);
             // SAFETY: promised by the caller.
             unsafe {
-                let dots = P::dots::<ROWS, VECTORS>(self, g, first);
-                for vector in 0..VECTORS {
-                    let lane = (first + vector) * LANES;
-                    let d = _mm256_load_ps(self.chunk.d[g].as_ptr().add(lane));
-                    for (row, dots) in dots.iter().enumerate() {
-                        let x = &*self.group(row, g);
+                let dots = P::dots::<DIRECT, ROWS, VECTORS>(self, g, first);
+                for (row, dots) in dots.iter().enumerate() {
+                    let x = self.group(row, g);
+                    let x_scale = _mm256_broadcast_ss(&(*x).scale);
+                    let x_sums = broadcast((&raw const (*x).sums).cast());
+                    for (vector, &dot) in dots.iter().enumerate() {
+                        let lane = (first + vector) * LANES;
+                        let load = |numbers: &[f32; PANEL_ROWS]| _mm256_load_ps(numbers.as_ptr().add(lane));
+                        let min = || {
+                            let mins = _mm256_load_si256(self.chunk.mins[g].as_ptr().add(lane).cast());
+                            _mm256_madd_epi16(mins, x_sums)
+                        };
+                        let d = load(&self.chunk.d[g]);
                         let part = match P::MINS {
-                            Mins::None => _mm256_mul_ps(d, _mm256_cvtepi32_ps(dots[vector])),
-                            Mins::Integer => {
-                                let dot = _mm256_sub_epi32(dots[vector], self.mins(x, g, lane));
-                                _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot))
-                            }
+                            Mins::None => _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot)),
+                            Mins::Integer => _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, min()))),
                             Mins::Float => {
-                                let d_min = _mm256_load_ps(self.chunk.d_min[g].as_ptr().add(lane));
-                                let min = _mm256_mul_ps(d_min, _mm256_cvtepi32_ps(self.mins(x, g, lane)));
-                                _mm256_fmsub_ps(d, _mm256_cvtepi32_ps(dots[vector]), min)
+                                let min = _mm256_mul_ps(load(&self.chunk.d_min[g]), _mm256_cvtepi32_ps(min()));
+                                _mm256_fmsub_ps(d, _mm256_cvtepi32_ps(dot), min)
                             }
                         };
-                        let sum = self.sums.add(row * PANEL_ROWS + lane);
-                        let added = _mm256_fmadd_ps(part, _mm256_broadcast_ss(&x.scale), _mm256_loadu_ps(sum));
-                        _mm256_storeu_ps(sum, added);
+                        let sum = sums.add(row * PANEL_ROWS + lane);
+                        _mm256_storeu_ps(sum, _mm256_fmadd_ps(part, x_scale, _mm256_loadu_ps(sum)));
                     }
                 }
             }
         }
-    }
-
-    /// `sum over halves h of mins[h] s[h]` of eight columns.
-    ///
-    /// # Safety
-    /// As for [`run`](Self::run); `lane + 8 <= 32`.
-    #[inline(always)]
-    unsafe fn mins(&self, x: &Int8Group, g: usize, lane: usize) -> __m256i {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let mins = _mm256_load_si256(self.chunk.mins[g].as_ptr().add(lane).cast());
-            _mm256_madd_epi16(mins, broadcast(x.sums.as_ptr().cast()))
-        }
+        prefetch.address = ahead.address;
     }
 }

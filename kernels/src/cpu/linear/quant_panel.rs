@@ -55,9 +55,9 @@ pub(crate) struct QuantLayout {
     pub(crate) quant_type: QuantType,
     pub(crate) meaning: CodeMeaning,
     /// Bits of a code in the low plane.
-    low_bits: usize,
+    pub(crate) low_bits: usize,
     /// Bits of a code in the high plane, 0 without one.
-    high_bits: usize,
+    pub(crate) high_bits: usize,
     /// Integer scales of a group; 0: none, `d` is the group's own.
     pub(crate) halves: usize,
     /// Codes of the file to codes here, plus `LEVEL_OFFSET` where they have an offset.
@@ -90,13 +90,16 @@ impl QuantLayout {
         QuantLayout { quant_type, meaning, low_bits, high_bits, halves, levels }
     }
 
-    /// Bits of a code.
-    pub(crate) fn code_bits(&self) -> usize {
-        self.low_bits + self.high_bits
-    }
     /// Consecutive columns that lie together.
     fn run(&self) -> usize {
         if self.meaning == CodeMeaning::Signed { 2 } else { 4 }
+    }
+    /// What each code is too large by, in formats of minimums the factor of them: 1.
+    pub(crate) fn offset(&self) -> i16 {
+        match self.meaning {
+            CodeMeaning::Offset(offset) => i16::from(offset),
+            CodeMeaning::Signed | CodeMeaning::Minimum => 1,
+        }
     }
     fn has_minimum(&self) -> bool {
         self.meaning == CodeMeaning::Minimum
@@ -111,10 +114,10 @@ impl QuantLayout {
     fn scale_bytes(&self) -> usize {
         LANE_HALVES_BYTES * (1 + usize::from(self.has_minimum()))
     }
-    fn header_bytes(&self) -> usize {
+    pub(crate) fn header_bytes(&self) -> usize {
         if self.halves == 0 { 0 } else { self.scale_bytes() }
     }
-    fn group_bytes(&self) -> usize {
+    pub(crate) fn group_bytes(&self) -> usize {
         let scales = match self.halves {
             0 => self.scale_bytes(),
             halves => halves * PANEL_ROWS * (1 + usize::from(self.has_minimum())),
@@ -194,30 +197,41 @@ impl QuantLayout {
     }
 
     /// Takes `num_groups` groups of a chunk apart.
-    #[inline(always)]
     pub(crate) fn unpack(&self, chunk: &[u8], num_groups: usize, out: &mut UnpackedChunk) {
-        let (header, groups) = chunk.split_at(self.header_bytes());
-        for (g, group) in groups.chunks_exact(self.group_bytes()).take(num_groups).enumerate() {
-            let (low, rest) = group.split_at(self.low_bytes());
-            let (high, scales) = rest.split_at(self.high_bytes());
-            match self.meaning {
-                CodeMeaning::Signed => self.unpack_signed(low, out.signed_codes_mut(g)),
-                _ => self.unpack_codes(low, high, out.codes_mut(g)),
-            }
-            let own = match self.halves {
-                0 => scales,
-                halves => {
-                    let (scales, mins) = scales.split_at(halves * PANEL_ROWS);
-                    self.unpack_integers(scales, mins, g, out);
-                    header
-                }
-            };
-            self.unpack_scales(own, g, out);
+        self.unpack_codes(chunk, num_groups, out);
+        for (g, group) in self.groups(chunk).take(num_groups).enumerate() {
+            self.unpack_integers(&group, g, out);
+            self.unpack_scales(group.d, g, out);
         }
     }
 
+    /// The codes alone.
     #[inline(always)]
-    fn unpack_codes(&self, low: &[u8], high: &[u8], out: &mut [u8; GROUP_CODES]) {
+    pub(crate) fn unpack_codes(&self, chunk: &[u8], num_groups: usize, out: &mut UnpackedChunk) {
+        for (g, group) in self.groups(chunk).take(num_groups).enumerate() {
+            match self.meaning {
+                CodeMeaning::Signed => self.unpack_signed(group.low, out.signed_codes_mut(g)),
+                _ => self.unpack_unsigned(group.low, group.high, out.codes_mut(g)),
+            }
+        }
+    }
+
+    /// Where the parts of each group of a chunk lie.
+    #[inline(always)]
+    pub(crate) fn groups<'a>(&self, chunk: &'a [u8]) -> impl Iterator<Item = GroupBytes<'a>> {
+        let layout = *self;
+        let (header, groups) = chunk.split_at(self.header_bytes());
+        groups.chunks_exact(self.group_bytes()).map(move |group| {
+            let (low, rest) = group.split_at(layout.low_bytes());
+            let (high, rest) = rest.split_at(layout.high_bytes());
+            let (scales, rest) = rest.split_at(layout.halves * PANEL_ROWS);
+            let (d, mins) = if layout.halves == 0 { (rest, &[][..]) } else { (header, rest) };
+            GroupBytes { low, high, scales, mins, d }
+        })
+    }
+
+    #[inline(always)]
+    fn unpack_unsigned(&self, low: &[u8], high: &[u8], out: &mut [u8; GROUP_CODES]) {
         match self.low_bits {
             8 => out.copy_from_slice(low),
             4 => unpack_plane::<4, 0>(low, out),
@@ -249,24 +263,19 @@ impl QuantLayout {
     }
 
     /// Integer scales and minimums of group `g`, each doubled into the pairs that 16-bit products take.
-    #[inline(always)]
-    fn unpack_integers(&self, scales: &[u8], mins: &[u8], g: usize, out: &mut UnpackedChunk) {
-        for (out, scales) in out.scales[g].iter_mut().zip(scales.as_chunks::<PANEL_ROWS>().0) {
+    fn unpack_integers(&self, group: &GroupBytes<'_>, g: usize, out: &mut UnpackedChunk) {
+        for (out, scales) in out.scales[g].iter_mut().zip(group.scales.as_chunks::<PANEL_ROWS>().0) {
             out.iter_mut().zip(scales).for_each(|(out, &scale)| *out = doubled(i32::from(scale as i8)));
         }
-        let offset = match self.meaning {
-            CodeMeaning::Offset(offset) => i32::from(offset),
-            _ => 1,
-        };
-        let factors = if mins.is_empty() { scales } else { mins };
+        let factors = if group.mins.is_empty() { group.scales } else { group.mins };
         let factors = factors.as_chunks::<PANEL_ROWS>().0;
-        let (first, second) = (&factors[0], &factors[factors.len() - 1]);
+        let (Some(first), Some(second)) = (factors.first(), factors.last()) else { return };
+        let offset = i32::from(self.offset());
         for ((out, &first), &second) in out.mins[g].iter_mut().zip(first).zip(second) {
             *out = pair(offset * i32::from(first as i8), offset * i32::from(second as i8));
         }
     }
 
-    #[inline(always)]
     fn unpack_scales(&self, bytes: &[u8], g: usize, out: &mut UnpackedChunk) {
         let (d, d_min) = bytes.split_at(LANE_HALVES_BYTES);
         let d = d.as_chunks::<2>().0;
@@ -282,13 +291,11 @@ impl QuantLayout {
     }
 
     /// The integers that count for formats without integer scales.
-    #[inline(always)]
     pub(crate) fn begin(&self, out: &mut UnpackedChunk) {
         out.last_half = usize::from(self.halves == 2);
         if self.halves == 0 {
-            let offset = if let CodeMeaning::Offset(offset) = self.meaning { i32::from(offset) } else { 1 };
             out.scales.iter_mut().for_each(|scales| scales[0].fill(doubled(1)));
-            out.mins.iter_mut().for_each(|mins| mins.fill(doubled(offset)));
+            out.mins.iter_mut().for_each(|mins| mins.fill(doubled(i32::from(self.offset()))));
         }
     }
 
@@ -323,6 +330,18 @@ impl QuantLayout {
     }
 }
 
+/// The parts of a group.
+pub(crate) struct GroupBytes<'a> {
+    pub(crate) low: &'a [u8],
+    pub(crate) high: &'a [u8],
+    /// `[halves][32]`
+    pub(crate) scales: &'a [u8],
+    /// `[halves][32]`, empty without minimums that are integers.
+    pub(crate) mins: &'a [u8],
+    /// `d`, and `d_min` where there are minimums.
+    pub(crate) d: &'a [u8],
+}
+
 /// Puts the bits `shift..shift + bits` of codes `start..` into their plane.
 fn store_bits(plane: &mut [u8], bits: usize, shift: usize, start: usize, codes: &[u8]) {
     let (place, first) = (bits * (start / plane.len()), start % plane.len());
@@ -344,18 +363,15 @@ fn unpack_plane<const BITS: usize, const SHIFT: usize>(plane: &[u8], out: &mut [
 }
 
 /// Two numbers of 16 bits in one of 32, the first in the lower half.
-#[inline(always)]
 fn pair(first: i32, second: i32) -> i32 {
     first & 0xffff | second << 16
 }
 
-#[inline(always)]
 fn doubled(number: i32) -> i32 {
     pair(number, number)
 }
 
-/// As the `half` crate, without a branch, so that loops over it become vector code.
-#[inline(always)]
+/// As the `half` crate, without a branch and without a question to the CPU.
 fn f16_to_f32(bits: u16) -> f32 {
     let bits = u32::from(bits);
     let (sign, magnitude) = ((bits & 0x8000) << 16, (bits & 0x7fff) << 13);
