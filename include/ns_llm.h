@@ -373,6 +373,20 @@ typedef enum ns_llm_weights {
     NS_LLM_WEIGHTS_MXFP4 = 15,
 } ns_llm_weights;
 
+/** How an engine keeps keys and values. */
+typedef enum ns_llm_kv_dtype {
+    /** 32-bit floats with 32-bit weights, else half precision. */
+    NS_LLM_KV_DTYPE_AUTO = 0,
+    /** 32-bit floats. */
+    NS_LLM_KV_DTYPE_F32 = 1,
+    /** IEEE half precision. */
+    NS_LLM_KV_DTYPE_F16 = 2,
+    /** bfloat16. */
+    NS_LLM_KV_DTYPE_BF16 = 3,
+    /** 8-bit integers with a scale for each token and head: half the memory of half precision. */
+    NS_LLM_KV_DTYPE_INT8 = 4,
+} ns_llm_kv_dtype;
+
 /**
  * Hears how far loading is; both sizes are bytes of weights. Called by ns_llm_engine_open(), one call at a time, on
  * the calling thread or on a loading thread, and never after it has returned. Returns `true` to go on, `false` to
@@ -416,6 +430,10 @@ typedef struct ns_llm_engine_params {
     ns_llm_log_callback log;
     /** Handed to `log`. */
     void *log_user_data;
+    /** A value of `ns_llm_kv_dtype`. */
+    uint32_t kv_dtype;
+    /** 0. */
+    uint32_t reserved;
     /**
      * What weights and KV pool may take together, bytes. With NS_LLM_WEIGHTS_AUTO weights that are too large are rounded to
      * the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what

@@ -1,6 +1,7 @@
 // `npm run bench:boundary [-- --repeats 3]`: what Node adds to a token. The same streams are read through the package and
 // through the Rust engine, in processes of their own that take turns; the figure is the difference of the processor time
-// (of all threads) per token, between medians. The aim is 10 µs. Linux only.
+// (of all threads) per token, between medians. The aim is 10 µs. The last line is the floor of it with one stream: what
+// an empty turn of the event loop costs here. Linux only.
 
 import { execFileSync } from 'node:child_process';
 import { join } from 'node:path';
@@ -32,6 +33,7 @@ if ((await run('cargo', ['build', '--release', '--package', 'ns-llm', '--example
 const target = process.env.CARGO_TARGET_DIR ?? join(ROOT, 'target');
 const rust = [join(target, 'release', 'examples', 'streams')];
 const node = [process.execPath, fileURLToPath(new URL('streams.mjs', import.meta.url))];
+const message = [fileURLToPath(new URL('message.mjs', import.meta.url))];
 
 const HEAD = ['streams', 'Rust engine', 'Rust reader', 'Node engine', 'Node reader', 'Node adds', 'tokens/step', 'tokens/chunk', 'delay p99'];
 console.log('Processor time per token, µs; the event loop\'s delay, ms\n');
@@ -53,6 +55,9 @@ for (const [streams, tokens] of LOADS) {
     medianOf(({ delay_p99_ms: ms }) => ms).toFixed(1),
   ]);
 }
+
+const turns = Array.from({ length: repeats }, () => Number(execFileSync(process.execPath, message, { encoding: 'utf8' })));
+console.log(`\nA message from a worker thread costs JavaScript's thread ${median(turns).toFixed(1)} µs.`);
 
 function measure([command, ...before], streams, tokens) {
   const args = [...before, join(ROOT, 'models', 'demo'), streams, tokens, ROUNDS].map(String);

@@ -46,6 +46,11 @@ export interface OpenOptions {
   device?: 'auto' | 'cpu' | 'cuda' | undefined;
   /** Form of the weights. Default `auto`: as the checkpoint has them, or under a `memoryLimit` the best form that fits. */
   weights?: 'auto' | WeightForm | undefined;
+  /**
+   * Form in which keys and values are kept. Default `auto`: `f32` with `f32` weights, else `f16`. `int8` takes half the
+   * memory of `f16`.
+   */
+  kvDtype?: 'auto' | 'f32' | 'f16' | 'bf16' | 'int8' | undefined;
   /** Compute threads, 1 to 256. Default: all cores, but one is left to the host when there are more than two. */
   threads?: number | undefined;
   /** Priority of the compute threads. Default `below-normal`: the event loop of this process keeps its latency. */

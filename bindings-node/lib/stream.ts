@@ -177,20 +177,31 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
     }
     this.#isReading = true;
     try {
-      const native = this.#native!;
-      const batch = this.#mode === 'whole' ? native.rest() : native.next();
-      batch.then(this.#onBatch, this.#onError);
+      if (this.#mode === 'whole') {
+        this.#native!.rest().then(this.#onWhole, this.#onError);
+      } else {
+        this.#native!.read(this.#onRead);
+      }
     } catch (error) {
       this.#onError(error);
     }
   }
 
-  readonly #onBatch = (batch: NativeBatch | null | undefined): void => {
+  readonly #onWhole = (batch: NativeBatch): void => this.#onRead(null, batch, null, 0, 0);
+
+  /** Called by the native side at the end of each read, perhaps from within its start. */
+  readonly #onRead: Parameters<NativeStream['read']>[0] = (error, batch, text, choice, tokenId) => {
+    if (error) {
+      this.#onError(error);
+      return;
+    }
     this.#isReading = false;
     if (this.#state !== 'open') {
       return;
     }
-    if (batch) {
+    if (text !== null) {
+      this.#takeChunk({ choice, text, tokenIds: [tokenId] });
+    } else if (batch) {
       this.#take(batch);
     } else {
       this.#fail(new NsLlmError('internal', 'the stream ended without a summary'));
@@ -209,16 +220,20 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
 
   #take({ deltas, finished, done }: NativeBatch): void {
     for (const chunk of deltas) {
-      this.#append(chunk);
-      if (this.#mode === 'chunks') {
-        this.#chunks.push(chunk);
-      }
+      this.#takeChunk(chunk);
     }
     for (const { choice, reason } of finished ?? []) {
       this.#endChoice(choice, reason);
     }
     if (done) {
       this.#finish(done);
+    }
+  }
+
+  #takeChunk(chunk: Chunk): void {
+    this.#append(chunk);
+    if (this.#mode === 'chunks') {
+      this.#chunks.push(chunk);
     }
   }
 

@@ -1,15 +1,17 @@
-//! Promises on JavaScript's thread: a small executor whose tasks are polled there and woken from anywhere.
+//! Promises and callbacks on JavaScript's thread: a small executor whose tasks are polled there and woken from anywhere.
 //!
-//! Each environment (main thread or worker) has one thread-safe function for all its promises. A waker puts its task's
+//! Each environment (main thread or worker) has one thread-safe function for all its tasks. A waker puts its task's
 //! number into the mailbox and calls that function when the mailbox was empty, so a step that gives tokens to 32 streams
 //! costs the event loop one wake-up. There is no thread per stream and no busy polling.
 //!
 //! Invariants:
-//! * The function is called only under the mailbox's lock and only while `function` is set. The environment's cleanup
-//!   hook unsets it, and hooks run last added first, so this happens before Node frees the function: a thread of the
-//!   engine can outlive the environment, but never call into a freed one.
-//! * The function keeps the process alive exactly while a promise is pending.
-//! * A task that panics rejects its promise; nothing unwinds into Node.
+//! * Other threads call the function only under the lock of `function` and only while that is set. The environment's
+//!   cleanup hook unsets it, and hooks run last added first, so this happens before Node frees the function: a thread of
+//!   the engine can outlive the environment, but never call into a freed one.
+//! * JavaScript's thread takes that lock at the teardown only. The call wakes it while the lock is still held, so that it
+//!   would otherwise go to sleep again at each wake-up.
+//! * The function keeps the process alive exactly while a task is pending.
+//! * A task that panics ends with an error; nothing unwinds into Node.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -20,9 +22,9 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
-use napi::bindgen_prelude::{PromiseRaw, ToNapiValue};
-use napi::{Env, JsError, check_status, sys};
-use ns_llm::Result;
+use napi::bindgen_prelude::{Function, JsValuesTupleIntoVec, PromiseRaw, ToNapiValue};
+use napi::{Env, JsError, JsValue, check_status, sys};
+use ns_llm::{Error, Result};
 
 use crate::error::to_js;
 use crate::offload::{caught, lock};
@@ -50,22 +52,60 @@ where
             Poll::Ready(())
         }
     };
-    event_loop.start(Task { deferred, advance: Box::new(advance) });
+    event_loop.start(Task { listener: Listener::Promise(deferred), advance: Box::new(advance) });
     Ok(PromiseRaw::new(env.raw(), value))
 }
 
-/// One pending promise.
+/// As [`promise`], but calls `function` with `null` and the values, or with an error: per token, a call and its arguments
+/// cost a fraction of a promise and an object. It may be called before this returns. It must not throw.
+pub(crate) fn callback<A, P>(env: &Env, function: &Function<'_, A, ()>, mut poll: P) -> napi::Result<()>
+where
+    A: JsValuesTupleIntoVec + 'static,
+    P: FnMut(&Env, &mut Context<'_>) -> Poll<Result<A>> + 'static,
+{
+    let event_loop = EventLoop::of(env.raw())?;
+    let callback = Rc::new(Callback::new(env, function)?);
+    let listener = Listener::Callback(Rc::clone(&callback));
+    let advance = move |env: &Env, cx: &mut Context<'_>| match poll(env, cx) {
+        Poll::Pending => Poll::Pending,
+        Poll::Ready(outcome) => {
+            callback.call(outcome);
+            Poll::Ready(())
+        }
+    };
+    event_loop.start(Task { listener, advance: Box::new(advance) });
+    Ok(())
+}
+
+/// What is pending, and who hears of its end.
 struct Task {
-    deferred: sys::napi_deferred,
+    listener: Listener,
     advance: Advance,
 }
 
-/// Polls, and settles the promise when ready.
+enum Listener {
+    Promise(sys::napi_deferred),
+    Callback(Rc<Callback>),
+}
+
+impl Listener {
+    /// Tells of a task that ended in a panic.
+    fn fail(&self, env: sys::napi_env, error: Error) {
+        match self {
+            Listener::Promise(deferred) => settle::<()>(env, *deferred, Err(error)),
+            Listener::Callback(callback) => callback.call::<()>(Err(error)),
+        }
+    }
+}
+
+/// Polls, and tells the listener when ready.
 type Advance = Box<dyn FnMut(&Env, &mut Context<'_>) -> Poll<()>>;
 
-/// All pending promises of one environment. Lives on its thread.
+/// All pending tasks of one environment. Lives on its thread.
 struct EventLoop {
     env: sys::napi_env,
+    /// `None` once the environment is being torn down.
+    function: Cell<Option<WakeFunction>>,
     mailbox: Arc<Mailbox>,
     tasks: RefCell<HashMap<u64, Task>>,
     /// Tasks that are not settled, the one being polled included.
@@ -81,9 +121,10 @@ impl EventLoop {
         let function = create_function(env)?;
         // SAFETY: the environment is alive; the hook's argument is only compared, never read.
         check_status!(unsafe { sys::napi_add_env_cleanup_hook(env, Some(on_teardown), env.cast()) })?;
-        let mailbox = Mailbox { state: Mutex::new(MailboxState { function: Some(function), woken: Vec::new() }) };
+        let mailbox = Mailbox { woken: Mutex::default(), function: Mutex::new(Some(function)) };
         let event_loop = Rc::new(EventLoop {
             env,
+            function: Cell::new(Some(function)),
             mailbox: Arc::new(mailbox),
             tasks: RefCell::default(),
             num_pending: Cell::new(0),
@@ -112,7 +153,7 @@ impl EventLoop {
                 return;
             }
             Ok(Poll::Ready(())) => {}
-            Err(error) => settle::<()>(self.env, task.deferred, Err(error)),
+            Err(error) => task.listener.fail(self.env, error),
         }
         self.num_pending.set(self.num_pending.get() - 1);
         if self.num_pending.get() == 0 {
@@ -121,7 +162,7 @@ impl EventLoop {
     }
 
     fn run_woken(&self) {
-        let woken = std::mem::take(&mut lock(&self.mailbox.state).woken);
+        let woken = std::mem::take(&mut *lock(&self.mailbox.woken));
         for id in woken {
             // A task may be woken twice, or just after it was settled.
             let task = self.tasks.borrow_mut().remove(&id);
@@ -132,7 +173,7 @@ impl EventLoop {
     }
 
     fn keep_alive(&self, keep: bool) {
-        let Some(function) = lock(&self.mailbox.state).function else { return };
+        let Some(function) = self.function.get() else { return };
         // SAFETY: this is the environment's own thread, and the function is set, so it is not freed. A failure would
         // only mean that the process ends too early or too late.
         unsafe {
@@ -147,14 +188,10 @@ impl EventLoop {
 
 /// Numbers of woken tasks, on their way to JavaScript's thread.
 struct Mailbox {
-    /// Taken by wakers (any thread, for one push and one call) and by JavaScript's thread (for one swap).
-    state: Mutex<MailboxState>,
-}
-
-struct MailboxState {
-    /// `None` once the environment is being torn down.
-    function: Option<WakeFunction>,
-    woken: Vec<u64>,
+    /// Locked by wakers (any thread) for one push and by JavaScript's thread for one swap.
+    woken: Mutex<Vec<u64>>,
+    /// `None` once the environment is being torn down. Locked by wakers for a call and by JavaScript's thread to unset it.
+    function: Mutex<Option<WakeFunction>>,
 }
 
 #[derive(Clone, Copy)]
@@ -170,10 +207,15 @@ struct TaskWaker {
 
 impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
-        let mut state = lock(&self.mailbox.state);
-        let Some(function) = state.function else { return };
-        state.woken.push(self.id);
-        if state.woken.len() == 1 {
+        let is_first = {
+            let mut woken = lock(&self.mailbox.woken);
+            woken.push(self.id);
+            woken.len() == 1
+        };
+        if !is_first {
+            return;
+        }
+        if let Some(function) = *lock(&self.mailbox.function) {
             // SAFETY: the function is set and the lock is held, so the teardown hook has not run: it is alive.
             // Non-blocking on an unbounded queue: it fails only when the environment closes, and then nobody listens.
             unsafe {
@@ -234,7 +276,8 @@ unsafe extern "C" fn on_wake(
 /// streams cancel, their promises stay pending, as all promises of an ended environment do.
 unsafe extern "C" fn on_teardown(env: *mut c_void) {
     let Some(event_loop) = LOOPS.with_borrow_mut(|loops| loops.remove(&env.cast())) else { return };
-    let function = lock(&event_loop.mailbox.state).function.take();
+    event_loop.function.set(None);
+    let function = lock(&event_loop.mailbox.function).take();
     if let Some(function) = function {
         // SAFETY: hooks run last added first, so Node's own, which frees the function, is still to come; no other
         // thread can reach the function any more.
@@ -258,5 +301,50 @@ fn settle<T: ToNapiValue>(env: sys::napi_env, deferred: sys::napi_deferred, outc
             Err(error) => JsError::from(to_js(&error)).into_value(env),
         };
         sys::napi_reject_deferred(env, deferred, error);
+    }
+}
+
+/// A function of JavaScript that is held until it was called. Lives on its environment's thread.
+struct Callback {
+    env: sys::napi_env,
+    reference: sys::napi_ref,
+}
+
+impl Callback {
+    fn new<A: JsValuesTupleIntoVec>(env: &Env, function: &Function<'_, A, ()>) -> napi::Result<Self> {
+        let mut reference = ptr::null_mut();
+        // SAFETY: the environment is alive and the function its own, since JavaScript is calling us with it.
+        check_status!(unsafe { sys::napi_create_reference(env.raw(), function.raw(), 1, &mut reference) })?;
+        Ok(Callback { env: env.raw(), reference })
+    }
+
+    /// Calls it with `null` and the values, or with the error. Statuses are not looked at: they fail only when the
+    /// environment ends.
+    fn call<A: JsValuesTupleIntoVec>(&self, outcome: Result<A>) {
+        let (env, mut function, mut null, mut receiver) = (self.env, ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
+        // SAFETY: on the environment's own thread, inside the handle scope of Node's call; the reference is not deleted
+        // before `self` is; all out-parameters live on this frame, and the arguments are as many as is said.
+        unsafe {
+            sys::napi_get_null(env, &mut null);
+            sys::napi_get_undefined(env, &mut receiver);
+            sys::napi_get_reference_value(env, self.reference, &mut function);
+            let arguments = match outcome.map(|values| values.into_vec(env)) {
+                Ok(Ok(mut values)) => {
+                    values.insert(0, null);
+                    values
+                }
+                Ok(Err(error)) => vec![JsError::from(error).into_value(env)],
+                Err(error) => vec![JsError::from(to_js(&error)).into_value(env)],
+            };
+            let mut returned = ptr::null_mut();
+            sys::napi_call_function(env, receiver, function, arguments.len(), arguments.as_ptr(), &mut returned);
+        }
+    }
+}
+
+impl Drop for Callback {
+    fn drop(&mut self) {
+        // SAFETY: on the environment's own thread and before its end: tasks are dropped by its teardown hook at the latest.
+        unsafe { sys::napi_delete_reference(self.env, self.reference) };
     }
 }

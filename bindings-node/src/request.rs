@@ -5,14 +5,14 @@ use napi::bindgen_prelude::{BigInt, FromNapiValue, JsObjectValue, Object, Uint32
 use napi::{JsString, JsValue, ValueType};
 use ns_llm::config::{MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
 use ns_llm::{
-    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, Message, Priority, Prompt, QuantType, Request,
+    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, QuantType, Request,
     SamplingOptions, ThreadPriority, WeightFormat,
 };
 
 use crate::error::{Result, from_napi, invalid, to_js};
 
 /// Largest integer that a JavaScript number holds exactly, 2^53 - 1.
-const MAX_SAFE_INTEGER: f64 = 9_007_199_254_740_991.0;
+pub(crate) const MAX_SAFE_INTEGER: f64 = 9_007_199_254_740_991.0;
 
 /// Every name that [`read_request`] knows. Another name is most likely a typing error, and refused.
 const REQUEST_FIELDS: &[&str] = &[
@@ -49,6 +49,7 @@ const ENGINE_FIELDS: &[&str] = &[
     "model",
     "device",
     "weights",
+    "kvDtype",
     "threads",
     "threadPriority",
     "contextTokens",
@@ -106,6 +107,7 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
     let mut options = EngineOptions::new(model);
     options.device = fields.one_of("device", DEVICES)?.unwrap_or_default();
     options.weights = fields.one_of("weights", WEIGHTS)?.unwrap_or_default();
+    options.kv_dtype = fields.one_of("kvDtype", KV_DTYPES)?.flatten();
     options.threads = fields.integer("threads")?.map(as_usize);
     options.thread_priority = fields.one_of("threadPriority", THREAD_PRIORITIES)?.unwrap_or_default();
     options.context_tokens = fields.integer("contextTokens")?.map(as_usize);
@@ -144,6 +146,13 @@ const WEIGHTS: &[(&str, WeightFormat)] = &[
     ("q4_0", WeightFormat::Quant(QuantType::Q4_0)),
     ("iq4_nl", WeightFormat::Quant(QuantType::IQ4_NL)),
     ("mxfp4", WeightFormat::Quant(QuantType::MXFP4)),
+];
+const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
+    ("auto", None),
+    ("f32", Some(KvDtype::F32)),
+    ("f16", Some(KvDtype::F16)),
+    ("bf16", Some(KvDtype::Bf16)),
+    ("int8", Some(KvDtype::Int8)),
 ];
 const THREAD_PRIORITIES: &[(&str, ThreadPriority)] =
     &[("below-normal", ThreadPriority::BelowNormal), ("normal", ThreadPriority::Normal)];

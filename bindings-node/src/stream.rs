@@ -5,17 +5,15 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use napi::Env;
-use napi::bindgen_prelude::{BigInt, Either, PromiseRaw};
+use napi::bindgen_prelude::{BigInt, Either, FnArgs, Function, PromiseRaw};
 use napi_derive::napi;
 use ns_llm::{Canceller, Error, Event, RequestStream};
 
 use crate::error::{Result, from_napi};
+use crate::request::MAX_SAFE_INTEGER;
 
-/// Events that one promise brings at most: a reader that comes late shares the event loop with the others.
+/// Events that one read brings at most: a reader that comes late shares the event loop with the others.
 const MAX_EVENTS_PER_BATCH: usize = 1_024;
-
-/// Largest integer that a JavaScript number holds exactly, 2^53 - 1.
-const MAX_SAFE_INTEGER: u64 = (1 << 53) - 1;
 
 /// A submitted request. Dropping it cancels the request.
 #[napi]
@@ -37,14 +35,20 @@ impl NativeStream {
         NativeStream { reader: Rc::new(RefCell::new(Reader { events, error: None })), canceller }
     }
 
-    /// All events that are ready, once there is one; `null` after the last.
-    #[napi(catch_unwind)]
-    pub fn next<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, Option<NativeBatch>>> {
+    /// Calls `onRead` once, with all events that are ready when there is one, which may be before this returns. A single
+    /// token without more about it, which is what a reader that keeps up finds at each step, comes as `text`, `choice`
+    /// and `tokenId` in place of a batch; after the last event both are `null`. `onRead` must not throw.
+    #[napi(
+        catch_unwind,
+        ts_args_type = "onRead: (error: unknown, batch: NativeBatch | null, text: string | null, choice: number, tokenId: number) => void"
+    )]
+    pub fn read(&self, env: &Env, on_read: Function<'_, ReadArgs, ()>) -> Result<()> {
         let reader = Rc::clone(&self.reader);
-        crate::event_loop::promise(env, move |_, cx| reader.borrow_mut().poll_batch(cx)).map_err(from_napi)
+        let poll = move |_: &Env, cx: &mut Context<'_>| reader.borrow_mut().poll_batch(cx).map_ok(read_args);
+        crate::event_loop::callback(env, &on_read, poll).map_err(from_napi)
     }
 
-    /// All events to the end, in one promise: nothing of them enters JavaScript before.
+    /// All events to the end, in one promise: nothing of them enters JavaScript before, which is not woken for them.
     #[napi(catch_unwind)]
     pub fn rest<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, NativeBatch>> {
         let reader = Rc::clone(&self.reader);
@@ -83,6 +87,9 @@ impl Reader {
     }
 
     fn poll_rest(&mut self, cx: &mut Context<'_>, all: &mut NativeBatch) -> Poll<ns_llm::Result<NativeBatch>> {
+        if self.events.poll_ended(cx).is_pending() {
+            return Poll::Pending;
+        }
         loop {
             match self.poll_batch(cx) {
                 Poll::Ready(Ok(Some(batch))) => all.append(batch),
@@ -91,6 +98,17 @@ impl Reader {
                 Poll::Pending => return Poll::Pending,
             }
         }
+    }
+}
+
+/// What `onRead` hears after its error: a batch, or a token as text, choice and id.
+type ReadArgs = FnArgs<(Option<NativeBatch>, Option<String>, u32, u32)>;
+
+fn read_args(batch: Option<NativeBatch>) -> ReadArgs {
+    let Some(mut batch) = batch else { return (None, None, 0, 0).into() };
+    match batch.take_single_token() {
+        Some((delta, token_id)) => (None, Some(delta.text), delta.choice, token_id).into(),
+        None => (Some(batch), None, 0, 0).into(),
     }
 }
 
@@ -127,6 +145,16 @@ impl NativeBatch {
             self.finished.get_or_insert_default().append(&mut finished);
         }
         self.done = self.done.take().or(batch.done);
+    }
+
+    /// The delta and the token of a batch that holds nothing else.
+    fn take_single_token(&mut self) -> Option<(NativeDelta, u32)> {
+        let [NativeDelta { token_ids, logprobs: None, .. }] = self.deltas.as_slice() else { return None };
+        let &[token_id] = token_ids.as_slice() else { return None };
+        if self.num_events() > 1 {
+            return None;
+        }
+        self.deltas.pop().map(|delta| (delta, token_id))
     }
 
     fn num_events(&self) -> usize {
@@ -268,7 +296,7 @@ impl From<ns_llm::Summary> for NativeSummary {
         NativeSummary {
             usage: summary.usage.into(),
             timings: summary.timings.into(),
-            seed: if seed <= MAX_SAFE_INTEGER { Either::A(seed as f64) } else { Either::B(BigInt::from(seed)) },
+            seed: if seed <= MAX_SAFE_INTEGER as u64 { Either::A(seed as f64) } else { Either::B(BigInt::from(seed)) },
             prompt_logprobs: summary.prompt_logprobs.iter().map(TokenLogprobs::from).collect(),
         }
     }

@@ -129,6 +129,19 @@ test('info, memory and stats tell what is loaded, held and done', async () => {
   assert.ok(stats.requestsFinished > 10 && stats.generationTokensTotal > 100 && stats.stepsTotal > 100);
 });
 
+test('keys and values in 8 bits: twice the blocks in the same bytes, and an answer', async () => {
+  const blocks = async (kvDtype: 'auto' | 'f16' | 'int8'): Promise<number> => {
+    const small = await openDemo({ kvBytes: 8 << 20, kvDtype });
+    assert.equal(small.info.kvDtype, kvDtype === 'auto' ? 'f16' : kvDtype);
+    assert.equal((await small.generate(STORY, { maxTokens: 4 })).tokenIds.length, 4);
+    const { kvBlocksTotal } = small.stats();
+    await small.close();
+    return kvBlocksTotal;
+  };
+  const [auto, f16, int8] = [await blocks('auto'), await blocks('f16'), await blocks('int8')];
+  assert.ok(auto === f16 && int8 > 1.8 * f16 && int8 < 2 * f16, `${auto} ${f16} ${int8}`);
+});
+
 test('the bytes of weights and KV pool are reported to the garbage collector, and taken back by close', async () => {
   const before = native.NativeEngine.externalMemory();
   const other = await openDemo();

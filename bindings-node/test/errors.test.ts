@@ -53,7 +53,7 @@ const CHAT_NAMES = [
 const messages = [{ role: 'user', content: STORY }];
 
 const OPEN_NAMES = [
-  'model', 'device', 'weights', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
+  'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
   'blockTokens',
   'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'signal',
   'onProgress',

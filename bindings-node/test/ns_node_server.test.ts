@@ -9,7 +9,7 @@ import { after, before, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 import { assertPlain, ENDLESS_PROMPT, LONG_PROMPT, story } from './ns_node_support.js';
-import { ROOT, STORY } from './support.js';
+import { inPieces, ROOT, STORY } from './support.js';
 
 interface Server {
   process: ChildProcess;
@@ -93,12 +93,16 @@ test('generate, stream and embed answer over HTTP, and agree', async () => {
   const body = { text: STORY, maxTokens: 24, model: 'llama3.2:3b' };
   const generated = await post('/api/generative/generate', body);
   assert.deepEqual([generated['tokens_generated'], generated['model']], [24, 'demo']);
-  const heard: [string, string][] = [];
-  for await (const event of events(body)) {
-    heard.push(event);
-  }
+  const read = async () => {
+    const heard: [string, string][] = [];
+    for await (const event of events(body)) {
+      heard.push(event);
+    }
+    return heard;
+  };
+  const heard = await inPieces(7, read, ({ length }) => length);
   assert.deepEqual(heard.pop(), ['done', '[DONE]']);
-  assert.ok(heard.length > 5 && heard.every(([name]) => name === ''));
+  assert.ok(heard.every(([name]) => name === ''));
   const pieces = heard.map(([, data]) => (JSON.parse(data) as { stream_token: string }).stream_token);
   assert.equal(pieces.join(''), generated['text']);
   const embedded = await post('/embed', { text: 'a red fox' });
@@ -132,6 +136,50 @@ test('a shared prefix shows in the cache endpoint, whose keys are no paths', asy
   assert.deepEqual(await get('/api/kv-cache/..%2F..%2Fpackage/exists'), { exists: false });
   assert.deepEqual((await send('/api/kv-cache/..%2F..%2Fpackage', {}, 'DELETE')).answer, { success: false });
   assert.deepEqual(await post('/api/kv-cache/prune', {}), { success: true, message: 'Cache pruned' });
+});
+
+test('metrics are text that Prometheus reads, and count what was done between two readings', async () => {
+  const sample = /^([a-z_][a-z0-9_:]*)(\{[a-z_]+="(?:[^"\\\n]|\\.)*"\})? (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)$/;
+  const scrape = async (): Promise<Map<string, number>> => {
+    const response = await fetch(`${server.url}/metrics`);
+    assert.equal(response.headers.get('content-type'), 'text/plain; version=0.0.4; charset=utf-8');
+    const text = await response.text();
+    assert.ok(text.endsWith('\n'));
+    const samples = new Map<string, number>();
+    const types = new Map<string, string>();
+    for (const line of text.trimEnd().split('\n')) {
+      const type = /^# TYPE (\S+) (counter|gauge|histogram)$/.exec(line);
+      if (type) {
+        assert.ok(!types.has(type[1]!), line);
+        types.set(type[1]!, type[2]!);
+      } else if (!/^# HELP \S+ ./.test(line)) {
+        const [, name, labels = '', value] = sample.exec(line) ?? assert.fail(line);
+        const isTyped = types.has(name!) || types.get(name!.replace(/_(bucket|sum|count)$/, '')) === 'histogram';
+        assert.ok(isTyped && !samples.has(name! + labels), line);
+        samples.set(name! + labels, Number(value));
+      }
+    }
+    return samples;
+  };
+  await post('/api/generative/generate', { text: STORY, maxTokens: 1 });
+  const before = await scrape();
+  for (let i = 0; i < 3; i += 1) {
+    await post('/api/generative/generate', { text: STORY, maxTokens: 8 });
+  }
+  const after = await scrape();
+  const grown = (name: string): number => after.get(name)! - before.get(name)!;
+  assert.equal(grown('ns_llm:generation_tokens_total{model_name="demo"}'), 24);
+  assert.equal(grown('ns_llm:request_success_total{model_name="demo"}'), 3);
+  for (const name of ['time_to_first_token', 'inter_token_latency', 'e2e_request_latency']) {
+    assert.equal(grown(`ns_llm:${name}_seconds_count`), 3, name);
+    assert.equal(grown(`ns_llm:${name}_seconds_bucket{le="+Inf"}`), 3, name);
+    assert.ok(grown(`ns_llm:${name}_seconds_sum`) > 0, name);
+    const buckets = [...after].filter(([sampleName]) => sampleName.startsWith(`ns_llm:${name}_seconds_bucket`));
+    assert.ok(buckets.length > 15 && buckets.every(([, count], idx) => count >= (buckets[idx - 1]?.[1] ?? 0)), name);
+  }
+  for (const name of ['request_queue_depth', 'gpu_utilization', 'active_requests', 'avg_latency_ms']) {
+    assert.ok(after.has(name), name);
+  }
 });
 
 test('GPU endpoints keep their shapes, whatever this machine has', async () => {

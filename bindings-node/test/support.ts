@@ -33,6 +33,20 @@ export function randomNumbers(seed: number): (below: number) => number {
   };
 }
 
+/**
+ * An answer that came in at least so many pieces. Text that nobody has read yet is merged, and a busy machine may not run
+ * JavaScript between two steps of a small model: then it is asked for again.
+ */
+export async function inPieces<T>(atLeast: number, read: () => Promise<T>, numPieces: (answer: T) => number): Promise<T> {
+  for (let attempt = 1; ; attempt += 1) {
+    const answer = await read();
+    if (numPieces(answer) >= atLeast) {
+      return answer;
+    }
+    assert.ok(attempt < 20, `${numPieces(answer)} pieces, at least ${atLeast} were expected`);
+  }
+}
+
 /** Threads of this process; 0 where the system does not tell. */
 export function numThreads(): number {
   return existsSync('/proc/self/task') ? readdirSync('/proc/self/task').length : 0;

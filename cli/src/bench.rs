@@ -93,6 +93,7 @@ fn report(engine: &Engine, options: &Options, prompt_ms: f64, decode_tps: f64, p
     json!({
         "model": info.name,
         "weights": info.weights,
+        "kv_dtype": info.kv_dtype,
         "isa": info.isa,
         "threads": info.threads,
         "load_ms": round(info.load_ms),

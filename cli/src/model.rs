@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use ns_llm::{Device, Engine, EngineOptions, ProgressCallback, Result, ThreadPriority, WeightFormat};
+use ns_llm::{Device, Engine, EngineOptions, KvDtype, ProgressCallback, Result, ThreadPriority, WeightFormat};
 
 /// Which model, and how to run it.
 #[derive(Args, Clone)]
@@ -23,6 +23,9 @@ pub(crate) struct ModelOptions {
     /// q5_0, q4_1, q4_0, iq4_nl, mxfp4
     #[arg(long, value_name = "FORM", default_value = "auto", value_parser = |name: &str| WeightFormat::from_name(name))]
     pub(crate) weights: WeightFormat,
+    /// Form in which keys and values are kept (auto: f32 with f32 weights, else f16)
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) kv_dtype: KvDtypeName,
     /// Longest sequence, prompt and answer (tokens)
     #[arg(long, value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
@@ -42,6 +45,16 @@ pub(crate) enum DeviceName {
     Cuda,
 }
 
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub(crate) enum KvDtypeName {
+    #[default]
+    Auto,
+    F32,
+    F16,
+    Bf16,
+    Int8,
+}
+
 impl ModelOptions {
     /// The engine's options; a command may change them before [`open`].
     pub(crate) fn engine_options(&self) -> EngineOptions {
@@ -54,6 +67,13 @@ impl ModelOptions {
             DeviceName::Cuda => Device::Cuda,
         };
         options.weights = self.weights;
+        options.kv_dtype = match self.kv_dtype {
+            KvDtypeName::Auto => None,
+            KvDtypeName::F32 => Some(KvDtype::F32),
+            KvDtypeName::F16 => Some(KvDtype::F16),
+            KvDtypeName::Bf16 => Some(KvDtype::Bf16),
+            KvDtypeName::Int8 => Some(KvDtype::Int8),
+        };
         options.context_tokens = self.context;
         options.kv_bytes = self.kv_mib.map(|mib| mib << 20);
         options.memory_limit_bytes = self.memory_limit_mib.map(|mib| mib << 20);

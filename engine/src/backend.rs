@@ -11,6 +11,7 @@ pub mod measure;
 use std::sync::Arc;
 
 use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
+pub use crate::config::KvDtype;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -64,41 +65,14 @@ pub struct KvLayout {
     pub num_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Element type.
+    /// How keys and values are kept.
     pub dtype: KvDtype,
 }
 
-/// Element type of stored keys and values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KvDtype {
-    /// With f32 weights.
-    F32,
-    /// With all others.
-    F16,
-}
-
-impl KvDtype {
-    /// Name as in reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            KvDtype::F32 => "f32",
-            KvDtype::F16 => "f16",
-        }
-    }
-}
-
 impl KvLayout {
-    /// Bytes of one block over all layers, keys and values.
+    /// Bytes of one block over all layers, keys and values, as the backend lays them out.
     pub fn block_bytes(&self) -> u64 {
-        let element_bytes = match self.dtype {
-            KvDtype::F32 => 4,
-            KvDtype::F16 => 2,
-        };
-        2 * element_bytes
-            * [self.num_layers, self.block_tokens, self.num_kv_heads, self.head_dim]
-                .iter()
-                .map(|&n| n as u64)
-                .product::<u64>()
+        cpu::kv_blocks_layout(*self).block_bytes() as u64
     }
 }
 

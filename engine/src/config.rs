@@ -182,6 +182,33 @@ impl WeightFormat {
     }
 }
 
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KvDtype {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16: half the memory of f32 with its range, coarser than f16.
+    Bf16,
+    /// 8-bit integers with one scale for each token and head, half the memory of f16. Steps that make vectors keep
+    /// nothing, and compute as if this was not set.
+    Int8,
+}
+
+impl KvDtype {
+    /// Name as in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvDtype::F32 => "f32",
+            KvDtype::F16 => "f16",
+            KvDtype::Bf16 => "bf16",
+            KvDtype::Int8 => "int8",
+        }
+    }
+}
+
 /// How the compute threads stand to the other threads of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ThreadPriority {
@@ -222,6 +249,8 @@ pub struct EngineOptions {
     pub device: Device,
     /// Form of the weights.
     pub weights: WeightFormat,
+    /// How keys and values are kept; `None`: f32 with f32 weights, else f16. Part of every block's key.
+    pub kv_dtype: Option<KvDtype>,
     /// Compute threads; `None`: all cores, but one is left to the host when there are more than two.
     pub threads: Option<usize>,
     /// Priority of the compute threads.
@@ -257,6 +286,7 @@ impl EngineOptions {
             model: model.into(),
             device: Device::default(),
             weights: WeightFormat::default(),
+            kv_dtype: None,
             threads: None,
             thread_priority: ThreadPriority::default(),
             context_tokens: None,
@@ -304,6 +334,11 @@ impl EngineOptions {
     /// Sets the form of the weights.
     pub fn weights(mut self, weights: WeightFormat) -> Self {
         self.weights = weights;
+        self
+    }
+    /// Sets how keys and values are kept.
+    pub fn kv_dtype(mut self, dtype: KvDtype) -> Self {
+        self.kv_dtype = Some(dtype);
         self
     }
     /// Sets the longest sequence.

@@ -70,7 +70,7 @@ pub mod text_model;
 #[doc(hidden)]
 pub mod tokenizer;
 
-pub use config::{Device, EngineOptions, LoadProgress, ProgressCallback, ThreadPriority, WeightFormat};
+pub use config::{Device, EngineOptions, KvDtype, LoadProgress, ProgressCallback, ThreadPriority, WeightFormat};
 pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
 pub use engine::{Choice, Completion, Engine};
 #[doc(hidden)]

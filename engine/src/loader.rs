@@ -207,6 +207,7 @@ pub struct Weights {
     taken: HashSet<String>,
     ignored: HashSet<String>,
     total_bytes: u64,
+    conv1d_is_linear: bool,
     /// Buffers of tensors that were given back.
     spare: Vec<Vec<u8>>,
     /// Whether tensors come without their data.
@@ -227,7 +228,17 @@ impl Weights {
             }
         }
         let (taken, ignored) = (HashSet::new(), HashSet::new());
-        Ok(Weights { files, name_in_file, tensors, taken, ignored, total_bytes, spare: Vec::new(), is_outline: false })
+        Ok(Weights {
+            files,
+            name_in_file,
+            tensors,
+            taken,
+            ignored,
+            total_bytes,
+            conv1d_is_linear: false,
+            spare: Vec::new(),
+            is_outline: false,
+        })
     }
 
     /// The same tensors without their data: [`take`](Weights::take) gives names, shapes and types, and reads nothing.
@@ -239,6 +250,7 @@ impl Weights {
             taken: HashSet::new(),
             ignored: self.ignored.clone(),
             total_bytes: self.total_bytes,
+            conv1d_is_linear: self.conv1d_is_linear,
             spare: Vec::new(),
             is_outline: true,
         }
@@ -307,6 +319,11 @@ impl Weights {
             None => (String::new(), 0),
         };
         Error::Weights { file, offset, reason: format!("tensor `{}` {reason}", (self.name_in_file)(name)) }
+    }
+
+    /// Whether the matrices of GPT-2's `Conv1D` are `[out, in]`, as all others: converters to GGUF turn them.
+    pub fn conv1d_is_linear(&self) -> bool {
+        self.conv1d_is_linear
     }
 
     /// Bytes that a tensor takes in its file; 0 if there is none of this name.

@@ -139,6 +139,10 @@ mod tests {
     fn default_pool() {
         let block = layout().block_bytes();
         assert_eq!(block, 1_835_008);
+        let int8 = KvLayout { dtype: KvDtype::Int8, ..layout() };
+        assert_eq!(int8.block_bytes(), block / 2 + 2 * 4 * 28 * 16 * 8, "two scales a token and head");
+        let odd = KvLayout { head_dim: 100, ..layout() };
+        assert_eq!(odd.block_bytes(), 2 * 28 * 16 * 8 * (100 + 104), "values are padded to whole vectors");
         let roomy = plan(|_| (), 40_960, 64 * GIB).expect("fits");
         assert_eq!(roomy.num_blocks as u64, 2 * GIB / block);
         assert_eq!(roomy.context_tokens, roomy.num_blocks * 16, "the pool bounds the context");

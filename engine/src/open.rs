@@ -17,12 +17,12 @@ use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::{CpuBackend, CpuBackendOptions};
 use crate::backend::measure::Measure;
-use crate::backend::{Backend, KvDtype, KvLayout, Pooling};
+use crate::backend::{Backend, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    AUTO_WEIGHT_FORMATS, Device, EngineOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS, MAX_ENCODE_STEP_SEQUENCES,
-    MAX_THREADS, MAX_WAITING_TOKENS, ThreadPriority, WeightFormat,
+    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
+    MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, ThreadPriority, WeightFormat,
 };
 use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
@@ -299,11 +299,13 @@ fn weight_level(
     limit_bytes: u64,
 ) -> Result<WeightLevel> {
     let format = if wanted == WeightFormat::Auto { stored_format(&files.weights) } else { wanted };
-    let dtype = if format == WeightFormat::F32 { KvDtype::F32 } else { KvDtype::F16 };
+    let dtype = options.kv_dtype.unwrap_or(default_kv_dtype(format));
+    let can_generate = files.config.architecture.can_generate();
+    let dtype = if can_generate { dtype } else { encode_kv_dtype(dtype, format) };
     let layout = files.config.kv_layout(0, options.block_tokens, dtype);
     let weights_bytes = measure_weights(wanted, &files.weights, &files.config)?;
     let model_context_tokens = files.config.max_position_embeddings;
-    let plan = if files.config.architecture.can_generate() {
+    let plan = if can_generate {
         MemoryPlan::new(options, &layout, weights_bytes, model_context_tokens, limit_bytes)?
     } else {
         MemoryPlan::for_encoder(options, &layout, weights_bytes, model_context_tokens)?
@@ -324,6 +326,16 @@ pub(crate) fn measure_weights(wanted: WeightFormat, weights: &Weights, config: &
     // The context only decides the size of tables that are no weights.
     model::load(&measure, weights.outline(), config, 1, &mut |_| true)?;
     Ok(measure.weights_bytes())
+}
+
+/// As exact as the weights make it worth.
+fn default_kv_dtype(format: WeightFormat) -> KvDtype {
+    if format == WeightFormat::F32 { KvDtype::F32 } else { KvDtype::F16 }
+}
+
+/// In steps that encode. Their keys and values are gone with the step: 8 bits would cost accuracy and save nothing.
+fn encode_kv_dtype(dtype: KvDtype, format: WeightFormat) -> KvDtype {
+    if dtype == KvDtype::Int8 { default_kv_dtype(format) } else { dtype }
 }
 
 /// The form in which the checkpoint has most of its numbers.
@@ -396,7 +408,8 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         max_embedding_tokens,
         embedding_dimensions: config.hidden_size,
     });
-    let encode_kv = encode_layout(&options, &layout, max_embedding_tokens);
+    let encode_layout = KvLayout { dtype: encode_kv_dtype(layout.dtype, format), ..layout };
+    let encode_kv = encode_kv_layout(&options, &encode_layout, max_embedding_tokens);
     let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv, pooling(&files.sentence))?;
     let scheduler = Scheduler::new(
         scheduler_config(&options, &plan, max_embedding_tokens, executor.max_in_flight()),
@@ -427,7 +440,7 @@ fn pooling(sentence: &SentenceConfig) -> Pooling {
 
 /// Blocks of one layer for the sequences of a step that encodes: for its tokens, and for what each sequence leaves empty of
 /// its last block. What is never written takes no memory.
-fn encode_layout(options: &EngineOptions, layout: &KvLayout, max_embedding_tokens: usize) -> KvLayout {
+fn encode_kv_layout(options: &EngineOptions, layout: &KvLayout, max_embedding_tokens: usize) -> KvLayout {
     let max_step_tokens = options.prefill_budget_tokens.max(options.mixed_budget_tokens).max(max_embedding_tokens);
     let num_blocks = max_step_tokens.div_ceil(layout.block_tokens) + MAX_ENCODE_STEP_SEQUENCES;
     KvLayout { num_layers: 1, num_blocks, ..*layout }
@@ -471,4 +484,34 @@ fn kv_identity(files: &ModelFiles, weights: WeightFormat, layout: &KvLayout, bac
 fn model_name(path: &Path) -> String {
     let real = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     real.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Blocks of one element type are never found under the keys of another, and a smaller type has more blocks in the
+    /// same bytes.
+    #[test]
+    fn each_kv_dtype_has_its_own_block_keys() {
+        let mut options = EngineOptions::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo")).threads(1);
+        options.kv_bytes = Some(32 << 20);
+        let files = ModelFiles::open(&options).expect("the model that ships");
+        let weights = WeightFormat::Bf16;
+        let backend = CpuBackend::new(CpuBackendOptions { threads: 1, priority: ThreadPriority::Normal, weights });
+        let backend = backend.expect("one thread");
+        let mut seen = Vec::new();
+        for dtype in [None, Some(KvDtype::F32), Some(KvDtype::Bf16), Some(KvDtype::Int8)] {
+            options.kv_dtype = dtype;
+            let WeightLevel { wanted, layout, plan, .. } = plan_memory(&options, &files).expect("fits");
+            assert_eq!(layout.dtype, dtype.unwrap_or(KvDtype::F16));
+            seen.push((kv_identity(&files, wanted, &layout, &backend).kv_layout, plan.num_blocks));
+        }
+        let mut names: Vec<_> = seen.iter().map(|(name, _)| name).collect();
+        names.dedup();
+        assert_eq!(names.len(), 4, "{seen:?}");
+        let blocks: Vec<_> = seen.iter().map(|&(_, blocks)| blocks).collect();
+        assert!(blocks[1] * 2 == blocks[0] && blocks[2] == blocks[0], "{seen:?}");
+        assert!(blocks[3] * 10 > blocks[0] * 18 && blocks[3] < blocks[0] * 2, "{seen:?}");
+    }
 }

@@ -36,6 +36,8 @@ struct State {
     num_sleeping: usize,
     /// For the async reader.
     waker: Option<Waker>,
+    /// That reader waits for the end, not for the next event.
+    waits_for_end: bool,
 }
 
 impl Channel {
@@ -108,7 +110,7 @@ impl EventSender {
     fn update(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.channel.lock();
         change(&mut state);
-        let waker = state.waker.take();
+        let waker = if state.waits_for_end && !state.ended { None } else { state.waker.take() };
         let is_waited_for = state.num_sleeping > 0;
         drop(state);
         if is_waited_for {
@@ -252,11 +254,25 @@ impl RequestStream {
         // Foreign code runs outside the lock: the clone before it, the drop of the last waker after it.
         let waker = cx.waker().clone();
         let mut state = self.channel().lock();
+        state.waits_for_end = false;
         let event = pop(&mut state);
         let unused = if event.is_pending() { state.waker.replace(waker) } else { Some(waker) };
         drop(state);
         drop(unused);
         event
+    }
+
+    /// Ready when the last event is there, so that all can be taken without waiting; until then `cx` is woken by nothing
+    /// else. For readers to whom the parts are no use: one wake-up per request, and not one per step.
+    pub fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let waker = cx.waker().clone();
+        let mut state = self.channel().lock();
+        let has_ended = state.ended;
+        state.waits_for_end = !has_ended;
+        let unused = if has_ended { Some(waker) } else { state.waker.replace(waker) };
+        drop(state);
+        drop(unused);
+        if has_ended { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Waits until the request is admitted or refused; a refusal is the error, and ends the stream.
@@ -402,6 +418,35 @@ mod tests {
         sender.send(delta(0, "x"));
         assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
         assert!(stream.poll_next(&mut Context::from_waker(&waker)).is_ready());
+    }
+
+    /// Who waits for the end is woken by the last event alone, and then finds everything; who polls for the next event
+    /// afterwards is woken by that again.
+    #[test]
+    fn the_end_can_be_waited_for() {
+        struct Count(AtomicUsize);
+        impl std::task::Wake for Count {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let wakes = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = Waker::from(wakes.clone());
+        let mut cx = Context::from_waker(&waker);
+        let (sender, mut stream) = quiet();
+        assert!(stream.poll_ended(&mut cx).is_pending());
+        sender.send(delta(0, "a"));
+        sender.send(delta(0, "b"));
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 0, "a part woke the reader");
+        assert!(stream.poll_ended(&mut cx).is_pending());
+        assert!(stream.poll_next(&mut cx).is_ready() && stream.poll_next(&mut cx).is_pending());
+        sender.send(delta(0, "c"));
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1, "the next event was waited for");
+        assert!(stream.poll_ended(&mut cx).is_pending());
+        sender.end(Ok(Event::Done(Summary::default())));
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 2);
+        assert!(stream.poll_ended(&mut cx).is_ready());
+        assert_eq!(stream.count(), 2);
     }
 
     /// While a thread delivers, readers are not woken; the end of the outermost delivery wakes each once.

@@ -11,7 +11,7 @@ mod driver;
 use demo::Rng;
 use driver::{Driver, Trace, spec};
 use ns_llm::sequence::SequenceSpec;
-use ns_llm::{EngineOptions, SamplingParams, WeightFormat};
+use ns_llm::{EngineOptions, KvDtype, SamplingParams, WeightFormat};
 
 const NEW_TOKENS: usize = 24;
 
@@ -150,6 +150,37 @@ fn f32_is_invariant_too() {
         }
     };
     assert_same(&run(true, 19), &run(false, 512), "a batch in chunks of 19 against each alone");
+}
+
+/// And for keys and values in bf16 and in 8 bits: in one batch and in chunks of 19, cold and warm, and preempted in the
+/// middle. Other bits than those of f16 prove that they were kept so.
+#[test]
+fn small_kv_is_invariant_too() {
+    let stored = reference();
+    for (dtype, name) in [(KvDtype::Bf16, "bf16"), (KvDtype::Int8, "int8")] {
+        let mut alone = open(|options| options.kv_dtype = Some(dtype));
+        assert_eq!(alone.loaded.info.kv_dtype, name);
+        let expected: Vec<Trace> = specs().into_iter().flat_map(|spec| alone.run(vec![spec], |_, _, _| ())).collect();
+        let differ = expected.iter().zip(&stored).filter(|(a, b)| a.logprob_bits != b.logprob_bits).count();
+        assert!(differ >= specs().len() - 1, "{name}: {differ} differ from f16");
+        let mut driver = open(|options| {
+            options.kv_dtype = Some(dtype);
+            options.threads = Some(2);
+            options.prefill_budget_tokens = 19;
+            options.mixed_budget_tokens = 19;
+            options.prefix_cache = true;
+        });
+        assert_same(&driver.run(specs(), |_, _, _| ()), &expected, &format!("{name}, a batch in chunks of 19"));
+        let mut preempted = 0;
+        let warm = driver.run(specs(), |scheduler, seqs, step| {
+            if step % 7 == 3 {
+                preempted += seqs.iter().filter(|&&seq| scheduler.preempt(seq)).count();
+            }
+        });
+        assert_same(&warm, &expected, &format!("{name}, warm and preempted"));
+        let counters = driver.loaded.scheduler.counters();
+        assert!(preempted > 8 && counters.prefix_hit_tokens > 500, "{name}: {preempted} preempted, {counters:?}");
+    }
 }
 
 /// Golden tokens of the model that ships: a change of numerics shows here first, and needs a written reason.

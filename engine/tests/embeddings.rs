@@ -56,6 +56,23 @@ fn vectors_depend_on_their_input_alone() {
     }
 }
 
+/// Keys and values in 8 bits are for what is kept: vectors have the bits that they have without them, answers do not.
+#[test]
+fn vectors_are_not_made_of_8_bit_keys() {
+    let vectors_and_answer = |kv_dtype| {
+        let engine = demo::open(|options| options.kv_dtype = kv_dtype);
+        let made = engine.embed(EmbeddingRequest::new(inputs(3))).expect("embeds");
+        let answer =
+            engine.complete(demo::with_logprobs(Request::tokens(Rng(5).prompt(40)).max_tokens(8).temperature(0.0)));
+        (made.embeddings.iter().map(bits).collect::<Vec<_>>(), demo::fingerprint(&answer.expect("runs")))
+    };
+    let (vectors, answer) = vectors_and_answer(None);
+    let (int8_vectors, int8_answer) = vectors_and_answer(Some(KvDtype::Int8));
+    assert_eq!(vectors, int8_vectors);
+    assert_ne!(answer.logprob_bits, int8_answer.logprob_bits);
+    assert_ne!(vectors, vectors_and_answer(Some(KvDtype::Bf16)).0, "other types are used as asked");
+}
+
 /// A generation's tokens are the same with and without embeddings between its steps; both make progress.
 #[test]
 fn generation_does_not_notice() {

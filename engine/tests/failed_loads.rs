@@ -1,28 +1,32 @@
 //! Promise: a load that fails leaves nothing behind, however often it fails, and costs no more than its files justify.
 //! Through `Engine::open`, threads and all.
 
+#[path = "support/gguf_file.rs"]
+mod gguf_file;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use gguf_file::{GgufFile, converted};
 use ns_llm::{Engine, EngineOptions, Error};
 use safetensors::Dtype;
 use serde_json::json;
-use tiny_model::{TempFolder, small_config, write_model};
+use tiny_model::{TempFolder, small_config, weights, write_model};
 
 /// Threads and files belong to the process: one test at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn open(folder: &TempFolder) -> Error {
-    let mut options = EngineOptions::new(folder.path());
+    let file = folder.path().join("model.gguf");
+    let mut options = EngineOptions::new(if file.exists() { &file } else { folder.path() });
     options.threads = Some(2);
     options.kv_bytes = Some(1 << 20);
     Engine::open(options).map(drop).expect_err("the folder is bad")
 }
 
-/// One folder for each stage of loading at which it can fail.
+/// A folder or a GGUF file for each stage of loading at which it can fail.
 fn bad_folders() -> Vec<(TempFolder, &'static str)> {
     let folder = |change: &dyn Fn(&TempFolder)| {
         let folder = TempFolder::new("failed-load");
@@ -43,7 +47,20 @@ fn bad_folders() -> Vec<(TempFolder, &'static str)> {
         (folder(&|f| f.write("model.safetensors", [0xff; 64])), "weights"),
         // Threads, pool and some packed weights are there when the third tensor does not fit.
         (folder(&|f| f.write("config.json", &wide)), "tensor_shape"),
+        (gguf(&|file| file.alignment = 1), "weights"),
+        (gguf(&|file| file.remove("qwen3.context_length")), "config"),
+        (gguf(&|file| file.remove("tokenizer.ggml.merges")), "config"),
+        (gguf(&|file| file.tensor("blk.1.ffn_up.weight").sizes.reverse()), "tensor_shape"),
     ]
+}
+
+/// The same model in a file, but for a change.
+fn gguf(change: &dyn Fn(&mut GgufFile)) -> TempFolder {
+    let mut file = converted(&small_config(), &weights(&small_config(), Dtype::F32));
+    change(&mut file);
+    let folder = TempFolder::new("failed-load");
+    folder.write("model.gguf", file.bytes());
+    folder
 }
 
 const TOKENIZER: &str = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
@@ -74,9 +91,9 @@ fn nothing_is_left_of_a_thousand_failed_loads() {
             }
         }
     };
-    fail_all(25);
+    fail_all(15);
     let (threads, files, bytes) = settled_resources();
-    fail_all(225);
+    fail_all(125);
     let (threads_after, files_after, bytes_after) = settled_resources();
     assert_eq!((threads_after, files_after), (threads, files));
     assert!(bytes_after <= bytes + (1 << 20), "{bytes} bytes resident became {bytes_after}");

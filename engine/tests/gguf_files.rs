@@ -5,6 +5,8 @@
 
 #[path = "support/counting_allocator.rs"]
 mod counting_allocator;
+#[path = "support/gguf_encoder_cases.rs"]
+mod gguf_encoder_cases;
 #[path = "support/gguf_file.rs"]
 mod gguf_file;
 #[path = "support/gguf_loading.rs"]
@@ -16,10 +18,12 @@ use std::fs;
 use std::path::PathBuf;
 
 use counting_allocator::peak_bytes_of;
-use gguf_file::{GgufFile, GgufTensor, Value, string};
-use gguf_loading::{load, open_files_below, try_bytes, valid, valid_llama};
+use gguf_encoder_cases::encoder_cases;
+use gguf_file::{GgufFile, GgufTensor, Value, converted, string};
+use gguf_loading::{load, open_files_below, try_bytes, valid, valid_bert, valid_gpt2, valid_llama};
 use ns_llm::Error;
-use tiny_model::TempFolder;
+use safetensors::Dtype;
+use tiny_model::{TempFolder, small_config, weights};
 
 /// Bytes of a file, the code of its error, and a text that must occur in the message.
 struct Case {
@@ -276,7 +280,7 @@ fn config_cases() -> Vec<Case> {
             "an unknown architecture",
             |f| f.set("general.architecture", Value::string("mamba")),
             "unknown_architecture",
-            "`mamba` is not supported (supported: llama, qwen2, qwen3)",
+            "`mamba` is not supported (supported: llama, qwen2, qwen3, gpt2, bert)",
         ),
         key_case("general.architecture", Value::u32(1), "is an integer, must be a string"),
         key_case("general.architecture", Value::string([0xFF]), "is not UTF-8 from byte 0"),
@@ -488,12 +492,12 @@ fn llama_cases() -> Vec<Case> {
 fn every_bad_file_gives_its_error() {
     let folder = TempFolder::new("gguf");
     let path = folder.path().join("model.gguf");
-    for file in [valid(), valid_llama()] {
+    for file in [valid(), valid_llama(), valid_gpt2(), valid_bert()] {
         assert_eq!(try_bytes(&path, &file.bytes(), "valid").0, Ok(()));
     }
-    let tables = [header_cases(), tensor_cases(), config_cases(), vocabulary_cases(), llama_cases()];
+    let tables = [header_cases(), tensor_cases(), config_cases(), vocabulary_cases(), llama_cases(), encoder_cases()];
     let cases: Vec<Case> = tables.into_iter().flatten().collect();
-    assert!(cases.len() >= 120, "{} cases", cases.len());
+    assert!(cases.len() >= 147, "{} cases", cases.len());
     let mut wrong = Vec::new();
     for Case { name, bytes, code, text } in &cases {
         let (result, peak_bytes) = try_bytes(&path, bytes, name);
@@ -577,26 +581,64 @@ fn every_key_refuses_every_wrong_value() {
         Value::array(6, 1, f32::NAN.to_le_bytes().into()),
     ];
     let mut refused = 0;
-    for key in [
-        "general.architecture",
-        "general.alignment",
-        "qwen3.context_length",
-        "qwen3.embedding_length",
-        "qwen3.feed_forward_length",
-        "qwen3.block_count",
-        "qwen3.attention.head_count",
-        "qwen3.attention.head_count_kv",
-        "qwen3.attention.key_length",
-        "qwen3.attention.value_length",
-        "qwen3.attention.layer_norm_rms_epsilon",
-        "qwen3.rope.freq_base",
-        "qwen3.rope.scaling.type",
-        "tokenizer.ggml.model",
-        "tokenizer.ggml.pre",
-        "tokenizer.ggml.tokens",
-        "tokenizer.ggml.token_type",
-        "tokenizer.ggml.eos_token_id",
-    ] {
+    type Valid = fn() -> GgufFile;
+    let families: [(Valid, &[&str]); 3] = [
+        (
+            valid,
+            &[
+                "general.architecture",
+                "general.alignment",
+                "qwen3.context_length",
+                "qwen3.embedding_length",
+                "qwen3.feed_forward_length",
+                "qwen3.block_count",
+                "qwen3.attention.head_count",
+                "qwen3.attention.head_count_kv",
+                "qwen3.attention.key_length",
+                "qwen3.attention.value_length",
+                "qwen3.attention.layer_norm_rms_epsilon",
+                "qwen3.rope.freq_base",
+                "qwen3.rope.scaling.type",
+                "qwen3.pooling_type",
+                "tokenizer.ggml.model",
+                "tokenizer.ggml.pre",
+                "tokenizer.ggml.tokens",
+                "tokenizer.ggml.token_type",
+                "tokenizer.ggml.eos_token_id",
+            ],
+        ),
+        (
+            valid_gpt2,
+            &[
+                "gpt2.context_length",
+                "gpt2.embedding_length",
+                "gpt2.feed_forward_length",
+                "gpt2.block_count",
+                "gpt2.attention.head_count",
+                "gpt2.attention.head_count_kv",
+                "gpt2.attention.layer_norm_epsilon",
+            ],
+        ),
+        (
+            valid_bert,
+            &[
+                "bert.context_length",
+                "bert.embedding_length",
+                "bert.feed_forward_length",
+                "bert.block_count",
+                "bert.attention.head_count",
+                "bert.attention.layer_norm_epsilon",
+                "bert.attention.causal",
+                "bert.pooling_type",
+                "tokenizer.ggml.token_type_count",
+                "tokenizer.ggml.cls_token_id",
+                "tokenizer.ggml.seperator_token_id",
+                "tokenizer.ggml.unknown_token_id",
+            ],
+        ),
+    ];
+    let keys = families.iter().flat_map(|(valid, keys)| keys.iter().map(move |key| (valid, *key)));
+    for (valid, key) in keys {
         for (idx, value) in values.iter().enumerate() {
             // A base of 4,294,967,295 is odd, but a base.
             if (key, idx) == ("qwen3.rope.freq_base", 0) {
@@ -613,7 +655,7 @@ fn every_key_refuses_every_wrong_value() {
             refused += 1;
         }
     }
-    assert_eq!(refused, 18 * 14 - 1);
+    assert_eq!(refused, (19 + 7 + 12) * 14 - 1);
 }
 
 /// A file of any prefix of a valid one is refused: shown by cutting it at every third byte of its header and at many
@@ -632,6 +674,32 @@ fn every_truncation_is_an_error() {
     }
     assert!(refused > 500, "{refused}");
     assert_eq!(try_bytes(&path, &whole, "whole").0, Ok(()));
+}
+
+/// A model that no machine has the memory for is refused before its weights are read: shown with a file of two
+/// terabytes of nothing, which only has a header.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_model_beyond_all_memory_is_refused_unread() {
+    let folder = TempFolder::new("gguf-large");
+    let path = folder.path().join("model.gguf");
+    let (rows, width) = (1_u64 << 24, 1_u64 << 16);
+    // The rest is as wide, so that memory is all that is wrong.
+    let mut config = small_config();
+    (config["hidden_size"], config["num_hidden_layers"]) = (width.into(), 1.into());
+    let mut file = converted(&config, &weights(&config, Dtype::BF16));
+    let embedding = file.tensor("token_embd.weight");
+    (embedding.sizes, embedding.data) = (vec![width, rows], Vec::new());
+    // Data lies in the order of the tensors: the large one goes last.
+    let embedding = embedding.clone();
+    file.tensors.retain(|tensor| tensor.name != embedding.name);
+    file.tensors.push(embedding);
+    let bytes = file.bytes();
+    fs::write(&path, &bytes).unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_len(bytes.len() as u64 + 2 * rows * width).unwrap();
+    let (result, peak_bytes) = peak_bytes_of(|| load(&path));
+    assert_eq!(result.map_err(|e| e.code()), Err("out_of_memory"));
+    assert!(peak_bytes < 1 << 20, "{peak_bytes} bytes");
 }
 
 // ---- split files --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ mod tiny_model;
 use std::collections::BTreeMap;
 
 use demo::Rng;
-use gguf_loading::{open_files_below, try_bytes, valid, valid_llama};
+use gguf_loading::{open_files_below, try_bytes, valid, valid_bert, valid_gpt2, valid_llama};
 use tiny_model::TempFolder;
 
 /// One to four changes of the kinds that break parsers: bits, extreme numbers, pieces moved, doubled, cut out or off.
@@ -48,16 +48,16 @@ fn mutate(bytes: &mut Vec<u8>, header: usize, rng: &mut Rng) {
 }
 
 /// Thousands of mutated files load or fail with an error, within the memory that their bytes justify: shown with a
-/// fixed seed, over both small models.
+/// fixed seed, over small models of four kinds.
 #[test]
 fn mutated_files_load_or_fail() {
     const ROUNDS: u64 = 2_000;
     let folder = TempFolder::new("gguf-mutations");
     let path = folder.path().join("model.gguf");
-    let seeds = [valid(), valid_llama()].map(|file| (file.bytes(), file.header().len()));
+    let seeds = [valid(), valid_llama(), valid_gpt2(), valid_bert()].map(|file| (file.bytes(), file.header().len()));
     let (mut loaded, mut codes) = (0, BTreeMap::new());
     for round in 0..ROUNDS {
-        let (whole, header) = &seeds[(round % 2) as usize];
+        let (whole, header) = &seeds[(round % 4) as usize];
         let mut bytes = whole.clone();
         mutate(&mut bytes, *header, &mut Rng(round));
         let (result, peak_bytes) = try_bytes(&path, &bytes, &format!("round {round}"));

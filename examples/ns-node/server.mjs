@@ -5,7 +5,14 @@
 //   curl -s localhost:3009/api/generative/generate -H 'content-type: application/json' -d '{"text":"Once upon a time"}'
 
 import express from 'express';
-import Client, { GpuResourceManager, KvCacheService, PerformanceProfiler, query } from 'ns-llm/ns-node';
+import Client, {
+  GpuResourceManager,
+  KvCacheService,
+  PerformanceProfiler,
+  PROMETHEUS_CONTENT_TYPE,
+  prometheusText,
+  query,
+} from 'ns-llm/ns-node';
 
 const PORT = Number(process.env.PORT ?? 3009);
 
@@ -72,6 +79,9 @@ app.post('/api/chat', async (req, res) => {
   const { question, model } = req.body ?? {};
   res.json(await query({ query: question, model }));
 });
+
+// As text: `res.json` would make one quoted string of it, which no Prometheus reads.
+app.get('/metrics', (_, res) => res.set('content-type', PROMETHEUS_CONTENT_TYPE).end(prometheusText()));
 
 app.get('/api/kv-cache/stats', (_, res) => res.json(kvCache.getStats()));
 app.post('/api/kv-cache/clear', async (_, res) => {

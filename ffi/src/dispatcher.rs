@@ -20,7 +20,7 @@ use std::thread::{self, JoinHandle};
 use ns_llm_core::{Error, Event, RequestStream};
 
 use crate::callback::in_callback;
-use crate::event::Listener;
+use crate::event::{Listener, or_lost_end};
 use crate::live_request::{End, Told};
 use crate::log::Log;
 use crate::panic::caught;
@@ -76,14 +76,25 @@ impl Dispatcher {
     /// Takes no more requests and waits until those it has are settled, unless called from inside a callback: then they
     /// are settled when that has returned. Idempotent. Ending the requests is the engine's part.
     pub(crate) fn close(&self) {
-        if let Some(mailbox) = self.mailbox.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            // A failed send means that the thread has ended, which is all that is wanted.
-            let _ = mailbox.send(Message::Close);
-        }
+        self.take_no_more();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread.filter(|_| !in_callback()) {
             let _ = thread.join();
         }
+    }
+
+    fn take_no_more(&self) {
+        if let Some(mailbox) = self.mailbox.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // A failed send means that the thread has ended, which is all that is wanted.
+            let _ = mailbox.send(Message::Close);
+        }
+    }
+}
+
+/// The thread ends with the requests that it has; nobody waits for it here, because it may be the one that drops this.
+impl Drop for Dispatcher {
+    fn drop(&mut self) {
+        self.take_no_more();
     }
 }
 
@@ -175,8 +186,7 @@ impl Turn {
             let Poll::Ready(event) = self.watched.stream.poll_next(&mut Context::from_waker(&waker)) else {
                 return None;
             };
-            let missing = || Err(Error::Internal { reason: "the request ended without a last event".to_string() });
-            let end = self.tell(event.unwrap_or_else(missing), log);
+            let end = self.tell(or_lost_end(event), log);
             if end.is_some() {
                 return end;
             }

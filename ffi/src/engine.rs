@@ -7,14 +7,15 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use ns_llm_core::config::MAX_THREADS;
-use ns_llm_core::{Device, Engine, EngineOptions, LoadProgress, QuantType, ThreadPriority, WeightFormat};
+use ns_llm_core::{Device, Engine, EngineOptions, KvDtype, LoadProgress, QuantType, ThreadPriority, WeightFormat};
 
 use crate::callback::{UserData, as_callback};
 use crate::dispatcher::Dispatcher;
 use crate::failure::{Failure, boundary};
-use crate::handle::{HandleKind, HandleTable, check_process};
+use crate::handle::{HandleKind, HandleTable};
 use crate::log::{Log, ns_llm_log_callback};
 use crate::params::{SizedStruct, read_struct};
+use crate::process::check_process;
 use crate::status::ns_llm_status;
 use crate::text::{Out, ns_llm_text, read_text};
 
@@ -72,6 +73,22 @@ pub enum ns_llm_weights {
     NS_LLM_WEIGHTS_MXFP4 = 15,
 }
 
+/// How an engine keeps keys and values.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ns_llm_kv_dtype {
+    /// 32-bit floats with 32-bit weights, else half precision.
+    NS_LLM_KV_DTYPE_AUTO = 0,
+    /// 32-bit floats.
+    NS_LLM_KV_DTYPE_F32 = 1,
+    /// IEEE half precision.
+    NS_LLM_KV_DTYPE_F16 = 2,
+    /// bfloat16.
+    NS_LLM_KV_DTYPE_BF16 = 3,
+    /// 8-bit integers with a scale for each token and head: half the memory of half precision.
+    NS_LLM_KV_DTYPE_INT8 = 4,
+}
+
 /// A flag of `ns_llm_engine_params`: KV of earlier prompts is not used again.
 pub const NS_LLM_ENGINE_NO_PREFIX_CACHE: u32 = 1;
 /// A flag of `ns_llm_engine_params`: compute threads get the same priority as the program's own threads, not a lower
@@ -122,6 +139,10 @@ pub struct ns_llm_engine_params {
     pub log: ns_llm_log_callback,
     /// Handed to `log`.
     pub log_user_data: *mut c_void,
+    /// A value of `ns_llm_kv_dtype`.
+    pub kv_dtype: u32,
+    /// 0.
+    pub reserved: u32,
     /// What weights and KV pool may take together, bytes. With NS_LLM_WEIGHTS_AUTO weights that are too large are rounded to
     /// the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what
     /// the smallest needs in the text. 0: what is available.
@@ -224,6 +245,10 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     let mut options = EngineOptions::new(unsafe { read_text("model", params.model, MAX_PATH_BYTES) }?);
     options.device = device(params.device)?;
     options.weights = weights(params.weights)?;
+    options.kv_dtype = kv_dtype(params.kv_dtype)?;
+    if params.reserved != 0 {
+        return Err(Failure::invalid("reserved", params.reserved, "0"));
+    }
     options.threads = unless_zero(params.threads as usize);
     if params.threads as usize > MAX_THREADS {
         return Err(Failure::invalid("threads", params.threads, format!("at most {MAX_THREADS}")));
@@ -300,6 +325,17 @@ const WEIGHTS: [WeightFormat; 16] = [
 fn weights(value: u32) -> Result<WeightFormat, Failure> {
     let found = WEIGHTS.get(value as usize).copied();
     found.ok_or_else(|| Failure::invalid("weights", value, "a value of ns_llm_weights"))
+}
+
+fn kv_dtype(value: u32) -> Result<Option<KvDtype>, Failure> {
+    match value {
+        0 => Ok(None),
+        1 => Ok(Some(KvDtype::F32)),
+        2 => Ok(Some(KvDtype::F16)),
+        3 => Ok(Some(KvDtype::Bf16)),
+        4 => Ok(Some(KvDtype::Int8)),
+        _ => Err(Failure::invalid("kv_dtype", value, "a value of ns_llm_kv_dtype")),
+    }
 }
 
 fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {

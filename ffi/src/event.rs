@@ -167,6 +167,11 @@ unsafe impl SizedStruct for ns_llm_event {}
 pub type ns_llm_event_callback =
     Option<unsafe extern "C" fn(event: *const ns_llm_event, user_data: *mut c_void) -> bool>;
 
+/// What a stream gave. One that is over without a last event is a defect of the engine, and tells that as its last.
+pub(crate) fn or_lost_end(event: Option<Result<Event, Error>>) -> Result<Event, Error> {
+    event.unwrap_or_else(|| Err(Error::Internal { reason: "the request ended without a last event".to_string() }))
+}
+
 /// One event with everything that C is shown of it.
 pub(crate) struct Shown {
     /// Points into the fields below, which never change: their contents do not move when this struct does.

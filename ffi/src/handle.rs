@@ -12,19 +12,22 @@
 //! - no id is 0, and no id of one kind is an id of another;
 //! - whoever looked an object up keeps it alive by its `Arc`, whatever is freed meanwhile.
 //!
+//! Slots never move, so a lookup takes the lock of its own slot and no other: two threads meet only at one object.
 //! After `fork` the child has the tables but none of the threads, so every use there is [`Failure::ForkedProcess`].
 
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::failure::Failure;
+use crate::process::{check_process, claim_process};
 
 /// Objects of one kind that may live at once; the next one is refused as overload.
 const MAX_SLOTS: usize = 1 << INDEX_BITS;
 const INDEX_BITS: u32 = 24;
 const KIND_SHIFT: u32 = 56;
-
-/// The process that made the first handle.
-static OWNER_PID: OnceLock<u32> = OnceLock::new();
+/// Slots of the first chunk; each further chunk has as many as all before it.
+const FIRST_CHUNK_SLOTS: usize = 1 << FIRST_CHUNK_BITS;
+const FIRST_CHUNK_BITS: u32 = 6;
+const NUM_CHUNKS: usize = (INDEX_BITS - FIRST_CHUNK_BITS + 1) as usize;
 
 /// What a handle stands for; its number is the top byte of the id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,39 +53,41 @@ impl HandleKind {
 /// All live objects of one kind.
 pub(crate) struct HandleTable<T> {
     kind: HandleKind,
-    /// Shared by every thread that calls the library; held for a lookup or an assignment, never while C is called.
-    slots: RwLock<Slots<T>>,
+    /// Each is made when its first slot is needed, and stays.
+    chunks: [OnceLock<Chunk<T>>; NUM_CHUNKS],
+    /// Held to choose a slot or to give one back, never together with a slot's lock or while C is called.
+    free: Mutex<Free>,
 }
 
-struct Slots<T> {
-    slots: Vec<Slot<T>>,
-    /// Slots that hold nothing and may be used again.
-    vacant: Vec<usize>,
-}
+type Chunk<T> = Box<[Mutex<Slot<T>>]>;
 
 struct Slot<T> {
     generation: u32,
     object: Option<Arc<T>>,
 }
 
+/// Slots that may be given out.
+struct Free {
+    /// Those that held something before.
+    vacant: Vec<usize>,
+    /// All from here on never did.
+    first_unused: usize,
+}
+
 impl<T> HandleTable<T> {
     pub(crate) const fn new(kind: HandleKind) -> Self {
-        HandleTable { kind, slots: RwLock::new(Slots { slots: Vec::new(), vacant: Vec::new() }) }
+        let free = Mutex::new(Free { vacant: Vec::new(), first_unused: 0 });
+        HandleTable { kind, chunks: [const { OnceLock::new() }; NUM_CHUNKS], free }
     }
 
     /// Gives `object` an id.
     pub(crate) fn insert(&self, object: Arc<T>) -> Result<u64, Failure> {
-        OWNER_PID.get_or_init(std::process::id);
+        claim_process();
         check_process()?;
-        let mut table = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let index = table.vacant.pop().unwrap_or(table.slots.len());
-        if index == MAX_SLOTS {
-            return Err(Failure::TooManyHandles { kind: self.kind.name(), limit: MAX_SLOTS });
-        }
-        if index == table.slots.len() {
-            table.slots.push(Slot { generation: 1, object: None });
-        }
-        let slot = &mut table.slots[index];
+        let index = self.take_vacant()?;
+        let (chunk, offset) = place_of(index);
+        let slots = self.chunks[chunk].get_or_init(|| (0..chunk_slots(chunk)).map(|_| Mutex::default()).collect());
+        let mut slot = lock(&slots[offset]);
         slot.object = Some(object);
         Ok(self.id(index, slot.generation))
     }
@@ -90,25 +95,43 @@ impl<T> HandleTable<T> {
     /// The object behind `handle`.
     pub(crate) fn get(&self, handle: u64) -> Result<Arc<T>, Failure> {
         check_process()?;
-        let table = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        let slot = table.slots.get(index_of(handle));
-        let object = slot.filter(|slot| self.id(index_of(handle), slot.generation) == handle);
-        object.and_then(|slot| slot.object.clone()).ok_or(self.bad(handle))
+        let slot = self.slot_of(handle)?;
+        slot.object.clone().ok_or_else(|| self.bad(handle))
     }
 
     /// Ends the life of `handle`; the object lives on with those who looked it up.
     pub(crate) fn remove(&self, handle: u64) -> Result<Arc<T>, Failure> {
         check_process()?;
-        let index = index_of(handle);
-        let mut table = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let slot = table.slots.get_mut(index).filter(|slot| self.id(index, slot.generation) == handle);
-        let slot = slot.ok_or(self.bad(handle))?;
-        let object = slot.object.take().ok_or(self.bad(handle))?;
-        if let Some(next) = slot.generation.checked_add(1) {
-            slot.generation = next;
-            table.vacant.push(index);
+        let mut slot = self.slot_of(handle)?;
+        let object = slot.object.take().ok_or_else(|| self.bad(handle))?;
+        let next = slot.generation.checked_add(1);
+        slot.generation = next.unwrap_or(slot.generation);
+        drop(slot);
+        if next.is_some() {
+            lock(&self.free).vacant.push(index_of(handle));
         }
         Ok(object)
+    }
+
+    /// A slot that holds nothing, for the caller alone.
+    fn take_vacant(&self) -> Result<usize, Failure> {
+        let mut free = lock(&self.free);
+        if let Some(index) = free.vacant.pop() {
+            return Ok(index);
+        }
+        if free.first_unused == MAX_SLOTS {
+            return Err(Failure::TooManyHandles { kind: self.kind.name(), limit: MAX_SLOTS });
+        }
+        free.first_unused += 1;
+        Ok(free.first_unused - 1)
+    }
+
+    /// The slot that `handle` names, in the generation that it names.
+    fn slot_of(&self, handle: u64) -> Result<MutexGuard<'_, Slot<T>>, Failure> {
+        let index = index_of(handle);
+        let (chunk, offset) = place_of(index);
+        let slot = self.chunks[chunk].get().map(|slots| lock(&slots[offset]));
+        slot.filter(|slot| self.id(index, slot.generation) == handle).ok_or_else(|| self.bad(handle))
     }
 
     fn id(&self, index: usize, generation: u32) -> u64 {
@@ -124,14 +147,28 @@ fn index_of(handle: u64) -> usize {
     (handle & (MAX_SLOTS as u64 - 1)) as usize
 }
 
-/// Refuses the child of a fork, if the parent had made a handle. Asked before any lock is taken: another thread may
-/// have held it at the fork.
-pub(crate) fn check_process() -> Result<(), Failure> {
-    let process = std::process::id();
-    match OWNER_PID.get() {
-        Some(&owner) if owner != process => Err(Failure::ForkedProcess { owner, process }),
-        _ => Ok(()),
+/// The chunk of a slot, and its place in there: chunk 0 ends at slot 64, chunk 1 at 128, chunk 2 at 256.
+fn place_of(index: usize) -> (usize, usize) {
+    match (index >> FIRST_CHUNK_BITS).checked_ilog2() {
+        None => (0, index),
+        Some(doublings) => (doublings as usize + 1, index - (FIRST_CHUNK_SLOTS << doublings)),
     }
+}
+
+fn chunk_slots(chunk: usize) -> usize {
+    FIRST_CHUNK_SLOTS << chunk.saturating_sub(1)
+}
+
+/// A slot that nothing was in yet.
+impl<T> Default for Slot<T> {
+    fn default() -> Self {
+        Slot { generation: 1, object: None }
+    }
+}
+
+/// The lock, whatever happened to a thread that held it: each change under it is a single assignment.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -162,12 +199,56 @@ mod tests {
         let table = HandleTable::new(HandleKind::Request);
         let first = table.insert(Arc::new(())).unwrap();
         table.remove(first).unwrap();
-        table.slots.write().unwrap().slots[0].generation = u32::MAX;
+        lock(&table.chunks[0].get().unwrap()[0]).generation = u32::MAX;
         let last = table.insert(Arc::new(())).unwrap();
         assert_eq!(index_of(last), 0);
         table.remove(last).unwrap();
         assert!(table.get(last).is_err());
         assert_eq!(index_of(table.insert(Arc::new(())).unwrap()), 1);
+    }
+
+    /// Every index has one place: chunks are filled without gaps and to their ends, the last one by the last index.
+    #[test]
+    fn each_index_has_its_own_place() {
+        let mut expected = (0, 0);
+        for index in 0..1 << 14 {
+            assert_eq!(place_of(index), expected, "{index}");
+            expected.1 += 1;
+            if expected.1 == chunk_slots(expected.0) {
+                expected = (expected.0 + 1, 0);
+            }
+        }
+        assert_eq!(place_of(MAX_SLOTS - 1), (NUM_CHUNKS - 1, chunk_slots(NUM_CHUNKS - 1) - 1));
+    }
+
+    /// Lookups, insertions and removals of several threads at once: each finds its own objects, also across the border
+    /// of a chunk, and those of the others are gone when they were removed.
+    #[test]
+    fn threads_do_not_disturb_each_other() {
+        const OBJECTS: usize = 3 * FIRST_CHUNK_SLOTS;
+        let table = HandleTable::new(HandleKind::Request);
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let table = &table;
+                scope.spawn(move || {
+                    for round in 0..50 {
+                        let object = |number| (thread, round, number);
+                        let insert = |number| table.insert(Arc::new(object(number))).unwrap();
+                        let handles: Vec<u64> = (0..OBJECTS).map(insert).collect();
+                        for (number, &handle) in handles.iter().enumerate() {
+                            assert_eq!(*table.get(handle).unwrap(), object(number));
+                        }
+                        for (number, &handle) in handles.iter().enumerate() {
+                            assert_eq!(*table.remove(handle).unwrap(), object(number));
+                            assert!(table.get(handle).is_err());
+                        }
+                    }
+                });
+            }
+        });
+        let free = lock(&table.free);
+        assert_eq!(free.first_unused, free.vacant.len(), "slots were lost");
+        assert!(free.first_unused > FIRST_CHUNK_SLOTS, "only one chunk was used");
     }
 
     /// Kinds do not mix, and neither 0, small numbers nor each single changed bit finds an object.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ns_llm_core::{Canceller, Error, Event, RequestStream};
 
-use crate::event::{Shown, ns_llm_event, ns_llm_request, ns_llm_summary};
+use crate::event::{Shown, ns_llm_event, ns_llm_request, ns_llm_summary, or_lost_end};
 use crate::failure::Failure;
 use crate::handle::{HandleKind, HandleTable};
 use crate::log::Log;
@@ -170,7 +170,6 @@ impl Pulled {
 
 /// `None` if nothing came by `deadline`.
 fn next_event(stream: &mut RequestStream, deadline: Option<Instant>) -> Option<Result<Event, Error>> {
-    let missing = || Err(Error::Internal { reason: "the request ended without a last event".to_string() });
     let event = match deadline {
         None => stream.next_event(),
         Some(deadline) => match stream.next_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -178,5 +177,5 @@ fn next_event(stream: &mut RequestStream, deadline: Option<Instant>) -> Option<R
             Poll::Pending => return None,
         },
     };
-    Some(event.unwrap_or_else(missing))
+    Some(or_lost_end(event))
 }

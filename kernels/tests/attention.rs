@@ -1,16 +1,15 @@
 //! Paged attention: each instruction set against a naive f64 attention over ragged sizes, and row invariance as exact
-//! equality. The slots that no row may see are poisoned with NaN in every case.
+//! equality. The slots that no row may see are poisoned with NaN in every case, their scales too.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use ns_llm_kernels::cpu::attention::{AttentionBatch, AttentionSequence, AttentionShape, paged_attention};
-use ns_llm_kernels::cpu::kv_blocks::{KvBlocks, KvBlocksLayout};
+use ns_llm_kernels::cpu::kv_blocks::{KvBlocks, KvBlocksLayout, KvDtype};
 use ns_llm_kernels::cpu::linear::{Operand, OperandFormat};
 use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
 use ns_llm_kernels::cpu::rope::{RopeLayer, RopeTable, rope_and_store};
 use ns_llm_kernels::cpu::{Cpu, Isa};
-use ns_llm_kernels::dtype::DType;
 
 /// A small generator of numbers in `-1.0..1.0` (Marsaglia 2003, xorshift).
 struct Random(u64);
@@ -37,14 +36,14 @@ impl Random {
 struct Case {
     shape: AttentionShape,
     block_tokens: usize,
-    dtype: DType,
+    dtype: KvDtype,
     sequences: Vec<Vec<f32>>,
     block_tables: Vec<Vec<u32>>,
 }
 
 impl Case {
     /// Random sequences of these lengths, with shuffled block tables.
-    fn new(shape: AttentionShape, block_tokens: usize, dtype: DType, lens: &[usize], seed: u64) -> Case {
+    fn new(shape: AttentionShape, block_tokens: usize, dtype: KvDtype, lens: &[usize], seed: u64) -> Case {
         let mut random = Random(seed | 1);
         let width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim;
         let sequences = lens.iter().map(|len| random.floats(len * width)).collect();
@@ -150,10 +149,11 @@ impl Case {
     fn naive(&self, sequence: usize) -> Vec<f32> {
         let AttentionShape { num_heads, num_kv_heads, head_dim, scale, sliding_window_tokens, causal } = self.shape;
         let rows: Vec<&[f32]> = self.sequences[sequence].chunks_exact(self.width()).collect();
-        let stored = |x: f32| match self.dtype {
-            DType::F16 => f64::from(half::f16::from_f32(x).to_f32()),
-            _ => f64::from(x),
-        };
+        // Head `head` of a row, those of k behind those of q, those of v behind both.
+        let stored = |row: &[f32], head: usize| stored(self.dtype, &row[head * head_dim..][..head_dim]);
+        let heads = |head: usize| rows.iter().map(|row| stored(row, head)).collect::<Vec<_>>();
+        let keys: Vec<_> = (0..num_kv_heads).map(|head| heads(num_heads + head)).collect();
+        let values: Vec<_> = (0..num_kv_heads).map(|head| heads(num_heads + num_kv_heads + head)).collect();
         let mut out = Vec::new();
         for (position, row) in rows.iter().enumerate() {
             let first = (position + 1).saturating_sub(sliding_window_tokens.unwrap_or(usize::MAX));
@@ -161,21 +161,33 @@ impl Case {
             for head in 0..num_heads {
                 let kv_head = head / (num_heads / num_kv_heads);
                 let q = &row[head * head_dim..(head + 1) * head_dim];
-                let key = |key: usize| &rows[key][(num_heads + kv_head) * head_dim..][..head_dim];
-                let value = |key: usize| &rows[key][(num_heads + num_kv_heads + kv_head) * head_dim..][..head_dim];
-                let dot = |k: &[f32]| q.iter().zip(k).map(|(&q, &k)| f64::from(q) * stored(k)).sum::<f64>();
-                let scores: Vec<f64> = (first..end).map(|k| dot(key(k)) * f64::from(scale)).collect();
+                let dot = |k: &[f64]| q.iter().zip(k).map(|(&q, &k)| f64::from(q) * k).sum::<f64>();
+                let scores: Vec<f64> = (first..end).map(|k| dot(&keys[kv_head][k]) * f64::from(scale)).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
                 let sum: f64 = weights.iter().sum();
                 for d in 0..head_dim {
-                    let weighted = weights.iter().enumerate().map(|(i, w)| w * stored(value(first + i)[d]));
+                    let weighted = weights.iter().enumerate().map(|(i, w)| w * values[kv_head][first + i][d]);
                     out.push((weighted.sum::<f64>() / sum) as f32);
                 }
             }
         }
         out
     }
+}
+
+const DTYPES: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8];
+
+/// A key or a value of one head as it is kept.
+fn stored(dtype: KvDtype, head: &[f32]) -> Vec<f64> {
+    let max = head.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+    let each = head.iter().map(|&x| match dtype {
+        KvDtype::F32 => f64::from(x),
+        KvDtype::F16 => half::f16::from_f32(x).to_f64(),
+        KvDtype::Bf16 => half::bf16::from_f32(x).to_f64(),
+        KvDtype::Int8 => f64::from((x * (127.0 / max)).round_ties_even()) * f64::from(max / 127.0),
+    });
+    each.collect()
 }
 
 fn shape(num_heads: usize, num_kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionShape {
@@ -220,18 +232,19 @@ fn agrees_with_the_definition() {
             let (num_heads, num_kv_heads) = heads[(i + 3 * j) % heads.len()];
             let shape = shape(num_heads, num_kv_heads, head_dim, windows[(2 * i + j) % windows.len()]);
             let block_tokens = [16, 32, 48][(i + j) % 3];
-            let dtype = [DType::F32, DType::F16][(i / 2 + j) % 2];
-            let case = Case::new(shape, block_tokens, dtype, &[len], (i * 8 + j) as u64 * 7919 + 1);
-            let want = case.naive(0);
-            for isa in Isa::available() {
-                let cpu = cpu(isa, 1);
-                let what = format!("{isa:?} {shape:?} {dtype:?}, {len} tokens in blocks of {block_tokens}");
-                check(&case.alone(&cpu, len)[0], &want, 1e-11, &what);
-                num_cases += 1;
+            for dtype in DTYPES {
+                let case = Case::new(shape, block_tokens, dtype, &[len], (i * 8 + j) as u64 * 7919 + 1);
+                let want = case.naive(0);
+                for isa in Isa::available() {
+                    let cpu = cpu(isa, 1);
+                    let what = format!("{isa:?} {shape:?} {dtype:?}, {len} tokens in blocks of {block_tokens}");
+                    check(&case.alone(&cpu, len)[0], &want, 1e-11, &what);
+                    num_cases += 1;
+                }
             }
         }
     }
-    assert!(num_cases >= 88);
+    assert!(num_cases >= 4 * 88);
 }
 
 /// A row's bits do not depend on how the prompt is cut into chunks, on batch mates, on the number of threads, on the
@@ -239,8 +252,8 @@ fn agrees_with_the_definition() {
 #[test]
 fn rows_are_invariant() {
     let shapes = [shape(4, 2, 64, None), shape(14, 2, 32, Some(70)), shape(7, 1, 40, Some(33))];
-    for (i, shape) in shapes.into_iter().enumerate() {
-        let dtype = [DType::F16, DType::F32][i % 2];
+    for (i, dtype) in DTYPES.into_iter().enumerate() {
+        let shape = shapes[i % shapes.len()];
         let lens = [140, 1, 67];
         let case = Case::new(shape, 16, dtype, &lens, 42);
         for isa in Isa::available() {
@@ -270,7 +283,7 @@ fn bidirectional_rows_see_their_whole_sequence() {
     for (i, head_dim) in [13, 16, 32, 64, 100].into_iter().enumerate() {
         let (num_heads, num_kv_heads) = heads[i % heads.len()];
         let shape = AttentionShape { causal: false, ..shape(num_heads, num_kv_heads, head_dim, None) };
-        let dtype = [DType::F32, DType::F16][i % 2];
+        let dtype = DTYPES[i % DTYPES.len()];
         let lens = [1, 15, 16, 17, 63, 64, 65, 97, 200];
         let case = Case::new(shape, 16, dtype, &lens, 77 + i as u64);
         for isa in Isa::available() {
@@ -297,9 +310,9 @@ fn bidirectional_rows_see_their_whole_sequence() {
 #[test]
 fn damage_stays_with_its_readers() {
     for isa in Isa::available() {
-        for part in [0, 1, 2] {
+        for (part, dtype) in [0, 1, 2].into_iter().flat_map(|part| DTYPES.map(|dtype| (part, dtype))) {
             let shape = shape(2, 1, 32, None);
-            let mut case = Case::new(shape, 16, DType::F16, &[80, 80], 5);
+            let mut case = Case::new(shape, 16, dtype, &[80, 80], 5);
             // q, k or v of position 70 of the first sequence.
             let damaged = 70 * case.width() + [0, 64, 96][part];
             case.sequences[0][damaged] = f32::NAN;
@@ -308,7 +321,7 @@ fn damage_stays_with_its_readers() {
                 |sequence: usize, position: usize| out[sequence][position * 64..][..64].iter().any(|x| x.is_nan());
             assert!((0..80).all(|position| !is_nan(1, position)), "{isa:?}: reached another sequence");
             assert!((0..70).all(|position| !is_nan(0, position)), "{isa:?}: reached an earlier position");
-            assert!(is_nan(0, 70), "{isa:?}: part {part} was not read");
+            assert!(is_nan(0, 70), "{isa:?} {dtype:?}: part {part} was not read");
             assert_eq!(is_nan(0, 79), part > 0, "{isa:?}: k and v are seen later, q is not");
         }
     }
@@ -317,7 +330,7 @@ fn damage_stays_with_its_readers() {
 /// Sizes and indices that do not fit are refused by name, before anything is computed.
 #[test]
 fn misuse_is_refused() {
-    let case = Case::new(shape(4, 2, 32, None), 16, DType::F32, &[20], 1);
+    let case = Case::new(shape(4, 2, 32, None), 16, KvDtype::F32, &[20], 1);
     let kv = case.poisoned_pool();
     let cpu = cpu(Isa::Portable, 1);
     let q = vec![0.0; 20 * 128];

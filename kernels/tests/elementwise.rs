@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use half::f16;
+use half::{bf16, f16};
 use ns_llm_kernels::cpu::attention::AttentionShape;
 use ns_llm_kernels::cpu::embedding::{add_embedding, copy_rows, embed};
-use ns_llm_kernels::cpu::kv_blocks::{KvBlocks, KvBlocksLayout};
+use ns_llm_kernels::cpu::kv_blocks::{KvBlocks, KvBlocksLayout, KvDtype};
 use ns_llm_kernels::cpu::linear::{MatrixSource, Operand, OperandFormat, PackedLinear, WeightFormat};
 use ns_llm_kernels::cpu::logits::max_logit;
 use ns_llm_kernels::cpu::norm::{LayerNorm, layer_norm, layer_norm_in_place, rms_norm};
@@ -149,7 +149,7 @@ struct RopeCase {
     shape: AttentionShape,
     rotary_dim: usize,
     tokens: usize,
-    dtype: DType,
+    dtype: KvDtype,
     /// `[tokens, (heads + 2 kv_heads) * head_dim]`
     qkv: Vec<f32>,
     /// `[positions, rotary_dim / 2]`
@@ -211,18 +211,50 @@ impl RopeCase {
 fn stored(kv: &KvBlocks, slot: usize, kv_head: usize, is_key: bool, d: usize) -> f64 {
     let layout = kv.layout();
     let keys = layout.head_dim * layout.block_tokens;
-    let head = (layout.num_kv_heads + kv_head) * (keys + layout.block_tokens * layout.value_stride());
+    let values = layout.block_tokens * layout.value_stride();
+    let scales = if layout.dtype == KvDtype::Int8 { 8 * layout.block_tokens } else { 0 };
+    let head = (layout.num_kv_heads + kv_head) * (keys + values + scales);
     let (block, token) = (slot / layout.block_tokens, slot % layout.block_tokens);
     let element =
         head + if is_key { d * layout.block_tokens + token } else { keys + token * layout.value_stride() + d };
     let bytes = kv.block(block as u32);
+    let float = |start: usize| f64::from(f32::from_le_bytes(bytes[start..][..4].try_into().expect("four bytes")));
+    let half_bits = || [bytes[2 * element], bytes[2 * element + 1]];
     match layout.dtype {
-        DType::F16 => f64::from(f16::from_le_bytes([bytes[2 * element], bytes[2 * element + 1]]).to_f32()),
-        _ => f64::from(f32::from_le_bytes(bytes[4 * element..][..4].try_into().expect("four bytes"))),
+        KvDtype::F32 => float(4 * element),
+        KvDtype::F16 => f16::from_le_bytes(half_bits()).to_f64(),
+        KvDtype::Bf16 => bf16::from_le_bytes(half_bits()).to_f64(),
+        KvDtype::Int8 => {
+            let scale = head + keys + values + 4 * (token + if is_key { 0 } else { layout.block_tokens });
+            f64::from(bytes[element] as i8) * float(scale)
+        }
     }
 }
 
-/// q comes back normalised and rotated; k and v lie in their slots of the right layer, rounded where they are f16; every
+/// Elements and scales of the pool that are not zero.
+fn count_written(kv: &KvBlocks) -> (usize, usize) {
+    let layout = kv.layout();
+    let size = layout.dtype.size_bytes();
+    let elements_bytes = layout.block_tokens * (layout.head_dim + layout.value_stride()) * size;
+    let head_bytes = layout.block_bytes() / (layout.num_layers * layout.num_kv_heads);
+    // The sign of a zero is no number; an integer has none.
+    let sign = if layout.dtype == KvDtype::Int8 { 0xff } else { 0x7f };
+    let is_written = |bytes: &&[u8]| {
+        let (last, others) = bytes.split_last().expect("a byte at least");
+        others.iter().any(|&byte| byte != 0) || last & sign != 0
+    };
+    let (mut num_elements, mut num_scales) = (0, 0);
+    for block in 0..layout.num_blocks as u32 {
+        for head in kv.block(block).chunks_exact(head_bytes) {
+            let (elements, scales) = head.split_at(elements_bytes);
+            num_elements += elements.chunks_exact(size).filter(is_written).count();
+            num_scales += scales.chunks_exact(4).filter(is_written).count();
+        }
+    }
+    (num_elements, num_scales)
+}
+
+/// q comes back normalised and rotated; k and v lie in their slots of the right layer, rounded as their type asks; every
 /// other byte of the pool is as it was. Over partial rotation, odd widths, and sizes below and above the pool's threshold,
 /// where several threads give the same bits.
 #[test]
@@ -233,7 +265,7 @@ fn rope_and_store_is_the_definition() {
     {
         let shape =
             AttentionShape { num_heads, num_kv_heads, head_dim, scale: 1.0, sliding_window_tokens: None, causal: true };
-        let dtype = [DType::F16, DType::F32][i % 2];
+        let dtype = [KvDtype::F16, KvDtype::F32, KvDtype::Bf16, KvDtype::Int8][i % 4];
         let qkv = floats(tokens * (num_heads + 2 * num_kv_heads) * head_dim, 3);
         let angles = floats(RopeCase::POSITIONS * rotary_dim / 2, 4).into_iter().map(|x| 3.0 * x).collect();
         let case = RopeCase { shape, rotary_dim, tokens, dtype, qkv, angles };
@@ -257,13 +289,24 @@ fn rope_and_store_is_the_definition() {
                 let got: Vec<f64> = (0..head_dim).map(|d| stored(&kv, case.slot(token), kv_head, is_key, d)).collect();
                 expected_nonzero += got.iter().filter(|&&x| x != 0.0).count();
                 let got: Vec<f32> = got.into_iter().map(|x| x as f32).collect();
-                check(&got, &want, if dtype == DType::F16 { 6e-4 } else { 2e-6 }, &what);
+                let tolerance = match dtype {
+                    KvDtype::F32 => 2e-6,
+                    KvDtype::F16 => 6e-4,
+                    KvDtype::Bf16 => 5e-3,
+                    KvDtype::Int8 => {
+                        let step = want.iter().fold(0.0_f64, |max, x| max.max(x.abs())) / 127.0;
+                        let is_near = |(got, want): (&f32, &f64)| (f64::from(*got) - want).abs() <= 0.501 * step;
+                        assert!(got.iter().zip(&want).all(is_near), "{what}: {got:?}, must be {want:?}");
+                        continue;
+                    }
+                };
+                check(&got, &want, tolerance, &what);
             }
         }
-        let size = dtype.size_bytes();
-        let elements = (0..kv.layout().num_blocks as u32).flat_map(|block| kv.block(block).chunks_exact(size));
-        let nonzero = elements.filter(|bytes| bytes[..size - 1].iter().any(|&b| b != 0) || bytes[size - 1] & 0x7f != 0);
-        assert_eq!(nonzero.count(), expected_nonzero, "{isa:?} {shape:?}: wrote beside its slots");
+        let (num_elements, num_scales) = count_written(&kv);
+        assert_eq!(num_elements, expected_nonzero, "{isa:?} {shape:?}: wrote beside its slots");
+        let scales = if dtype == KvDtype::Int8 { 2 * tokens * num_kv_heads } else { 0 };
+        assert_eq!(num_scales, scales, "{isa:?} {shape:?}: wrote scales beside its slots");
     }
 }
 
@@ -284,7 +327,7 @@ fn rope_and_store_checks_sizes() {
         block_tokens: 16,
         num_kv_heads: 1,
         head_dim: 8,
-        dtype: DType::F32,
+        dtype: KvDtype::F32,
     };
     let mut kv = KvBlocks::new(layout).expect("small");
     let angles = [0.0; 12];

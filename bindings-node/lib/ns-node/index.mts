@@ -5,4 +5,5 @@ export { GpuResourceManager } from './gpu_resource_manager.js';
 export { KvCacheService } from './kv_cache_service.js';
 export { embed, query, status } from './local_llm.js';
 export { PerformanceProfiler } from './performance_profiler.js';
+export { PROMETHEUS_CONTENT_TYPE, prometheusText } from './prometheus.js';
 export type * from './index.js';

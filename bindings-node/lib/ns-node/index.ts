@@ -35,6 +35,7 @@ export { embed, query, status } from './local_llm.js';
 export type { AdapterAnswer } from './local_llm.js';
 export { PerformanceProfiler } from './performance_profiler.js';
 export type { Checkpoint, EndedProfile, PerformanceMetrics, ProcessMemory, Profile } from './performance_profiler.js';
+export { PROMETHEUS_CONTENT_TYPE, prometheusText } from './prometheus.js';
 export type { Bottleneck, BottleneckAnalysis, PerformanceReport, Recommendation } from './performance_report.js';
 export type { EngineSettings } from './shared_engines.js';
 

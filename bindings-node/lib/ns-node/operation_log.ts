@@ -1,9 +1,10 @@
 /**
  * What was asked of the engines of this process and how long it took: the one place that every request of every client
- * is written to, and that `metrics()` and the profiler read. Bounded: the newest operations, and sums over all.
+ * is written to, and that `metrics()`, the profiler and Prometheus read. Bounded: the newest operations, and sums over all.
  */
 
 import { distribution } from './distribution.js';
+import { Histogram } from './histogram.js';
 
 /** How an operation ended; one that its own caller gave up is no failure. */
 export type OperationStatus = 'success' | 'failed' | 'cancelled';
@@ -39,6 +40,17 @@ const MAX_OPERATIONS = 10_000;
 /** Operations over which `metrics()` takes percentiles. */
 const RECENT_OPERATIONS = 1_000;
 
+/** Bounds of the histograms, seconds: those of vLLM. */
+const FIRST_TOKEN_BOUNDS = [
+  0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+];
+const INTER_TOKEN_BOUNDS = [
+  0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+];
+const END_TO_END_BOUNDS = [
+  0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+];
+
 /** Sums over every operation that ever ended. */
 export interface Totals {
   requests: number;
@@ -70,6 +82,12 @@ export class OperationLog {
     misses: 0,
   };
   #totalMs = 0;
+  /** Times of every generation that ever succeeded. */
+  readonly seconds = {
+    timeToFirstToken: new Histogram(FIRST_TOKEN_BOUNDS),
+    interToken: new Histogram(INTER_TOKEN_BOUNDS),
+    endToEnd: new Histogram(END_TO_END_BOUNDS),
+  };
 
   /** Runs `work` as an operation; whatever it does, it is counted. `work` gives its result and what is known of it. */
   async run<T>(type: string, work: () => Promise<[T, OperationCounts]>, isCancelled: (error: unknown) => boolean): Promise<T> {
@@ -106,8 +124,21 @@ export class OperationLog {
     totals.cachedTokens += operation.cachedTokens;
     if (operation.type === 'generate' && operation.status === 'success') {
       totals[operation.cachedTokens > 0 ? 'hits' : 'misses'] += 1;
+      this.#addSeconds(operation);
     }
     this.#totalMs += operation.endedAt - operation.startedAt;
+  }
+
+  #addSeconds(operation: Operation): void {
+    const { timeToFirstToken, interToken, endToEnd } = this.seconds;
+    const betweenTokens = perTokenMs(operation);
+    if (operation.firstTokenMs !== undefined) {
+      timeToFirstToken.add(operation.firstTokenMs / 1e3);
+    }
+    if (betweenTokens !== undefined) {
+      interToken.add(betweenTokens / 1e3);
+    }
+    endToEnd.add(durationMs(operation) / 1e3);
   }
 
   /** Those that ended at or after a time, in the order of their ends. */
@@ -128,4 +159,18 @@ export class OperationLog {
     const { requests } = this.#totals;
     return { avg: requests > 0 ? this.#totalMs / requests : 0, p50, p95 };
   }
+}
+
+/** From its start to its end. */
+export function durationMs({ startedAt, endedAt }: Operation): number {
+  return endedAt - startedAt;
+}
+
+/** The mean time between two tokens; of a generation whose first token nobody saw, its time over its tokens. */
+export function perTokenMs(operation: Operation): number | undefined {
+  const { tokens, firstTokenMs } = operation;
+  if (firstTokenMs === undefined) {
+    return tokens > 0 ? durationMs(operation) / tokens : undefined;
+  }
+  return tokens > 1 ? (durationMs(operation) - firstTokenMs) / (tokens - 1) : undefined;
 }

@@ -7,7 +7,7 @@ import { loadavg, freemem, totalmem } from 'node:os';
 
 import { distribution, rounded } from './distribution.js';
 import type { Distribution } from './distribution.js';
-import { clock, OperationLog } from './operation_log.js';
+import { clock, durationMs, OperationLog, perTokenMs } from './operation_log.js';
 import type { Operation, OperationStatus } from './operation_log.js';
 import { bottlenecksOf, reportOf } from './performance_report.js';
 import type { BottleneckAnalysis, PerformanceReport } from './performance_report.js';
@@ -238,19 +238,6 @@ export class PerformanceProfiler {
       this.#open.delete(id);
     }
   }
-}
-
-function durationMs({ startedAt, endedAt }: Operation): number {
-  return endedAt - startedAt;
-}
-
-/** The mean time between two tokens; of a generation whose first token nobody saw, its time over its tokens. */
-function perTokenMs(operation: Operation): number | undefined {
-  const { tokens, firstTokenMs } = operation;
-  if (firstTokenMs === undefined) {
-    return tokens > 0 ? durationMs(operation) / tokens : undefined;
-  }
-  return tokens > 1 ? (durationMs(operation) - firstTokenMs) / (tokens - 1) : undefined;
 }
 
 /** Tokens of all, over the time in which at least one of them ran: generations that run together are not slower for it. */

@@ -22,7 +22,7 @@ use crate::backend::{
 use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Encoding, Tensor};
+use crate::tensor::{Encoding, Tensor};
 pub use arena::CpuOperand;
 use arena::{Arena, Floats};
 use format::{gate_up_format, packed_format};
@@ -207,13 +207,7 @@ impl Backend for CpuBackend {
     }
 
     fn allocate_kv(&self, layout: KvLayout) -> Result<kv_blocks::KvBlocks> {
-        let dtype = match layout.dtype {
-            KvDtype::F32 => DType::F32,
-            KvDtype::F16 => DType::F16,
-        };
-        let KvLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, .. } = layout;
-        let layout = kv_blocks::KvBlocksLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, dtype };
-        kv_blocks::KvBlocks::new(layout).map_err(start_error)
+        kv_blocks::KvBlocks::new(kv_blocks_layout(layout)).map_err(start_error)
     }
 
     fn embed(&self, embedding: &PackedLinear, batch: &Batch) -> Result<CpuRows> {
@@ -380,6 +374,18 @@ impl Backend for CpuBackend {
     }
 }
 
+/// The same sizes, and as many bytes as they take here.
+pub(super) fn kv_blocks_layout(layout: KvLayout) -> kv_blocks::KvBlocksLayout {
+    let KvLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, dtype } = layout;
+    let dtype = match dtype {
+        KvDtype::F32 => kv_blocks::KvDtype::F32,
+        KvDtype::F16 => kv_blocks::KvDtype::F16,
+        KvDtype::Bf16 => kv_blocks::KvDtype::Bf16,
+        KvDtype::Int8 => kv_blocks::KvDtype::Int8,
+    };
+    kv_blocks::KvBlocksLayout { num_layers, num_blocks, block_tokens, num_kv_heads, head_dim, dtype }
+}
+
 /// Where a layer's keys and values are: blocks of one layer are used by each layer in turn.
 fn kv_layer(layer: &AttentionLayer<CpuBackend>, kv: &kv_blocks::KvBlocks) -> usize {
     layer.layer_idx.min(kv.layout().num_layers - 1)
@@ -473,6 +479,7 @@ mod tests {
     use super::*;
     use crate::batch::{BatchSequence, BlockId, Outcome, OutputKind, RowSampling, SeqId};
     use crate::request::SamplingParams;
+    use crate::tensor::DType;
     use crate::tensor::QuantType;
 
     const HIDDEN: usize = 24;

@@ -21,6 +21,7 @@ mod sentence_piece;
 mod tokenizer_keys;
 mod types;
 mod vocabulary;
+mod word_piece;
 mod writer;
 
 use std::collections::HashSet;

@@ -45,7 +45,7 @@ impl ModelSource {
     pub fn sentence_config(&self) -> Result<SentenceConfig> {
         match self {
             ModelSource::Folder(folder) => folder.sentence_config(),
-            ModelSource::Gguf(_) => Ok(SentenceConfig::default()),
+            ModelSource::Gguf(model) => model.sentence_config(),
         }
     }
 

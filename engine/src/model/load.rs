@@ -85,8 +85,12 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         Ok(norm)
     }
 
-    /// The matrix `name` with its bias `[out]`, stored the other way round: `[in, out]` (GPT-2's `Conv1D`).
+    /// The matrix `name` with its bias `[out]`, stored the other way round: `[in, out]` (GPT-2's `Conv1D`), unless the
+    /// checkpoint has been turned.
     pub fn conv1d(&mut self, name: &str, [width, out]: [usize; 2]) -> Result<B::Linear> {
+        if self.weights.conv1d_is_linear() {
+            return self.linear(name, [out, width], true);
+        }
         let stored = self.take(name, "weight", &[width, out])?;
         let bias = self.take(name, "bias", &[out])?;
         let weight = transposed(&stored);

@@ -145,10 +145,17 @@ pub fn converted(config: &Json, tensors: &[(String, TensorData)]) -> GgufFile {
         "LlamaForCausalLM" | "MistralForCausalLM" => "llama",
         "Qwen2ForCausalLM" => "qwen2",
         "Qwen3ForCausalLM" => "qwen3",
+        "GPT2LMHeadModel" => "gpt2",
+        "BertModel" => "bert",
         other => panic!("no converter for {other}"),
     };
     file.set("general.architecture", Value::string(architecture));
     for (key, field) in [
+        ("context_length", "n_positions"),
+        ("embedding_length", "n_embd"),
+        ("feed_forward_length", "n_inner"),
+        ("block_count", "n_layer"),
+        ("attention.head_count", "n_head"),
         ("context_length", "max_position_embeddings"),
         ("embedding_length", "hidden_size"),
         ("feed_forward_length", "intermediate_size"),
@@ -163,6 +170,36 @@ pub fn converted(config: &Json, tensors: &[(String, TensorData)]) -> GgufFile {
             file.set(&format!("{architecture}.{key}"), Value::u32(value as u32));
         }
     }
+    match architecture {
+        "gpt2" | "bert" => {
+            let (field, default) =
+                if architecture == "bert" { ("layer_norm_eps", 1e-12) } else { ("layer_norm_epsilon", 1e-5) };
+            let eps = config[field].as_f64().unwrap_or(default);
+            file.set(&format!("{architecture}.attention.layer_norm_epsilon"), Value::f32(eps as f32));
+        }
+        _ => set_rotary(&mut file, architecture, config),
+    }
+    if architecture == "bert" {
+        file.set("bert.attention.causal", Value::bool(false));
+        file.set(
+            "tokenizer.ggml.token_type_count",
+            Value::u32(config["type_vocab_size"].as_u64().expect("a number") as u32),
+        );
+    }
+    file.set("tokenizer.ggml.model", Value::string("gpt2"));
+    file.set("tokenizer.ggml.pre", Value::string("gpt-2"));
+    file.set("tokenizer.ggml.tokens", Value::strings(&["a", "b", "ab"]));
+    file.set("tokenizer.ggml.token_type", Value::i32s(&[1, 1, 1]));
+    file.set("tokenizer.ggml.merges", Value::strings(&["a b"]));
+    file.set("tokenizer.ggml.eos_token_id", Value::u32(2));
+    // Converters of BERT drop what only its training used.
+    let kept = tensors.iter().filter(|(name, _)| !name.starts_with("pooler."));
+    file.tensors.extend(kept.map(|(name, data)| tensor(config, architecture, name, data)));
+    file
+}
+
+/// Norms and positions of Llama and its kin.
+fn set_rotary(file: &mut GgufFile, architecture: &str, config: &Json) {
     let eps = config["rms_norm_eps"].as_f64().unwrap_or(1e-6);
     file.set(&format!("{architecture}.attention.layer_norm_rms_epsilon"), Value::f32(eps as f32));
     let rope = if config["rope_parameters"].is_object() { &config["rope_parameters"] } else { &config["rope_scaling"] };
@@ -182,19 +219,12 @@ pub fn converted(config: &Json, tensors: &[(String, TensorData)]) -> GgufFile {
         }
         _ => {}
     }
-    file.set("tokenizer.ggml.model", Value::string("gpt2"));
-    file.set("tokenizer.ggml.pre", Value::string("gpt-2"));
-    file.set("tokenizer.ggml.tokens", Value::strings(&["a", "b", "ab"]));
-    file.set("tokenizer.ggml.token_type", Value::i32s(&[1, 1, 1]));
-    file.set("tokenizer.ggml.merges", Value::strings(&["a b"]));
-    file.set("tokenizer.ggml.eos_token_id", Value::u32(2));
-    file.tensors.extend(tensors.iter().map(|(name, data)| tensor(config, architecture, name, data)));
-    file
 }
 
 fn tensor(config: &Json, architecture: &str, name: &str, data: &TensorData) -> GgufTensor {
     let heads = |field: &str| config[field].as_u64().expect("a number") as usize;
     let data_bytes = match name {
+        _ if is_conv1d(name) => transposed(&data.bytes, &data.shape),
         _ if architecture != "llama" => data.bytes.clone(),
         _ if name.contains("q_proj") => interleaved(&data.bytes, data.shape[0], heads("num_attention_heads")),
         _ if name.contains("k_proj") => interleaved(&data.bytes, data.shape[0], heads("num_key_value_heads")),
@@ -206,33 +236,76 @@ fn tensor(config: &Json, architecture: &str, name: &str, data: &TensorData) -> G
         Dtype::BF16 => 30,
         other => panic!("no converter for {other}"),
     };
-    let sizes = data.shape.iter().rev().map(|&size| size as u64).collect();
-    GgufTensor { name: file_name(name).into(), sizes, kind, data: data_bytes, offset: None }
+    let mut sizes: Vec<u64> = data.shape.iter().rev().map(|&size| size as u64).collect();
+    if is_conv1d(name) {
+        sizes.reverse();
+    }
+    GgufTensor { name: file_name(architecture, name).into(), sizes, kind, data: data_bytes, offset: None }
 }
 
-/// Names as the format's converters write them.
-fn file_name(name: &str) -> String {
-    let mut name = name.to_string();
-    for (from, to) in [
-        ("model.layers.", "blk."),
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("self_attn.q_norm", "attn_q_norm"),
-        ("self_attn.k_norm", "attn_k_norm"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-    ] {
-        name = name.replace(from, to);
-    }
-    name
+/// GPT-2's matrices are stored the other way round.
+fn is_conv1d(name: &str) -> bool {
+    [".c_attn.weight", ".c_proj.weight", ".c_fc.weight"].iter().any(|end| name.ends_with(end))
+}
+
+fn transposed(bytes: &[u8], shape: &[usize]) -> Vec<u8> {
+    let &[rows, columns] = shape else { panic!("no matrix: {shape:?}") };
+    let size = bytes.len() / rows / columns;
+    let element = |row: usize, column: usize| &bytes[(row * columns + column) * size..][..size];
+    (0..columns).flat_map(|column| (0..rows).flat_map(move |row| element(row, column))).copied().collect()
+}
+
+/// Names as the format's converters write them. Longer ones come before those that end them.
+fn file_name(architecture: &str, name: &str) -> String {
+    let replaced: &[(&str, &str)] = match architecture {
+        "gpt2" => &[
+            ("transformer.", ""),
+            ("h.", "blk."),
+            ("wte", "token_embd"),
+            ("wpe", "position_embd"),
+            ("ln_f", "output_norm"),
+            ("lm_head", "output"),
+            ("ln_1", "attn_norm"),
+            ("ln_2", "ffn_norm"),
+            ("attn.c_attn", "attn_qkv"),
+            ("attn.c_proj", "attn_output"),
+            ("mlp.c_fc", "ffn_up"),
+            ("mlp.c_proj", "ffn_down"),
+        ],
+        "bert" => &[
+            ("encoder.layer.", "blk."),
+            ("embeddings.word_embeddings", "token_embd"),
+            ("embeddings.position_embeddings", "position_embd"),
+            ("embeddings.token_type_embeddings", "token_types"),
+            ("embeddings.LayerNorm", "token_embd_norm"),
+            ("attention.self.query", "attn_q"),
+            ("attention.self.key", "attn_k"),
+            ("attention.self.value", "attn_v"),
+            ("attention.output.dense", "attn_output"),
+            ("attention.output.LayerNorm", "attn_output_norm"),
+            ("intermediate.dense", "ffn_up"),
+            ("output.dense", "ffn_down"),
+            ("output.LayerNorm", "layer_output_norm"),
+        ],
+        _ => &[
+            ("model.layers.", "blk."),
+            ("model.embed_tokens", "token_embd"),
+            ("model.norm", "output_norm"),
+            ("lm_head", "output"),
+            ("input_layernorm", "attn_norm"),
+            ("post_attention_layernorm", "ffn_norm"),
+            ("self_attn.q_proj", "attn_q"),
+            ("self_attn.k_proj", "attn_k"),
+            ("self_attn.v_proj", "attn_v"),
+            ("self_attn.o_proj", "attn_output"),
+            ("self_attn.q_norm", "attn_q_norm"),
+            ("self_attn.k_norm", "attn_k_norm"),
+            ("mlp.gate_proj", "ffn_gate"),
+            ("mlp.up_proj", "ffn_up"),
+            ("mlp.down_proj", "ffn_down"),
+        ],
+    };
+    replaced.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
 }
 
 /// Rows `[heads, 2, half, width]` as `[heads, half, 2, width]`.

@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use serde_json::json;
 
 use crate::counting_allocator::peak_bytes_of;
-use crate::gguf_file::{GgufFile, converted};
+use crate::gguf_file::{GgufFile, Value, converted};
 use crate::tiny_model::{small_config, weights};
 
 /// Opens a model as an engine's worker does, on this thread.
@@ -35,6 +35,33 @@ pub fn valid_llama() -> GgufFile {
         },
     });
     converted(&config, &weights(&config, Dtype::F32))
+}
+
+/// A small GPT-2 that loads.
+pub fn valid_gpt2() -> GgufFile {
+    let config = json!({
+        "architectures": ["GPT2LMHeadModel"], "vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32,
+    });
+    converted(&config, &weights(&config, Dtype::F16))
+}
+
+/// A small BERT that loads, with five word pieces.
+pub fn valid_bert() -> GgufFile {
+    let config = json!({
+        "architectures": ["BertModel"], "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32, "type_vocab_size": 2,
+    });
+    let mut file = converted(&config, &weights(&config, Dtype::F32));
+    for key in ["pre", "merges", "eos_token_id"] {
+        file.remove(&format!("tokenizer.ggml.{key}"));
+    }
+    file.set("tokenizer.ggml.model", Value::string("bert"));
+    file.set("tokenizer.ggml.tokens", Value::strings(&["[UNK]", "[CLS]", "[SEP]", "\u{2581}a", "b"]));
+    file.set("tokenizer.ggml.token_type", Value::i32s(&[3, 3, 3, 1, 1]));
+    for (key, id) in [("unknown", 0), ("cls", 1), ("seperator", 2)] {
+        file.set(&format!("tokenizer.ggml.{key}_token_id"), Value::u32(id));
+    }
+    file
 }
 
 /// Loads `bytes` as a file; what came of it, and the most bytes that were held.

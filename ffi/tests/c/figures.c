@@ -71,11 +71,15 @@ static void the_log_is_kept(const char *model) {
                                    .kv_bytes = 32 << 20,
                                    .max_running_sequences = 1,
                                    .max_waiting_requests = 1,
+                                   .kv_dtype = NS_LLM_KV_DTYPE_INT8,
                                    .log = write_down,
                                    .log_user_data = &book};
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_open(&params, &engine));
     CHECK(book.num_lines == 1 && book.levels[0] == NS_LLM_LOG_INFO);
     CHECK(strstr(book.lines[0], "loaded demo (Qwen3ForCausalLM") != NULL && strstr(book.lines[0], "1 threads") != NULL);
+    ns_llm_model_info info = {.struct_size = sizeof info};
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_info(engine, &info));
+    CHECK(is(info.kv_dtype, "int8"));
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_health(engine));
 
     ns_llm_request requests[68];

@@ -11,17 +11,19 @@
 //! partition's result is then merged into the running one. Tiles of many queries only run several such chains side by
 //! side. A key that a query may not see is never multiplied in: its slot may hold anything, NaN too.
 //!
+//! Where keys and values have scales, the products are of the numbers without them: a score is multiplied by its key's
+//! scale once, and a weight, after it was summed up, by its value's.
+//!
 //! This file walks sequences, heads and partitions; the arithmetic of one partition is in `scalar`, `avx2`, ...
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use half::f16;
+use half::{bf16, f16};
 
 use crate::cpu::Cpu;
-use crate::cpu::kv_blocks::{CHUNK_TOKENS, KvBlocks, KvBlocksLayout, KvElement};
+use crate::cpu::kv_blocks::{CHUNK_TOKENS, KvBlocks, KvBlocksLayout, KvDtype, KvElement};
 use crate::cpu::linear::{Operand, OperandWriter};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// Keys that are visited at once. Part of the numerics: another value gives other bits.
@@ -80,6 +82,8 @@ pub struct AttentionBatch<'a> {
 pub(crate) struct AttentionKernels {
     pub(crate) f32: PartitionKernel<f32>,
     pub(crate) f16: PartitionKernel<f16>,
+    pub(crate) bf16: PartitionKernel<bf16>,
+    pub(crate) int8: PartitionKernel<i8>,
 }
 
 /// # Safety
@@ -99,8 +103,10 @@ pub fn paged_attention(
     batch.check(shape, kv.layout(), out)?;
     let step = AttentionStep { cpu, shape, layer_idx, batch, kv, out: out.writer() };
     match kv.layout().dtype {
-        DType::F32 => step.run(cpu.kernels().attention.f32),
-        _ => step.run(cpu.kernels().attention.f16),
+        KvDtype::F32 => step.run(cpu.kernels().attention.f32),
+        KvDtype::F16 => step.run(cpu.kernels().attention.f16),
+        KvDtype::Bf16 => step.run(cpu.kernels().attention.bf16),
+        KvDtype::Int8 => step.run(cpu.kernels().attention.int8),
     }
     Ok(())
 }
@@ -196,21 +202,23 @@ impl AttentionStep<'_> {
     /// Items are (kv head, sequence, chunk of queries), kv heads slowest: the shares of the threads are then of equal
     /// cost also when there is one long sequence, and a thread stays with its heads.
     fn run<E: KvElement>(&self, kernel: PartitionKernel<E>) {
-        let chunks = |sequence: &AttentionSequence| sequence.rows.len().div_ceil(self.item_queries());
-        let num_chunks: usize = self.batch.sequences.iter().map(chunks).sum();
+        let sequences = self.batch.sequences;
+        let item_queries = self.item_queries();
+        // Where each sequence's chunks begin: searching the sequences themselves for every item would take a time that
+        // grows with their square.
+        let mut first_chunks = Vec::with_capacity(sequences.len());
+        let mut num_chunks = 0;
+        for sequence in sequences {
+            first_chunks.push(num_chunks);
+            num_chunks += sequence.rows.len().div_ceil(item_queries);
+        }
         let run_items = |items: Range<usize>| {
             SCRATCH.with_borrow_mut(|scratch| {
                 for item in items {
-                    let (kv_head, mut chunk) = (item / num_chunks, item % num_chunks);
-                    for sequence in self.batch.sequences {
-                        match chunk.checked_sub(chunks(sequence)) {
-                            Some(rest) => chunk = rest,
-                            None => {
-                                self.attend(kernel, sequence, chunk, kv_head, scratch);
-                                break;
-                            }
-                        }
-                    }
+                    let (kv_head, chunk) = (item / num_chunks, item % num_chunks);
+                    // A sequence without rows begins where the next one does: the last one that has begun is meant.
+                    let idx = first_chunks.partition_point(|&first| first <= chunk) - 1;
+                    self.attend(kernel, &sequences[idx], chunk - first_chunks[idx], kv_head, scratch);
                 }
             });
         };
@@ -262,11 +270,17 @@ impl AttentionStep<'_> {
         let first_key = (item.first_position + 1).saturating_sub(item.window);
         let first_partition = first_key / PARTITION_TOKENS * PARTITION_TOKENS;
         let end = item.common_end.max(item.first_position + item.num_queries);
-        for start in (first_partition..end).step_by(PARTITION_TOKENS) {
-            let partition = Partition::<E>::gather(self.kv, self.layer_idx, kv_head, block_table, start);
+        let gather = |start| Partition::<E>::gather(self.kv, self.layer_idx, kv_head, block_table, start);
+        let mut partition = gather(first_partition);
+        for next_start in (first_partition + PARTITION_TOKENS..end).step_by(PARTITION_TOKENS) {
+            let next = gather(next_start);
+            partition.soon = Some((next.keys, next.values));
             // SAFETY: a `Cpu` holds only kernels of an instruction set that this machine has.
             unsafe { kernel(&item, &partition, scratch) };
+            partition = next;
         }
+        // SAFETY: as above.
+        unsafe { kernel(&item, &partition, scratch) };
         for row in 0..item.num_rows() {
             let column = (first_head + row % group) * shape.head_dim;
             let values = &scratch.finish_row(row)[..shape.head_dim];
@@ -325,6 +339,19 @@ pub(crate) struct Partition<'a, E> {
     /// Each `[16][value_stride]`.
     pub(crate) values: [&'a [E]; PARTITION_CHUNKS],
     pub(crate) value_stride: usize,
+    /// Of elements that have them.
+    pub(crate) scales: Option<Scales>,
+    /// Keys and values of the partition that will be read next, to be fetched while this one is computed.
+    pub(crate) soon: Option<PartitionChunks<'a, E>>,
+}
+
+/// Keys and values of the chunks of a partition.
+pub(crate) type PartitionChunks<'a, E> = ([&'a [E]; PARTITION_CHUNKS], [&'a [E]; PARTITION_CHUNKS]);
+
+/// Scales of the 64 keys and values of a partition, those of empty chunks zero.
+pub(crate) struct Scales {
+    pub(crate) keys: [Line; PARTITION_CHUNKS],
+    pub(crate) values: [Line; PARTITION_CHUNKS],
 }
 
 impl<'a, E: KvElement> Partition<'a, E> {
@@ -332,16 +359,23 @@ impl<'a, E: KvElement> Partition<'a, E> {
         let layout = kv.layout();
         let (key_stride, value_stride) = (layout.block_tokens, layout.value_stride());
         let (mut keys, mut values): ([&[E]; PARTITION_CHUNKS], [&[E]; PARTITION_CHUNKS]) = Default::default();
+        let zeros = [Line([0.0; 16]); PARTITION_CHUNKS];
+        let mut scales = (E::DTYPE == KvDtype::Int8).then_some(Scales { keys: zeros, values: zeros });
         for chunk in 0..PARTITION_CHUNKS {
             let token = start + chunk * CHUNK_TOKENS;
             let Some(&block_id) = block_table.get(token / layout.block_tokens) else { break };
             let head = &kv.elements::<E>()[layout.head_range(block_id as usize, layer_idx, kv_head)];
-            let (head_keys, head_values) = head.split_at(layout.keys_len());
+            let (head_keys, head_values) = head[..layout.scales_start()].split_at(layout.keys_len());
             let offset = token % layout.block_tokens;
             keys[chunk] = &head_keys[offset..];
             values[chunk] = &head_values[offset * value_stride..];
+            if let Some(scales) = &mut scales {
+                let (of_keys, of_values) = kv.scales(block_id as usize, layer_idx, kv_head);
+                scales.keys[chunk].0.copy_from_slice(&of_keys[offset..][..CHUNK_TOKENS]);
+                scales.values[chunk].0.copy_from_slice(&of_values[offset..][..CHUNK_TOKENS]);
+            }
         }
-        Partition { start, keys, key_stride, values, value_stride }
+        Partition { start, keys, key_stride, values, value_stride, scales, soon: None }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The hyperparameters of a GGUF file, said as `config.json` says them: one table of keys, and what only the tensors
 //! tell (a tied output matrix, biases, the size of the vocabulary, llama's stretched frequencies). Errors about a
-//! field name the key that it came from.
+//! field name the key that it came from. The form of GELU is in no key: GPT-2's and BERT's are those of their classes.
 
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
@@ -12,8 +12,8 @@ use super::metadata::{self, Metadata};
 use super::rope_factors::Stretching;
 use super::vocabulary;
 use crate::error::{Error, Result};
-use crate::loader::JsonFile;
 use crate::loader::stored::StoredTensor;
+use crate::loader::{JsonFile, PoolingMode, SentenceConfig};
 
 /// Architectures of the format that can be run. What the format calls `llama` includes Mistral.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,12 +21,17 @@ pub(super) enum Architecture {
     Llama,
     Qwen2,
     Qwen3,
+    Gpt2,
+    Bert,
 }
 
-const SUPPORTED: &str = "llama, qwen2, qwen3";
+const SUPPORTED: &str = "llama, qwen2, qwen3, gpt2, bert";
 
 /// Keys below the architecture's name, and the fields of `config.json` that they are.
-const FIELDS: &[(&str, &str)] = &[
+type Fields = &'static [(&'static str, &'static str)];
+
+/// Of Llama and its kin.
+const FIELDS: Fields = &[
     ("vocab_size", "vocab_size"),
     ("context_length", "max_position_embeddings"),
     ("embedding_length", "hidden_size"),
@@ -42,6 +47,29 @@ const FIELDS: &[(&str, &str)] = &[
     ("rope.scaling.factor", "rope_scaling.factor"),
 ];
 
+const GPT2_FIELDS: Fields = &[
+    ("vocab_size", "vocab_size"),
+    ("context_length", "n_positions"),
+    ("embedding_length", "n_embd"),
+    ("feed_forward_length", "n_inner"),
+    ("block_count", "n_layer"),
+    ("attention.head_count", "n_head"),
+    ("attention.layer_norm_epsilon", "layer_norm_epsilon"),
+];
+
+const BERT_FIELDS: Fields = &[
+    ("vocab_size", "vocab_size"),
+    ("context_length", "max_position_embeddings"),
+    ("embedding_length", "hidden_size"),
+    ("feed_forward_length", "intermediate_size"),
+    ("block_count", "num_hidden_layers"),
+    ("attention.head_count", "num_attention_heads"),
+    ("attention.layer_norm_epsilon", "layer_norm_eps"),
+];
+
+/// How many kinds of token types an encoder has; not below the architecture's name.
+const TOKEN_TYPE_COUNT: &str = "tokenizer.ggml.token_type_count";
+
 /// Keys that must not say anything but nothing: each changes what the model computes in a way that is not built.
 const REFUSED: &[&str] =
     &["expert_count", "rope.scale_linear", "attention.clamp_kqv", "attention.max_alibi_bias", "logit_scale"];
@@ -53,6 +81,8 @@ impl Architecture {
             "llama" => Ok(Architecture::Llama),
             "qwen2" => Ok(Architecture::Qwen2),
             "qwen3" => Ok(Architecture::Qwen3),
+            "gpt2" => Ok(Architecture::Gpt2),
+            "bert" => Ok(Architecture::Bert),
             other => Err(Error::UnknownArchitecture { name: other.to_string(), supported: SUPPORTED }),
         }
     }
@@ -63,8 +93,34 @@ impl Architecture {
             Architecture::Llama => "llama",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::Gpt2 => "gpt2",
+            Architecture::Bert => "bert",
         };
         format!("{name}.{suffix}")
+    }
+
+    /// Whether it is one of Llama and its kin: rotary positions, heads that may share keys.
+    fn is_kin_of_llama(self) -> bool {
+        !matches!(self, Architecture::Gpt2 | Architecture::Bert)
+    }
+
+    fn fields(self) -> Fields {
+        match self {
+            Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => FIELDS,
+            Architecture::Gpt2 => GPT2_FIELDS,
+            Architecture::Bert => BERT_FIELDS,
+        }
+    }
+
+    /// Name of the embedding of tokens, and the field of the number that norms add.
+    fn embedding_and_eps(self) -> (&'static str, &'static str) {
+        match self {
+            Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
+                ("model.embed_tokens.weight", "rms_norm_eps")
+            }
+            Architecture::Gpt2 => ("wte.weight", "layer_norm_epsilon"),
+            Architecture::Bert => ("embeddings.word_embeddings.weight", "layer_norm_eps"),
+        }
     }
 }
 
@@ -77,7 +133,7 @@ pub(super) fn model_config(
     let architecture = Architecture::of(metadata)?;
     refuse_unbuilt(metadata, architecture)?;
     let mut config = Translation::default();
-    for &(suffix, field) in FIELDS {
+    for &(suffix, field) in architecture.fields() {
         let key = architecture.key(suffix);
         config.set(field, metadata.json(&key)?, key);
     }
@@ -86,31 +142,61 @@ pub(super) fn model_config(
     {
         config.set(field, metadata.json(key)?, key.to_string());
     }
-    let has = |name: &str| tensors.contains_key(name);
+    let rows = |name: &str| match tensors.get(name)?.shape.as_slice() {
+        &[rows, _] => Some(rows),
+        _ => None,
+    };
+    let (embedding, eps) = architecture.embedding_and_eps();
     // Embeddings may have more rows than there are tokens; models go by the rows.
-    if let Some(&[rows, _]) = tensors.get("model.embed_tokens.weight").map(|tensor| tensor.shape.as_slice()) {
+    if let Some(rows) = rows(embedding) {
         vocabulary::fits(metadata, rows)?;
         config.fields.insert("vocab_size".to_string(), json!(rows));
     }
+    let has = |name: &str| tensors.contains_key(name);
     let class = match architecture {
         Architecture::Llama if config.fields.contains_key("sliding_window") => "MistralForCausalLM",
         Architecture::Llama => "LlamaForCausalLM",
         Architecture::Qwen2 => "Qwen2ForCausalLM",
         Architecture::Qwen3 => "Qwen3ForCausalLM",
+        Architecture::Gpt2 => "GPT2LMHeadModel",
+        Architecture::Bert => "BertModel",
     };
     config.fields.insert("architectures".to_string(), json!([class]));
-    // Unlike Qwen3's `config.json`, the format's own default is always the even share.
-    config.fields.entry("head_dim").or_insert(Json::Null);
     config.fields.insert("tie_word_embeddings".to_string(), json!(!has("lm_head.weight")));
-    config.fields.insert("attention_bias".to_string(), json!(has("model.layers.0.self_attn.q_proj.bias")));
-    config.fields.insert("mlp_bias".to_string(), json!(has("model.layers.0.mlp.gate_proj.bias")));
-    config.scale_rope(architecture, stretching)?;
-    for required in ["rms_norm_eps", "vocab_size"] {
+    if architecture.is_kin_of_llama() {
+        // Unlike Qwen3's `config.json`, the format's own default is always the even share.
+        config.fields.entry("head_dim").or_insert(Json::Null);
+        config.fields.insert("attention_bias".to_string(), json!(has("model.layers.0.self_attn.q_proj.bias")));
+        config.fields.insert("mlp_bias".to_string(), json!(has("model.layers.0.mlp.gate_proj.bias")));
+        config.scale_rope(architecture, stretching)?;
+    }
+    if architecture == Architecture::Bert {
+        let counted = metadata.json(TOKEN_TYPE_COUNT)?;
+        let counted = counted.or_else(|| rows("embeddings.token_type_embeddings.weight").map(Json::from));
+        config.set("type_vocab_size", counted, TOKEN_TYPE_COUNT.to_string());
+    }
+    for required in [eps, "vocab_size"] {
         if !config.fields.contains_key(required) {
             return Err(metadata::error(config.key_of(required), "is missing"));
         }
     }
     Ok(JsonFile::translated(metadata::FILE, config.fields, config.names))
+}
+
+/// What the files of sentence-transformers would say: how states become a vector.
+pub(super) fn sentence_config(metadata: &Metadata) -> Result<SentenceConfig> {
+    let key = Architecture::of(metadata)?.key("pooling_type");
+    let pooling = match metadata.integer(&key, u32::MAX.into())? {
+        None | Some(0) => None,
+        Some(1) => Some(PoolingMode::MeanTokens),
+        Some(2) => Some(PoolingMode::ClsToken),
+        Some(3) => Some(PoolingMode::LastToken),
+        Some(other) => {
+            let reason = format!("is {other}, which is not supported (supported: 0 none, 1 mean, 2 cls, 3 last)");
+            return Err(metadata::error(&key, reason));
+        }
+    };
+    Ok(SentenceConfig { pooling, ..SentenceConfig::default() })
 }
 
 /// Fields, and the keys that errors about them name.
@@ -178,14 +264,29 @@ fn refuse_unbuilt(metadata: &Metadata, architecture: Architecture) -> Result<()>
     if architecture != Architecture::Llama && metadata.has(&window) {
         return Err(metadata::error(&window, "is set, which is not supported for this architecture"));
     }
-    // The widths of a head's key, value and rotated part are one number here.
+    let (causal, is_encoder) = (architecture.key("attention.causal"), architecture == Architecture::Bert);
+    match metadata.boolean(&causal)? {
+        Some(value) if value == is_encoder => {
+            return Err(metadata::error(&causal, format!("is {value}, which is not supported for this architecture")));
+        }
+        _ => {}
+    }
+    refuse_uneven_heads(metadata, architecture)
+}
+
+/// The widths of a head's key, value and rotated part are one number here; in GPT-2 and BERT that is the even share,
+/// and each head has keys of its own.
+fn refuse_uneven_heads(metadata: &Metadata, architecture: Architecture) -> Result<()> {
     let size = |suffix: &str| metadata.integer(&architecture.key(suffix), u32::MAX.into());
-    let even_share = || {
-        let hidden = size("embedding_length").ok().flatten()?;
-        hidden.checked_div(size("attention.head_count").ok().flatten()?)
+    // What is missing or no number here is refused with the configuration.
+    let number = |suffix: &str| metadata.json(&architecture.key(suffix)).ok().flatten()?.as_u64();
+    let heads = number("attention.head_count");
+    let even_share = || number("embedding_length")?.checked_div(heads?);
+    let head_dim = match architecture.is_kin_of_llama() {
+        true => size("attention.key_length")?.or_else(even_share),
+        false => even_share(),
     };
-    let head_dim = size("attention.key_length")?.or_else(even_share);
-    for suffix in ["attention.value_length", "rope.dimension_count"] {
+    for suffix in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {
         match (size(suffix)?, head_dim) {
             (Some(other), Some(head_dim)) if other != head_dim => {
                 let reason = format!("is {other}, a head's keys have {head_dim}: different widths are not supported");
@@ -194,5 +295,12 @@ fn refuse_unbuilt(metadata: &Metadata, architecture: Architecture) -> Result<()>
             _ => {}
         }
     }
-    Ok(())
+    let kv_heads = metadata.json(&architecture.key("attention.head_count_kv"))?;
+    match kv_heads {
+        Some(kv_heads) if !architecture.is_kin_of_llama() && heads.is_some() && kv_heads.as_u64() != heads => {
+            let reason = format!("is {kv_heads}, which is not supported for this architecture: heads share no keys");
+            Err(metadata::error(&architecture.key("attention.head_count_kv"), reason))
+        }
+        _ => Ok(()),
+    }
 }

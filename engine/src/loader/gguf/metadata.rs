@@ -391,7 +391,8 @@ impl Metadata {
             Value::Unsigned(value) => Json::from(*value),
             Value::Signed(value) => Json::from(*value),
             Value::Float(value) => {
-                Json::Number(Number::from_f64(*value).ok_or_else(|| error(key, format!("is {value}, must be finite")))?)
+                let number = Number::from_f64(as_meant(*value));
+                Json::Number(number.ok_or_else(|| error(key, format!("is {value}, must be finite")))?)
             }
             Value::Bool(value) => Json::Bool(*value),
             Value::String(_) => Json::from(self.string(key)?.unwrap_or_default()),
@@ -409,6 +410,13 @@ impl Metadata {
         let converted = convert(value);
         converted.map(Some).ok_or_else(|| error(key, format!("is {}, must be {expected}", value.kind_name())))
     }
+}
+
+/// The shortest decimal number that is rounded to `value` where that is of single precision: what the configuration said
+/// from which a converter made it. Widened, an epsilon of 1e-12 would be below itself.
+fn as_meant(value: f64) -> f64 {
+    let single = value as f32;
+    if f64::from(single) == value { single.to_string().parse().unwrap_or(value) } else { value }
 }
 
 /// The entries of an array of numbers; an entry is `None` where it has no value.

@@ -18,7 +18,7 @@ use super::{GgufFile, name_in_file, names, vocabulary};
 use crate::config::MAX_SHARDS;
 use crate::error::{Error, Result};
 use crate::loader::stored::{RowOrder, StoredDtype, StoredTensor, WeightsFile};
-use crate::loader::{GenerationConfig, JsonFile, ModelFolder, Weights, io_error};
+use crate::loader::{GenerationConfig, JsonFile, ModelFolder, SentenceConfig, Weights, io_error};
 
 const SPLIT_COUNT: &str = "split.count";
 const SPLIT_NUMBER: &str = "split.no";
@@ -55,8 +55,9 @@ impl GgufModel {
             file,
             tensors,
         }));
-        for file in &mut files {
-            file.tensors.iter_mut().for_each(|tensor| tensor.name = names::name_in_model(&tensor.name));
+        let architecture = Architecture::of(&metadata)?;
+        for tensor in files.iter_mut().flat_map(|file| &mut file.tensors) {
+            tensor.name = names::name_in_model(architecture, &tensor.name);
         }
         let mut model = GgufModel { metadata, files, stretching: None };
         model.set_row_orders()?;
@@ -76,6 +77,11 @@ impl GgufModel {
         Ok(GenerationConfig { eos_token_ids: vocabulary::end_tokens(&self.metadata)?, ..GenerationConfig::default() })
     }
 
+    /// What the files of sentence-transformers would say.
+    pub fn sentence_config(&self) -> Result<SentenceConfig> {
+        config::sentence_config(&self.metadata)
+    }
+
     /// What `tokenizer_config.json` would say.
     pub fn tokenizer_config(&self) -> Result<JsonFile> {
         vocabulary::tokenizer_config(&self.metadata)
@@ -93,7 +99,9 @@ impl GgufModel {
 
     /// The tensors of all files, by the names that models have for them.
     pub fn weights(self) -> Result<Weights> {
+        let is_gpt2 = Architecture::of(&self.metadata)? == Architecture::Gpt2;
         let mut weights = Weights::from_files(self.files, name_in_file)?;
+        weights.conv1d_is_linear = is_gpt2;
         if self.stretching.is_some() {
             weights.ignore(rope_factors::TENSOR);
         }

@@ -9,7 +9,7 @@ use super::metadata::{self, Metadata};
 use crate::error::Result;
 
 const KEY: &str = "tokenizer.ggml.pre";
-const SUPPORTED: &str = "default, gpt-2, llama-bpe, qwen2, smollm";
+const SUPPORTED: &str = "default, gpt-2, llama-bpe, qwen2, smollm, tekken, deepseek-llm, deepseek-coder";
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const DIGIT: &str = r"\p{N}";
@@ -17,6 +17,12 @@ const DIGITS_TOGETHER: &str = r"\p{N}+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LINE_ENDS: &str = r"[\r\n]";
+/// Letters that have a case.
+const DEEPSEEK_LETTERS: &str = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+";
+const DEEPSEEK_MARKS: &str = r"\s?[!-/:-~！-／：-～‘-‟　-。]+";
+const DEEPSEEK_IDEOGRAPHS: &str = r"[一-龥ࠀ-一가-퟿]+";
 
 /// Ways of cutting that are known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,9 +33,24 @@ pub(super) enum PreTokenizer {
     Llama3,
     Qwen2,
     SmolLm,
+    /// Mistral's, since Nemo: words end where small letters are followed by capitals.
+    Tekken,
+    DeepSeekLlm,
+    DeepSeekCoder,
 }
 
 impl PreTokenizer {
+    const ALL: [PreTokenizer; 8] = [
+        PreTokenizer::Default,
+        PreTokenizer::Gpt2,
+        PreTokenizer::Llama3,
+        PreTokenizer::Qwen2,
+        PreTokenizer::SmolLm,
+        PreTokenizer::Tekken,
+        PreTokenizer::DeepSeekLlm,
+        PreTokenizer::DeepSeekCoder,
+    ];
+
     pub(super) fn of(metadata: &Metadata) -> Result<PreTokenizer> {
         match metadata.string(KEY)?.unwrap_or("default") {
             "default" => Ok(PreTokenizer::Default),
@@ -37,6 +58,9 @@ impl PreTokenizer {
             "llama-bpe" | "llama3" | "llama-v3" => Ok(PreTokenizer::Llama3),
             "qwen2" | "deepseek-r1-qwen" => Ok(PreTokenizer::Qwen2),
             "smollm" => Ok(PreTokenizer::SmolLm),
+            "tekken" => Ok(PreTokenizer::Tekken),
+            "deepseek-llm" => Ok(PreTokenizer::DeepSeekLlm),
+            "deepseek-coder" => Ok(PreTokenizer::DeepSeekCoder),
             other => {
                 let reason = format!("is {other:?}, which is not supported (supported: {SUPPORTED})");
                 Err(metadata::error(KEY, reason))
@@ -48,8 +72,7 @@ impl PreTokenizer {
     pub(super) fn recognise(pre_tokenizer: &Json) -> Option<PreTokenizer> {
         let mut found = Vec::new();
         expressions(pre_tokenizer, &mut found)?;
-        use PreTokenizer::*;
-        [Default, Gpt2, Llama3, Qwen2, SmolLm].into_iter().find(|known| known.expressions() == found)
+        PreTokenizer::ALL.into_iter().find(|known| known.expressions() == found)
     }
 
     /// As [`KEY`] has it.
@@ -60,17 +83,20 @@ impl PreTokenizer {
             PreTokenizer::Llama3 => "llama-bpe",
             PreTokenizer::Qwen2 => "qwen2",
             PreTokenizer::SmolLm => "smollm",
+            PreTokenizer::Tekken => "tekken",
+            PreTokenizer::DeepSeekLlm => "deepseek-llm",
+            PreTokenizer::DeepSeekCoder => "deepseek-coder",
         }
     }
 
     /// Whether a prompt begins with the token of that role when the file does not say.
     pub(super) fn adds_bos(self) -> bool {
-        self == PreTokenizer::Llama3
+        matches!(self, PreTokenizer::Llama3 | PreTokenizer::Tekken)
     }
 
     /// Whether a word that is a token is taken whole.
     pub(super) fn ignores_merges(self) -> bool {
-        self == PreTokenizer::Llama3
+        matches!(self, PreTokenizer::Llama3 | PreTokenizer::Tekken)
     }
 
     /// `normalizer` of `tokenizer.json`: Qwen composes characters.
@@ -94,6 +120,11 @@ impl PreTokenizer {
             PreTokenizer::Llama3 => &[LLAMA3],
             PreTokenizer::Qwen2 => &[QWEN2],
             PreTokenizer::SmolLm => &[DIGIT, GPT2],
+            PreTokenizer::Tekken => &[TEKKEN],
+            PreTokenizer::DeepSeekLlm => {
+                &[LINE_ENDS, DEEPSEEK_LETTERS, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_IDEOGRAPHS, DIGIT]
+            }
+            PreTokenizer::DeepSeekCoder => &[LINE_ENDS, r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_IDEOGRAPHS, DIGIT],
         }
     }
 }
@@ -135,14 +166,20 @@ mod tests {
     #[test]
     fn ways_to_cut_are_recognised() {
         use PreTokenizer::*;
-        for known in [Default, Gpt2, Llama3, Qwen2, SmolLm] {
+        for known in PreTokenizer::ALL {
             assert_eq!(PreTokenizer::recognise(&known.json()), Some(known));
+            let mut metadata = Metadata::default();
+            metadata.set(KEY, known.name());
+            assert_eq!(PreTokenizer::of(&metadata).expect(known.name()), known);
         }
         let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
         let digits = json!({"type": "Digits", "individual_digits": true});
         let smollm = json!({"type": "Sequence", "pretokenizers": [digits, byte_level]});
         assert_eq!(PreTokenizer::recognise(&byte_level), Some(Gpt2));
         assert_eq!(PreTokenizer::recognise(&smollm), Some(SmolLm));
+        let mut deepseek = DeepSeekLlm.json();
+        deepseek["pretokenizers"][5] = digits.clone();
+        assert_eq!(PreTokenizer::recognise(&deepseek), Some(DeepSeekLlm));
         for unknown in [
             json!(null),
             json!({"type": "Whitespace"}),
@@ -164,6 +201,9 @@ mod tests {
             (PreTokenizer::Qwen2, "It|'s| |1|2|3|4|5| foo|!!\n| | x"),
             (PreTokenizer::SmolLm, "It|'s| |1|2|3|4|5| foo|!!|\n | x"),
             (PreTokenizer::Default, "It|'|s| |123|45| foo|!!|\n | x"),
+            (PreTokenizer::Tekken, "It|'s| |1|2|3|4|5| foo|!!\n| | x"),
+            (PreTokenizer::DeepSeekLlm, "It|'|s| |1|2|3|4|5| foo|!!|\n| | x"),
+            (PreTokenizer::DeepSeekCoder, "It|'|s| |1|2|3|4|5| foo|!!|\n| | x"),
         ] {
             let pre_tokenizer: PreTokenizerWrapper = serde_json::from_value(name.json()).unwrap();
             let mut text = PreTokenizedString::from("It's 12345 foo!!\n  x");

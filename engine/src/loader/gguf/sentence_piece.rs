@@ -5,11 +5,10 @@
 
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
-use std::collections::BTreeMap;
-
 use serde_json::{Value as Json, json};
 
 use super::metadata;
+use super::vocabulary::Vocab;
 use crate::config::MAX_PIECE_BYTES;
 use crate::error::Result;
 
@@ -18,7 +17,7 @@ use crate::error::Result;
 pub(super) fn merges<'a>(
     key: &str,
     pieces: impl Iterator<Item = (u32, &'a str, f64)>,
-    vocab: &BTreeMap<&str, u32>,
+    vocab: &Vocab<'_>,
 ) -> Result<Vec<(&'a str, &'a str)>> {
     let mut ranked = Vec::new();
     for (id, piece, score) in pieces {
@@ -28,7 +27,7 @@ pub(super) fn merges<'a>(
         }
         // The first cut leaves nothing on the left, which is no token.
         let cuts = piece.char_indices().rev().map(|(at, _)| piece.split_at(at));
-        let pairs = cuts.filter(|(left, right)| vocab.contains_key(left) && vocab.contains_key(right));
+        let pairs = cuts.filter(|(left, right)| vocab.contains_key(*left) && vocab.contains_key(*right));
         ranked.extend(pairs.map(|pair| (score, pair)));
     }
     // Stable: pairs of one token stay in their order.

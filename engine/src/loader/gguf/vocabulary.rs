@@ -1,12 +1,13 @@
 //! The vocabulary of a GGUF file, said as `tokenizer.json` and `tokenizer_config.json` say it. Every index and every
 //! pair is checked here, so that errors name the key and the entry.
 //!
-//! Two kinds are read. Byte-level vocabularies (Radford et al. 2019) have merges; how text is cut into words before
+//! Three kinds are read. Byte-level vocabularies (Radford et al. 2019) have merges; how text is cut into words before
 //! merging is not in the file, which has the name of a known tokenizer instead (`gguf/pre_tokenizer.rs`).
-//! SentencePiece's have scores (`gguf/sentence_piece.rs`).
+//! SentencePiece's have scores (`gguf/sentence_piece.rs`). BERT's word pieces have neither (`gguf/word_piece.rs`).
 
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::Serialize;
@@ -14,7 +15,7 @@ use serde_json::{Value as Json, json};
 
 use super::metadata::{self, FILE, Metadata, Strings};
 use super::pre_tokenizer::PreTokenizer;
-use super::sentence_piece;
+use super::{sentence_piece, word_piece};
 use crate::config::{MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES, MAX_TOKEN_IDS};
 use crate::error::Result;
 use crate::loader::JsonFile;
@@ -37,6 +38,7 @@ const END_OF_TURN: &[&str] =
 enum Kind {
     ByteLevel,
     SentencePiece,
+    WordPiece,
 }
 
 impl Kind {
@@ -44,8 +46,9 @@ impl Kind {
         match metadata.string(MODEL)?.ok_or_else(|| metadata::error(MODEL, "is missing"))? {
             "gpt2" => Ok(Kind::ByteLevel),
             "llama" => Ok(Kind::SentencePiece),
+            "bert" => Ok(Kind::WordPiece),
             other => {
-                let reason = format!("is {other:?}, which is not supported (supported: \"gpt2\", \"llama\")");
+                let reason = format!("is {other:?}, which is not supported (supported: \"gpt2\", \"llama\", \"bert\")");
                 Err(metadata::error(MODEL, reason))
             }
         }
@@ -54,7 +57,7 @@ impl Kind {
 
 /// What the file says a token is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TokenType {
+pub(super) enum TokenType {
     Normal,
     /// A single byte of a character that is no token.
     Byte,
@@ -66,8 +69,11 @@ enum TokenType {
     Unused,
 }
 
+/// Texts of tokens as `tokenizer.json` has them, and their ids.
+pub(super) type Vocab<'a> = BTreeMap<Cow<'a, str>, u32>;
+
 /// Tokens with their types.
-struct Vocabulary<'a> {
+pub(super) struct Vocabulary<'a> {
     tokens: Vec<&'a str>,
     types: Vec<TokenType>,
 }
@@ -99,12 +105,23 @@ impl<'a> Vocabulary<'a> {
 
     /// The text of the token that `key` names by its id.
     fn named(&self, metadata: &Metadata, key: &str) -> Result<Option<&'a str>> {
+        Ok(self.id_and_text(metadata, key)?.map(|(_, token)| token))
+    }
+
+    /// Id and text of the token that `key` names.
+    pub(super) fn id_and_text(&self, metadata: &Metadata, key: &str) -> Result<Option<(u32, &'a str)>> {
         let max = self.tokens.len().saturating_sub(1).try_into().unwrap_or(u64::MAX);
         let Some(id) = metadata.integer(key, max)? else { return Ok(None) };
-        match self.used().find(|(used, _, _)| u64::from(*used) == id) {
-            Some((_, token, _)) => Ok(Some(token)),
+        match self.with_id(id) {
+            Some(token) => Ok(Some(token)),
             None => Err(metadata::error(key, format!("is {id}, a token that is empty or said to be unused"))),
         }
+    }
+
+    /// Id and text of the token `id`, if text can become it.
+    pub(super) fn with_id(&self, id: u64) -> Option<(u32, &'a str)> {
+        let found = self.used().find(|(used, _, _)| u64::from(*used) == id);
+        found.map(|(id, token, _)| (id, token))
     }
 }
 
@@ -143,6 +160,7 @@ pub(super) fn fits(metadata: &Metadata, rows: usize) -> Result<()> {
 
 /// `tokenizer_config.json`.
 pub(super) fn tokenizer_config(metadata: &Metadata) -> Result<JsonFile> {
+    let kind = Kind::of(metadata)?;
     let vocabulary = Vocabulary::read(metadata)?;
     let mut config = serde_json::Map::new();
     for (key, name) in [
@@ -154,11 +172,13 @@ pub(super) fn tokenizer_config(metadata: &Metadata) -> Result<JsonFile> {
         let token = vocabulary.named(metadata, key)?;
         config.extend(token.map(|token| (name.to_string(), json!(token))));
     }
-    let by_default = config.contains_key("bos_token")
-        && match Kind::of(metadata)? {
-            Kind::ByteLevel => PreTokenizer::of(metadata)?.adds_bos(),
-            Kind::SentencePiece => true,
-        };
+    if kind == Kind::WordPiece {
+        // What goes around a text is in `tokenizer.json`; an encoder has no template.
+        config.extend(word_piece::Frame::of(metadata, &vocabulary)?.names());
+        return Ok(JsonFile::translated(FILE, config, BTreeMap::new()));
+    }
+    let by_default =
+        config.contains_key("bos_token") && (kind == Kind::SentencePiece || PreTokenizer::of(metadata)?.adds_bos());
     for (key, name, token, default) in [
         ("tokenizer.ggml.add_bos_token", "add_bos_token", "bos_token", by_default),
         ("tokenizer.ggml.add_eos_token", "add_eos_token", "eos_token", false),
@@ -200,24 +220,25 @@ pub(super) fn end_tokens(metadata: &Metadata) -> Result<Vec<u32>> {
 pub(super) fn tokenizer_json(metadata: &Metadata) -> Result<Vec<u8>> {
     let kind = Kind::of(metadata)?;
     let vocabulary = Vocabulary::read(metadata)?;
-    let mut vocab: BTreeMap<&str, u32> = BTreeMap::new();
-    for (id, token, _) in vocabulary.used() {
-        if let Some(first) = vocab.insert(token, id) {
+    let mut vocab = Vocab::new();
+    for (id, token, token_type) in vocabulary.used() {
+        let text = match kind {
+            Kind::ByteLevel | Kind::SentencePiece => Cow::Borrowed(token),
+            Kind::WordPiece => word_piece::text(token, token_type),
+        };
+        if let Some(first) = vocab.insert(text, id) {
             return Err(metadata::error(TOKENS, format!("has {token:?} twice, at {first} and {id}")));
         }
     }
     let file = match kind {
         Kind::ByteLevel => byte_level(metadata, &vocabulary, vocab)?,
         Kind::SentencePiece => scored(metadata, &vocabulary, vocab)?,
+        Kind::WordPiece => word_pieces(metadata, &vocabulary, vocab)?,
     };
     serde_json::to_vec(&file).map_err(|e| metadata::error(TOKENS, e.to_string()))
 }
 
-fn byte_level<'a>(
-    metadata: &'a Metadata,
-    vocabulary: &Vocabulary<'a>,
-    vocab: BTreeMap<&'a str, u32>,
-) -> Result<TokenizerFile<'a>> {
+fn byte_level<'a>(metadata: &'a Metadata, vocabulary: &Vocabulary<'a>, vocab: Vocab<'a>) -> Result<TokenizerFile<'a>> {
     let pre_tokenizer = PreTokenizer::of(metadata)?;
     let merges = merges(required_strings(metadata, MERGES)?, &vocab)?;
     Ok(TokenizerFile {
@@ -225,10 +246,9 @@ fn byte_level<'a>(
         added_tokens: vocabulary.used().filter_map(AddedToken::new).collect(),
         normalizer: pre_tokenizer.normalizer(),
         pre_tokenizer: pre_tokenizer.json(),
-        post_processor: (),
+        post_processor: Json::Null,
         decoder: json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
-        model: Bpe {
-            kind: "BPE",
+        model: Model::Bpe {
             unk_token: None,
             fuse_unk: false,
             byte_fallback: false,
@@ -239,11 +259,7 @@ fn byte_level<'a>(
     })
 }
 
-fn scored<'a>(
-    metadata: &'a Metadata,
-    vocabulary: &Vocabulary<'a>,
-    vocab: BTreeMap<&'a str, u32>,
-) -> Result<TokenizerFile<'a>> {
+fn scored<'a>(metadata: &'a Metadata, vocabulary: &Vocabulary<'a>, vocab: Vocab<'a>) -> Result<TokenizerFile<'a>> {
     let scores = metadata.floats(SCORES, vocabulary.tokens.len())?;
     let scores = scores.ok_or_else(|| metadata::error(SCORES, "is missing"))?;
     let score = |id: u32| scores.get(usize::try_from(id).ok()?).copied();
@@ -256,10 +272,9 @@ fn scored<'a>(
         added_tokens: vocabulary.used().filter_map(AddedToken::new).collect(),
         normalizer: sentence_piece::normalizer(add_space_prefix),
         pre_tokenizer: Json::Null,
-        post_processor: (),
+        post_processor: Json::Null,
         decoder: sentence_piece::decoder(add_space_prefix),
-        model: Bpe {
-            kind: "BPE",
+        model: Model::Bpe {
             unk_token: vocabulary.named(metadata, UNKNOWN)?,
             fuse_unk: true,
             byte_fallback: true,
@@ -270,8 +285,26 @@ fn scored<'a>(
     })
 }
 
+fn word_pieces<'a>(metadata: &'a Metadata, vocabulary: &Vocabulary<'a>, vocab: Vocab<'a>) -> Result<TokenizerFile<'a>> {
+    let frame = word_piece::Frame::of(metadata, vocabulary)?;
+    Ok(TokenizerFile {
+        version: "1.0",
+        added_tokens: vocabulary.used().filter_map(AddedToken::new).collect(),
+        normalizer: word_piece::normalizer(metadata)?,
+        pre_tokenizer: json!({"type": "BertPreTokenizer"}),
+        post_processor: frame.post_processor(),
+        decoder: json!({"type": "WordPiece", "prefix": word_piece::CONTINUING, "cleanup": true}),
+        model: Model::WordPiece {
+            unk_token: frame.unknown(),
+            continuing_subword_prefix: word_piece::CONTINUING,
+            max_input_chars_per_word: word_piece::MAX_WORD_CHARS,
+            vocab,
+        },
+    })
+}
+
 /// Pairs of tokens that become one, most frequent first; all three are in the vocabulary.
-fn merges<'a>(strings: &'a Strings, vocab: &BTreeMap<&str, u32>) -> Result<Vec<(&'a str, &'a str)>> {
+fn merges<'a>(strings: &'a Strings, vocab: &Vocab<'_>) -> Result<Vec<(&'a str, &'a str)>> {
     let mut merges = Vec::new();
     let mut merged = String::new();
     for (idx, bytes) in strings.iter().enumerate() {
@@ -285,7 +318,7 @@ fn merges<'a>(strings: &'a Strings, vocab: &BTreeMap<&str, u32>) -> Result<Vec<(
         merged.clear();
         merged.push_str(left);
         merged.push_str(right);
-        if let Some(unknown) = [left, right, &merged].into_iter().find(|token| !vocab.contains_key(token)) {
+        if let Some(unknown) = [left, right, &merged].into_iter().find(|token| !vocab.contains_key(*token)) {
             return refuse(format!("needs the token {unknown:?}, which is not in the vocabulary"));
         }
         merges.push((left, right));
@@ -300,22 +333,31 @@ struct TokenizerFile<'a> {
     added_tokens: Vec<AddedToken<'a>>,
     normalizer: Json,
     pre_tokenizer: Json,
-    post_processor: (),
+    post_processor: Json,
     decoder: Json,
-    model: Bpe<'a>,
+    model: Model<'a>,
 }
 
 #[derive(Serialize)]
-struct Bpe<'a> {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    unk_token: Option<&'a str>,
-    fuse_unk: bool,
-    /// Whether a word that is a token is taken whole, however it would be merged.
-    ignore_merges: bool,
-    byte_fallback: bool,
-    vocab: BTreeMap<&'a str, u32>,
-    merges: Vec<(&'a str, &'a str)>,
+#[serde(tag = "type")]
+enum Model<'a> {
+    #[serde(rename = "BPE")]
+    Bpe {
+        unk_token: Option<&'a str>,
+        fuse_unk: bool,
+        /// Whether a word that is a token is taken whole, however it would be merged.
+        ignore_merges: bool,
+        byte_fallback: bool,
+        vocab: Vocab<'a>,
+        merges: Vec<(&'a str, &'a str)>,
+    },
+    WordPiece {
+        unk_token: &'a str,
+        continuing_subword_prefix: &'static str,
+        /// A longer word is unknown.
+        max_input_chars_per_word: usize,
+        vocab: Vocab<'a>,
+    },
 }
 
 /// A token that is found in a text before it is split into words.

@@ -8,17 +8,17 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::math::exp;
 use super::{LANES, first_lanes};
 use crate::cpu::attention::{
-    AttentionItem, AttentionKernels, Line, PARTITION_CHUNKS, PARTITION_TOKENS, Partition, Scratch,
+    AttentionItem, AttentionKernels, Line, PARTITION_CHUNKS, PARTITION_TOKENS, Partition, Scales, Scratch,
 };
 use crate::cpu::kv_blocks::{CHUNK_TOKENS, KvElement};
 
 /// The AVX-512 kernels.
-pub(crate) const KERNELS: AttentionKernels = AttentionKernels { f32: attend, f16: attend };
+pub(crate) const KERNELS: AttentionKernels = AttentionKernels { f32: attend, f16: attend, bf16: attend, int8: attend };
 
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
@@ -52,6 +52,25 @@ impl Load for f16 {
     }
 }
 
+impl Load for bf16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn load(lanes: __mmask16, elements: *const bf16) -> __m512 {
+        // SAFETY: promised by the caller; a bf16 is its 16 bits.
+        let upper_halves = _mm512_cvtepu16_epi32(unsafe { _mm256_maskz_loadu_epi16(lanes, elements.cast()) });
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(upper_halves))
+    }
+}
+
+impl Load for i8 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn load(lanes: __mmask16, elements: *const i8) -> __m512 {
+        // SAFETY: promised by the caller.
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(unsafe { _mm_maskz_loadu_epi8(lanes, elements) }))
+    }
+}
+
 const ALL_LANES: __mmask16 = __mmask16::MAX;
 
 /// Softmax-weighted sum of the values that each row of `item` sees in `partition`, merged into `scratch`.
@@ -64,7 +83,7 @@ fn attend<E: Load>(item: &AttentionItem<'_>, partition: &Partition<'_, E>, scrat
     score_rows(item, partition, rows.clone(), scratch);
     for row in rows.clone() {
         let visible = item.visible(row, partition.start);
-        let (max, sum) = exponentials(&mut scratch.scores[row], visible, item.scale);
+        let (max, sum) = exponentials(&mut scratch.scores[row], visible, item.scale, partition.scales.as_ref());
         scratch.rows[row].merge(max, sum, |x| exp_one(x));
     }
     value_rows(item, partition, rows, scratch);
@@ -172,28 +191,46 @@ impl<E: Load> ScoreTile<'_, '_, E> {
     }
 }
 
-/// Turns the scores of the visible keys into exponentials of their distance to the largest, all others into zeros;
-/// returns the largest score and the sum of the exponentials.
+/// Turns the scores of the visible keys into exponentials of their distance to the largest, times the scales of the
+/// values, all others into zeros; returns the largest score and the sum of the exponentials.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn exponentials(scores: &mut [Line; PARTITION_CHUNKS], visible: Range<usize>, scale: f32) -> (f32, f32) {
+fn exponentials(
+    scores: &mut [Line; PARTITION_CHUNKS],
+    visible: Range<usize>,
+    scale: f32,
+    scales: Option<&Scales>,
+) -> (f32, f32) {
     const { assert!(PARTITION_TOKENS == u64::BITS as usize) };
     let lanes = (u64::MAX << visible.start) & (u64::MAX >> (PARTITION_TOKENS - visible.end));
     let lanes: [__mmask16; PARTITION_CHUNKS] = std::array::from_fn(|chunk| (lanes >> (chunk * LANES)) as __mmask16);
     let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
     let mut score = [lowest; PARTITION_CHUNKS];
-    for ((score, line), &lanes) in score.iter_mut().zip(&*scores).zip(&lanes) {
-        // SAFETY: a line holds 16 floats.
-        let raw = unsafe { _mm512_loadu_ps(line.0.as_ptr()) };
-        *score = _mm512_mask_mul_ps(lowest, lanes, raw, _mm512_set1_ps(scale));
+    for (chunk, (score, line)) in score.iter_mut().zip(&*scores).enumerate() {
+        let factor = match scales {
+            None => _mm512_set1_ps(scale),
+            Some(scales) => _mm512_mul_ps(load_line(&scales.keys[chunk]), _mm512_set1_ps(scale)),
+        };
+        *score = _mm512_mask_mul_ps(lowest, lanes[chunk], load_line(line), factor);
     }
     let max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(score[0], score[1]), _mm512_max_ps(score[2], score[3])));
-    for ((score, line), &lanes) in score.iter_mut().zip(scores).zip(&lanes) {
-        *score = _mm512_maskz_mov_ps(lanes, exp(_mm512_sub_ps(*score, _mm512_set1_ps(max))));
-        // SAFETY: as above.
-        unsafe { _mm512_storeu_ps(line.0.as_mut_ptr(), *score) };
+    for (chunk, (score, line)) in score.iter_mut().zip(scores).enumerate() {
+        *score = _mm512_maskz_mov_ps(lanes[chunk], exp(_mm512_sub_ps(*score, _mm512_set1_ps(max))));
+        let weight = match scales {
+            None => *score,
+            Some(scales) => _mm512_maskz_mul_ps(lanes[chunk], *score, load_line(&scales.values[chunk])),
+        };
+        // SAFETY: a line holds 16 floats.
+        unsafe { _mm512_storeu_ps(line.0.as_mut_ptr(), weight) };
     }
     let sum = _mm512_add_ps(_mm512_add_ps(score[0], score[1]), _mm512_add_ps(score[2], score[3]));
     (max, _mm512_reduce_add_ps(sum))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn load_line(line: &Line) -> __m512 {
+    // SAFETY: a line holds 16 floats.
+    unsafe { _mm512_loadu_ps(line.0.as_ptr()) }
 }
 
 #[inline]

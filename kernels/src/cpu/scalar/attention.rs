@@ -5,7 +5,7 @@ use crate::cpu::attention::{AttentionItem, AttentionKernels, Line, Partition, Sc
 use crate::cpu::kv_blocks::{CHUNK_TOKENS, KvElement};
 
 /// The portable kernels.
-pub(crate) const KERNELS: AttentionKernels = AttentionKernels { f32: attend, f16: attend };
+pub(crate) const KERNELS: AttentionKernels = AttentionKernels { f32: attend, f16: attend, bf16: attend, int8: attend };
 
 /// Softmax-weighted sum of the values that each row of `item` sees in `partition`, merged into `scratch`.
 fn attend<E: KvElement>(item: &AttentionItem<'_>, partition: &Partition<'_, E>, scratch: &mut Scratch) {
@@ -23,13 +23,17 @@ fn attend<E: KvElement>(item: &AttentionItem<'_>, partition: &Partition<'_, E>, 
             for (d, &x) in q.iter().enumerate() {
                 score += x * keys[d * partition.key_stride + lane].to_f32();
             }
-            weights[key] = score * item.scale;
+            let key_scale = partition.scales.as_ref().map_or(1.0, |scales| Line::floats(&scales.keys)[key]);
+            weights[key] = score * (key_scale * item.scale);
             max = if weights[key] > max { weights[key] } else { max };
         }
         let mut sum = 0.0;
         for key in visible.clone() {
             weights[key] = exp(weights[key] - max);
             sum += weights[key];
+            if let Some(scales) = &partition.scales {
+                weights[key] *= Line::floats(&scales.values)[key];
+            }
         }
         let state = &mut scratch.rows[row];
         state.merge(max, sum, exp);

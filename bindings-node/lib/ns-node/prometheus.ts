@@ -1,0 +1,97 @@
+/**
+ * What the engines of this process do, as Prometheus reads it (text format 0.0.4). Names, units and buckets are those that
+ * vLLM's dashboards know, with `ns_llm:` for `vllm:`; four gauges keep the names that the server's own alerts use.
+ */
+
+import type { Engine, Stats } from '../engine.js';
+import type { Histogram } from './histogram.js';
+import { state } from './shared_state.js';
+
+/** The `Content-Type` of {@link prometheusText}. */
+export const PROMETHEUS_CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8';
+
+const PREFIX = 'ns_llm:';
+
+type Kind = 'counter' | 'gauge' | 'histogram';
+type Family = readonly [name: string, kind: Kind, help: string, value: (stats: Stats) => number];
+
+/** Of each model that is loaded. */
+const OF_MODELS: readonly Family[] = [
+  ['num_requests_running', 'gauge', 'Sequences that are being computed.', (stats) => stats.numRequestsRunning],
+  ['num_requests_waiting', 'gauge', 'Sequences that wait.', (stats) => stats.numRequestsWaiting],
+  ['kv_cache_usage_perc', 'gauge', 'Share of the KV blocks that live sequences hold, 0 to 1.', kvUsage],
+  ['prompt_tokens_total', 'counter', 'Prompt tokens of admitted requests.', (stats) => stats.promptTokensTotal],
+  ['generation_tokens_total', 'counter', 'Tokens produced.', (stats) => stats.generationTokensTotal],
+  ['prefix_cache_queries_total', 'counter', 'Prompt tokens that were looked for in the prefix cache.', (stats) => stats.prefixCacheQueriesTotal],
+  ['prefix_cache_hits_total', 'counter', 'Prompt tokens that were found there.', (stats) => stats.prefixCacheHitsTotal],
+  ['num_preemptions_total', 'counter', 'Sequences that lost their blocks and were computed again.', (stats) => stats.preemptionsTotal],
+  ['request_success_total', 'counter', 'Requests that ended by themselves.', (stats) => stats.requestsFinished],
+];
+
+/** The text for a route such as `/metrics`; to be sent as it is, not as JSON. */
+export function prometheusText(): string {
+  const { engines, operations, gpus } = state;
+  // For the next answer: a look at the devices takes its time, off this thread.
+  void gpus.refresh();
+  const models = byName(engines.open());
+  const lines: string[] = [];
+  for (const [name, kind, help, value] of OF_MODELS) {
+    lines.push(...head(PREFIX + name, kind, help));
+    for (const [model, stats] of models) {
+      lines.push(`${PREFIX}${name}{model_name="${escaped(model)}"} ${sum(stats.map(value))}`);
+    }
+  }
+  const { timeToFirstToken, interToken, endToEnd } = operations.seconds;
+  lines.push(...histogram('time_to_first_token_seconds', 'From the start of a generation to its first token.', timeToFirstToken));
+  lines.push(...histogram('inter_token_latency_seconds', 'Mean time between two tokens of a generation.', interToken));
+  lines.push(...histogram('e2e_request_latency_seconds', 'From the start of a generation to its end.', endToEnd));
+  const waiting = sum(models.flatMap(([, stats]) => stats.map(({ numRequestsWaiting }) => numRequestsWaiting)));
+  const gauges = [
+    ['request_queue_depth', 'Sequences that wait.', waiting],
+    ['active_requests', 'Operations that are going on.', operations.active],
+    ['avg_latency_ms', 'Mean time of all operations since the start.', operations.latency().avg],
+    ['gpu_utilization', 'Percent, the mean over all devices; 0 without one.', gpus.utilization()],
+  ] as const;
+  for (const [name, help, value] of gauges) {
+    lines.push(...head(name, 'gauge', help), `${name} ${value}`);
+  }
+  return `${lines.join('\n')}\n`;
+}
+
+/** Engines of one name, from folders of that name, are one line: no two lines may have the same labels. */
+function byName(engines: readonly Engine[]): [string, Stats[]][] {
+  const models = new Map<string, Stats[]>();
+  for (const engine of engines) {
+    const { name } = engine.info;
+    models.set(name, [...(models.get(name) ?? []), engine.stats()]);
+  }
+  return [...models];
+}
+
+function histogram(name: string, help: string, values: Histogram): string[] {
+  const counts = values.cumulative();
+  const total = counts.at(-1)!;
+  return [
+    ...head(PREFIX + name, 'histogram', help),
+    ...values.bounds.map((bound, idx) => `${PREFIX}${name}_bucket{le="${bound}"} ${counts[idx]}`),
+    `${PREFIX}${name}_bucket{le="+Inf"} ${total}`,
+    `${PREFIX}${name}_sum ${values.sum}`,
+    `${PREFIX}${name}_count ${total}`,
+  ];
+}
+
+function head(name: string, kind: Kind, help: string): string[] {
+  return [`# HELP ${name} ${help}`, `# TYPE ${name} ${kind}`];
+}
+
+function kvUsage({ kvBlocksUsed, kvBlocksTotal }: Stats): number {
+  return kvBlocksTotal > 0 ? kvBlocksUsed / kvBlocksTotal : 0;
+}
+
+function sum(values: readonly number[]): number {
+  return values.reduce((total, value) => total + value, 0);
+}
+
+function escaped(label: string): string {
+  return label.replace(/\\/g, '\\\\').replace(/"/g, '\\"').replace(/\n/g, '\\n');
+}
