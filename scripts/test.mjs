@@ -9,6 +9,7 @@ import { build } from './build.mjs';
 import { ROOT, run } from './process.mjs';
 
 const NODE_TESTS = join(ROOT, 'bindings-node', 'dist', 'test');
+const SCRIPT_TESTS = [join(ROOT, 'benches', 'peers', 'peers.test.mjs')];
 
 const total = { passed: 0, failed: 0, skipped: 0 };
 for (const suite of [rustTests, nodeTests]) {
@@ -61,10 +62,10 @@ async function nodeTests() {
   return atLeastOneFailure(counts, code);
 }
 
-/** Compiled tests whose source is still there. */
+/** Compiled tests whose source is still there, and those of scripts. */
 function nodeTestFiles() {
   const sources = readdirSync(join(ROOT, 'bindings-node', 'test')).filter((name) => /\.test\.m?ts$/.test(name));
-  return sources.map((name) => join(NODE_TESTS, name.replace(/ts$/, 'js')));
+  return [...sources.map((name) => join(NODE_TESTS, name.replace(/ts$/, 'js'))), ...SCRIPT_TESTS];
 }
 
 /** A suite that fails without a failed test (it did not build, crashed, or could not start) counts as one. */

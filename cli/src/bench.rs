@@ -1,8 +1,9 @@
 //! `ns-llm bench`: how fast a model runs here. Rules, the same as for the engines it is compared with: the prompt is
 //! random token ids of which only the last position's logits are needed; decoding is greedy after a prompt of one
-//! token, the first token left out and the end of text ignored; n parallel sequences have different prompts, and their
-//! generated tokens are counted while all n of them are generating. No prompt repeats, so the prefix cache is off; and
-//! prompts are computed in full chunks also while others decode, since it is their speed that is measured.
+//! token, or of `--depth` tokens, the first token left out and the end of text ignored; n parallel sequences have
+//! different prompts, and their generated tokens are counted while all n of them are generating. No prompt repeats, so
+//! the prefix cache is off; and prompts are computed in full chunks also while others decode, since it is their speed
+//! that is measured.
 
 use std::time::Instant;
 
@@ -30,6 +31,9 @@ pub(crate) struct Options {
     /// Length of the answer
     #[arg(long, value_name = "N", default_value_t = 128)]
     gen_tokens: usize,
+    /// Length of the context that decoding starts after
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    depth: usize,
     /// Numbers of parallel sequences, such as 1,4,8 (empty: none)
     #[arg(long, value_name = "LIST", default_value = "")]
     parallel: String,
@@ -39,6 +43,14 @@ pub(crate) struct Options {
     /// Print the JSON object on one line
     #[arg(long)]
     json: bool,
+}
+
+/// One run of the figures of a single stream.
+struct Single {
+    prompt_ms: f64,
+    decode_tps: f64,
+    /// Tokens of context before the first that is counted as decoded, as the engine counted them.
+    depth: usize,
 }
 
 struct Parallel {
@@ -61,17 +73,13 @@ pub(crate) fn run(options: Options) -> CommandResult {
     engine_options.prefix_cache = false;
     engine_options.mixed_budget_tokens = engine_options.prefill_budget_tokens;
     engine_options.max_running_sequences = longest.max(1);
+    let block_tokens = engine_options.block_tokens;
     let engine = open(engine_options)?;
 
     let mut prompts = RandomPrompts { state: 1, vocab_size: engine.info().vocab_size as u64 };
     one_stream(&engine, prompts.next(16), 2)?; // first touch of buffers and threads
-    let mut prompt_ms = Vec::new();
-    let mut decode_tps = Vec::new();
-    for _ in 0..options.repeat.max(1) {
-        prompt_ms.push(one_stream(&engine, prompts.next(options.prompt_tokens), 1)?.timings.prompt_ms);
-        let decode = one_stream(&engine, prompts.next(1), options.gen_tokens)?;
-        decode_tps.push(decode.usage.completion_tokens.saturating_sub(1) as f64 / (decode.timings.decode_ms / 1e3));
-    }
+    let single =
+        (0..options.repeat.max(1)).map(|_| single_run(&engine, &mut prompts, &options)).collect::<Result<Vec<_>>>()?;
     let parallel = counts
         .into_iter()
         .map(|n| {
@@ -81,14 +89,23 @@ pub(crate) fn run(options: Options) -> CommandResult {
             Ok(median_by(runs, |run| run.gen_tps))
         })
         .collect::<Result<Vec<_>>>()?;
-    let report = report(&engine, &options, median(prompt_ms), median(decode_tps), &parallel);
+    let report = report(&engine, &options, block_tokens, &single, &parallel);
     show(format_args!("{}\n", if options.json { report.to_string() } else { serde_json::to_string_pretty(&report)? }))?;
     Ok(())
 }
 
-fn report(engine: &Engine, options: &Options, prompt_ms: f64, decode_tps: f64, parallel: &[Parallel]) -> Value {
+fn report(engine: &Engine, options: &Options, block_tokens: usize, single: &[Single], parallel: &[Parallel]) -> Value {
     let info = engine.info();
+    let prompt_ms = median(single.iter().map(|run| run.prompt_ms).collect());
+    let decode_tps = median(single.iter().map(|run| run.decode_tps).collect());
+    let depth = single[0].depth;
     let prompt_tps = options.prompt_tokens as f64 / (prompt_ms / 1e3);
+    // A token reads every weight, and the keys and values of every token before it.
+    let mean_context = depth as f64 + options.gen_tokens as f64 / 2.0;
+    let pool_tokens = engine.stats().kv_blocks_total * block_tokens;
+    let memory = engine.memory();
+    let kv_token_bytes = memory.kv_reserved_bytes as f64 / pool_tokens as f64;
+    let decode_token_bytes = memory.weights_bytes as f64 + mean_context * kv_token_bytes;
     let round = |x: f64| (x * 100.0).round() / 100.0;
     json!({
         "model": info.name,
@@ -98,10 +115,15 @@ fn report(engine: &Engine, options: &Options, prompt_ms: f64, decode_tps: f64, p
         "threads": info.threads,
         "load_ms": round(info.load_ms),
         "peak_rss_mib": peak_rss_mib(),
+        "weights_bytes": memory.weights_bytes,
+        "kv_token_bytes": kv_token_bytes,
+        "prompt_tokens": options.prompt_tokens,
+        "gen_tokens": options.gen_tokens,
+        "depth": depth,
         "prompt_tps": round(prompt_tps),
         "decode_tps": round(decode_tps),
         "ttft_ms": round(prompt_ms),
-        "decode_gb_per_s": round(engine.memory().weights_bytes as f64 * decode_tps / 1e9),
+        "decode_gb_per_s": round(decode_token_bytes * decode_tps / 1e9),
         "prompt_gops": round(2.0 * info.num_layer_parameters as f64 * prompt_tps / 1e9),
         "parallel": parallel.iter().map(|run| json!({
             "n": run.n,
@@ -110,6 +132,19 @@ fn report(engine: &Engine, options: &Options, prompt_ms: f64, decode_tps: f64, p
             "total_tps": round(run.total_tps),
         })).collect::<Vec<_>>(),
     })
+}
+
+/// A prompt's time and the speed of decoding. A prompt that is as long as the depth is computed once for both: of many
+/// thousand tokens it takes minutes.
+fn single_run(engine: &Engine, prompts: &mut RandomPrompts, options: &Options) -> Result<Single> {
+    let decode = one_stream(engine, prompts.next(options.depth), options.gen_tokens)?;
+    let prompt_ms = if options.depth == options.prompt_tokens {
+        decode.timings.prompt_ms
+    } else {
+        one_stream(engine, prompts.next(options.prompt_tokens), 1)?.timings.prompt_ms
+    };
+    let decode_tps = decode.usage.completion_tokens.saturating_sub(1) as f64 / (decode.timings.decode_ms / 1e3);
+    Ok(Single { prompt_ms, decode_tps, depth: decode.usage.prompt_tokens })
 }
 
 fn one_stream(engine: &Engine, prompt: Vec<u32>, max_tokens: usize) -> Result<ns_llm::Summary> {

@@ -105,6 +105,28 @@ fn bench_reports_every_figure() {
     assert!(parallel.iter().all(|entry| entry["gen_tps"].as_f64().is_some_and(|tps| tps > 0.0)));
 }
 
+/// Decoding starts after the context that is asked for, which the engine counted; the prompt is measured beside it or, of
+/// the same length, with it; and what does not fit the context is refused.
+#[test]
+fn bench_decodes_at_depth() {
+    let sizes = ["--prompt-tokens", "32", "--gen-tokens", "8", "--repeat", "1", "--threads", "1", "--context", "100"];
+    let report = |depth: &str| json("bench", &[&sizes[..], &["--depth", depth, "--json"]].concat());
+    for (depth, tokens) in [("1", 1), ("32", 32), ("90", 90)] {
+        let report = report(depth);
+        assert_eq!((&report["depth"], &report["prompt_tokens"]), (&tokens.into(), &32.into()), "{report}");
+        assert!(report["decode_tps"].as_f64().is_some_and(|tps| tps > 0.0), "{report}");
+        assert!(report["prompt_tps"].as_f64().is_some_and(|tps| tps > 0.0), "{report}");
+        // What is read for a token: the weights, and keys and values up to the middle of what is generated.
+        let figure = |name: &str| report[name].as_f64().expect("a number");
+        let bytes = figure("weights_bytes") + (figure("depth") + 4.0) * figure("kv_token_bytes");
+        let gb_per_s = bytes * figure("decode_tps") / 1e9;
+        assert!((figure("decode_gb_per_s") - gb_per_s).abs() < 0.006 + 0.01 * gb_per_s, "{report}");
+    }
+    let output = run("bench", &[&sizes[..], &["--depth", "101"]].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && stderr.contains("101"), "{stderr}");
+}
+
 /// Architecture, tensors, tokenizer, template and memory plan, for people and as JSON.
 #[test]
 fn inspect_shows_the_model() {

@@ -24,6 +24,19 @@ pub const DEFAULT_KV_MAX_BYTES: u64 = 2 << 30;
 /// The default pool holds at least one sequence of this many tokens.
 pub const DEFAULT_KV_MIN_TOKENS: usize = 4096;
 
+/// Longest segment file of the disk tier, bytes: the disk tier forgets a whole segment at a time.
+pub const DISK_SEGMENT_BYTES: u64 = 256 << 20;
+/// Segments that the disk tier's budget is divided into at least: what one eviction forgets is a small share of all.
+pub const DISK_MIN_SEGMENTS: u64 = 16;
+/// Segment files of one disk tier; beyond it the least recently used one goes.
+pub const MAX_DISK_SEGMENTS: usize = 4_096;
+/// Blocks that one disk tier remembers (some 250 bytes of memory each); beyond it the least recently used segment goes.
+pub const MAX_DISK_ENTRIES: usize = 1 << 20;
+/// Blocks whose use led to an error and that the tiers therefore avoid; beyond it the oldest is forgotten.
+pub const MAX_QUARANTINED_BLOCKS: usize = 1_024;
+/// Segment files that are held open at once.
+pub const MAX_OPEN_SEGMENTS: usize = 64;
+
 /// Requests that may wait; the next one is [`Error::Overloaded`](crate::Error::Overloaded).
 pub const MAX_WAITING_REQUESTS: usize = 1_000;
 /// Prompt tokens that may wait in all, beyond the first request.

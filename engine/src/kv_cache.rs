@@ -9,6 +9,7 @@
 
 mod block_pool;
 mod prefix_index;
+pub mod tiers;
 
 use crate::error::Result;
 use crate::sequence::Sequence;

@@ -11,7 +11,7 @@ mod driver;
 use demo::Rng;
 use driver::{Driver, Trace, spec};
 use ns_llm::sequence::SequenceSpec;
-use ns_llm::{EngineOptions, KvDtype, SamplingParams, WeightFormat};
+use ns_llm::{EngineOptions, KvDtype, QuantType, SamplingParams, WeightFormat};
 
 const NEW_TOKENS: usize = 24;
 
@@ -165,6 +165,37 @@ fn small_kv_is_invariant_too() {
         assert!(differ >= specs().len() - 1, "{name}: {differ} differ from f16");
         let mut driver = open(|options| {
             options.kv_dtype = Some(dtype);
+            options.threads = Some(2);
+            options.prefill_budget_tokens = 19;
+            options.mixed_budget_tokens = 19;
+            options.prefix_cache = true;
+        });
+        assert_same(&driver.run(specs(), |_, _, _| ()), &expected, &format!("{name}, a batch in chunks of 19"));
+        let mut preempted = 0;
+        let warm = driver.run(specs(), |scheduler, seqs, step| {
+            if step % 7 == 3 {
+                preempted += seqs.iter().filter(|&&seq| scheduler.preempt(seq)).count();
+            }
+        });
+        assert_same(&warm, &expected, &format!("{name}, warm and preempted"));
+        let counters = driver.loaded.scheduler.counters();
+        assert!(preempted > 8 && counters.prefix_hit_tokens > 500, "{name}: {preempted} preempted, {counters:?}");
+    }
+}
+
+/// And for quantized weights of every format: in one batch and in chunks of 19, cold and warm, and preempted in the middle.
+/// Other bits than those of the stored weights prove that the weights were kept so.
+#[test]
+fn quantized_weights_are_invariant_too() {
+    let stored = reference();
+    for quant_type in QuantType::ALL {
+        let (weights, name) = (WeightFormat::Quant(quant_type), quant_type.name());
+        let mut alone = open(|options| options.weights = weights);
+        assert_eq!(alone.loaded.info.weights, name);
+        let expected: Vec<Trace> = specs().into_iter().flat_map(|spec| alone.run(vec![spec], |_, _, _| ())).collect();
+        assert!(expected.iter().zip(&stored).all(|(a, b)| a.logprob_bits != b.logprob_bits), "{name}: as stored");
+        let mut driver = open(|options| {
+            options.weights = weights;
             options.threads = Some(2);
             options.prefill_budget_tokens = 19;
             options.mixed_budget_tokens = 19;

@@ -14,6 +14,7 @@ mod packed;
 mod plain_panel;
 mod quant_panel;
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 pub use operand::{Operand, OperandFormat, OperandWriter};
@@ -182,6 +183,13 @@ fn expect_size(operation: &'static str, dimension: &'static str, expected: usize
     Err(Error::SizeMismatch { operation, dimension, expected, actual })
 }
 
+/// The same memory as zeros.
+fn zeroed(sums: &mut [MaybeUninit<f32>]) -> &mut [f32] {
+    sums.fill(MaybeUninit::new(0.0));
+    // SAFETY: all of them have just been written.
+    unsafe { std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast(), sums.len()) }
+}
+
 /// A product whose sizes fit together.
 struct Product<'a> {
     cpu: &'a Cpu,
@@ -268,11 +276,12 @@ impl<'a> Product<'a> {
         let item_macs = group_panels * PANEL_ROWS * self.weight.in_features() * block_rows;
         let grain = MIN_CHUNK_MACS / item_macs.max(1);
         self.cpu.pool().run(num_blocks * num_groups, grain, |items| {
-            let mut sums = [0.0; 2 * MAX_BLOCK_ROWS * PANEL_ROWS];
+            // Only as many as there are rows are ever touched.
+            let mut sums = [const { MaybeUninit::<f32>::uninit() }; 2 * MAX_BLOCK_ROWS * PANEL_ROWS];
             for item in items {
                 let (block, group) = (item / num_groups, item % num_groups);
                 let rows = block * block_rows..((block + 1) * block_rows).min(num_rows);
-                let sums = &mut sums[..group_panels * rows.len() * PANEL_ROWS];
+                let sums = zeroed(&mut sums[..group_panels * rows.len() * PANEL_ROWS]);
                 for (i, sums) in sums.chunks_exact_mut(rows.len() * PANEL_ROWS).enumerate() {
                     self.panel_sums(rows.clone(), group * group_panels + i, sums);
                 }

@@ -64,8 +64,11 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
         if !is_direct {
             layout.unpack_codes(bytes, num_groups, unpacked);
         }
-        for (g, group) in layout.groups(bytes).take(num_groups).enumerate() {
-            unpack_scales(layout, &group, g, unpacked);
+        // One or two rows take the scale of a group from where it lies.
+        if !is_direct || layout.halves > 0 || layout.meaning == CodeMeaning::Minimum {
+            for (g, group) in layout.groups(bytes).take(num_groups).enumerate() {
+                unpack_scales(layout, &group, g, unpacked);
+            }
         }
         // The next chunk, or panel, lies behind this one. A prefetch of an address that is not mapped does nothing.
         let mut prefetch =
@@ -83,6 +86,11 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
                 chunk: unpacked,
                 planes: bytes[layout.header_bytes()..].as_ptr(),
                 group_bytes: layout.group_bytes(),
+                d: match is_direct && layout.halves == 0 && layout.meaning != CodeMeaning::Minimum {
+                    true => Scales::Planes(layout.group_bytes() - 2 * PANEL_ROWS),
+                    false if layout.halves == 0 => Scales::Groups,
+                    false => Scales::Chunk,
+                },
                 sums: sums.as_mut_ptr(),
             };
             // SAFETY: the CPU has the features of this function; activations and sums of `tile_rows` rows were checked;
@@ -126,20 +134,25 @@ fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &m
         // SAFETY: 32 bytes.
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), floats) };
     };
-    for vector in 0..PANEL_ROWS / LANES {
-        let d = match layout.quant_type {
-            QuantType::MXFP4 => {
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves(group.d, vector))))
+    // Scales of a chunk are read from the first group.
+    if layout.halves == 0 || g == 0 {
+        for vector in 0..PANEL_ROWS / LANES {
+            let d = match layout.quant_type {
+                QuantType::MXFP4 => {
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves(group.d, vector))))
+                }
+                _ => _mm256_cvtph_ps(halves(group.d, vector)),
+            };
+            store_floats(&mut out.d[g], vector, d);
+            if layout.meaning == CodeMeaning::Minimum {
+                store_floats(&mut out.d_min[g], vector, _mm256_cvtph_ps(halves(&group.d[2 * PANEL_ROWS..], vector)));
             }
-            _ => _mm256_cvtph_ps(halves(group.d, vector)),
-        };
-        store_floats(&mut out.d[g], vector, d);
-        if layout.meaning == CodeMeaning::Minimum {
-            store_floats(&mut out.d_min[g], vector, _mm256_cvtph_ps(halves(&group.d[2 * PANEL_ROWS..], vector)));
         }
-        if layout.halves == 0 {
-            continue;
-        }
+    }
+    if layout.halves == 0 {
+        return;
+    }
+    for vector in 0..PANEL_ROWS / LANES {
         let pair = |first: __m256i, second: __m256i| _mm256_blend_epi16::<0xaa>(first, _mm256_slli_epi32::<16>(second));
         for half in 0..layout.halves {
             let scales = integers(&group.scales[half * PANEL_ROWS..], vector);
@@ -148,7 +161,11 @@ fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &m
         let factors = if group.mins.is_empty() { group.scales } else { group.mins };
         let second = &factors[(layout.halves - 1) * PANEL_ROWS..];
         let factors = pair(integers(factors, vector), integers(second, vector));
-        store(&mut out.mins[g], vector, _mm256_mullo_epi16(factors, _mm256_set1_epi16(layout.offset())));
+        let factors = match layout.meaning {
+            CodeMeaning::Minimum => factors,
+            _ => _mm256_mullo_epi16(factors, _mm256_set1_epi16(layout.offset())),
+        };
+        store(&mut out.mins[g], vector, factors);
     }
 }
 
@@ -219,7 +236,8 @@ impl Products for Signed {
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
         let codes = tile.chunk.signed_codes(g).as_ptr();
-        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| tile.group(row, g));
+        // Each row's place is kept in a register: left to itself, the compiler adds them up from row to row in each step.
+        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| black_box(tile.group(row, g)));
         let mut dots = [[zero(); VECTORS]; ROWS];
         // Steps are unrolled by hand: with one a turn, the loop is bound by its instructions, not by its products.
         for steps in 0..4 {
@@ -236,10 +254,7 @@ impl Products for Signed {
                         };
                     }
                     for (row, dots) in rows.iter().zip(&mut dots) {
-                        let x = broadcast((&raw const (**row).wide).cast::<i32>().add(step));
-                        for (dot, weights) in dots.iter_mut().zip(weights) {
-                            *dot = add_wide_products(*dot, weights, x);
-                        }
+                        add_wide_products(dots, &weights, (&raw const (**row).wide).cast::<i32>().add(step));
                     }
                 }
             }
@@ -296,7 +311,8 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
         let codes = tile.chunk.codes(g).as_ptr();
-        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| tile.group(row, g));
+        // Each row's place is kept in a register: left to itself, the compiler adds them up from row to row in each step.
+        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| black_box(tile.group(row, g)));
         let mut dots = [[zero(); VECTORS]; ROWS];
         for part in 0..const { 8 / Self::DEPTH } {
             let mut pairs = [[zero(); VECTORS]; ROWS];
@@ -313,10 +329,7 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
                         };
                     }
                     for (row, pairs) in rows.iter().zip(&mut pairs) {
-                        let x = broadcast((&raw const (**row).codes).cast::<i32>().add(step));
-                        for (pair, weights) in pairs.iter_mut().zip(weights) {
-                            *pair = add_products(*pair, weights, x);
-                        }
+                        add_products(pairs, &weights, (&raw const (**row).codes).cast::<i32>().add(step));
                     }
                 }
             }
@@ -335,45 +348,76 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
     }
 }
 
-/// `sums[i] + weights[2 i] * x[2 i] + weights[2 i + 1] * x[2 i + 1]`, numbers of 16 bits, sums of 32. In assembly because
-/// the compiler takes long chains of integer additions apart into trees, for which there are not enough registers.
+/// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits at `x`, sums of 32. In assembly
+/// because the compiler takes long chains of integer additions apart into trees, for which there are not enough registers.
+///
+/// # Safety
+/// `x` points to four bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_wide_products(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
-    let mut sums = sums;
-    // SAFETY: reads and writes the named registers only.
-    unsafe {
-        asm!(
-            "vpmaddwd {products}, {weights}, {x}",
-            "vpaddd {sums}, {sums}, {products}",
-            products = out(ymm_reg) _,
-            weights = in(ymm_reg) weights,
-            x = in(ymm_reg) x,
-            sums = inout(ymm_reg) sums,
-            options(pure, nomem, nostack, preserves_flags)
-        );
+unsafe fn add_wide_products<const VECTORS: usize>(
+    sums: &mut [__m256i; VECTORS],
+    weights: &[__m256i; VECTORS],
+    x: *const i32,
+) {
+    let (sums, rest) = sums.as_chunks_mut::<2>();
+    assert!(rest.is_empty(), "an even number of vectors");
+    for ([first, second], weights) in sums.iter_mut().zip(weights.as_chunks::<2>().0) {
+        // SAFETY: reads the four bytes, and the named registers.
+        unsafe {
+            asm!(
+                "vpbroadcastd {x}, dword ptr [{address}]",
+                "vpmaddwd {products}, {first_weights}, {x}",
+                "vpmaddwd {x}, {second_weights}, {x}",
+                "vpaddd {first}, {first}, {products}",
+                "vpaddd {second}, {second}, {x}",
+                x = out(ymm_reg) _,
+                products = out(ymm_reg) _,
+                address = in(reg) x,
+                first_weights = in(ymm_reg) weights[0],
+                second_weights = in(ymm_reg) weights[1],
+                first = inout(ymm_reg) *first,
+                second = inout(ymm_reg) *second,
+                options(pure, readonly, nostack, preserves_flags)
+            );
+        }
     }
-    sums
 }
 
-/// The same with bytes, of which the weights have no sign, and sums of 16 bits.
+/// Adds `weights[2 i] * x[i % 2 * 2] + weights[2 i + 1] * x[i % 2 * 2 + 1]` to each sum: four bytes at `x`, weights without
+/// sign, sums of 16 bits.
+///
+/// # Safety
+/// `x` points to four bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_products(sums: __m256i, weights: __m256i, x: __m256i) -> __m256i {
-    let mut sums = sums;
-    // SAFETY: reads and writes the named registers only.
-    unsafe {
-        asm!(
-            "vpmaddubsw {products}, {weights}, {x}",
-            "vpaddw {sums}, {sums}, {products}",
-            products = out(ymm_reg) _,
-            weights = in(ymm_reg) weights,
-            x = in(ymm_reg) x,
-            sums = inout(ymm_reg) sums,
-            options(pure, nomem, nostack, preserves_flags)
-        );
+unsafe fn add_products<const VECTORS: usize>(
+    sums: &mut [__m256i; VECTORS],
+    weights: &[__m256i; VECTORS],
+    x: *const i32,
+) {
+    let (sums, rest) = sums.as_chunks_mut::<2>();
+    assert!(rest.is_empty(), "an even number of vectors");
+    for ([first, second], weights) in sums.iter_mut().zip(weights.as_chunks::<2>().0) {
+        // SAFETY: reads the four bytes, and the named registers.
+        unsafe {
+            asm!(
+                "vpbroadcastd {x}, dword ptr [{address}]",
+                "vpmaddubsw {products}, {first_weights}, {x}",
+                "vpmaddubsw {x}, {second_weights}, {x}",
+                "vpaddw {first}, {first}, {products}",
+                "vpaddw {second}, {second}, {x}",
+                x = out(ymm_reg) _,
+                products = out(ymm_reg) _,
+                address = in(reg) x,
+                first_weights = in(ymm_reg) weights[0],
+                second_weights = in(ymm_reg) weights[1],
+                first = inout(ymm_reg) *first,
+                second = inout(ymm_reg) *second,
+                options(pure, readonly, nostack, preserves_flags)
+            );
+        }
     }
-    sums
 }
 
 #[inline(always)]
@@ -400,8 +444,20 @@ struct Tile<'a> {
     /// Planes of the chunk's first group.
     planes: *const u8,
     group_bytes: usize,
+    d: Scales,
     /// `[rows, 32]`
     sums: *mut f32,
+}
+
+/// Where the scale of a group is.
+#[derive(Clone, Copy)]
+enum Scales {
+    /// Taken apart, by group.
+    Groups,
+    /// Taken apart, one for the chunk.
+    Chunk,
+    /// As f16, so many bytes behind the group's first plane.
+    Planes(usize),
 }
 
 impl Tile<'_> {
@@ -445,23 +501,35 @@ impl Tile<'_> {
             // SAFETY: promised by the caller.
             unsafe {
                 let dots = P::dots::<DIRECT, ROWS, VECTORS>(self, g, first);
+                let mut d = [_mm256_setzero_ps(); VECTORS];
+                for (vector, d) in d.iter_mut().enumerate() {
+                    let lane = (first + vector) * LANES;
+                    *d = match self.d {
+                        Scales::Groups => _mm256_load_ps(self.chunk.d[g].as_ptr().add(lane)),
+                        Scales::Chunk => _mm256_load_ps(self.chunk.d[0].as_ptr().add(lane)),
+                        Scales::Planes(offset) => {
+                            _mm256_cvtph_ps(_mm_loadu_si128(self.plane(g).add(offset + 2 * lane).cast()))
+                        }
+                    };
+                }
+                let d_min = &self.chunk.d_min[if let Scales::Chunk = self.d { 0 } else { g }];
                 for (row, dots) in dots.iter().enumerate() {
                     let x = self.group(row, g);
                     let x_scale = _mm256_broadcast_ss(&(*x).scale);
                     let x_sums = broadcast((&raw const (*x).sums).cast());
                     for (vector, &dot) in dots.iter().enumerate() {
                         let lane = (first + vector) * LANES;
-                        let load = |numbers: &[f32; PANEL_ROWS]| _mm256_load_ps(numbers.as_ptr().add(lane));
                         let min = || {
                             let mins = _mm256_load_si256(self.chunk.mins[g].as_ptr().add(lane).cast());
                             _mm256_madd_epi16(mins, x_sums)
                         };
-                        let d = load(&self.chunk.d[g]);
+                        let d = d[vector];
                         let part = match P::MINS {
                             Mins::None => _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot)),
                             Mins::Integer => _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, min()))),
                             Mins::Float => {
-                                let min = _mm256_mul_ps(load(&self.chunk.d_min[g]), _mm256_cvtepi32_ps(min()));
+                                let min =
+                                    _mm256_mul_ps(_mm256_load_ps(d_min.as_ptr().add(lane)), _mm256_cvtepi32_ps(min()));
                                 _mm256_fmsub_ps(d, _mm256_cvtepi32_ps(dot), min)
                             }
                         };

@@ -337,16 +337,15 @@ impl Section {
         let out = DisjointMut::new(self.bytes.as_mut_slice::<u8>());
         let failure = Mutex::new(None);
         cpu.pool().run(num_panels, 1, |panels| {
-            let mut encoded = EncodedRow::default();
+            let mut encoded: [EncodedRow; PANEL_ROWS] = Default::default();
             for panel in panels {
                 // SAFETY: each panel is one item.
                 let out = unsafe { out.range_mut(panel * panel_bytes..(panel + 1) * panel_bytes) };
-                for row in 0..PANEL_ROWS {
-                    let Some((source, source_row)) = row_source(panel, row) else { continue };
-                    match encoded.blocks(source, source_row, layout.quant_type) {
-                        Ok(blocks) => layout.store_row(out, row, blocks),
-                        Err(error) => *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
-                    }
+                let rows = (0..PANEL_ROWS).map_while(|row| row_source(panel, row)).zip(&mut encoded);
+                let rows = rows.map(|((source, row), encoded)| encoded.blocks(source, row, layout.quant_type));
+                match rows.collect::<Result<Vec<&[u8]>>>() {
+                    Ok(rows) => layout.store_rows(out, &rows),
+                    Err(error) => *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
                 }
             }
         });

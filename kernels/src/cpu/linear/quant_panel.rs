@@ -134,36 +134,46 @@ impl QuantLayout {
             + in_features % CHUNK_COLUMNS / GROUP_COLUMNS * self.group_bytes()
     }
 
-    /// Writes the blocks of one row into a panel. `blocks` are those of all columns.
-    pub(crate) fn store_row(&self, panel: &mut [u8], row: usize, blocks: &[u8]) {
-        let mut parts = BlockParts::default();
+    /// Writes the blocks of up to 32 rows, each those of all columns, into a panel.
+    pub(crate) fn store_rows(&self, panel: &mut [u8], rows: &[&[u8]]) {
+        let (mut parts, mut codes) = (BlockParts::default(), [[0; GROUP_CODES]; CHUNK_GROUPS]);
         let block_groups = self.quant_type.block_values() / GROUP_COLUMNS;
-        for (idx, block) in blocks.chunks_exact(self.quant_type.block_bytes()).enumerate() {
-            take_apart(self.quant_type, block, &mut parts);
-            self.map_codes(&mut parts.q[..self.quant_type.block_values()]);
-            let first_group = idx * block_groups;
-            let chunk = first_group / CHUNK_GROUPS * self.chunk_bytes();
-            let chunk_end = panel.len().min(chunk + self.chunk_bytes());
-            let (header, groups) = panel[chunk..chunk_end].split_at_mut(self.header_bytes());
-            self.store_scales(header, row, &parts);
-            let groups = groups.chunks_exact_mut(self.group_bytes()).skip(first_group % CHUNK_GROUPS);
-            for (g, (group, q)) in groups.zip(parts.q.as_chunks().0).take(block_groups).enumerate() {
-                let (low, rest) = group.split_at_mut(self.low_bytes());
-                let (high, scales) = rest.split_at_mut(self.high_bytes());
-                self.store_codes(low, high, row, q);
-                match self.halves {
-                    0 => self.store_scales(scales, row, &parts),
-                    halves => {
-                        let (scales, mins) = scales.split_at_mut(halves * PANEL_ROWS);
-                        for half in 0..halves {
-                            scales[half * PANEL_ROWS + row] = parts.scales[g * halves + half] as u8;
-                        }
-                        for half in 0..mins.len() / PANEL_ROWS {
-                            mins[half * PANEL_ROWS + row] = parts.mins[g * halves + half];
-                        }
+        let blocks_bytes = CHUNK_GROUPS / block_groups * self.quant_type.block_bytes();
+        for (idx, chunk) in panel.chunks_mut(self.chunk_bytes()).enumerate() {
+            let (header, groups) = chunk.split_at_mut(self.header_bytes());
+            for (row, blocks) in rows.iter().enumerate() {
+                let blocks = blocks[idx * blocks_bytes..].chunks_exact(self.quant_type.block_bytes());
+                for (block_idx, block) in blocks.take(CHUNK_GROUPS / block_groups).enumerate() {
+                    take_apart(self.quant_type, block, &mut parts);
+                    self.map_codes(&mut parts.q[..self.quant_type.block_values()]);
+                    self.store_scales(header, row, &parts);
+                    for (g, q) in parts.q.as_chunks().0[..block_groups].iter().enumerate() {
+                        let group = block_idx * block_groups + g;
+                        self.scatter(q, row, &mut codes[group]);
+                        let group = &mut groups[group * self.group_bytes()..][..self.group_bytes()];
+                        let scales = &mut group[self.low_bytes() + self.high_bytes()..];
+                        self.store_group_scales(scales, row, g, &parts);
                     }
                 }
             }
+            for (group, codes) in groups.chunks_exact_mut(self.group_bytes()).zip(&codes) {
+                let (low, rest) = group.split_at_mut(self.low_bytes());
+                fold(low, self.low_bits, 0, codes);
+                fold(&mut rest[..self.high_bytes()], self.high_bits, self.low_bits, codes);
+            }
+        }
+    }
+
+    fn store_group_scales(&self, scales: &mut [u8], row: usize, g: usize, parts: &BlockParts) {
+        if self.halves == 0 {
+            return self.store_scales(scales, row, parts);
+        }
+        let (scales, mins) = scales.split_at_mut(self.halves * PANEL_ROWS);
+        for half in 0..self.halves {
+            scales[half * PANEL_ROWS + row] = parts.scales[g * self.halves + half] as u8;
+        }
+        for half in 0..mins.len() / PANEL_ROWS {
+            mins[half * PANEL_ROWS + row] = parts.mins[g * self.halves + half];
         }
     }
 
@@ -178,14 +188,15 @@ impl QuantLayout {
         }
     }
 
-    fn store_codes(&self, low: &mut [u8], high: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
-        let run = self.run();
-        for (step, codes) in codes.chunks_exact(run).enumerate() {
-            let start = (step * PANEL_ROWS + row) * run;
-            store_bits(low, self.low_bits, 0, start, codes);
-            if self.high_bits > 0 {
-                store_bits(high, self.high_bits, self.low_bits, start, codes);
-            }
+    /// The codes of one row of a group to their places among those of all rows.
+    fn scatter(&self, q: &[u8; GROUP_COLUMNS], row: usize, codes: &mut [u8; GROUP_CODES]) {
+        fn runs<const RUN: usize>(q: &[u8; GROUP_COLUMNS], row: usize, codes: &mut [u8; GROUP_CODES]) {
+            let steps = codes.as_chunks_mut::<RUN>().0.chunks_exact_mut(PANEL_ROWS);
+            steps.zip(q.as_chunks::<RUN>().0).for_each(|(step, q)| step[row] = *q);
+        }
+        match self.run() {
+            2 => runs::<2>(q, row, codes),
+            _ => runs::<4>(q, row, codes),
         }
     }
 
@@ -342,12 +353,14 @@ pub(crate) struct GroupBytes<'a> {
     pub(crate) d: &'a [u8],
 }
 
-/// Puts the bits `shift..shift + bits` of codes `start..` into their plane.
-fn store_bits(plane: &mut [u8], bits: usize, shift: usize, start: usize, codes: &[u8]) {
-    let (place, first) = (bits * (start / plane.len()), start % plane.len());
-    let mask = (0xff >> (8 - bits)) as u8;
-    for (byte, code) in plane[first..].iter_mut().zip(codes) {
-        *byte |= (code >> shift & mask) << place;
+/// Puts the bits `shift..shift + bits` of all codes of a group into their plane.
+fn fold(plane: &mut [u8], bits: usize, shift: usize, codes: &[u8; GROUP_CODES]) {
+    let mask = ((1_usize << bits) - 1) as u8;
+    plane.fill(0);
+    for (place, codes) in codes.chunks_exact(plane.len().max(1)).enumerate().take(8 / bits.max(1)) {
+        for (byte, code) in plane.iter_mut().zip(codes) {
+            *byte |= (code >> shift & mask) << (place * bits);
+        }
     }
 }
 

@@ -1,0 +1,960 @@
+//! Where KV blocks go when the pool is full, and come back from: memory of the host, disk, a store that nodes share. This is
+//! the state machine that decides: which block is where, whether fetching it beats computing it again, what is read and
+//! written next, and what is given up. It owns no thread, clock, file or socket. Whoever drives a tier asks
+//! [`Tiers::next_job`], does the job, and tells [`Tiers::complete`]; time is an argument, microseconds.
+//!
+//! - **A cache may forget, never lie, never block.** A fault is a miss. A block counts as stored when the tier has said so.
+//!   The write queue is bounded; beyond it blocks are not stored.
+//! - **Staged.** A restore hands out whole, checked blocks: the longest prefix that arrived, or nothing. A block is all layers
+//!   in one piece of bytes; a piece of another length is damage.
+//! - **Measured.** Bytes per second of each tier and tokens per second of prefill are measured as they are used. A tier is
+//!   skipped once it is slower than computing; what was never measured, or long ago, is tried.
+//! - **Bounded waiting.** A restore that made no progress for `load_budget_us` ends with what it has. A tier whose job hangs
+//!   that long gets no new reads, and one that keeps failing is left alone for a while ([`cost::Breaker`]).
+//! - What arrives too late is kept in host memory.
+//!
+//! Invariants: [`Tiers::check_invariants`].
+
+pub mod cost;
+pub mod disk;
+pub mod host;
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lru::LruCache;
+use thiserror::Error;
+
+use crate::config::MAX_QUARANTINED_BLOCKS;
+use crate::error::Error as EngineError;
+use crate::sequence::BlockKey;
+use cost::{Breaker, Rate};
+use disk::Damage;
+use host::HostTier;
+
+/// Hash of what a block's bytes mean: number format, shape, order. A tier holds bytes and knows no more of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LayoutId(pub [u8; 32]);
+
+/// What the content of a block is found by in a tier. One block may be stored in several layouts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StoredKey {
+    /// Everything that the numbers depend on.
+    pub block: BlockKey,
+    /// How they are written down.
+    pub layout: LayoutId,
+}
+
+/// Why a tier could not do what it was asked. It never leaves the engine: a fault is a miss, and is counted; so it is not
+/// a variant of [`Error`](crate::Error), whose codes are promises to users.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Fault {
+    /// The system refused.
+    #[error("{operation}: {reason}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// What the system said, as a kind.
+        kind: io::ErrorKind,
+        /// The same, as text.
+        reason: String,
+    },
+    /// What was stored is not what was written. It is forgotten.
+    #[error("a stored block is damaged: {0}")]
+    Damaged(#[from] Damage),
+    /// The directory was written by a newer version; it is left as it is.
+    #[error("format version {found} is newer than {known}")]
+    NewerFormat {
+        /// The newest that was found.
+        found: u32,
+        /// The newest that is known here.
+        known: u32,
+    },
+    /// The block is longer than the tier was told that blocks are.
+    #[error("a block of {bytes} bytes, at most {limit_bytes} are possible")]
+    TooLong {
+        /// Its length.
+        bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
+    /// Another process writes to this tier.
+    #[error("another process writes to this tier")]
+    ReadOnly,
+    /// Nothing more could be evicted to make room.
+    #[error("{held_bytes} of {budget_bytes} bytes are held by what cannot be evicted")]
+    Full {
+        /// What is held.
+        held_bytes: u64,
+        /// The budget.
+        budget_bytes: u64,
+    },
+}
+
+/// What a tier holds and what became of what it was asked. Counters only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TierStats {
+    /// Blocks held now.
+    pub entries: u64,
+    /// Bytes held now, with everything that the tier adds to them.
+    pub bytes: u64,
+    /// Blocks that were asked for and given.
+    pub hits: u64,
+    /// Bytes of them.
+    pub hit_bytes: u64,
+    /// Blocks that were asked for and not there.
+    pub misses: u64,
+    /// Blocks that were taken in.
+    pub stored: u64,
+    /// Blocks that were given up for others.
+    pub evictions: u64,
+    /// Calls that failed, damaged blocks included.
+    pub faults: u64,
+}
+
+/// Tiers that are asked by jobs, in the order in which they are tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TierId {
+    /// [`disk::DiskTier`]. What it holds is known.
+    Disk,
+    /// A store that nodes share. What it holds is known when it was asked.
+    Remote,
+}
+
+/// Sizes and limits; fixed for the life of the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TiersConfig {
+    /// Tokens of a block.
+    pub block_tokens: usize,
+    /// Bytes of a stored block; any other length is damage.
+    pub block_bytes: usize,
+    /// Memory of the host tier.
+    pub host_bytes: u64,
+    /// Bytes that may wait to be written to one tier.
+    pub write_queue_bytes: u64,
+    /// How long a restore waits without progress, microseconds.
+    pub load_budget_us: u64,
+    /// Tiers that are there.
+    pub tiers: Vec<TierId>,
+}
+
+/// What is to be done on a tier.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Job {
+    /// Read a block: [`Outcome::Found`], [`Outcome::Missing`] or [`Outcome::Fault`].
+    Read(StoredKey),
+    /// Store a block: [`Outcome::Stored`] or [`Outcome::Fault`].
+    Write(StoredKey, Arc<[u8]>),
+    /// See to it that the block is never read again: [`Outcome::Missing`] or [`Outcome::Fault`].
+    Quarantine(StoredKey),
+}
+
+/// What became of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The block, checked.
+    Found(Vec<u8>),
+    /// It is not there.
+    Missing,
+    /// It is there now.
+    Stored,
+    /// The tier failed.
+    Fault(Fault),
+}
+
+/// A restore that was begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RestoreId(pub u64);
+
+/// Blocks that came back, in the order of the prefix.
+pub type Restored = Vec<(StoredKey, Arc<[u8]>)>;
+
+/// What was decided so far. Counters only grow, and count blocks unless they say otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TiersCounters {
+    /// Handed out by restores.
+    pub restored: u64,
+    /// Not fetched because computing them was estimated to be faster.
+    pub skipped_slower: u64,
+    /// Restores that ended early because nothing arrived for too long.
+    pub gave_up: u64,
+    /// Arrived when nobody waited any more.
+    pub late: u64,
+    /// Not written because the queue was full or the tier was left alone.
+    pub dropped_writes: u64,
+}
+
+#[derive(Debug)]
+struct Tier {
+    id: TierId,
+    /// Blocks that it said it has. `Remote` may have more.
+    held: HashSet<StoredKey>,
+    reads: VecDeque<StoredKey>,
+    writes: VecDeque<(StoredKey, Arc<[u8]>)>,
+    /// Keys of `writes` and of the write that is being done.
+    writing: HashSet<StoredKey>,
+    write_queue_bytes: u64,
+    quarantines: VecDeque<StoredKey>,
+    /// What is being done, and since when.
+    job: Option<(Job, u64)>,
+    read_rate: Rate,
+    breaker: Breaker,
+    stats: TierStats,
+}
+
+#[derive(Debug)]
+struct Restore {
+    keys: Vec<StoredKey>,
+    /// One per key, as they arrive.
+    blocks: Vec<Option<Arc<[u8]>>>,
+    /// Nothing changed since, microseconds.
+    progress_us: u64,
+}
+
+impl Restore {
+    fn is_complete(&self) -> bool {
+        self.blocks.iter().all(Option::is_some)
+    }
+    /// The block at `idx` will not come: what follows is of no use.
+    fn cut(&mut self, idx: usize) {
+        self.keys.truncate(idx);
+        self.blocks.truncate(idx);
+    }
+}
+
+/// The state machine of the tiers of one model.
+#[derive(Debug)]
+pub struct Tiers {
+    config: TiersConfig,
+    host: HostTier,
+    tiers: Vec<Tier>,
+    restores: BTreeMap<RestoreId, Restore>,
+    /// Who waits for a block, and from which tier it comes.
+    wanted: HashMap<StoredKey, (TierId, Vec<RestoreId>)>,
+    quarantined: LruCache<StoredKey, ()>,
+    prefill_rate: Rate,
+    next_restore: u64,
+    counters: TiersCounters,
+}
+
+impl Tiers {
+    /// Empty tiers.
+    pub fn new(config: TiersConfig) -> Self {
+        assert!(config.block_tokens > 0 && config.block_bytes > 0, "a block has tokens and bytes");
+        let tier = |&id: &TierId| Tier {
+            id,
+            held: HashSet::new(),
+            reads: VecDeque::new(),
+            writes: VecDeque::new(),
+            writing: HashSet::new(),
+            write_queue_bytes: 0,
+            quarantines: VecDeque::new(),
+            job: None,
+            read_rate: Rate::default(),
+            breaker: Breaker::default(),
+            stats: TierStats::default(),
+        };
+        Tiers {
+            host: HostTier::new(config.host_bytes),
+            tiers: config.tiers.iter().map(tier).collect(),
+            restores: BTreeMap::new(),
+            wanted: HashMap::new(),
+            quarantined: LruCache::new(NonZeroUsize::new(MAX_QUARANTINED_BLOCKS).expect("not zero")),
+            prefill_rate: Rate::default(),
+            next_restore: 0,
+            counters: TiersCounters::default(),
+            config,
+        }
+    }
+
+    /// What a tier held when it was opened.
+    pub fn found(&mut self, id: TierId, keys: impl IntoIterator<Item = StoredKey>) {
+        self.tier_mut(id).held.extend(keys);
+    }
+    /// What a tier has given up.
+    pub fn lost(&mut self, id: TierId, keys: impl IntoIterator<Item = StoredKey>) {
+        let tier = self.tier_mut(id);
+        for key in keys {
+            tier.stats.evictions += u64::from(tier.held.remove(&key));
+        }
+    }
+    /// Prefill of `num_tokens` took `elapsed_us`.
+    pub fn note_prefill(&mut self, num_tokens: u64, elapsed_us: u64, now_us: u64) {
+        self.prefill_rate.measure(num_tokens, elapsed_us, now_us);
+    }
+
+    /// The pool gives a block away: it is kept in host memory and, where it is not yet, in the tiers below.
+    pub fn spill(&mut self, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
+        if bytes.len() != self.config.block_bytes || self.quarantined.contains(&key) {
+            return;
+        }
+        self.host.insert(key, Arc::clone(&bytes));
+        self.persist(key, bytes, now_us);
+    }
+
+    /// A block that was computed is to outlive the process: it is written behind, if there is room in the queue.
+    pub fn persist(&mut self, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
+        if bytes.len() != self.config.block_bytes || self.quarantined.contains(&key) {
+            return;
+        }
+        let limit_bytes = self.config.write_queue_bytes;
+        for tier in &mut self.tiers {
+            if tier.held.contains(&key) || tier.writing.contains(&key) {
+                continue;
+            }
+            let queued_bytes = tier.write_queue_bytes + bytes.len() as u64;
+            if queued_bytes > limit_bytes || !tier.breaker.allows(now_us) {
+                self.counters.dropped_writes += 1;
+                continue;
+            }
+            tier.write_queue_bytes = queued_bytes;
+            tier.writing.insert(key);
+            tier.writes.push_back((key, Arc::clone(&bytes)));
+        }
+    }
+
+    /// Begins to fetch the prefix `keys`, as far as it is somewhere and fetching is worth it. `None`: nothing of it.
+    pub fn begin(&mut self, keys: &[StoredKey], now_us: u64) -> Option<RestoreId> {
+        let mut sources = Vec::new();
+        for key in keys {
+            match self.source(key, now_us) {
+                Some(source) => sources.push(source),
+                None => break,
+            }
+        }
+        let num_worth = self.num_worth_fetching(&sources, now_us);
+        self.counters.skipped_slower += (sources.len() - num_worth) as u64;
+        if num_worth == 0 {
+            return None;
+        }
+        let id = RestoreId(self.next_restore);
+        self.next_restore += 1;
+        let mut blocks = Vec::new();
+        for (key, source) in keys.iter().zip(&sources[..num_worth]) {
+            blocks.push(match source {
+                None => self.host.get(key),
+                Some(tier_id) => {
+                    self.want(*key, *tier_id, id);
+                    None
+                }
+            });
+        }
+        self.restores.insert(id, Restore { keys: keys[..num_worth].to_vec(), blocks, progress_us: now_us });
+        Some(id)
+    }
+
+    /// The blocks of a restore once it has ended: all of them, or as far as they came when nothing arrived for too long.
+    /// `None`: it goes on. A restore that is not known has no blocks.
+    pub fn poll(&mut self, id: RestoreId, now_us: u64) -> Option<Restored> {
+        let Some(restore) = self.restores.get(&id) else { return Some(Restored::new()) };
+        let gives_up = now_us >= restore.progress_us.saturating_add(self.config.load_budget_us);
+        if !restore.is_complete() && !gives_up {
+            return None;
+        }
+        let restore = self.restores.remove(&id).expect("just found");
+        self.counters.gave_up += u64::from(!restore.is_complete());
+        let blocks = restore.keys.into_iter().zip(restore.blocks);
+        let restored: Restored = blocks.map_while(|(key, bytes)| Some((key, bytes?))).collect();
+        self.counters.restored += restored.len() as u64;
+        Some(restored)
+    }
+
+    /// When the next restore gives up if nothing arrives.
+    pub fn next_deadline_us(&self) -> Option<u64> {
+        self.restores.values().map(|restore| restore.progress_us.saturating_add(self.config.load_budget_us)).min()
+    }
+
+    /// Nobody waits for the restore any more.
+    pub fn cancel(&mut self, id: RestoreId) {
+        self.restores.remove(&id);
+    }
+
+    /// The use of a block ended in an error of the engine: it is not used again.
+    pub fn quarantine(&mut self, key: StoredKey) {
+        self.quarantined.put(key, ());
+        self.host.remove(&key);
+        self.fail_wanted(&key);
+        for tier in &mut self.tiers {
+            tier.held.remove(&key);
+            tier.quarantines.push_back(key);
+            if tier.quarantines.len() > MAX_QUARANTINED_BLOCKS {
+                tier.quarantines.pop_front();
+            }
+        }
+    }
+
+    /// What a tier is to do next; `None`: nothing, or it is at work. Reads go first: somebody waits for them.
+    pub fn next_job(&mut self, id: TierId, now_us: u64) -> Option<Job> {
+        if self.tier(id).job.is_some() {
+            return None;
+        }
+        if !self.tier(id).breaker.allows(now_us) {
+            self.drop_queues(id);
+            return None;
+        }
+        let job = self.next_read(id).map(Job::Read);
+        let tier = self.tier_mut(id);
+        let job = job.or_else(|| tier.quarantines.pop_front().map(Job::Quarantine)).or_else(|| {
+            let (key, bytes) = tier.writes.pop_front()?;
+            Some(Job::Write(key, bytes))
+        })?;
+        tier.job = Some((job.clone(), now_us));
+        Some(job)
+    }
+
+    /// The job of a tier is done.
+    pub fn complete(&mut self, id: TierId, outcome: Outcome, now_us: u64) {
+        let (job, started_us) = self.tier_mut(id).job.take().expect("a job was given");
+        let outcome = self.checked(outcome);
+        if let Outcome::Fault(_) = outcome {
+            let tier = self.tier_mut(id);
+            tier.stats.faults += 1;
+            tier.breaker.failed(now_us);
+        } else {
+            self.tier_mut(id).breaker.succeeded();
+        }
+        match job {
+            Job::Read(key) => self.complete_read(id, key, outcome, started_us, now_us),
+            Job::Write(key, bytes) => {
+                let is_quarantined = self.quarantined.contains(&key);
+                let tier = self.tier_mut(id);
+                tier.write_queue_bytes -= bytes.len() as u64;
+                tier.writing.remove(&key);
+                if outcome == Outcome::Stored {
+                    tier.stats.stored += 1;
+                    if !is_quarantined {
+                        tier.held.insert(key);
+                    }
+                }
+            }
+            Job::Quarantine(_) => {}
+        }
+        if !self.tier(id).breaker.allows(now_us) {
+            self.drop_queues(id);
+        }
+    }
+
+    /// Statistics of host memory.
+    pub fn host_stats(&self) -> TierStats {
+        self.host.stats()
+    }
+    /// Statistics of a tier, as this machine has seen it.
+    pub fn tier_stats(&self, id: TierId) -> TierStats {
+        let (tier, block_bytes) = (self.tier(id), self.config.block_bytes as u64);
+        TierStats { entries: tier.held.len() as u64, bytes: tier.held.len() as u64 * block_bytes, ..tier.stats }
+    }
+    /// How often a tier was left alone because it kept failing.
+    pub fn num_rests(&self, id: TierId) -> u64 {
+        self.tier(id).breaker.num_rests()
+    }
+    /// What was decided.
+    pub fn counters(&self) -> TiersCounters {
+        self.counters
+    }
+
+    /// Queues are within their bounds and add up; what restores wait for is being fetched; nothing quarantined is held.
+    pub fn check_invariants(&self) -> crate::Result<()> {
+        self.host.check_invariants()?;
+        let broken = |reason: String| Err(EngineError::Internal { reason });
+        for tier in &self.tiers {
+            let in_job = match &tier.job {
+                Some((Job::Write(key, bytes), _)) => Some((key, bytes)),
+                _ => None,
+            };
+            let writes = tier.writes.iter().map(|(key, bytes)| (key, bytes)).chain(in_job);
+            let (keys, bytes): (HashSet<StoredKey>, Vec<u64>) = writes.map(|(key, b)| (*key, b.len() as u64)).unzip();
+            let queued_bytes: u64 = bytes.iter().sum();
+            if keys != tier.writing || bytes.len() != keys.len() || queued_bytes != tier.write_queue_bytes {
+                return broken(format!("{:?} counts {} bytes of {queued_bytes}", tier.id, tier.write_queue_bytes));
+            }
+            if queued_bytes > self.config.write_queue_bytes {
+                return broken(format!("{queued_bytes} bytes wait for {:?}", tier.id));
+            }
+            if let Some(key) = tier.held.iter().find(|key| self.quarantined.contains(key)) {
+                return broken(format!("{key:?} is quarantined and held by {:?}", tier.id));
+            }
+        }
+        for (id, restore) in &self.restores {
+            for (key, _) in restore.keys.iter().zip(&restore.blocks).filter(|(_, block)| block.is_none()) {
+                let Some((tier_id, waiting)) = self.wanted.get(key) else {
+                    return broken(format!("{id:?} waits for {key:?}, which nobody fetches"));
+                };
+                let tier = self.tier(*tier_id);
+                let is_read =
+                    tier.reads.contains(key) || tier.job.as_ref().is_some_and(|(job, _)| *job == Job::Read(*key));
+                if !is_read || !waiting.contains(id) {
+                    return broken(format!("{id:?} waits in vain for {key:?} from {tier_id:?}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+// Where a block comes from, and whether that is worth it.
+impl Tiers {
+    /// `None`: nowhere. `Some(None)`: host memory.
+    fn source(&self, key: &StoredKey, now_us: u64) -> Option<Option<TierId>> {
+        if self.quarantined.contains(key) {
+            return None;
+        }
+        if self.host.contains(key) {
+            return Some(None);
+        }
+        let may_hold = |tier: &&Tier| tier.id == TierId::Remote || tier.held.contains(key);
+        let answers = |tier: &&Tier| {
+            let hangs_us = tier.job.as_ref().map_or(0, |(_, since_us)| now_us.saturating_sub(*since_us));
+            tier.breaker.allows(now_us) && hangs_us < self.config.load_budget_us
+        };
+        if let Some((id, _)) = self.wanted.get(key) {
+            // It is being fetched already, and from there or not at all.
+            return Some(self.tier(*id)).filter(answers).map(|tier| Some(tier.id));
+        }
+        self.tiers.iter().filter(may_hold).find(answers).map(|tier| Some(tier.id))
+    }
+
+    /// How many of the first blocks are fetched: all, but from the first tier on that is slower than computing. What waits
+    /// in the tier's queue counts as its time.
+    fn num_worth_fetching(&self, sources: &[Option<TierId>], now_us: u64) -> usize {
+        for tier in &self.tiers {
+            let Some(first) = sources.iter().position(|source| *source == Some(tier.id)) else { continue };
+            let num_blocks = sources.iter().filter(|source| **source == Some(tier.id)).count();
+            let load_bytes = ((num_blocks + tier.reads.len()) * self.config.block_bytes) as u64;
+            let compute_tokens = ((sources.len() - first) * self.config.block_tokens) as u64;
+            let load_us = tier.read_rate.estimate_us(load_bytes);
+            let compute_us = self.prefill_rate.estimate_us(compute_tokens);
+            let is_slower = load_us.zip(compute_us).is_some_and(|(load_us, compute_us)| load_us > compute_us);
+            if is_slower {
+                // One block now and then says whether it still is.
+                let is_trial = tier.read_rate.is_stale(now_us) && tier.reads.is_empty();
+                return first + usize::from(is_trial);
+            }
+        }
+        sources.len()
+    }
+
+    fn want(&mut self, key: StoredKey, tier_id: TierId, restore: RestoreId) {
+        let (_, waiting) = self.wanted.entry(key).or_insert_with(|| (tier_id, Vec::new()));
+        let is_new = waiting.is_empty();
+        waiting.push(restore);
+        if is_new {
+            self.tier_mut(tier_id).reads.push_back(key);
+        }
+    }
+}
+
+// Jobs.
+impl Tiers {
+    /// The next read that somebody still waits for.
+    fn next_read(&mut self, id: TierId) -> Option<StoredKey> {
+        while let Some(key) = self.tier_mut(id).reads.pop_front() {
+            let waiting = self.wanted.get(&key).map_or(&[][..], |(_, waiting)| waiting);
+            if waiting.iter().any(|restore| self.restores.get(restore).is_some_and(|it| it.keys.contains(&key))) {
+                return Some(key);
+            }
+            self.wanted.remove(&key);
+        }
+        None
+    }
+
+    /// A block of another length is damage, whoever has checked it.
+    fn checked(&self, outcome: Outcome) -> Outcome {
+        let expected = self.config.block_bytes;
+        match outcome {
+            Outcome::Found(bytes) if bytes.len() != expected => {
+                let (found_bytes, limit_bytes) = (bytes.len() as u64, expected as u64);
+                Outcome::Fault(Fault::Damaged(Damage::Length { found_bytes, limit_bytes }))
+            }
+            other => other,
+        }
+    }
+
+    fn complete_read(&mut self, id: TierId, key: StoredKey, outcome: Outcome, started_us: u64, now_us: u64) {
+        match outcome {
+            Outcome::Found(bytes) => {
+                let tier = self.tier_mut(id);
+                tier.read_rate.measure(bytes.len() as u64, now_us.saturating_sub(started_us), now_us);
+                tier.stats.hits += 1;
+                tier.stats.hit_bytes += bytes.len() as u64;
+                if !self.quarantined.contains(&key) {
+                    self.tier_mut(id).held.insert(key);
+                    self.deliver(key, bytes.into(), now_us);
+                }
+            }
+            Outcome::Fault(fault) => {
+                if let Fault::Damaged(_) = fault {
+                    self.tier_mut(id).held.remove(&key);
+                }
+                self.fail_wanted(&key);
+            }
+            Outcome::Missing | Outcome::Stored => {
+                let tier = self.tier_mut(id);
+                tier.stats.misses += 1;
+                tier.held.remove(&key);
+                self.fail_wanted(&key);
+            }
+        }
+    }
+
+    /// Gives a block to all who wait for it; to host memory when nobody does; and to the tiers that lack it.
+    fn deliver(&mut self, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
+        let (_, waiting) = self.wanted.remove(&key).unwrap_or((TierId::Disk, Vec::new()));
+        let mut is_late = true;
+        for id in waiting {
+            let Some(restore) = self.restores.get_mut(&id) else { continue };
+            let Some(idx) = restore.keys.iter().position(|other| *other == key) else { continue };
+            restore.blocks[idx] = Some(Arc::clone(&bytes));
+            restore.progress_us = now_us;
+            is_late = false;
+        }
+        if is_late {
+            self.counters.late += 1;
+            self.host.insert(key, Arc::clone(&bytes));
+        }
+        self.persist(key, bytes, now_us);
+    }
+
+    /// A block will not come: who waits for it does with what is before it.
+    fn fail_wanted(&mut self, key: &StoredKey) {
+        let Some((tier_id, waiting)) = self.wanted.remove(key) else { return };
+        self.tier_mut(tier_id).reads.retain(|other| other != key);
+        for id in waiting {
+            let Some(restore) = self.restores.get_mut(&id) else { continue };
+            if let Some(idx) = restore.keys.iter().position(|other| other == key) {
+                restore.cut(idx);
+            }
+        }
+    }
+
+    /// The tier is left alone: what waits for it does not come, what was to be written is not.
+    fn drop_queues(&mut self, id: TierId) {
+        let reads: Vec<StoredKey> = self.tier_mut(id).reads.drain(..).collect();
+        reads.iter().for_each(|key| self.fail_wanted(key));
+        let tier = self.tier_mut(id);
+        let writes = std::mem::take(&mut tier.writes);
+        for (key, bytes) in &writes {
+            tier.write_queue_bytes -= bytes.len() as u64;
+            tier.writing.remove(key);
+        }
+        self.counters.dropped_writes += writes.len() as u64;
+    }
+
+    fn tier(&self, id: TierId) -> &Tier {
+        self.tiers.iter().find(|tier| tier.id == id).expect("only tiers of the configuration are named")
+    }
+    fn tier_mut(&mut self, id: TierId) -> &mut Tier {
+        self.tiers.iter_mut().find(|tier| tier.id == id).expect("only tiers of the configuration are named")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cost::{FIRST_REST_US, MAX_FAULTS, MAX_REST_US};
+
+    const BLOCK_BYTES: usize = 1_000;
+    const BUDGET_US: u64 = 50_000;
+
+    fn key(name: u32) -> StoredKey {
+        let mut block = [0; 32];
+        block[..4].copy_from_slice(&name.to_le_bytes());
+        StoredKey { block: BlockKey(block), layout: LayoutId([0; 32]) }
+    }
+    fn keys(names: std::ops::Range<u32>) -> Vec<StoredKey> {
+        names.map(key).collect()
+    }
+    fn block(key: &StoredKey) -> Arc<[u8]> {
+        (0..BLOCK_BYTES).map(|i| key.block.0[i % 4].wrapping_add(i as u8)).collect()
+    }
+    fn machine(host_blocks: u64, tiers: &[TierId]) -> Tiers {
+        Tiers::new(TiersConfig {
+            block_tokens: 16,
+            block_bytes: BLOCK_BYTES,
+            host_bytes: host_blocks * (BLOCK_BYTES as u64 + host::ENTRY_BYTES),
+            write_queue_bytes: 4 * BLOCK_BYTES as u64,
+            load_budget_us: BUDGET_US,
+            tiers: tiers.to_vec(),
+        })
+    }
+    fn io_fault() -> Outcome {
+        Outcome::Fault(Fault::Io { operation: "read", kind: io::ErrorKind::Other, reason: "simulated".to_string() })
+    }
+    /// Does all reads of a tier, each in `each_us`, with `outcome`.
+    fn serve(
+        tiers: &mut Tiers,
+        id: TierId,
+        now_us: &mut u64,
+        each_us: u64,
+        outcome: impl Fn(&Job) -> Outcome,
+    ) -> usize {
+        let mut num_jobs = 0;
+        while let Some(job) = tiers.next_job(id, *now_us) {
+            *now_us += each_us;
+            tiers.complete(id, outcome(&job), *now_us);
+            tiers.check_invariants().expect("sound");
+            num_jobs += 1;
+        }
+        num_jobs
+    }
+    fn works(job: &Job) -> Outcome {
+        match job {
+            Job::Read(key) => Outcome::Found(block(key).to_vec()),
+            Job::Write(..) => Outcome::Stored,
+            Job::Quarantine(_) => Outcome::Missing,
+        }
+    }
+    fn names(restored: &Restored) -> Vec<StoredKey> {
+        assert!(restored.iter().all(|(key, bytes)| *bytes == block(key)), "a wrong block");
+        restored.iter().map(|(key, _)| *key).collect()
+    }
+
+    /// A prefix comes back whole from host memory and disk together, and not before all of it is there.
+    #[test]
+    fn prefix_comes_back_from_two_tiers() {
+        let mut tiers = machine(2, &[TierId::Disk]);
+        let mut now_us = 0;
+        for key in keys(0..5) {
+            tiers.spill(key, block(&key), now_us);
+            serve(&mut tiers, TierId::Disk, &mut now_us, 10, works);
+        }
+        assert_eq!((tiers.host_stats().entries, tiers.host_stats().evictions), (2, 3));
+        assert_eq!(tiers.tier_stats(TierId::Disk).stored, 5);
+        let id = tiers.begin(&keys(0..9), now_us).expect("some of it is there");
+        assert_eq!(tiers.poll(id, now_us), None, "three are on disk");
+        assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 3);
+        assert_eq!(names(&tiers.poll(id, now_us).expect("all there")), keys(0..5));
+        assert_eq!(tiers.poll(id, now_us), Some(Vec::new()), "handed out once");
+        assert_eq!(tiers.begin(&keys(20..22), now_us), None);
+        assert_eq!((tiers.tier_stats(TierId::Disk).hits, tiers.counters().restored), (3, 5));
+    }
+
+    /// Whatever a read brings but the block ends the prefix there: a fault, nothing, a block of another length.
+    #[test]
+    fn fault_ends_the_prefix() {
+        let lies: [fn() -> Outcome; 4] = [
+            io_fault,
+            || Outcome::Missing,
+            || Outcome::Found(vec![1; BLOCK_BYTES - 1]),
+            || Outcome::Fault(Fault::Damaged(Damage::PayloadChecksum)),
+        ];
+        for (idx, lie) in lies.iter().enumerate() {
+            let mut tiers = machine(0, &[TierId::Disk]);
+            let mut now_us = 0;
+            tiers.found(TierId::Disk, keys(0..4));
+            let id = tiers.begin(&keys(0..4), now_us).expect("all is there");
+            let outcome = |job: &Job| if *job == Job::Read(key(2)) { lie() } else { works(job) };
+            assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, outcome), 3, "what follows is not read");
+            assert_eq!(names(&tiers.poll(id, now_us).expect("ended")), keys(0..2), "lie {idx}");
+            let stats = tiers.tier_stats(TierId::Disk);
+            assert_eq!((stats.faults, stats.misses), (u64::from(idx != 1), u64::from(idx == 1)), "lie {idx}");
+            let is_held = idx == 0;
+            assert_eq!(stats.entries, 3 + u64::from(is_held), "what is damaged or missing is forgotten");
+        }
+    }
+
+    /// A tier that is slower than computing is skipped, by measurement; after a while one block is tried again.
+    #[test]
+    fn slow_tier_is_skipped() {
+        let mut tiers = machine(0, &[TierId::Disk]);
+        let mut now_us = 0;
+        tiers.found(TierId::Disk, keys(0..100));
+        // 16 tokens take 1,000 us.
+        tiers.note_prefill(16_000, 1_000_000, now_us);
+        let id = tiers.begin(&keys(0..2), now_us).expect("never measured, so it is tried");
+        serve(&mut tiers, TierId::Disk, &mut now_us, 5_000, works);
+        assert_eq!(tiers.poll(id, now_us).map(|restored| restored.len()), Some(2));
+        assert_eq!(tiers.begin(&keys(10..20), now_us), None, "5 ms instead of 1 ms a block");
+        assert_eq!(tiers.counters().skipped_slower, 10);
+        now_us += MAX_REST_US;
+        let id = tiers.begin(&keys(10..20), now_us).expect("a trial");
+        assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 20, works), 1, "of one block");
+        assert_eq!(tiers.poll(id, now_us).map(|restored| restored.len()), Some(1));
+        assert!(tiers.begin(&keys(20..30), now_us).is_some(), "it is fast now");
+    }
+
+    /// A disk that hangs costs the load budget once; then nobody waits for it, and what it brings at last is kept.
+    #[test]
+    fn stalled_tier_costs_the_budget_once() {
+        let mut tiers = machine(4, &[TierId::Disk]);
+        tiers.found(TierId::Disk, keys(0..4));
+        let id = tiers.begin(&keys(0..4), 0).expect("all is there");
+        assert_eq!(tiers.next_job(TierId::Disk, 0), Some(Job::Read(key(0))));
+        assert_eq!(tiers.next_deadline_us(), Some(BUDGET_US));
+        assert_eq!(tiers.poll(id, BUDGET_US - 1), None);
+        assert_eq!(tiers.poll(id, BUDGET_US), Some(Vec::new()));
+        assert_eq!(tiers.begin(&keys(0..4), BUDGET_US), None, "it hangs");
+        assert_eq!(tiers.next_job(TierId::Disk, BUDGET_US), None, "one job at a time");
+        tiers.complete(TierId::Disk, works(&Job::Read(key(0))), 10_000_000);
+        let counters = tiers.counters();
+        assert_eq!((counters.gave_up, counters.late, tiers.host_stats().entries), (1, 1, 1));
+        assert_eq!(tiers.next_job(TierId::Disk, 10_000_000), None, "nobody waits for the rest");
+        let id = tiers.begin(&keys(0..1), 10_000_000).expect("in host memory");
+        assert_eq!(names(&tiers.poll(id, 10_000_000).expect("there")), keys(0..1));
+        tiers.check_invariants().expect("sound");
+    }
+
+    /// A tier that keeps failing is left alone: no reads, no writes, nobody waits; after its rest it has a trial.
+    #[test]
+    fn failing_tier_is_left_alone() {
+        let mut tiers = machine(0, &[TierId::Disk]);
+        let mut now_us = 0;
+        tiers.found(TierId::Disk, keys(0..20));
+        tiers.persist(key(50), block(&key(50)), now_us);
+        let ids: Vec<_> = (0..8).map(|i| tiers.begin(&[key(i)], now_us).expect("there")).collect();
+        let num_jobs = serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
+        assert_eq!((num_jobs, tiers.num_rests(TierId::Disk)), (MAX_FAULTS as usize, 1));
+        assert!(ids.iter().all(|id| tiers.poll(*id, now_us) == Some(Vec::new())), "nobody waits for it");
+        assert_eq!(tiers.begin(&keys(10..12), now_us), None);
+        tiers.persist(key(51), block(&key(51)), now_us);
+        assert_eq!((tiers.counters().dropped_writes, tiers.next_job(TierId::Disk, now_us)), (2, None));
+        now_us += FIRST_REST_US;
+        let id = tiers.begin(&keys(10..12), now_us).expect("a trial");
+        assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
+        assert_eq!(names(&tiers.poll(id, now_us).expect("there")), keys(10..12));
+        assert_eq!(tiers.tier_stats(TierId::Disk).faults, u64::from(MAX_FAULTS));
+    }
+
+    /// The write queue is bounded: what does not fit is not stored, and nothing counts as stored before it is.
+    #[test]
+    fn write_queue_is_bounded() {
+        let mut tiers = machine(0, &[TierId::Disk]);
+        let mut now_us = 0;
+        for key in keys(0..10) {
+            tiers.persist(key, block(&key), now_us);
+            tiers.persist(key, block(&key), now_us);
+        }
+        assert!(tiers.counters().dropped_writes >= 6, "the queue holds four");
+        assert_eq!(tiers.begin(&keys(0..4), now_us), None, "queued is not stored");
+        assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 4);
+        assert_eq!(tiers.tier_stats(TierId::Disk).entries, 4);
+        tiers.persist(key(20), block(&key(20)), now_us);
+        serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
+        assert_eq!(tiers.tier_stats(TierId::Disk).entries, 4, "a write that failed stored nothing");
+        tiers.lost(TierId::Disk, keys(0..2));
+        assert_eq!((tiers.begin(&keys(0..4), now_us), tiers.tier_stats(TierId::Disk).evictions), (None, 2));
+        tiers.persist(key(30), vec![0; 3].into(), now_us);
+        assert_eq!(tiers.next_job(TierId::Disk, now_us), None, "not a block");
+    }
+
+    /// What led to an error comes from no tier again, and is not stored again.
+    #[test]
+    fn quarantined_block_stays_away() {
+        let mut tiers = machine(4, &[TierId::Disk, TierId::Remote]);
+        let mut now_us = 0;
+        tiers.spill(key(0), block(&key(0)), now_us);
+        for id in [TierId::Disk, TierId::Remote] {
+            serve(&mut tiers, id, &mut now_us, 10, works);
+        }
+        tiers.quarantine(key(0));
+        tiers.spill(key(0), block(&key(0)), now_us);
+        assert_eq!(tiers.begin(&keys(0..1), now_us), None);
+        assert_eq!(tiers.next_job(TierId::Disk, now_us), Some(Job::Quarantine(key(0))));
+        (1..3 * MAX_QUARANTINED_BLOCKS as u32).for_each(|name| tiers.quarantine(key(name)));
+        assert!(tiers.tier(TierId::Disk).quarantines.len() <= MAX_QUARANTINED_BLOCKS);
+        tiers.check_invariants().expect("sound");
+    }
+
+    /// A block that another node stored is asked for without knowing, shared by all who want it, and kept on disk.
+    #[test]
+    fn remote_block_is_asked_for_once_and_kept() {
+        let mut tiers = machine(0, &[TierId::Disk, TierId::Remote]);
+        let mut now_us = 0;
+        let ids = [0, 1].map(|_| tiers.begin(&keys(0..2), now_us).expect("may be there"));
+        let outcome = |job: &Job| if *job == Job::Read(key(1)) { Outcome::Missing } else { works(job) };
+        assert_eq!(serve(&mut tiers, TierId::Remote, &mut now_us, 10, outcome), 2, "each block once");
+        for id in ids {
+            assert_eq!(names(&tiers.poll(id, now_us).expect("ended")), keys(0..1));
+        }
+        assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 1);
+        assert_eq!(tiers.tier_stats(TierId::Disk).entries, 1);
+    }
+
+    /// Random loads over tiers that fail, lose, lie and hang at random: what is restored is right and a prefix of what was
+    /// asked for, every restore ends within its budget, and the invariants hold after each step.
+    #[test]
+    fn random_loads_restore_right_prefixes() {
+        let (mut restored, mut total) = (0, TiersCounters::default());
+        let (mut faults, mut rests) = (0, 0);
+        for seed in 0..300u64 {
+            let mut draws = 0;
+            let mut draw = |bound: u64| {
+                draws += 1;
+                // SplitMix64.
+                let mut z = (seed * 1_000_003 + draws).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+                (z ^ (z >> 31)) % bound.max(1)
+            };
+            let mut tiers = machine(seed % 5, &[TierId::Disk, TierId::Remote]);
+            let mut held: [HashSet<StoredKey>; 2] = Default::default();
+            let mut busy: [Option<Outcome>; 2] = Default::default();
+            let mut open: Vec<(RestoreId, Vec<StoredKey>, u64)> = Vec::new();
+            let mut now_us = 0;
+            for _ in 0..500 {
+                now_us += draw(5_000);
+                let name = draw(30) as u32;
+                let tier = draw(2) as usize;
+                let id = [TierId::Disk, TierId::Remote][tier];
+                match draw(10) {
+                    0 | 1 => tiers.spill(key(name), block(&key(name)), now_us),
+                    2 => tiers.persist(key(name), block(&key(name)), now_us),
+                    3 => tiers.note_prefill(512, 1 + draw(3_000_000), now_us),
+                    4 if draw(20) == 0 => tiers.quarantine(key(name)),
+                    5 => {
+                        let wanted = keys(name..name + draw(6) as u32);
+                        open.extend(tiers.begin(&wanted, now_us).map(|id| (id, wanted, now_us)));
+                    }
+                    6 if draw(4) == 0 && !open.is_empty() => tiers.cancel(open.swap_remove(0).0),
+                    _ if busy[tier].is_none() => {
+                        let Some(job) = tiers.next_job(id, now_us) else { continue };
+                        busy[tier] = Some(match (&job, draw(8)) {
+                            (_, 0) => io_fault(),
+                            (Job::Read(_), 1) => Outcome::Found(vec![0; draw(2_000) as usize * 2 + 1]),
+                            (Job::Read(key), _) if !held[tier].contains(key) => Outcome::Missing,
+                            (Job::Write(key, _), _) => {
+                                held[tier].insert(*key);
+                                Outcome::Stored
+                            }
+                            (job, _) => works(job),
+                        });
+                    }
+                    _ => {
+                        now_us += if draw(10) == 0 { 2 * BUDGET_US } else { 0 };
+                        let outcome = busy[tier].take().expect("at work");
+                        tiers.complete(id, outcome, now_us);
+                        if draw(10) == 0 && held[tier].remove(&key(name)) {
+                            tiers.lost(id, [key(name)]);
+                        }
+                    }
+                }
+                tiers.check_invariants().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+                open.retain(|(id, wanted, _)| match tiers.poll(*id, now_us) {
+                    None => true,
+                    Some(blocks) => {
+                        restored += blocks.len();
+                        assert_eq!(names(&blocks), wanted[..blocks.len()], "seed {seed}");
+                        false
+                    }
+                });
+            }
+            now_us += BUDGET_US;
+            for (id, wanted, _) in open {
+                let blocks = tiers.poll(id, now_us).expect("a restore without progress ends");
+                assert_eq!(names(&blocks), wanted[..blocks.len()], "seed {seed}");
+            }
+            let counters = tiers.counters();
+            total.gave_up += counters.gave_up;
+            total.late += counters.late;
+            total.skipped_slower += counters.skipped_slower;
+            total.dropped_writes += counters.dropped_writes;
+            for id in [TierId::Disk, TierId::Remote] {
+                (faults, rests) = (faults + tiers.tier_stats(id).faults, rests + tiers.num_rests(id));
+            }
+        }
+        assert!(restored > 500 && faults > 1_000 && rests > 0, "{restored} restored, {faults} faults, {rests} rests");
+        assert!(total.gave_up > 0 && total.late > 0 && total.dropped_writes > 0, "{total:?}");
+        assert!(total.skipped_slower > 0, "{total:?}");
+    }
+}

@@ -1,0 +1,288 @@
+//! What the disk tier asks of a directory ([`SegmentFiles`], which a test replaces to make every call fail), and the real
+//! one. The only place of the engine that writes files.
+//!
+//! - Names are made here from a version and a number; no text of a request or a file becomes a path.
+//! - The directory belongs to the tier alone: mode 0700, files 0600, for its contents are as private as the prompts they
+//!   came from. A directory that others may enter is made private when it holds nothing but the tier's own files, and
+//!   refused otherwise.
+//! - Links are never followed: neither the directory itself nor a file in it may be one. What does not look like the
+//!   tier's own file is not opened, counted or removed.
+//! - One writer: it holds a lock on the file `lock` for its life, which the system releases at once when the process dies.
+//!   Everyone else may read.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use lru::LruCache;
+
+use super::record::{FORMAT_VERSION, MAX_NUMBER};
+use crate::config::MAX_OPEN_SEGMENTS;
+use crate::error::{Error, Result};
+
+/// A segment file as its directory shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentFile {
+    /// Version of its format.
+    pub version: u32,
+    /// Its number.
+    pub segment: u64,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// The segment files of one directory, by number. Reads and writes may be short, as those of the system.
+pub trait SegmentFiles: Send {
+    /// All segment files, of any version.
+    fn list(&mut self) -> io::Result<Vec<SegmentFile>>;
+    /// Makes an empty file; one that is there already is an error.
+    fn create(&mut self, segment: u64) -> io::Result<()>;
+    /// Reads from `offset`; 0 bytes: the file ends there.
+    fn read_at(&mut self, segment: u64, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Writes at `offset`.
+    fn write_at(&mut self, segment: u64, offset: u64, bytes: &[u8]) -> io::Result<usize>;
+    /// Cuts the file to `bytes`.
+    fn truncate(&mut self, segment: u64, bytes: u64) -> io::Result<()>;
+    /// Returns when the file's bytes are on the medium.
+    fn sync(&mut self, segment: u64) -> io::Result<()>;
+    /// Returns when the directory's entries are on the medium.
+    fn sync_directory(&mut self) -> io::Result<()>;
+    /// Removes the file.
+    fn remove(&mut self, segment: u64) -> io::Result<()>;
+}
+
+/// What a process may do in a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Nobody else writes while this one lives.
+    Write,
+    /// Another process writes.
+    Read,
+}
+
+/// A directory of the file system.
+#[derive(Debug)]
+pub struct Directory {
+    path: PathBuf,
+    /// Held, never read: the lock ends with it.
+    _lock: File,
+    open: LruCache<u64, File>,
+    access: Access,
+}
+
+/// Name of the lock.
+const LOCK: &str = "lock";
+
+impl Directory {
+    /// Makes or enters the directory, and takes its lock unless another has it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let failed = |error: io::Error| Error::Io { path: path.to_path_buf(), reason: error.to_string() };
+        make_private(path).map_err(failed)?;
+        let lock_path = path.join(LOCK);
+        refuse_unless_file(&lock_path).or_else(missing_is_fine).map_err(failed)?;
+        let lock = options().read(true).write(true).create(true).truncate(false).open(&lock_path).map_err(failed)?;
+        let access = match lock.try_lock() {
+            Ok(()) => Access::Write,
+            Err(fs::TryLockError::WouldBlock) => Access::Read,
+            Err(fs::TryLockError::Error(error)) => return Err(failed(error)),
+        };
+        let max_open = NonZeroUsize::new(MAX_OPEN_SEGMENTS).expect("not zero");
+        Ok(Directory { path: path.to_path_buf(), _lock: lock, open: LruCache::new(max_open), access })
+    }
+
+    /// What this process may do here.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    fn path_of(&self, segment: u64) -> PathBuf {
+        self.path.join(file_name(segment))
+    }
+
+    fn file(&mut self, segment: u64) -> io::Result<&mut File> {
+        if !self.open.contains(&segment) {
+            let path = self.path_of(segment);
+            refuse_unless_file(&path)?;
+            let file = options().read(true).write(self.access == Access::Write).open(path)?;
+            self.open.put(segment, file);
+        }
+        Ok(self.open.get_mut(&segment).expect("just put"))
+    }
+}
+
+impl SegmentFiles for Directory {
+    fn list(&mut self) -> io::Result<Vec<SegmentFile>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let entry = entry?;
+            let Some((version, segment)) = entry.file_name().to_str().and_then(parse_name) else { continue };
+            // Of the entry itself: a link is not a file.
+            let metadata = match entry.metadata() {
+                Ok(metadata) => metadata,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            if metadata.is_file() {
+                found.push(SegmentFile { version, segment, bytes: metadata.len() });
+            }
+        }
+        Ok(found)
+    }
+
+    fn create(&mut self, segment: u64) -> io::Result<()> {
+        let file = options().read(true).write(true).create_new(true).open(self.path_of(segment))?;
+        self.open.put(segment, file);
+        Ok(())
+    }
+
+    fn read_at(&mut self, segment: u64, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let file = self.file(segment)?;
+        file.seek(SeekFrom::Start(offset))?;
+        file.read(buffer)
+    }
+
+    fn write_at(&mut self, segment: u64, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        let file = self.file(segment)?;
+        file.seek(SeekFrom::Start(offset))?;
+        file.write(bytes)
+    }
+
+    fn truncate(&mut self, segment: u64, bytes: u64) -> io::Result<()> {
+        self.file(segment)?.set_len(bytes)
+    }
+
+    fn sync(&mut self, segment: u64) -> io::Result<()> {
+        self.file(segment)?.sync_all()
+    }
+
+    fn sync_directory(&mut self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+
+    fn remove(&mut self, segment: u64) -> io::Result<()> {
+        self.open.pop(&segment);
+        fs::remove_file(self.path_of(segment))
+    }
+}
+
+/// Random bytes for [`DiskTier::open`](super::DiskTier::open): the standard library's keyed hasher is keyed by the
+/// operating system.
+pub fn draw_seed() -> [u8; 16] {
+    let draw = || RandomState::new().build_hasher().finish().to_le_bytes();
+    let mut seed = [0; 16];
+    seed[..8].copy_from_slice(&draw());
+    seed[8..].copy_from_slice(&draw());
+    seed
+}
+
+fn file_name(segment: u64) -> String {
+    format!("v{FORMAT_VERSION}-{segment:016x}.segment")
+}
+
+/// Version and number in a segment's name; `None`: it is not one.
+fn parse_name(name: &str) -> Option<(u32, u64)> {
+    let (version, number) = name.strip_prefix('v')?.strip_suffix(".segment")?.split_once('-')?;
+    let is_number = number.len() == 16 && number.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let is_version = !version.starts_with('0') && version.bytes().all(|b| b.is_ascii_digit());
+    if !is_number || !is_version {
+        return None;
+    }
+    let number = u64::from_str_radix(number, 16).ok().filter(|number| *number < MAX_NUMBER)?;
+    Some((version.parse().ok()?, number))
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
+}
+
+/// Makes `path` a directory that only its owner enters.
+fn make_private(path: &Path) -> io::Result<()> {
+    let found = match fs::symlink_metadata(path) {
+        Ok(found) => found,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            let mut builder = DirBuilder::new();
+            #[cfg(unix)]
+            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+            // Another process may have made it meanwhile.
+            return builder.create(path).or_else(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => Ok(()),
+                _ => Err(error),
+            });
+        }
+        Err(error) => return Err(error),
+    };
+    if !found.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::NotADirectory, "not a directory, or a link to one"));
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        if found.permissions().mode() & 0o077 != 0 {
+            refuse_foreign(path)?;
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
+        }
+    }
+    Ok(())
+}
+
+/// Nothing but the tier's own files is in `path`: its mode may be changed.
+#[cfg(unix)]
+fn refuse_foreign(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let name = entry?.file_name();
+        let is_own = name.to_str().is_some_and(|name| name == LOCK || parse_name(name).is_some());
+        if !is_own {
+            let reason = "others may enter it and it holds other files; give a directory of mode 0700 or a new one";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
+        }
+    }
+    Ok(())
+}
+
+/// A link, a pipe or a device under a name of the tier is not opened. (Between this look and the opening only the owner
+/// of the directory could change it: nobody else may enter.)
+fn refuse_unless_file(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path)?.is_file() {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a plain file")),
+    }
+}
+
+fn missing_is_fine(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only the tier's own spelling is a segment; each number and version has one spelling.
+    #[test]
+    fn names_have_one_spelling() {
+        assert_eq!(parse_name(&file_name(0x1f)), Some((1, 0x1f)));
+        assert_eq!(parse_name("v27-000000000000000a.segment"), Some((27, 10)));
+        for name in [
+            "v1-1f.segment",
+            "v1-000000000000001F.segment",
+            "v01-000000000000001f.segment",
+            "v-000000000000001f.segment",
+            "v+1-000000000000001f.segment",
+            "v99999999999-000000000000001f.segment",
+            "v1-ffffffffffffffff.segment",
+            "v1-000000000000001f.segment.bak",
+            "v1-00000000000001/.segment",
+            "lock",
+            "",
+        ] {
+            assert_eq!(parse_name(name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The host tier: blocks that the pool has given away, in this process's memory, least recently used out first. Never holds
+//! more than its budget, which counts what it costs to remember a block as well.
+
+use std::sync::Arc;
+
+use lru::LruCache;
+
+use super::{StoredKey, TierStats};
+use crate::error::Error;
+
+/// Memory that a block takes beside its bytes: keys, links, the reference count and the allocator's own.
+pub const ENTRY_BYTES: u64 = 256;
+
+/// Blocks in memory.
+#[derive(Debug)]
+pub struct HostTier {
+    budget_bytes: u64,
+    bytes: u64,
+    blocks: LruCache<StoredKey, Arc<[u8]>>,
+    stats: TierStats,
+}
+
+impl HostTier {
+    /// An empty tier. A budget of 0 holds nothing.
+    pub fn new(budget_bytes: u64) -> Self {
+        HostTier { budget_bytes, bytes: 0, blocks: LruCache::unbounded(), stats: TierStats::default() }
+    }
+
+    /// Takes a block in, and gives up others for it. False: it is longer than the budget, or here already.
+    pub fn insert(&mut self, key: StoredKey, bytes: Arc<[u8]>) -> bool {
+        let entry_bytes = ENTRY_BYTES + bytes.len() as u64;
+        if entry_bytes > self.budget_bytes || self.blocks.get(&key).is_some() {
+            return false;
+        }
+        while self.bytes + entry_bytes > self.budget_bytes {
+            let (_, evicted) = self.blocks.pop_lru().expect("bytes are held by blocks");
+            self.bytes -= ENTRY_BYTES + evicted.len() as u64;
+            self.stats.evictions += 1;
+        }
+        self.bytes += entry_bytes;
+        self.blocks.put(key, bytes);
+        self.stats.stored += 1;
+        true
+    }
+
+    /// A block, which was used with that. Asking for one that is not here is a miss.
+    pub fn get(&mut self, key: &StoredKey) -> Option<Arc<[u8]>> {
+        let found = self.blocks.get(key).cloned();
+        match &found {
+            Some(bytes) => {
+                self.stats.hits += 1;
+                self.stats.hit_bytes += bytes.len() as u64;
+            }
+            None => self.stats.misses += 1,
+        }
+        found
+    }
+
+    /// Whether the block is here; no use of it.
+    pub fn contains(&self, key: &StoredKey) -> bool {
+        self.blocks.contains(key)
+    }
+
+    /// Forgets a block.
+    pub fn remove(&mut self, key: &StoredKey) {
+        if let Some(bytes) = self.blocks.pop(key) {
+            self.bytes -= ENTRY_BYTES + bytes.len() as u64;
+        }
+    }
+
+    /// Forgets all blocks.
+    pub fn clear(&mut self) {
+        self.blocks.clear();
+        self.bytes = 0;
+    }
+
+    /// What is held and what has happened.
+    pub fn stats(&self) -> TierStats {
+        TierStats { entries: self.blocks.len() as u64, bytes: self.bytes, ..self.stats }
+    }
+
+    /// The bytes add up and are within the budget.
+    pub fn check_invariants(&self) -> crate::Result<()> {
+        let bytes: u64 = self.blocks.iter().map(|(_, bytes)| ENTRY_BYTES + bytes.len() as u64).sum();
+        match bytes == self.bytes && bytes <= self.budget_bytes {
+            true => Ok(()),
+            false => {
+                let (counted, budget) = (self.bytes, self.budget_bytes);
+                Err(Error::Internal { reason: format!("{bytes} bytes are held, {counted} counted of {budget}") })
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::LayoutId;
+    use super::*;
+    use crate::sequence::BlockKey;
+
+    fn key(name: u8) -> StoredKey {
+        StoredKey { block: BlockKey([name; 32]), layout: LayoutId([0; 32]) }
+    }
+    fn block(name: u8, bytes: usize) -> Arc<[u8]> {
+        vec![name; bytes].into()
+    }
+
+    /// The block that was used least recently goes first; what was put in comes out; the counters say so.
+    #[test]
+    fn least_recently_used_goes_first() {
+        let mut tier = HostTier::new(3 * (ENTRY_BYTES + 100));
+        for name in 0..3 {
+            assert!(tier.insert(key(name), block(name, 100)));
+        }
+        assert!(!tier.insert(key(0), block(9, 100)), "it is here already, and used");
+        assert!(tier.insert(key(3), block(3, 100)));
+        assert_eq!(tier.get(&key(1)), None);
+        assert_eq!(tier.get(&key(0)).as_deref(), Some(&[0; 100][..]));
+        assert!(tier.insert(key(4), block(4, 100 + 256)), "takes the place of two smaller ones");
+        assert_eq!([2, 3, 0, 4].map(|name| tier.contains(&key(name))), [false, false, true, true]);
+        let stats = tier.stats();
+        assert_eq!((stats.stored, stats.hits, stats.hit_bytes, stats.misses), (5, 1, 100, 1));
+        assert_eq!((stats.evictions, stats.entries), (3, 2));
+        tier.check_invariants().expect("sound");
+    }
+
+    /// Under random use the bytes add up and stay within the budget; a block longer than the budget is refused.
+    #[test]
+    fn budget_holds() {
+        let mut tier = HostTier::new(10_000);
+        assert!(!tier.insert(key(0), block(0, 10_000)));
+        for step in 0..3_000u32 {
+            let name = (step.wrapping_mul(2_654_435_761) >> 24) as u8 % 40;
+            match step % 7 {
+                0 => tier.remove(&key(name)),
+                1..4 => drop(tier.get(&key(name)).map(|bytes| assert!(bytes.iter().all(|byte| *byte == name)))),
+                _ => drop(tier.insert(key(name), block(name, 50 * name as usize))),
+            }
+            tier.check_invariants().expect("sound");
+        }
+        let stats = tier.stats();
+        assert!(stats.hits > 50 && stats.misses > 100 && stats.evictions > 100, "{stats:?}");
+        tier.clear();
+        assert_eq!((tier.stats().entries, tier.stats().bytes), (0, 0));
+        assert!(!HostTier::new(0).insert(key(1), block(1, 0)));
+    }
+}
