@@ -325,7 +325,7 @@ impl EngineOptions {
         if let Some(threads) = self.threads {
             check("threads", threads, 1, MAX_THREADS)?;
         }
-        if self.block_tokens % BLOCK_TOKENS_MULTIPLE != 0 {
+        if !self.block_tokens.is_multiple_of(BLOCK_TOKENS_MULTIPLE) {
             return Err(Error::InvalidArgument {
                 field: "block_tokens",
                 value: self.block_tokens.to_string(),

@@ -170,7 +170,7 @@ mod tests {
             assert_eq!(PreTokenizer::recognise(&known.json()), Some(known));
             let mut metadata = Metadata::default();
             metadata.set(KEY, known.name());
-            assert_eq!(PreTokenizer::of(&metadata).expect(known.name()), known);
+            assert_eq!(PreTokenizer::of(&metadata).expect("a known name"), known);
         }
         let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
         let digits = json!({"type": "Digits", "individual_digits": true});
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(PreTokenizer::recognise(&byte_level), Some(Gpt2));
         assert_eq!(PreTokenizer::recognise(&smollm), Some(SmolLm));
         let mut deepseek = DeepSeekLlm.json();
-        deepseek["pretokenizers"][5] = digits.clone();
+        *deepseek.pointer_mut("/pretokenizers/5").expect("the digits") = digits.clone();
         assert_eq!(PreTokenizer::recognise(&deepseek), Some(DeepSeekLlm));
         for unknown in [
             json!(null),
