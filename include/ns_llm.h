@@ -334,9 +334,12 @@ typedef enum ns_llm_device {
     NS_LLM_DEVICE_CUDA = 2,
 } ns_llm_device;
 
-/** In which form an engine keeps and multiplies weights. */
+/**
+ * In which form an engine keeps and multiplies weights. The quantized forms are those of GGUF files; weights that are stored
+ * otherwise are rounded while they are loaded.
+ */
 typedef enum ns_llm_weights {
-    /** As the model's files have them. */
+    /** As the model's files have them; with `memory_limit_bytes` the best form that fits. */
     NS_LLM_WEIGHTS_AUTO = 0,
     /** 32-bit floats. */
     NS_LLM_WEIGHTS_F32 = 1,
@@ -344,6 +347,30 @@ typedef enum ns_llm_weights {
     NS_LLM_WEIGHTS_BF16 = 2,
     /** IEEE half precision. */
     NS_LLM_WEIGHTS_F16 = 3,
+    /** 8 bits. */
+    NS_LLM_WEIGHTS_Q8_0 = 4,
+    /** 6 bits. */
+    NS_LLM_WEIGHTS_Q6_K = 5,
+    /** 5 bits. */
+    NS_LLM_WEIGHTS_Q5_K = 6,
+    /** 4 bits. */
+    NS_LLM_WEIGHTS_Q4_K = 7,
+    /** 3 bits. */
+    NS_LLM_WEIGHTS_Q3_K = 8,
+    /** 2 bits. */
+    NS_LLM_WEIGHTS_Q2_K = 9,
+    /** 5 bits, an older format. */
+    NS_LLM_WEIGHTS_Q5_1 = 10,
+    /** 5 bits, an older format. */
+    NS_LLM_WEIGHTS_Q5_0 = 11,
+    /** 4 bits, an older format. */
+    NS_LLM_WEIGHTS_Q4_1 = 12,
+    /** 4 bits, an older format. */
+    NS_LLM_WEIGHTS_Q4_0 = 13,
+    /** 4 bits at uneven levels. */
+    NS_LLM_WEIGHTS_IQ4_NL = 14,
+    /** Floats of 4 bits. */
+    NS_LLM_WEIGHTS_MXFP4 = 15,
 } ns_llm_weights;
 
 /** How an engine keeps keys and values. */
@@ -407,6 +434,12 @@ typedef struct ns_llm_engine_params {
     uint32_t kv_dtype;
     /** 0. */
     uint32_t reserved;
+    /**
+     * What weights and KV pool may take together, bytes. With NS_LLM_WEIGHTS_AUTO weights that are too large are rounded to
+     * the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what
+     * the smallest needs in the text. 0: what is available.
+     */
+    uint64_t memory_limit_bytes;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */

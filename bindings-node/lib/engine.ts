@@ -29,14 +29,23 @@ export interface LoadProgress {
   fraction: number;
 }
 
+/**
+ * A form in which weights are kept and multiplied. `q8_0` to `q2_k` have about so many bits a weight, the rest are other
+ * formats of GGUF files; weights that are stored otherwise are rounded to them while they are loaded.
+ */
+export type WeightForm =
+  | 'f32' | 'bf16' | 'f16'
+  | 'q8_0' | 'q6_k' | 'q5_k' | 'q4_k' | 'q3_k' | 'q2_k'
+  | 'q5_1' | 'q5_0' | 'q4_1' | 'q4_0' | 'iq4_nl' | 'mxfp4';
+
 /** How to open a model. Everything is optional. */
 export interface OpenOptions {
   /** The model: its folder (`config.json`, safetensors, `tokenizer.json`) or a GGUF file. Default: the one that ships. */
   model?: string | undefined;
   /** Where to compute. Default `auto`: the best that is there. */
   device?: 'auto' | 'cpu' | 'cuda' | undefined;
-  /** Form in which weights are kept and multiplied. Default `auto`: as the checkpoint has them. */
-  weights?: 'auto' | 'f32' | 'bf16' | 'f16' | undefined;
+  /** Form of the weights. Default `auto`: as the checkpoint has them, or under a `memoryLimit` the best form that fits. */
+  weights?: 'auto' | WeightForm | undefined;
   /**
    * Form in which keys and values are kept. Default `auto`: `f32` with `f32` weights, else `f16`. `int8` takes half the
    * memory of `f16`.
@@ -50,6 +59,12 @@ export interface OpenOptions {
   contextTokens?: number | undefined;
   /** Bytes of the KV pool. Default: a quarter of the available memory, at most 2 GiB. */
   kvBytes?: number | undefined;
+  /**
+   * Bytes that weights and KV pool may take together. Weights that are too large as they are stored are rounded to the
+   * first form that fits of `bf16`, `q8_0`, `q6_k`, `q5_k`, `q4_k`, `q3_k`, `q2_k`; if none does, `open` rejects with
+   * `out_of_memory` and says what the smallest needs. Default: what is available.
+   */
+  memoryLimit?: number | undefined;
   /** Tokens in a KV block, a multiple of 16. Default 16. */
   blockTokens?: number | undefined;
   /** Sequences that may run at once; more wait. Default 64. */

@@ -11,7 +11,7 @@
 
 export type { Embedding, EmbeddingInput, Embeddings, EmbedOptions } from './embedding.js';
 export { Engine } from './engine.js';
-export type { LoadProgress, MemoryUse, ModelInfo, OpenOptions, Stats, TokenizeOptions } from './engine.js';
+export type { LoadProgress, MemoryUse, ModelInfo, OpenOptions, Stats, TokenizeOptions, WeightForm } from './engine.js';
 export { AbortError, NsLlmError } from './errors.js';
 export type { ErrorCode } from './errors.js';
 export { DEMO_MODEL } from './native.js';

@@ -5,7 +5,7 @@ use napi::bindgen_prelude::{BigInt, FromNapiValue, JsObjectValue, Object, Uint32
 use napi::{JsString, JsValue, ValueType};
 use ns_llm::config::{MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
 use ns_llm::{
-    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, Request,
+    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, QuantType, Request,
     SamplingOptions, ThreadPriority, WeightFormat,
 };
 
@@ -54,6 +54,7 @@ const ENGINE_FIELDS: &[&str] = &[
     "threadPriority",
     "contextTokens",
     "kvBytes",
+    "memoryLimit",
     "blockTokens",
     "maxRunningSequences",
     "prefillBudgetTokens",
@@ -111,6 +112,7 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
     options.thread_priority = fields.one_of("threadPriority", THREAD_PRIORITIES)?.unwrap_or_default();
     options.context_tokens = fields.integer("contextTokens")?.map(as_usize);
     options.kv_bytes = fields.integer("kvBytes")?;
+    options.memory_limit_bytes = fields.integer("memoryLimit")?;
     for (name, size) in [
         ("blockTokens", &mut options.block_tokens),
         ("maxRunningSequences", &mut options.max_running_sequences),
@@ -132,6 +134,18 @@ const WEIGHTS: &[(&str, WeightFormat)] = &[
     ("f32", WeightFormat::F32),
     ("bf16", WeightFormat::Bf16),
     ("f16", WeightFormat::F16),
+    ("q8_0", WeightFormat::Quant(QuantType::Q8_0)),
+    ("q6_k", WeightFormat::Quant(QuantType::Q6_K)),
+    ("q5_k", WeightFormat::Quant(QuantType::Q5_K)),
+    ("q4_k", WeightFormat::Quant(QuantType::Q4_K)),
+    ("q3_k", WeightFormat::Quant(QuantType::Q3_K)),
+    ("q2_k", WeightFormat::Quant(QuantType::Q2_K)),
+    ("q5_1", WeightFormat::Quant(QuantType::Q5_1)),
+    ("q5_0", WeightFormat::Quant(QuantType::Q5_0)),
+    ("q4_1", WeightFormat::Quant(QuantType::Q4_1)),
+    ("q4_0", WeightFormat::Quant(QuantType::Q4_0)),
+    ("iq4_nl", WeightFormat::Quant(QuantType::IQ4_NL)),
+    ("mxfp4", WeightFormat::Quant(QuantType::MXFP4)),
 ];
 const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
     ("auto", None),

@@ -122,7 +122,7 @@ pub struct ModelInfo {
     pub max_embedding_tokens: f64,
     /// Whether messages can be rendered.
     pub has_chat_template: bool,
-    /// How the weights are kept: "f32", "bf16", "f16".
+    /// How most weights are kept, such as "bf16" or "q4_k".
     pub weights: String,
     /// How keys and values are kept: "f32", "f16".
     pub kv_dtype: String,

@@ -53,7 +53,8 @@ const CHAT_NAMES = [
 const messages = [{ role: 'user', content: STORY }];
 
 const OPEN_NAMES = [
-  'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'blockTokens',
+  'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
+  'blockTokens',
   'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'signal',
   'onProgress',
 ];

@@ -44,8 +44,19 @@ fn to_json(i: &Inspection) -> serde_json::Value {
             "kv_dtype": i.kv_dtype,
             "kv_block_bytes": i.plan.block_bytes,
             "kv_blocks": i.plan.num_blocks,
-            "kv_bytes": i.plan.block_bytes * i.plan.num_blocks as u64,
+            "kv_bytes": i.plan.kv_bytes(),
             "context_tokens": i.plan.context_tokens,
+            "levels": i.levels.iter().map(|level| json!({
+                "weights": level.weights,
+                "is_stored": level.is_stored,
+                "weights_bytes": level.plan.weights_bytes,
+                "kv_dtype": level.kv_dtype,
+                "kv_bytes": level.plan.kv_bytes(),
+                "total_bytes": level.plan.needed_bytes(),
+                "context_tokens": level.plan.context_tokens,
+                "fits": level.fits,
+                "is_chosen": level.is_chosen,
+            })).collect::<Vec<_>>(),
         },
     })
 }
@@ -67,12 +78,25 @@ fn to_table(i: &Inspection) -> Result<String, std::fmt::Error> {
     writeln!(
         out,
         "  KV pool         {} as {}: {} blocks of {} bytes",
-        mib(i.plan.block_bytes * i.plan.num_blocks as u64),
+        mib(i.plan.kv_bytes()),
         i.kv_dtype,
         i.plan.num_blocks,
         i.plan.block_bytes
     )?;
     writeln!(out, "  context         {} tokens", i.plan.context_tokens)?;
+    writeln!(out, "weights in other forms (--weights; under --memory-limit-mib the first that fits)")?;
+    for level in &i.levels {
+        let stored = if level.is_stored { " (as stored)" } else { "" };
+        let mark = match (level.is_chosen, level.fits) {
+            (true, _) => "*",
+            (false, true) => " ",
+            (false, false) => "-",
+        };
+        let (weights, kv) = (mib(level.plan.weights_bytes), mib(level.plan.kv_bytes()));
+        let (form, total) = (format!("{}{stored}", level.weights), mib(level.plan.needed_bytes()));
+        writeln!(out, "{mark} {form:<24}{weights:>14} + KV {kv:>12} = {total:>12}")?;
+    }
+    writeln!(out, "                  *: would be taken   -: does not fit")?;
     writeln!(out, "tensors           {}", i.tensors.len())?;
     for tensor in &i.tensors {
         writeln!(out, "  {:<56}{:<6}{:?}", tensor.name, tensor.dtype, tensor.shape)?;

@@ -8,6 +8,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod model;
+mod quantize;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -34,6 +35,8 @@ enum Command {
     Bench(bench::Options),
     /// Show what a model consists of and the memory it needs.
     Inspect(inspect::Options),
+    /// Write a model as a GGUF file of smaller numbers.
+    Quantize(quantize::Options),
     /// Measure quality: perplexity of a text, exact match of tasks.
     Eval(eval::Options),
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Embed(options) => embed::run(options),
         Command::Bench(options) => bench::run(options),
         Command::Inspect(options) => inspect::run(options),
+        Command::Quantize(options) => quantize::run(options),
         Command::Eval(options) => eval::run(options),
     };
     match result {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use ns_llm::{Device, Engine, EngineOptions, KvDtype, Result, ThreadPriority, WeightFormat};
+use ns_llm::{Device, Engine, EngineOptions, KvDtype, ProgressCallback, Result, ThreadPriority, WeightFormat};
 
 /// Which model, and how to run it.
 #[derive(Args, Clone)]
@@ -19,9 +19,10 @@ pub(crate) struct ModelOptions {
     /// Where to compute
     #[arg(long, value_enum, default_value_t)]
     pub(crate) device: DeviceName,
-    /// Form in which weights are kept
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) weights: WeightsName,
+    /// Form in which weights are kept: auto, f32, bf16, f16, or quantized as q8_0, q6_k, q5_k, q4_k, q3_k, q2_k, q5_1,
+    /// q5_0, q4_1, q4_0, iq4_nl, mxfp4
+    #[arg(long, value_name = "FORM", default_value = "auto", value_parser = |name: &str| WeightFormat::from_name(name))]
+    pub(crate) weights: WeightFormat,
     /// Form in which keys and values are kept (auto: f32 with f32 weights, else f16)
     #[arg(long, value_enum, default_value_t)]
     pub(crate) kv_dtype: KvDtypeName,
@@ -31,6 +32,9 @@ pub(crate) struct ModelOptions {
     /// Size of the KV pool (MiB)
     #[arg(long, value_name = "MIB")]
     pub(crate) kv_mib: Option<u64>,
+    /// What weights and KV pool may take together (MiB); weights that are too large are rounded to the best form that fits
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory_limit_mib: Option<u64>,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -39,15 +43,6 @@ pub(crate) enum DeviceName {
     Auto,
     Cpu,
     Cuda,
-}
-
-#[derive(Clone, Copy, Default, ValueEnum)]
-pub(crate) enum WeightsName {
-    #[default]
-    Auto,
-    F32,
-    Bf16,
-    F16,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -71,12 +66,7 @@ impl ModelOptions {
             DeviceName::Cpu => Device::Cpu,
             DeviceName::Cuda => Device::Cuda,
         };
-        options.weights = match self.weights {
-            WeightsName::Auto => WeightFormat::Auto,
-            WeightsName::F32 => WeightFormat::F32,
-            WeightsName::Bf16 => WeightFormat::Bf16,
-            WeightsName::F16 => WeightFormat::F16,
-        };
+        options.weights = self.weights;
         options.kv_dtype = match self.kv_dtype {
             KvDtypeName::Auto => None,
             KvDtypeName::F32 => Some(KvDtype::F32),
@@ -86,28 +76,47 @@ impl ModelOptions {
         };
         options.context_tokens = self.context;
         options.kv_bytes = self.kv_mib.map(|mib| mib << 20);
+        options.memory_limit_bytes = self.memory_limit_mib.map(|mib| mib << 20);
         options
     }
 }
 
-/// Opens a model; shows a bar while it loads when standard error is a terminal.
-pub(crate) fn open(mut options: EngineOptions) -> Result<Engine> {
-    if !std::io::stderr().is_terminal() {
-        return Engine::open(options);
+/// A bar on standard error while something long is done, when that is a terminal.
+pub(crate) struct Bar(Option<ProgressBar>);
+
+impl Bar {
+    pub(crate) fn new(verb: &str) -> Bar {
+        let style = || {
+            ProgressStyle::with_template(&format!("{verb} {{bar:30}} {{bytes}}/{{total_bytes}} {{bytes_per_sec}}"))
+                .expect("the template is constant")
+        };
+        Bar(std::io::stderr().is_terminal().then(|| ProgressBar::new(0).with_style(style())))
     }
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes} {bytes_per_sec}")
-            .expect("the template is constant"),
-    );
-    let shown = bar.clone();
-    options.on_progress = Some(Box::new(move |progress| {
-        shown.set_length(progress.total_bytes);
-        shown.set_position(progress.loaded_bytes);
-        true
-    }));
-    let engine = Engine::open(options);
-    bar.finish_and_clear();
-    engine
+
+    /// What moves the bar.
+    pub(crate) fn callback(&self) -> Option<ProgressCallback> {
+        let shown = self.0.clone()?;
+        Some(Box::new(move |progress| {
+            shown.set_length(progress.total_bytes);
+            shown.set_position(progress.loaded_bytes);
+            true
+        }))
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Opens a model behind a bar.
+pub(crate) fn open(mut options: EngineOptions) -> Result<Engine> {
+    let bar = Bar::new("loading");
+    options.on_progress = bar.callback();
+    Engine::open(options)
 }
 
 /// Opens a model with the options as they are.

@@ -134,6 +134,16 @@ fn inspect_shows_the_model() {
     assert_eq!(report["architecture"], "Qwen3ForCausalLM");
     assert!(report["tensors"].as_array().is_some_and(|tensors| tensors.len() > 40));
     assert!(report["memory"]["kv_blocks"].as_u64().is_some_and(|blocks| blocks > 0));
+    let limited = json("inspect", &["--json", "--kv-mib", "4", "--memory-limit-mib", "9"]);
+    let levels = limited["memory"]["levels"].as_array().expect("a list");
+    let chosen = levels.iter().find(|level| level["is_chosen"] == true).expect("one fits");
+    assert_eq!((&levels[0]["weights"], &levels[0]["fits"]), (&"bf16".into(), &false.into()), "{limited}");
+    assert_eq!(chosen["weights"], limited["memory"]["weights"]);
+    assert!(chosen["total_bytes"].as_u64().is_some_and(|bytes| bytes <= 9 << 20), "{limited}");
+    let table = succeed("inspect", &["--weights", "q4_k"]);
+    assert!(table.contains("* q4_k"), "{table}");
+    let unknown = run("inspect", &["--weights", "q9_9"]);
+    assert!(unknown.status.code() == Some(2) && String::from_utf8_lossy(&unknown.stderr).contains("iq4_nl"));
     let table = succeed("inspect", &[]);
     assert!(table.contains("Qwen3ForCausalLM") && table.contains("model.embed_tokens.weight"), "{table}");
 }
@@ -154,6 +164,30 @@ fn eval_measures_own_files() {
     assert!((1.0..3.0).contains(&perplexity), "{report}");
     assert_eq!(report["all"]["items"], 10, "{report}");
     assert!(report["all"]["right"].as_u64().is_some_and(|right| right >= 5), "{report}");
+}
+
+/// A model becomes one smaller file that answers; a file that is there is only replaced when that is asked for.
+#[test]
+fn quantize_writes_a_model() {
+    let file = std::env::temp_dir().join(format!("ns-llm-quantize-{}.gguf", std::process::id()));
+    let output = file.to_str().expect("UTF-8");
+    let arguments = ["--type", "q4_k_m", "--output", output];
+    let report = json("quantize", &[&arguments[..], &["--json"]].concat());
+    assert_eq!((&report["type"], &report["tensors"]["f32"]), (&"q4_k_m".into(), &25.into()), "{report}");
+    assert_eq!(report["file_bytes"].as_u64(), std::fs::metadata(&file).map(|file| file.len()).ok());
+    assert!(report["bits_per_weight"].as_f64().is_some_and(|bits| (4.5..5.5).contains(&bits)), "{report}");
+    let again = run("quantize", &arguments);
+    assert!(!again.status.success() && String::from_utf8_lossy(&again.stderr).contains("already there"));
+    let text = succeed("quantize", &[&arguments[..], &["--force"]].concat());
+    assert!(text.contains("bits a weight") && text.contains("q6_k"), "{text}");
+    let question = ["--chat", "--prompt", "What is the capital of France?", "--temperature", "0"];
+    let answer =
+        Command::new(env!("CARGO_BIN_EXE_ns-llm")).args(["generate", "--model", output]).args(question).output();
+    std::fs::remove_file(&file).expect("removed");
+    assert!(String::from_utf8_lossy(&answer.expect("the program starts").stdout).contains("Paris"));
+    let unknown = run("quantize", &["--type", "q9_9", "--output", output]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("q4_k_m"));
 }
 
 /// What cannot be done is one line on standard error and exit code 1 (2 for arguments that make no sense).

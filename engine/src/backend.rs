@@ -6,6 +6,7 @@
 //! model; never on the other rows of the batch, on how a prompt was cut into chunks, or on the number of threads.
 
 pub mod cpu;
+pub mod measure;
 
 use std::sync::Arc;
 

@@ -1,8 +1,9 @@
 //! Every limit and every default of the engine, each with its unit, its reason and what happens beyond it; and the
 //! options with which an engine is opened. A value is checked once, where it enters, and is immutable afterwards.
 
-use ns_llm_kernels::quant::QuantType;
 use std::path::PathBuf;
+
+use ns_llm_kernels::quant::QuantType;
 
 use crate::error::{Error, Result};
 
@@ -140,7 +141,7 @@ pub enum Device {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum WeightFormat {
-    /// As the checkpoint has them.
+    /// As the checkpoint has them; under a [`memory limit`](EngineOptions::memory_limit_bytes) the best form that fits it.
     #[default]
     Auto,
     /// 32-bit floats.
@@ -150,11 +151,38 @@ pub enum WeightFormat {
     /// IEEE half precision.
     F16,
     /// Integers with scales, multiplied with activations of 8 bits. A matrix whose rows are no whole number of blocks is
-    /// kept in the nearest format that takes them.
+    /// kept in the next larger format with blocks of 32, or in f16.
     Quant(QuantType),
 }
 
+/// What [`WeightFormat::Auto`] chooses from under a memory limit when the weights as stored do not fit, best first.
+pub const AUTO_WEIGHT_FORMATS: [WeightFormat; 7] = [
+    WeightFormat::Bf16,
+    WeightFormat::Quant(QuantType::Q8_0),
+    WeightFormat::Quant(QuantType::Q6_K),
+    WeightFormat::Quant(QuantType::Q5_K),
+    WeightFormat::Quant(QuantType::Q4_K),
+    WeightFormat::Quant(QuantType::Q3_K),
+    WeightFormat::Quant(QuantType::Q2_K),
+];
+
 impl WeightFormat {
+    /// Every form.
+    pub fn all() -> impl Iterator<Item = WeightFormat> {
+        let plain = [WeightFormat::Auto, WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16];
+        plain.into_iter().chain(QuantType::ALL.map(WeightFormat::Quant))
+    }
+
+    /// The form of that name, in any case.
+    pub fn from_name(name: &str) -> Result<WeightFormat> {
+        let found = WeightFormat::all().find(|format| format.name().eq_ignore_ascii_case(name));
+        found.ok_or_else(|| {
+            let names: Vec<_> = WeightFormat::all().map(WeightFormat::name).collect();
+            let expected = format!("one of {}", names.join(", "));
+            Error::InvalidArgument { field: "weights", value: name.to_string(), expected }
+        })
+    }
+
     /// Name as in options and reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -205,7 +233,7 @@ pub enum ThreadPriority {
 }
 
 /// How far the loading of weights is.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct LoadProgress {
     /// Bytes of weights that are packed.
     pub loaded_bytes: u64,
@@ -244,6 +272,10 @@ pub struct EngineOptions {
     pub context_tokens: Option<usize>,
     /// Bytes of the KV pool; `None`: a quarter of the available memory, at most 2 GiB.
     pub kv_bytes: Option<u64>,
+    /// Bytes that weights and KV pool may take together; `None`: what is available. With [`WeightFormat::Auto`] weights
+    /// that are too large as they are stored are rounded to the best form that fits: the first of
+    /// [`AUTO_WEIGHT_FORMATS`]. If none does, the error says how much the smallest needs.
+    pub memory_limit_bytes: Option<u64>,
     /// Tokens in a KV block: a multiple of 16.
     pub block_tokens: usize,
     /// Sequences that may run at once.
@@ -272,6 +304,7 @@ impl EngineOptions {
             thread_priority: ThreadPriority::default(),
             context_tokens: None,
             kv_bytes: None,
+            memory_limit_bytes: None,
             block_tokens: DEFAULT_BLOCK_TOKENS,
             max_running_sequences: DEFAULT_MAX_RUNNING_SEQUENCES,
             prefill_budget_tokens: PREFILL_BUDGET_TOKENS,
@@ -292,7 +325,7 @@ impl EngineOptions {
         if let Some(threads) = self.threads {
             check("threads", threads, 1, MAX_THREADS)?;
         }
-        if self.block_tokens % BLOCK_TOKENS_MULTIPLE != 0 {
+        if !self.block_tokens.is_multiple_of(BLOCK_TOKENS_MULTIPLE) {
             return Err(Error::InvalidArgument {
                 field: "block_tokens",
                 value: self.block_tokens.to_string(),
@@ -331,6 +364,11 @@ impl EngineOptions {
         self.kv_bytes = Some(bytes);
         self
     }
+    /// Sets what weights and KV pool may take together.
+    pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
+        self.memory_limit_bytes = Some(bytes);
+        self
+    }
     /// Sets who hears how far loading is.
     pub fn on_progress(mut self, callback: impl FnMut(LoadProgress) -> bool + Send + 'static) -> Self {
         self.on_progress = Some(Box::new(callback));
@@ -341,6 +379,16 @@ impl EngineOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Every form has a name that finds it; an unknown one is told all of them.
+    #[test]
+    fn forms_of_weights_have_names() {
+        for format in WeightFormat::all() {
+            assert_eq!(WeightFormat::from_name(&format.name().to_uppercase()), Ok(format));
+        }
+        let e = WeightFormat::from_name("q9_9").expect_err("unknown").to_string();
+        assert!(e.contains("q9_9") && e.contains("auto, f32, bf16, f16, q8_0") && e.contains("q2_k"), "{e}");
+    }
 
     /// Each option is refused by name outside its range, and accepted at its ends.
     #[test]

@@ -1,10 +1,12 @@
 //! What a model's files hold and what running it would take, from its headers alone: no weight is read.
 
-use crate::config::EngineOptions;
+use crate::config::{EngineOptions, WeightFormat};
 use crate::error::Result;
 use crate::loader::PoolingMode;
 use crate::memory_plan::MemoryPlan;
-use crate::open::{ModelFiles, check_device, max_embedding_tokens, plan_memory};
+use crate::open::{
+    ModelFiles, WeightLevel, check_device, max_embedding_tokens, memory_limit_bytes, plan_memory, weight_levels,
+};
 
 /// One tensor of the checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +46,25 @@ pub struct Inspection {
     pub kv_dtype: &'static str,
     /// What it would hold, whether that fits this machine now or not.
     pub plan: MemoryPlan,
+    /// The forms of the weights that `auto` chooses from under a memory limit, best first.
+    pub levels: Vec<WeightPlan>,
+}
+
+/// What a form of the weights would take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightPlan {
+    /// How most weights would be kept.
+    pub weights: &'static str,
+    /// Whether all are as the files have them.
+    pub is_stored: bool,
+    /// How keys and values would be kept.
+    pub kv_dtype: &'static str,
+    /// Bytes.
+    pub plan: MemoryPlan,
+    /// Whether that is within the limit, and within what is available now.
+    pub fits: bool,
+    /// Whether an engine with these options would take it.
+    pub is_chosen: bool,
 }
 
 /// Looks at the model that `options` name, as an engine with these options would run it.
@@ -51,7 +72,21 @@ pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
     options.validate()?;
     check_device(options.device)?;
     let files = ModelFiles::open(options)?;
-    let (format, layout, plan) = plan_memory(options, &files)?;
+    let levels = weight_levels(options, &files)?;
+    let planned = plan_memory(options, &files);
+    // A model that fits in no form is still shown, in its smallest.
+    let smallest = levels.last().copied().expect("the weights as stored are always a level");
+    let WeightLevel { format, layout, plan, .. } = *planned.as_ref().unwrap_or(&smallest);
+    let limit_bytes = memory_limit_bytes(options);
+    let levels = levels.into_iter().map(|level| WeightPlan {
+        weights: level.format.name(),
+        is_stored: level.wanted == WeightFormat::Auto,
+        kv_dtype: level.layout.dtype.name(),
+        plan: level.plan,
+        fits: level.plan.check(limit_bytes).is_ok(),
+        is_chosen: planned.as_ref().is_ok_and(|planned| planned.wanted == level.wanted),
+    });
+    let levels = levels.collect();
     let config = &files.config;
     let tensors: Vec<TensorInfo> = files
         .weights
@@ -89,5 +124,6 @@ pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
         weights: format.name(),
         kv_dtype: layout.dtype.name(),
         plan,
+        levels,
     })
 }

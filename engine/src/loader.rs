@@ -6,7 +6,7 @@
 //! allocated from a declared length beyond the bytes of the file; a failed load leaves nothing behind.
 
 mod generation_config;
-mod gguf;
+pub mod gguf;
 mod json;
 mod safetensors;
 mod sentence_transformers;
@@ -210,6 +210,8 @@ pub struct Weights {
     conv1d_is_linear: bool,
     /// Buffers of tensors that were given back.
     spare: Vec<Vec<u8>>,
+    /// Whether tensors come without their data.
+    is_outline: bool,
 }
 
 impl Weights {
@@ -226,8 +228,32 @@ impl Weights {
             }
         }
         let (taken, ignored) = (HashSet::new(), HashSet::new());
-        let conv1d_is_linear = false;
-        Ok(Weights { files, name_in_file, tensors, taken, ignored, total_bytes, conv1d_is_linear, spare: Vec::new() })
+        Ok(Weights {
+            files,
+            name_in_file,
+            tensors,
+            taken,
+            ignored,
+            total_bytes,
+            conv1d_is_linear: false,
+            spare: Vec::new(),
+            is_outline: false,
+        })
+    }
+
+    /// The same tensors without their data: [`take`](Weights::take) gives names, shapes and types, and reads nothing.
+    pub fn outline(&self) -> Weights {
+        Weights {
+            files: Vec::new(),
+            name_in_file: self.name_in_file,
+            tensors: self.tensors.clone(),
+            taken: HashSet::new(),
+            ignored: self.ignored.clone(),
+            total_bytes: self.total_bytes,
+            conv1d_is_linear: self.conv1d_is_linear,
+            spare: Vec::new(),
+            is_outline: true,
+        }
     }
 
     /// Fails unless every tensor of the index is in the shard that the index names.
@@ -270,8 +296,29 @@ impl Weights {
             return Err(Error::TensorDtype { name: shown_name(), dtype: stored.dtype.to_string() });
         }
         assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
-        let data = self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?;
+        let data = match self.is_outline {
+            false => self.files[*file_idx].read(stored, take_spare(&mut self.spare, stored.num_bytes))?,
+            true => Vec::new(),
+        };
         stored::to_tensor(stored, data)
+    }
+
+    /// The bytes of a tensor exactly as its file has them: encoded, and with rows in the file's order. Each can be taken
+    /// once.
+    pub fn take_stored(&mut self, name: &str, buffer: Vec<u8>) -> Result<Vec<u8>> {
+        let missing = || Error::MissingTensor { name: (self.name_in_file)(name) };
+        let (file_idx, stored) = self.tensors.get(name).ok_or_else(missing)?;
+        assert!(self.taken.insert(name.to_string()), "tensor `{name}` was taken before");
+        self.files[*file_idx].read(stored, buffer)
+    }
+
+    /// An error about the content of a tensor, with its place.
+    pub fn error(&self, name: &str, reason: impl std::fmt::Display) -> Error {
+        let (file, offset) = match self.tensors.get(name) {
+            Some((file_idx, stored)) => (self.files[*file_idx].name.clone(), stored.offset),
+            None => (String::new(), 0),
+        };
+        Error::Weights { file, offset, reason: format!("tensor `{}` {reason}", (self.name_in_file)(name)) }
     }
 
     /// Whether the matrices of GPT-2's `Conv1D` are `[out, in]`, as all others: converters to GGUF turn them.

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 /// What an engine will hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// Weights, packed: before loading, as far as the checkpoint's header tells; after it, exactly.
+    /// Weights, packed: exactly what loading then takes.
     pub weights_bytes: u64,
     /// One KV block over all layers.
     pub block_bytes: u64,
@@ -59,9 +59,14 @@ impl MemoryPlan {
         Ok(MemoryPlan { weights_bytes, block_bytes: layout.block_bytes(), num_blocks: 1, context_tokens })
     }
 
+    /// The pool.
+    pub fn kv_bytes(&self) -> u64 {
+        self.block_bytes.saturating_mul(self.num_blocks as u64)
+    }
+
     /// Weights and pool together.
     pub fn needed_bytes(&self) -> u64 {
-        self.weights_bytes.saturating_add(self.block_bytes.saturating_mul(self.num_blocks as u64))
+        self.weights_bytes.saturating_add(self.kv_bytes())
     }
 
     /// Fails when the plan does not fit what is available.

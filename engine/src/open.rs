@@ -16,12 +16,13 @@ pub(crate) use ns_llm_kernels::host::return_free_memory;
 use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::{CpuBackend, CpuBackendOptions};
+use crate::backend::measure::Measure;
 use crate::backend::{Backend, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    Device, EngineOptions, KvDtype, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS, MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS,
-    MAX_WAITING_TOKENS, ThreadPriority, WeightFormat,
+    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
+    MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, ThreadPriority, WeightFormat,
 };
 use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
@@ -251,27 +252,80 @@ fn default_threads() -> usize {
     }
 }
 
-/// Form of the weights, layout of the KV pool, and the bytes of both.
-pub(crate) fn plan_memory(options: &EngineOptions, files: &ModelFiles) -> Result<(WeightFormat, KvLayout, MemoryPlan)> {
-    let format = match options.weights {
-        WeightFormat::Auto => stored_format(&files.weights),
-        format => format,
-    };
+/// A form of the weights, the KV pool beside it, and the bytes of both.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WeightLevel {
+    /// What the backend is told: [`WeightFormat::Auto`] for weights as they are stored.
+    pub(crate) wanted: WeightFormat,
+    /// The form of most weights.
+    pub(crate) format: WeightFormat,
+    pub(crate) layout: KvLayout,
+    pub(crate) plan: MemoryPlan,
+}
+
+/// The level that an engine with these options gets: the one that is asked for, or the best that fits the limit.
+pub(crate) fn plan_memory(options: &EngineOptions, files: &ModelFiles) -> Result<WeightLevel> {
+    let limit_bytes = memory_limit_bytes(options);
+    if options.weights != WeightFormat::Auto || options.memory_limit_bytes.is_none() {
+        return weight_level(options, files, options.weights, limit_bytes);
+    }
+    let levels = weight_levels(options, files)?;
+    let smallest = levels.iter().map(|level| level.plan.needed_bytes()).min().unwrap_or(u64::MAX);
+    levels.into_iter().find(|level| level.plan.check(limit_bytes).is_ok()).ok_or(Error::OutOfMemory {
+        purpose: "KV pool and weights in their smallest form",
+        needed_bytes: smallest,
+        available_bytes: limit_bytes,
+    })
+}
+
+/// Every level that may be chosen, best first: the weights as they are stored, then each form of
+/// [`AUTO_WEIGHT_FORMATS`] that is smaller than those before it.
+pub(crate) fn weight_levels(options: &EngineOptions, files: &ModelFiles) -> Result<Vec<WeightLevel>> {
+    let limit_bytes = memory_limit_bytes(options);
+    let mut levels = vec![weight_level(options, files, WeightFormat::Auto, limit_bytes)?];
+    for wanted in AUTO_WEIGHT_FORMATS {
+        let level = weight_level(options, files, wanted, limit_bytes)?;
+        if levels.iter().all(|other| level.plan.weights_bytes < other.plan.weights_bytes) {
+            levels.push(level);
+        }
+    }
+    Ok(levels)
+}
+
+fn weight_level(
+    options: &EngineOptions,
+    files: &ModelFiles,
+    wanted: WeightFormat,
+    limit_bytes: u64,
+) -> Result<WeightLevel> {
+    let format = if wanted == WeightFormat::Auto { stored_format(&files.weights) } else { wanted };
     let dtype = options.kv_dtype.unwrap_or(default_kv_dtype(format));
     let can_generate = files.config.architecture.can_generate();
     let dtype = if can_generate { dtype } else { encode_kv_dtype(dtype, format) };
     let layout = files.config.kv_layout(0, options.block_tokens, dtype);
-    let element_bytes = if format == WeightFormat::F32 { 4 } else { 2 };
-    let elements = |shape: &[usize]| shape.iter().map(|&n| n as u64).product::<u64>();
-    let weights_bytes = files.weights.entries().map(|(_, shape, _)| elements(shape) * element_bytes).sum();
+    let weights_bytes = measure_weights(wanted, &files.weights, &files.config)?;
     let model_context_tokens = files.config.max_position_embeddings;
     let plan = if can_generate {
-        let available_bytes = host::available_memory_bytes().unwrap_or(u64::MAX);
-        MemoryPlan::new(options, &layout, weights_bytes, model_context_tokens, available_bytes)?
+        MemoryPlan::new(options, &layout, weights_bytes, model_context_tokens, limit_bytes)?
     } else {
         MemoryPlan::for_encoder(options, &layout, weights_bytes, model_context_tokens)?
     };
-    Ok((format, KvLayout { num_blocks: plan.num_blocks, ..layout }, plan))
+    Ok(WeightLevel { wanted, format, layout: KvLayout { num_blocks: plan.num_blocks, ..layout }, plan })
+}
+
+/// What weights and KV pool may take together: what is available, or less if the user says so.
+pub(crate) fn memory_limit_bytes(options: &EngineOptions) -> u64 {
+    let available_bytes = host::available_memory_bytes().unwrap_or(u64::MAX);
+    options.memory_limit_bytes.map_or(available_bytes, |limit| limit.min(available_bytes))
+}
+
+/// Bytes of all weights once they are packed in the form `wanted`. Goes through the model as loading does, and so fails where
+/// that would fail for what is missing, superfluous or of another shape; reads no weight.
+pub(crate) fn measure_weights(wanted: WeightFormat, weights: &Weights, config: &ModelConfig) -> Result<u64> {
+    let measure = Measure::new(wanted);
+    // The context only decides the size of tables that are no weights.
+    model::load(&measure, weights.outline(), config, 1, &mut |_| true)?;
+    Ok(measure.weights_bytes())
 }
 
 /// As exact as the weights make it worth.
@@ -310,18 +364,19 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let start = Instant::now();
     check_device(options.device)?;
     let files = ModelFiles::open(&options)?;
-    let (format, layout, mut plan) = plan_memory(&options, &files)?;
-    plan.check(host::available_memory_bytes().unwrap_or(u64::MAX))?;
+    let WeightLevel { wanted, format, layout, mut plan } = plan_memory(&options, &files)?;
+    plan.check(memory_limit_bytes(&options))?;
     let backend = CpuBackend::new(CpuBackendOptions {
         threads: options.threads.unwrap_or_else(default_threads),
         priority: options.thread_priority,
-        weights: format,
+        weights: wanted,
     })?;
-    let identity = kv_identity(&files, format, &layout, &backend);
+    let identity = kv_identity(&files, wanted, &layout, &backend);
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
     let weights = files.weights;
     let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut *on_progress)?;
+    debug_assert_eq!(plan.weights_bytes, backend.weights_bytes(), "the plan of {}", options.model.display());
     plan.weights_bytes = backend.weights_bytes();
     let kv = backend.allocate_kv(layout)?;
     let max_embedding_tokens = max_embedding_tokens(&config, &files.sentence, &plan);
@@ -411,7 +466,7 @@ fn scheduler_config(
 
 /// What the contents of a block depend on. Blocks do not leave the process, so the fingerprint covers names, shapes
 /// and types of the weights and the hyperparameters, not the weights' bytes.
-fn kv_identity(files: &ModelFiles, format: WeightFormat, layout: &KvLayout, backend: &CpuBackend) -> KvIdentity {
+fn kv_identity(files: &ModelFiles, weights: WeightFormat, layout: &KvLayout, backend: &CpuBackend) -> KvIdentity {
     let mut hash = Sha256::new();
     hash.update(format!("{:?}", files.config));
     for (name, shape, dtype) in files.weights.entries() {
@@ -420,7 +475,7 @@ fn kv_identity(files: &ModelFiles, format: WeightFormat, layout: &KvLayout, back
     KvIdentity {
         fingerprint: hash.finalize().into(),
         kv_layout: format!("v{KV_LAYOUT_VERSION} {} block {}", layout.dtype.name(), layout.block_tokens),
-        numerics_id: format!("cpu {} v{CPU_NUMERICS_VERSION} weights {}", backend.isa_name(), format.name()),
+        numerics_id: format!("cpu {} v{CPU_NUMERICS_VERSION} weights {}", backend.isa_name(), weights.name()),
         adapter: String::new(),
     }
 }
@@ -448,9 +503,9 @@ mod tests {
         let mut seen = Vec::new();
         for dtype in [None, Some(KvDtype::F32), Some(KvDtype::Bf16), Some(KvDtype::Int8)] {
             options.kv_dtype = dtype;
-            let (format, layout, plan) = plan_memory(&options, &files).expect("fits");
+            let WeightLevel { wanted, layout, plan, .. } = plan_memory(&options, &files).expect("fits");
             assert_eq!(layout.dtype, dtype.unwrap_or(KvDtype::F16));
-            seen.push((kv_identity(&files, format, &layout, &backend).kv_layout, plan.num_blocks));
+            seen.push((kv_identity(&files, wanted, &layout, &backend).kv_layout, plan.num_blocks));
         }
         let mut names: Vec<_> = seen.iter().map(|(name, _)| name).collect();
         names.dedup();

@@ -36,3 +36,18 @@ impl Tensor {
         Err(Error::TensorShape { name: self.name.clone(), expected: expected.to_vec(), actual: self.shape.clone() })
     }
 }
+
+/// `wanted`, or where rows of `width` numbers are no whole number of its blocks, the next larger type of 32 numbers a block,
+/// or else f16. The choices are those that quantized files are known by.
+pub fn fitting(wanted: QuantType, width: usize) -> Encoding {
+    let smaller_blocks = match wanted {
+        QuantType::Q2_K | QuantType::Q3_K => QuantType::Q4_0,
+        QuantType::Q4_K => QuantType::Q5_0,
+        QuantType::Q5_K => QuantType::Q5_1,
+        QuantType::Q6_K => QuantType::Q8_0,
+        other => other,
+    };
+    let fits = |quant_type: &QuantType| width.is_multiple_of(quant_type.block_values());
+    let found = [wanted, smaller_blocks].into_iter().find(fits);
+    found.map_or(Encoding::Plain(DType::F16), Encoding::Blocks)
+}

@@ -83,7 +83,7 @@ impl Tokenizer {
 
     /// Ids of `text`, in which the text of special tokens is text.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_with_content(text, &[0..text.len()])
+        self.encode_with_content(text, std::slice::from_ref(&(0..text.len())))
     }
 
     /// Ids of `text`, of which the ranges `content` came from somebody who may not write special tokens. An occurrence

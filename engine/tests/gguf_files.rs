@@ -19,10 +19,11 @@ use std::path::PathBuf;
 
 use counting_allocator::peak_bytes_of;
 use gguf_encoder_cases::encoder_cases;
-use gguf_file::{GgufFile, GgufTensor, Value, string};
+use gguf_file::{GgufFile, GgufTensor, Value, converted, string};
 use gguf_loading::{load, open_files_below, try_bytes, valid, valid_bert, valid_gpt2, valid_llama};
 use ns_llm::Error;
-use tiny_model::TempFolder;
+use safetensors::Dtype;
+use tiny_model::{TempFolder, small_config, weights};
 
 /// Bytes of a file, the code of its error, and a text that must occur in the message.
 struct Case {
@@ -682,9 +683,11 @@ fn every_truncation_is_an_error() {
 fn a_model_beyond_all_memory_is_refused_unread() {
     let folder = TempFolder::new("gguf-large");
     let path = folder.path().join("model.gguf");
-    let mut file = valid();
     let (rows, width) = (1_u64 << 24, 1_u64 << 16);
-    file.set("qwen3.embedding_length", Value::u32(width as u32));
+    // The rest is as wide, so that memory is all that is wrong.
+    let mut config = small_config();
+    (config["hidden_size"], config["num_hidden_layers"]) = (width.into(), 1.into());
+    let mut file = converted(&config, &weights(&config, Dtype::BF16));
     let embedding = file.tensor("token_embd.weight");
     (embedding.sizes, embedding.data) = (vec![width, rows], Vec::new());
     // Data lies in the order of the tensors: the large one goes last.

@@ -26,6 +26,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("inspect", &["loader", "memory_plan", "open"]),
+    ("quantize", &["inspect", "loader", "model", "open", "tensor"]),
     (
         "open",
         &[

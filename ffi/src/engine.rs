@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use ns_llm_core::config::MAX_THREADS;
-use ns_llm_core::{Device, Engine, EngineOptions, KvDtype, LoadProgress, ThreadPriority, WeightFormat};
+use ns_llm_core::{Device, Engine, EngineOptions, KvDtype, LoadProgress, QuantType, ThreadPriority, WeightFormat};
 
 use crate::callback::{UserData, as_callback};
 use crate::dispatcher::Dispatcher;
@@ -34,11 +34,12 @@ pub enum ns_llm_device {
     NS_LLM_DEVICE_CUDA = 2,
 }
 
-/// In which form an engine keeps and multiplies weights.
+/// In which form an engine keeps and multiplies weights. The quantized forms are those of GGUF files; weights that are stored
+/// otherwise are rounded while they are loaded.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ns_llm_weights {
-    /// As the model's files have them.
+    /// As the model's files have them; with `memory_limit_bytes` the best form that fits.
     NS_LLM_WEIGHTS_AUTO = 0,
     /// 32-bit floats.
     NS_LLM_WEIGHTS_F32 = 1,
@@ -46,6 +47,30 @@ pub enum ns_llm_weights {
     NS_LLM_WEIGHTS_BF16 = 2,
     /// IEEE half precision.
     NS_LLM_WEIGHTS_F16 = 3,
+    /// 8 bits.
+    NS_LLM_WEIGHTS_Q8_0 = 4,
+    /// 6 bits.
+    NS_LLM_WEIGHTS_Q6_K = 5,
+    /// 5 bits.
+    NS_LLM_WEIGHTS_Q5_K = 6,
+    /// 4 bits.
+    NS_LLM_WEIGHTS_Q4_K = 7,
+    /// 3 bits.
+    NS_LLM_WEIGHTS_Q3_K = 8,
+    /// 2 bits.
+    NS_LLM_WEIGHTS_Q2_K = 9,
+    /// 5 bits, an older format.
+    NS_LLM_WEIGHTS_Q5_1 = 10,
+    /// 5 bits, an older format.
+    NS_LLM_WEIGHTS_Q5_0 = 11,
+    /// 4 bits, an older format.
+    NS_LLM_WEIGHTS_Q4_1 = 12,
+    /// 4 bits, an older format.
+    NS_LLM_WEIGHTS_Q4_0 = 13,
+    /// 4 bits at uneven levels.
+    NS_LLM_WEIGHTS_IQ4_NL = 14,
+    /// Floats of 4 bits.
+    NS_LLM_WEIGHTS_MXFP4 = 15,
 }
 
 /// How an engine keeps keys and values.
@@ -118,6 +143,10 @@ pub struct ns_llm_engine_params {
     pub kv_dtype: u32,
     /// 0.
     pub reserved: u32,
+    /// What weights and KV pool may take together, bytes. With NS_LLM_WEIGHTS_AUTO weights that are too large are rounded to
+    /// the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what
+    /// the smallest needs in the text. 0: what is available.
+    pub memory_limit_bytes: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -227,6 +256,7 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     apply_flags(params.flags, &mut options)?;
     options.context_tokens = unless_zero(params.context_tokens);
     options.kv_bytes = unless_zero(params.kv_bytes);
+    options.memory_limit_bytes = unless_zero(params.memory_limit_bytes);
     let sizes = [
         (&mut options.block_tokens, params.block_tokens),
         (&mut options.max_running_sequences, params.max_running_sequences),
@@ -272,14 +302,29 @@ fn device(value: u32) -> Result<Device, Failure> {
     }
 }
 
+/// The values of `ns_llm_weights`, in their order.
+const WEIGHTS: [WeightFormat; 16] = [
+    WeightFormat::Auto,
+    WeightFormat::F32,
+    WeightFormat::Bf16,
+    WeightFormat::F16,
+    WeightFormat::Quant(QuantType::Q8_0),
+    WeightFormat::Quant(QuantType::Q6_K),
+    WeightFormat::Quant(QuantType::Q5_K),
+    WeightFormat::Quant(QuantType::Q4_K),
+    WeightFormat::Quant(QuantType::Q3_K),
+    WeightFormat::Quant(QuantType::Q2_K),
+    WeightFormat::Quant(QuantType::Q5_1),
+    WeightFormat::Quant(QuantType::Q5_0),
+    WeightFormat::Quant(QuantType::Q4_1),
+    WeightFormat::Quant(QuantType::Q4_0),
+    WeightFormat::Quant(QuantType::IQ4_NL),
+    WeightFormat::Quant(QuantType::MXFP4),
+];
+
 fn weights(value: u32) -> Result<WeightFormat, Failure> {
-    match value {
-        0 => Ok(WeightFormat::Auto),
-        1 => Ok(WeightFormat::F32),
-        2 => Ok(WeightFormat::Bf16),
-        3 => Ok(WeightFormat::F16),
-        _ => Err(Failure::invalid("weights", value, "a value of ns_llm_weights")),
-    }
+    let found = WEIGHTS.get(value as usize).copied();
+    found.ok_or_else(|| Failure::invalid("weights", value, "a value of ns_llm_weights"))
 }
 
 fn kv_dtype(value: u32) -> Result<Option<KvDtype>, Failure> {
@@ -303,4 +348,20 @@ fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {
         options.thread_priority = ThreadPriority::Normal;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every form of the engine has one value, and the values are those of the header.
+    #[test]
+    fn forms_of_weights_have_values() {
+        for format in WeightFormat::all() {
+            assert_eq!(WEIGHTS.iter().filter(|&&other| other == format).count(), 1, "{}", format.name());
+        }
+        assert_eq!(WEIGHTS[ns_llm_weights::NS_LLM_WEIGHTS_Q4_K as usize].name(), "q4_k");
+        assert_eq!(WEIGHTS[ns_llm_weights::NS_LLM_WEIGHTS_MXFP4 as usize].name(), "mxfp4");
+        assert!(weights(16).is_err());
+    }
 }

@@ -189,6 +189,10 @@ fn field_hazards(header: &Header, struct_name: &str, field: &Field) -> Vec<Hazar
         "uint64_t" if name == "kv_bytes" => {
             vec![Hazard::new("with a huge pool", "value.kv_bytes = UINT64_MAX;", "NS_LLM_OUT_OF_MEMORY")]
         }
+        // No number is out of the range of a limit; this one leaves no room for the smallest weights.
+        "uint64_t" if name == "memory_limit_bytes" => {
+            vec![hazard("of a byte", "value.memory_limit_bytes = 1;".to_string(), "NS_LLM_OUT_OF_MEMORY")]
+        }
         c_type @ ("uint32_t" | "uint64_t" | "size_t") if name != "struct_size" && !name.starts_with("num_") => {
             vec![hazard("all ones", format!("value.{name} = ({c_type})-1;"), "NS_LLM_INVALID_ARGUMENT")]
         }

@@ -5,6 +5,7 @@
 //! [`Error::Internal`]. What comes from a checkpoint is checked when it is loaded.
 
 mod arena;
+mod format;
 mod sample;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,10 +22,16 @@ use crate::backend::{
 use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Encoding, Tensor};
+use crate::tensor::{Encoding, Tensor};
 pub use arena::CpuOperand;
 use arena::{Arena, Floats};
+use format::{gate_up_format, packed_format};
 use sample::SamplerScratches;
+
+/// Bytes of a matrix as [`CpuBackend`] keeps it when the user wants `weights`; `None` if nothing can count them.
+pub(super) fn packed_bytes(weights: WeightFormat, weight: &LinearWeight<'_>) -> Option<u64> {
+    format::packed_bytes(weights, weight)
+}
 
 /// How to start a [`CpuBackend`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,14 +131,7 @@ impl CpuBackend {
 
     /// The form in which a matrix `[_, in_features]` that is stored as `stored` is kept and multiplied.
     pub fn weight_format(&self, stored: Encoding, in_features: usize) -> linear::WeightFormat {
-        let wanted = match self.weights {
-            WeightFormat::Auto => stored.into(),
-            WeightFormat::F32 => linear::WeightFormat::F32,
-            WeightFormat::Bf16 => linear::WeightFormat::Bf16,
-            WeightFormat::F16 => linear::WeightFormat::F16,
-            WeightFormat::Quant(quant_type) => linear::WeightFormat::Quant(quant_type),
-        };
-        if wanted.accepts(in_features) { wanted } else { linear::WeightFormat::F16 }
+        packed_format(self.weights, stored, in_features)
     }
 
     /// What the products of all matrices that were loaded want.
@@ -182,9 +182,7 @@ impl Backend for CpuBackend {
                 let biases = (read_bias(&gate)?, read_bias(&up)?);
                 let gate = matrix_source(&gate, biases.0.as_deref())?;
                 let up = matrix_source(&up, biases.1.as_deref())?;
-                // Both share an item of work, and so a format: the plainest where they are stored in two.
-                let formats = [gate, up].map(|part| self.weight_format(part.encoding, part.in_features));
-                let format = if formats[0] == formats[1] { formats[0] } else { linear::WeightFormat::F32 };
+                let format = gate_up_format(self.weights, [gate, up].map(|part| (part.encoding, part.in_features)));
                 PackedLinear::pack_gate_up(&self.cpu, gate, up, format)
             }
         };
@@ -481,6 +479,7 @@ mod tests {
     use super::*;
     use crate::batch::{BatchSequence, BlockId, Outcome, OutputKind, RowSampling, SeqId};
     use crate::request::SamplingParams;
+    use crate::tensor::DType;
     use crate::tensor::QuantType;
 
     const HIDDEN: usize = 24;

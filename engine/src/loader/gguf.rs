@@ -18,17 +18,23 @@ mod pre_tokenizer;
 mod reader;
 mod rope_factors;
 mod sentence_piece;
+mod tokenizer_keys;
 mod types;
 mod vocabulary;
 mod word_piece;
+mod writer;
 
 use std::collections::HashSet;
 use std::fs::File;
 
+pub use self::metadata::{Metadata as GgufMetadata, Value as GgufValue};
 use self::metadata::{Metadata, Value};
-pub(super) use self::model::GgufModel;
-pub(super) use self::names::name_in_file;
+pub use self::model::GgufModel;
+pub use self::names::name_in_file;
 use self::reader::{Damage, HeaderReader};
+pub use self::rope_factors::{Stretching, TENSOR as ROPE_FACTORS_TENSOR};
+pub use self::tokenizer_keys::set_vocabulary;
+pub use self::writer::{GgufTensor, GgufWriter};
 use super::stored::{RowOrder, StoredDtype, StoredTensor};
 use crate::config::{MAX_GGUF_AXES, MAX_GGUF_KEYS, MAX_GGUF_TENSORS};
 use crate::error::{Error, Result};

@@ -160,6 +160,14 @@ fn transposed(matrix: &Tensor) -> Tensor {
     const SQUARE: usize = 32;
     let &[rows, columns] = matrix.shape.as_slice() else { unreachable!("taken with two axes") };
     let dtype = match matrix.encoding {
+        // An outline of weights has no numbers.
+        _ if matrix.data.is_empty() => {
+            let encoding = match matrix.encoding {
+                Encoding::Blocks(_) => DType::F32.into(),
+                plain => plain,
+            };
+            return Tensor { shape: vec![columns, rows], encoding, ..matrix.clone() };
+        }
         Encoding::Plain(dtype) => dtype,
         Encoding::Blocks(_) => {
             let data = matrix.to_f32().into_iter().flat_map(f32::to_le_bytes).collect();

@@ -55,7 +55,7 @@ pub(super) fn log_sum_exp(logits: &[f32], max: f32) -> f64 {
 #[inline]
 pub(super) fn exp(x: f32) -> f32 {
     /// Leading bits of ln 2, with enough zeros behind that `n * LN2_HIGH` is exact (Cody & Waite 1980).
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     /// Adding and subtracting this rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;

@@ -20,32 +20,41 @@ use crate::error::{Error, Result};
 pub(super) const FILE: &str = "GGUF metadata";
 
 /// Keys and values.
-#[derive(Debug, Default)]
-pub(super) struct Metadata {
+#[derive(Debug, Clone, Default)]
+pub struct Metadata {
     values: BTreeMap<String, Value>,
 }
 
 /// One value.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Value {
+pub enum Value {
+    /// An integer that was written without a sign.
     Unsigned(u64),
+    /// An integer that was written with one.
     Signed(i64),
+    /// A float of either width.
     Float(f64),
+    /// A boolean.
     Bool(bool),
     /// Texts are checked for UTF-8 when they are asked for.
     String(Vec<u8>),
+    /// An array of texts.
     Strings(Strings),
     /// `len` numbers or booleans as they are written.
     Numbers {
+        /// The type of each.
         kind: Kind,
+        /// How many.
         len: usize,
+        /// Little-endian, one behind the other.
         bytes: Vec<u8>,
     },
 }
 
-/// The types of values.
+/// The types of values; the discriminants are the format's numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+#[allow(missing_docs, reason = "the names are the types")]
+pub enum Kind {
     U8,
     I8,
     U16,
@@ -104,7 +113,7 @@ impl Kind {
 
 /// An array of strings.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub(super) struct Strings {
+pub struct Strings {
     bytes: Vec<u8>,
     /// String `i` ends before `bytes[ends[i]]` and begins where the one before ends.
     ends: Vec<usize>,
@@ -119,6 +128,61 @@ impl Strings {
     pub(super) fn iter(&self) -> impl Iterator<Item = &[u8]> {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
         starts.zip(&self.ends).map(|(start, &end)| self.bytes.get(start..end).unwrap_or_default())
+    }
+}
+
+impl<S: AsRef<str>> FromIterator<S> for Strings {
+    fn from_iter<I: IntoIterator<Item = S>>(texts: I) -> Strings {
+        let mut strings = Strings::default();
+        for text in texts {
+            strings.bytes.extend_from_slice(text.as_ref().as_bytes());
+            strings.ends.push(strings.bytes.len());
+        }
+        strings
+    }
+}
+
+impl From<u32> for Value {
+    fn from(value: u32) -> Value {
+        Value::Unsigned(value.into())
+    }
+}
+
+impl From<f32> for Value {
+    fn from(value: f32) -> Value {
+        Value::Float(value.into())
+    }
+}
+
+impl From<bool> for Value {
+    fn from(value: bool) -> Value {
+        Value::Bool(value)
+    }
+}
+
+impl From<&str> for Value {
+    fn from(text: &str) -> Value {
+        Value::String(text.into())
+    }
+}
+
+impl From<Strings> for Value {
+    fn from(strings: Strings) -> Value {
+        Value::Strings(strings)
+    }
+}
+
+impl From<&[i32]> for Value {
+    fn from(values: &[i32]) -> Value {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Value::Numbers { kind: Kind::I32, len: values.len(), bytes }
+    }
+}
+
+impl From<&[f32]> for Value {
+    fn from(values: &[f32]) -> Value {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Value::Numbers { kind: Kind::F32, len: values.len(), bytes }
     }
 }
 
@@ -216,6 +280,21 @@ impl Metadata {
             }
             Entry::Occupied(occupied) => Err(occupied.key().clone()),
         }
+    }
+
+    /// Sets a value, whether the key has one already or not.
+    pub fn set(&mut self, key: impl Into<String>, value: impl Into<Value>) {
+        self.values.insert(key.into(), value.into());
+    }
+
+    /// Drops the keys for which `keep` is false.
+    pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        self.values.retain(|key, _| keep(key));
+    }
+
+    /// All keys in alphabetical order, with their values.
+    pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> {
+        self.values.iter().map(|(key, value)| (key.as_str(), value))
     }
 
     pub(super) fn has(&self, key: &str) -> bool {

@@ -92,6 +92,11 @@ impl GgufModel {
         vocabulary::tokenizer_json(&self.metadata)
     }
 
+    /// Everything that the file says but for its tensors.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
     /// The tensors of all files, by the names that models have for them.
     pub fn weights(self) -> Result<Weights> {
         let is_gpt2 = Architecture::of(&self.metadata)? == Architecture::Gpt2;

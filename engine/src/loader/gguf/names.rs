@@ -81,7 +81,7 @@ pub(super) fn name_in_model(architecture: Architecture, name: &str) -> String {
 }
 
 /// The name that a file has for the tensor that models call `name`: no two families call different things the same.
-pub(in crate::loader) fn name_in_file(name: &str) -> String {
+pub fn name_in_file(name: &str) -> String {
     let translated = [&LLAMA, &GPT2, &BERT]
         .into_iter()
         .find_map(|family| family.translate(name, [family.layers, "blk."], |&(file, model)| (model, file)));

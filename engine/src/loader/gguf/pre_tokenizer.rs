@@ -12,6 +12,8 @@ const KEY: &str = "tokenizer.ggml.pre";
 const SUPPORTED: &str = "default, gpt-2, llama-bpe, qwen2, smollm, tekken, deepseek-llm, deepseek-coder";
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const DIGIT: &str = r"\p{N}";
+const DIGITS_TOGETHER: &str = r"\p{N}+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -38,6 +40,17 @@ pub(super) enum PreTokenizer {
 }
 
 impl PreTokenizer {
+    const ALL: [PreTokenizer; 8] = [
+        PreTokenizer::Default,
+        PreTokenizer::Gpt2,
+        PreTokenizer::Llama3,
+        PreTokenizer::Qwen2,
+        PreTokenizer::SmolLm,
+        PreTokenizer::Tekken,
+        PreTokenizer::DeepSeekLlm,
+        PreTokenizer::DeepSeekCoder,
+    ];
+
     pub(super) fn of(metadata: &Metadata) -> Result<PreTokenizer> {
         match metadata.string(KEY)?.unwrap_or("default") {
             "default" => Ok(PreTokenizer::Default),
@@ -52,6 +65,27 @@ impl PreTokenizer {
                 let reason = format!("is {other:?}, which is not supported (supported: {SUPPORTED})");
                 Err(metadata::error(KEY, reason))
             }
+        }
+    }
+
+    /// The way in which the `pre_tokenizer` of a `tokenizer.json` cuts; `None` for one that no name stands for.
+    pub(super) fn recognise(pre_tokenizer: &Json) -> Option<PreTokenizer> {
+        let mut found = Vec::new();
+        expressions(pre_tokenizer, &mut found)?;
+        PreTokenizer::ALL.into_iter().find(|known| known.expressions() == found)
+    }
+
+    /// As [`KEY`] has it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            PreTokenizer::Default => "default",
+            PreTokenizer::Gpt2 => "gpt-2",
+            PreTokenizer::Llama3 => "llama-bpe",
+            PreTokenizer::Qwen2 => "qwen2",
+            PreTokenizer::SmolLm => "smollm",
+            PreTokenizer::Tekken => "tekken",
+            PreTokenizer::DeepSeekLlm => "deepseek-llm",
+            PreTokenizer::DeepSeekCoder => "deepseek-coder",
         }
     }
 
@@ -73,22 +107,52 @@ impl PreTokenizer {
     /// `pre_tokenizer` of `tokenizer.json`: each expression cuts what the ones before it left, then bytes become the
     /// characters that stand for them.
     pub(super) fn json(self) -> Json {
-        let expressions: &[&str] = match self {
-            PreTokenizer::Default => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+        let split = |expression: &&str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
+        let mut steps: Vec<Json> = self.expressions().iter().map(split).collect();
+        steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
+        json!({"type": "Sequence", "pretokenizers": steps})
+    }
+
+    fn expressions(self) -> &'static [&'static str] {
+        match self {
+            PreTokenizer::Default => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, DIGITS_TOGETHER, "[0-9][0-9][0-9]"],
             PreTokenizer::Gpt2 => &[GPT2],
             PreTokenizer::Llama3 => &[LLAMA3],
             PreTokenizer::Qwen2 => &[QWEN2],
-            PreTokenizer::SmolLm => &[r"\p{N}", GPT2],
+            PreTokenizer::SmolLm => &[DIGIT, GPT2],
             PreTokenizer::Tekken => &[TEKKEN],
             PreTokenizer::DeepSeekLlm => {
-                &[LINE_ENDS, DEEPSEEK_LETTERS, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_IDEOGRAPHS, r"\p{N}"]
+                &[LINE_ENDS, DEEPSEEK_LETTERS, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_IDEOGRAPHS, DIGIT]
             }
-            PreTokenizer::DeepSeekCoder => &[LINE_ENDS, r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_IDEOGRAPHS, r"\p{N}"],
-        };
-        let split = |expression: &&str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
-        let mut steps: Vec<Json> = expressions.iter().map(split).collect();
-        steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
-        json!({"type": "Sequence", "pretokenizers": steps})
+            PreTokenizer::DeepSeekCoder => &[LINE_ENDS, r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_IDEOGRAPHS, DIGIT],
+        }
+    }
+}
+
+/// Appends the expressions by which `step` cuts, in their order. `None` for a step that does anything else.
+fn expressions<'a>(step: &'a Json, found: &mut Vec<&'a str>) -> Option<()> {
+    let flag = |field: &str| step.get(field).and_then(Json::as_bool);
+    match step.get("type")?.as_str()? {
+        "Sequence" => step.get("pretokenizers")?.as_array()?.iter().try_for_each(|step| expressions(step, found)),
+        "Split" => {
+            let behavior = step.get("behavior")?.as_str()?;
+            // What is between the words is empty for the expressions that match everything.
+            if !matches!((behavior, flag("invert")?), ("Isolated", false) | ("Removed", true)) {
+                return None;
+            }
+            found.push(step.get("pattern")?.get("Regex")?.as_str()?);
+            Some(())
+        }
+        "Digits" => {
+            found.push(if flag("individual_digits")? { DIGIT } else { DIGITS_TOGETHER });
+            Some(())
+        }
+        "ByteLevel" if flag("add_prefix_space")? => None,
+        "ByteLevel" => {
+            found.extend(flag("use_regex").unwrap_or(true).then_some(GPT2));
+            Some(())
+        }
+        _ => None,
     }
 }
 
@@ -97,6 +161,36 @@ mod tests {
     use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper};
 
     use super::*;
+
+    /// Each way is recognised as it is written here and as tokenizers of its kind write it; others are not.
+    #[test]
+    fn ways_to_cut_are_recognised() {
+        use PreTokenizer::*;
+        for known in PreTokenizer::ALL {
+            assert_eq!(PreTokenizer::recognise(&known.json()), Some(known));
+            let mut metadata = Metadata::default();
+            metadata.set(KEY, known.name());
+            assert_eq!(PreTokenizer::of(&metadata).expect("a known name"), known);
+        }
+        let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        let smollm = json!({"type": "Sequence", "pretokenizers": [digits, byte_level]});
+        assert_eq!(PreTokenizer::recognise(&byte_level), Some(Gpt2));
+        assert_eq!(PreTokenizer::recognise(&smollm), Some(SmolLm));
+        let mut deepseek = DeepSeekLlm.json();
+        *deepseek.pointer_mut("/pretokenizers/5").expect("the digits") = digits.clone();
+        assert_eq!(PreTokenizer::recognise(&deepseek), Some(DeepSeekLlm));
+        for unknown in [
+            json!(null),
+            json!({"type": "Whitespace"}),
+            json!({"type": "ByteLevel", "add_prefix_space": true}),
+            json!({"type": "Sequence", "pretokenizers": [byte_level, digits]}),
+            json!({"type": "Split", "pattern": {"Regex": GPT2}, "behavior": "Removed", "invert": false}),
+            json!({"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": false}),
+        ] {
+            assert_eq!(PreTokenizer::recognise(&unknown), None, "{unknown}");
+        }
+    }
 
     /// Each name cuts as its tokenizer does: contractions, digits, runs of punctuation and whitespace all differ.
     #[test]

@@ -6,16 +6,19 @@
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
 /// Name of the tensor.
-pub(super) const TENSOR: &str = "rope_freqs.weight";
+pub const TENSOR: &str = "rope_freqs.weight";
 
 /// Parameters of the formula, as in `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Stretching {
-    pub(super) factor: f64,
-    pub(super) low_freq_factor: f64,
-    pub(super) high_freq_factor: f64,
+pub struct Stretching {
+    /// By what the slowest frequencies are divided.
+    pub factor: f64,
+    /// Frequencies of fewer turns in the original context are the slowest.
+    pub low_freq_factor: f64,
+    /// Frequencies of more turns stay as they are.
+    pub high_freq_factor: f64,
     /// Context of the first training, tokens.
-    pub(super) original_positions: u64,
+    pub original_positions: u64,
 }
 
 /// The parameters that give `factors`, one for each pair of a head's dimensions. All published models have these but
@@ -36,6 +39,14 @@ pub(super) fn recognise(factors: &[f32], rope_theta: f64, original_positions: Op
 }
 
 impl Stretching {
+    /// What `rope_freqs.weight` holds for heads of `num_pairs` pairs; `None` if nobody could tell the parameters from
+    /// that.
+    pub fn divisors(&self, num_pairs: usize, rope_theta: f64) -> Option<Vec<f32>> {
+        let divisors: Vec<f32> = (0..num_pairs).map(|pair| self.divisor(pair, num_pairs, rope_theta) as f32).collect();
+        let recognised = recognise(&divisors, rope_theta, Some(self.original_positions));
+        (recognised == Some(*self)).then_some(divisors)
+    }
+
     /// By what the frequency of pair `pair` of `num_pairs` is divided.
     fn divisor(&self, pair: usize, num_pairs: usize, rope_theta: f64) -> f64 {
         let frequency = rope_theta.powf(-(pair as f64) / num_pairs as f64);

@@ -27,6 +27,17 @@ pub(super) fn tensor_type(id: u32) -> Result<StoredDtype, String> {
     Ok(StoredDtype::Plain(plain))
 }
 
+/// The number of a type that a file can be written with.
+pub(super) fn type_id(dtype: StoredDtype) -> Option<u32> {
+    match dtype {
+        StoredDtype::Plain(Dtype::F32) => Some(0),
+        StoredDtype::Plain(Dtype::F16) => Some(1),
+        StoredDtype::Plain(Dtype::BF16) => Some(30),
+        StoredDtype::Plain(_) => None,
+        StoredDtype::Blocks(blocks) => Some(blocks.ggml_id()),
+    }
+}
+
 fn unread_name(id: u32) -> Option<&'static str> {
     Some(match id {
         4 => "Q4_2",

@@ -1,0 +1,140 @@
+//! What a model folder says in several files, as the keys of a GGUF file.
+
+use crate::error::{Error, Result};
+use crate::loader::gguf::{GgufMetadata, Stretching, set_vocabulary};
+use crate::loader::{JsonFile, ModelSource};
+use crate::model::config::{Architecture, ModelConfig, RopeScaling};
+use crate::open::ModelFiles;
+
+/// Keys of hyperparameters and vocabulary.
+pub(super) fn of_folder(source: &ModelSource, files: &ModelFiles, name: &str) -> Result<GgufMetadata> {
+    let mut metadata = GgufMetadata::default();
+    metadata.set("general.name", name);
+    set_hyperparameters(&mut metadata, &files.config)?;
+    set_vocabulary(&mut metadata, &source.tokenizer_json()?, files.config.vocab_size)?;
+    set_roles(&mut metadata, source, files)?;
+    if let Some(template) = &files.tokenizer_config.chat_template {
+        metadata.set("tokenizer.chat_template", template.as_str());
+    }
+    Ok(metadata)
+}
+
+/// What the format calls the architecture.
+pub(super) fn architecture_name(architecture: Architecture) -> Result<&'static str> {
+    match architecture {
+        Architecture::Llama | Architecture::Mistral => Ok("llama"),
+        Architecture::Qwen2 => Ok("qwen2"),
+        Architecture::Qwen3 => Ok("qwen3"),
+        Architecture::Gpt2 | Architecture::Bert => Err(Error::NotSupported {
+            feature: "go into a GGUF file that this engine writes",
+            architecture: architecture.name().to_string(),
+        }),
+    }
+}
+
+/// The stretching that `rope_freqs.weight` stands for.
+pub(super) fn stretching(config: &ModelConfig) -> Option<Stretching> {
+    match config.rope?.scaling {
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            let original_positions = original_max_position_embeddings as u64;
+            Some(Stretching { factor, low_freq_factor, high_freq_factor, original_positions })
+        }
+        RopeScaling::Default | RopeScaling::Linear { .. } => None,
+    }
+}
+
+fn set_hyperparameters(metadata: &mut GgufMetadata, config: &ModelConfig) -> Result<()> {
+    let architecture = architecture_name(config.architecture)?;
+    metadata.set("general.architecture", architecture);
+    metadata.set("general.type", "model");
+    let key = |suffix: &str| format!("{architecture}.{suffix}");
+    for (suffix, size) in [
+        ("vocab_size", config.vocab_size),
+        ("context_length", config.max_position_embeddings),
+        ("embedding_length", config.hidden_size),
+        ("feed_forward_length", config.intermediate_size),
+        ("block_count", config.num_hidden_layers),
+        ("attention.head_count", config.num_attention_heads),
+        ("attention.head_count_kv", config.num_key_value_heads),
+        ("attention.key_length", config.head_dim),
+        ("attention.value_length", config.head_dim),
+        ("rope.dimension_count", config.head_dim),
+    ] {
+        metadata.set(key(suffix), size as u32);
+    }
+    metadata.set(key("attention.layer_norm_rms_epsilon"), config.norm_eps);
+    if let Some(rope) = &config.rope {
+        metadata.set(key("rope.freq_base"), rope.rope_theta as f32);
+        match rope.scaling {
+            RopeScaling::Default => {}
+            RopeScaling::Linear { factor } => {
+                metadata.set(key("rope.scaling.type"), "linear");
+                metadata.set(key("rope.scaling.factor"), factor as f32);
+            }
+            RopeScaling::Llama3 { original_max_position_embeddings, .. } => {
+                metadata.set(key("rope.scaling.original_context_length"), original_max_position_embeddings as u32);
+            }
+        }
+    }
+    if let Some(window) = sliding_window(config)? {
+        metadata.set(key("attention.sliding_window"), window as u32);
+    }
+    Ok(())
+}
+
+/// The window of all layers. The format has one for all, and for Mistral alone as far as this engine reads it.
+fn sliding_window(config: &ModelConfig) -> Result<Option<usize>> {
+    let first = config.sliding_windows.first().copied().flatten();
+    let is_one = config.sliding_windows.iter().all(|&window| window == first);
+    if is_one && (first.is_none() || config.architecture == Architecture::Mistral) {
+        return Ok(first);
+    }
+    let reason = "has layers with a window beside layers without, or in an architecture for which a GGUF file has none";
+    Err(Error::Config { file: "config.json", field: "sliding_window".to_string(), reason: reason.to_string() })
+}
+
+/// Which tokens begin, end and fill up.
+fn set_roles(metadata: &mut GgufMetadata, source: &ModelSource, files: &ModelFiles) -> Result<()> {
+    let config = source.config()?;
+    let role = |name: &str| {
+        let by_text = files.tokenizer_config.special_tokens.get(name).and_then(|text| files.tokenizer.token_id(text));
+        by_text.map_or_else(|| token_id(&config, &format!("{name}_id"), files.config.vocab_size), |id| Ok(Some(id)))
+    };
+    let bos = role("bos_token")?;
+    for (key, token_id) in [
+        ("tokenizer.ggml.bos_token_id", bos),
+        ("tokenizer.ggml.unknown_token_id", role("unk_token")?),
+        ("tokenizer.ggml.padding_token_id", role("pad_token")?),
+    ] {
+        if let Some(token_id) = token_id {
+            metadata.set(key, token_id);
+        }
+    }
+    // The format has three names for what ends an answer; readers know the usual others by their texts.
+    let end_keys = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+    for (key, &token_id) in end_keys.into_iter().zip(&files.eos_token_ids) {
+        metadata.set(key, token_id);
+    }
+    // What the tokenizer puts around a prompt.
+    let (bare, framed) = (files.tokenizer.encode("a", false)?, files.tokenizer.encode("a", true)?);
+    let refuse = || Error::Config {
+        file: "tokenizer.json",
+        field: "post_processor".to_string(),
+        reason: "puts other tokens around a text than one that begins and one that ends it".to_string(),
+    };
+    let eos = files.eos_token_ids.first().copied();
+    let frames = [(false, false), (true, false), (false, true), (true, true)].into_iter().find(|&(begins, ends)| {
+        let (prefix, suffix) = (bos.filter(|_| begins), eos.filter(|_| ends));
+        let expected = prefix.into_iter().chain(bare.iter().copied()).chain(suffix);
+        (!begins || bos.is_some()) && (!ends || eos.is_some()) && expected.eq(framed.iter().copied())
+    });
+    let (begins, ends) = frames.ok_or_else(refuse)?;
+    metadata.set("tokenizer.ggml.add_bos_token", begins);
+    metadata.set("tokenizer.ggml.add_eos_token", ends);
+    Ok(())
+}
+
+/// A token of `config.json`.
+fn token_id(config: &JsonFile, field: &str, vocab_size: usize) -> Result<Option<u32>> {
+    Ok(config.object().token_ids(field, vocab_size, 1)?.first().copied())
+}
