@@ -2,6 +2,7 @@
 //! ids gives the same text as decoding them at once, whole characters at a time.
 
 use std::path::Path;
+use std::slice::from_ref;
 
 use ns_llm::sampler::random_at;
 use ns_llm::tokenizer::{StopStrings, TextDecoder, TextStart, TextStream, Tokenizer, TokenizerConfig};
@@ -204,7 +205,7 @@ fn content_is_plain() {
         assert_eq!(ids.iter().filter(|&&id| tokenizer.is_special(id)).count(), 1);
     }
     let ordinary = "<|im_start|>user\nhi you<|im_end|>\n";
-    let ids = tokenizer.encode_with_content(ordinary, &[17..23]).unwrap();
+    let ids = tokenizer.encode_with_content(ordinary, from_ref(&(17..23))).unwrap();
     assert_eq!(ids, tokenizer.encode(ordinary, false).unwrap());
 }
 
@@ -249,7 +250,7 @@ fn hostile_texts_take_linear_time() {
     let time = |unit: &str| {
         let text = unit.repeat(BYTES / unit.len());
         let start = std::time::Instant::now();
-        let ids = tokenizer.encode_with_content(&text, &[1..text.len()]).unwrap();
+        let ids = tokenizer.encode_with_content(&text, from_ref(&(1..text.len()))).unwrap();
         let elapsed = start.elapsed();
         assert_eq!(tokenizer.decode(&ids, false), text, "{unit:?}");
         elapsed

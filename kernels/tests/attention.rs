@@ -166,10 +166,9 @@ impl Case {
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
                 let sum: f64 = weights.iter().sum();
-                for d in 0..head_dim {
-                    let weighted = weights.iter().enumerate().map(|(i, w)| w * values[kv_head][first + i][d]);
-                    out.push((weighted.sum::<f64>() / sum) as f32);
-                }
+                let of_head = &values[kv_head][first..end];
+                let weighted = |d: usize| weights.iter().zip(of_head).map(|(w, value)| w * value[d]).sum::<f64>();
+                out.extend((0..head_dim).map(|d| (weighted(d) / sum) as f32));
             }
         }
         out
