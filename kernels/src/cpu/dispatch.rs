@@ -31,7 +31,7 @@ pub enum Isa {
     Avx2,
     /// 512-bit vectors, AVX-512 F, BW, VL and DQ: Intel since Skylake-SP (2017), AMD since Zen 4 (2022).
     Avx512,
-    /// And bf16 dot products: Intel since Cooper Lake (2020), AMD since Zen 4.
+    /// And dot products of bf16 and of bytes (VNNI): Intel since Cooper Lake (2020), AMD since Zen 4.
     Avx512Bf16,
 }
 
@@ -82,7 +82,11 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            Isa::Avx512Bf16 => {
+                Isa::Avx512.is_available()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => false,
         }

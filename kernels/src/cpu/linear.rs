@@ -217,6 +217,10 @@ impl<'a> Product<'a> {
         expect_size(operation, "x width", weight.in_features(), x.width())?;
         let product = Product { cpu, x, weight };
         for (section, format) in weight.sections().iter().zip(weight.formats()) {
+            if let PanelFormat::Quant(layout) = section.panel_format {
+                let expected = QuantLayout::new(layout.quant_type, cpu.kernels().linear.code_products);
+                assert_eq!(layout, expected, "{operation}: the matrix was packed for another instruction set");
+            }
             if product.kernel(section.panel_format).is_none() {
                 let (operand, weight, isa) = (x.format().name(), format.name(), cpu.isa().name());
                 return Err(Error::UnsupportedFormats { operation, isa, operand, weight });

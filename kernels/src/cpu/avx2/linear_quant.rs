@@ -120,7 +120,7 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
 
 /// Scales and minimums of group `g`, as [`QuantLayout::unpack`] does.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &mut UnpackedChunk) {
+pub(in crate::cpu) fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &mut UnpackedChunk) {
     let halves = |bytes: &[u8], vector: usize| {
         let bytes: &[u8; 2 * LANES] = bytes[2 * LANES * vector..][..2 * LANES].try_into().expect("16 bytes");
         // SAFETY: 16 bytes.

@@ -17,8 +17,9 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::LANES;
+use super::linear_quant;
 use super::math::{gelu_erf, gelu_tanh, silu};
-use crate::cpu::avx2::linear_quant::panel_quant;
+use crate::cpu::avx2;
 use crate::cpu::linear::{CodeProducts, LinearKernels, PANEL_ROWS, PanelProduct};
 
 /// The AVX-512 kernels.
@@ -27,15 +28,20 @@ pub(crate) const KERNELS: LinearKernels = LinearKernels {
     f16: panel::<F16>,
     bf16: panel::<Bf16>,
     bf16_pairs: None,
-    quant: panel_quant,
+    quant: avx2::linear_quant::panel_quant,
     code_products: CodeProducts::Narrow,
     swiglu,
     gelu_erf: gelu_erf_all,
     gelu_tanh: gelu_tanh_all,
 };
 
-/// The kernels of a CPU that also has the bf16 dot product.
-pub(crate) const BF16_KERNELS: LinearKernels = LinearKernels { bf16_pairs: Some(panel::<Bf16Pairs>), ..KERNELS };
+/// The kernels of a CPU that also has the dot products of bf16 and of bytes (VNNI).
+pub(crate) const BF16_KERNELS: LinearKernels = LinearKernels {
+    bf16_pairs: Some(panel::<Bf16Pairs>),
+    quant: linear_quant::panel_quant,
+    code_products: CodeProducts::Wide,
+    ..KERNELS
+};
 
 /// Vectors of a panel's columns.
 const VECTORS: usize = PANEL_ROWS / LANES;
@@ -222,7 +228,7 @@ fn panel<P: Product>(product: &PanelProduct<'_, P::Activation, P::Weight>, sums:
 }
 
 /// Rows of the next tile when `rows_left` are left: even shares at the end, as small tiles use the registers badly.
-fn next_tile_rows(rows_left: usize, tile_rows: usize) -> usize {
+pub(super) fn next_tile_rows(rows_left: usize, tile_rows: usize) -> usize {
     match rows_left.div_ceil(tile_rows) {
         0 | 1 => rows_left,
         2 => rows_left.div_ceil(2),

@@ -190,7 +190,8 @@ pub(super) type RowSource<'a> = dyn Fn(usize, usize) -> Option<(&'a MatrixSource
 impl PackedLinear {
     /// Packs matrices that are multiplied with the same input, stacked along the output axis (q, k and v for example), each
     /// in its format, on all threads. Elements are rounded to nearest even where a format is narrower, and encoded as
-    /// [`quant::encode`] does where it has blocks and the source has not the same ones.
+    /// [`quant::encode`] does where it has blocks and the source has not the same ones. Codes of blocks lie as the
+    /// instruction set of `cpu` takes them.
     pub fn pack(cpu: &Cpu, parts: &[(MatrixSource<'_>, WeightFormat)]) -> Result<PackedLinear> {
         let in_features = parts.first().map_or(0, |(part, _)| part.in_features);
         for (part, format) in parts {

@@ -101,6 +101,10 @@ impl QuantLayout {
             CodeMeaning::Signed | CodeMeaning::Minimum => 1,
         }
     }
+    /// The levels of formats with a table, without sign: with their offset.
+    pub(crate) fn unsigned_levels(&self) -> Option<[u8; 16]> {
+        self.levels.map(|levels| levels.map(|level| (level as u8).wrapping_add(LEVEL_OFFSET)))
+    }
     fn has_minimum(&self) -> bool {
         self.meaning == CodeMeaning::Minimum
     }
@@ -254,8 +258,8 @@ impl QuantLayout {
             (1, _) => unpack_plane::<1, 2>(high, out),
             _ => unpack_plane::<2, 4>(high, out),
         }
-        if let Some(levels) = self.levels {
-            out.iter_mut().for_each(|code| *code = (levels[usize::from(*code)] as u8).wrapping_add(LEVEL_OFFSET));
+        if let Some(levels) = self.unsigned_levels() {
+            out.iter_mut().for_each(|code| *code = levels[usize::from(*code)]);
         }
     }
 
@@ -439,7 +443,7 @@ impl UnpackedChunk {
         unsafe { &*self.codes.as_ptr().cast::<[u8; GROUP_CODES]>().add(g) }
     }
     #[inline(always)]
-    fn codes_mut(&mut self, g: usize) -> &mut [u8; GROUP_CODES] {
+    pub(crate) fn codes_mut(&mut self, g: usize) -> &mut [u8; GROUP_CODES] {
         assert!(g < CHUNK_GROUPS);
         // SAFETY: as in `codes`; `&mut self` makes it exclusive.
         unsafe { &mut *self.codes.as_mut_ptr().cast::<[u8; GROUP_CODES]>().add(g) }
