@@ -306,7 +306,7 @@ impl<'a> Product<'a> {
                 Kernel::Bits16(kernel, x) => self.add_blocks(kernel, x, bytes.align_to().1, rows, sums),
                 Kernel::Pairs16(kernel, x) => self.add_blocks(kernel, x, bytes.align_to().1, rows, sums),
                 Kernel::Quant(kernel, x, layout) => {
-                    let (x, groups_per_row) = (x.from_row(rows.start), x.groups_per_row());
+                    let (x, groups_per_row) = (x.groups_from(rows.start), x.groups_per_row());
                     kernel(&QuantProduct { x, groups_per_row, panel: bytes, layout: &layout }, sums);
                 }
             }
