@@ -238,6 +238,8 @@ typedef enum ns_llm_status {
     NS_LLM_UNKNOWN_ARCHITECTURE = 308,
     /** A file is not the JSON that it should be. */
     NS_LLM_INVALID_JSON = 309,
+    /** Weights that are to be quantized are not finite. */
+    NS_LLM_NON_FINITE_WEIGHTS = 310,
     /** Memory for weights or KV could not be had. */
     NS_LLM_OUT_OF_MEMORY = 400,
     /** The device that was asked for is not there. */

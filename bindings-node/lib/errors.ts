@@ -18,6 +18,7 @@ export type ErrorCode =
   | 'deadline_exceeded'
   | 'non_finite_embedding'
   | 'non_finite_logits'
+  | 'non_finite_weights'
   | 'not_supported'
   | 'closed'
   | 'internal'

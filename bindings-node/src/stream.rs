@@ -57,7 +57,7 @@ impl NativeStream {
         crate::event_loop::promise(env, poll).map_err(from_napi)
     }
 
-    /// Asks for the end: the next promise rejects with `cancelled` within one step.
+    /// Asks for the end: the next reading fails with `cancelled` within one step.
     #[napi(catch_unwind)]
     pub fn cancel(&self) {
         self.canceller.cancel();

@@ -75,8 +75,8 @@ impl ModelOptions {
             KvDtypeName::Int8 => Some(KvDtype::Int8),
         };
         options.context_tokens = self.context;
-        options.kv_bytes = self.kv_mib.map(|mib| mib << 20);
-        options.memory_limit_bytes = self.memory_limit_mib.map(|mib| mib << 20);
+        options.kv_bytes = self.kv_mib.map(|mib| mib.saturating_mul(1 << 20));
+        options.memory_limit_bytes = self.memory_limit_mib.map(|mib| mib.saturating_mul(1 << 20));
         options
     }
 }

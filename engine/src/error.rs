@@ -102,6 +102,12 @@ pub enum Error {
         /// Length of the input.
         tokens: usize,
     },
+    /// A weight that is to be quantized is NaN or infinite, for which blocks have no place.
+    #[error("weights `{name}` have numbers that are not finite and cannot be quantized")]
+    NonFiniteWeights {
+        /// Name of the tensor, of several that are packed together all names.
+        name: String,
+    },
     /// The engine was closed.
     #[error("the engine is closed")]
     Closed,
@@ -239,6 +245,7 @@ impl Error {
             Error::DeadlineExceeded { .. } => "deadline_exceeded",
             Error::NonFiniteLogits { .. } => "non_finite_logits",
             Error::NonFiniteEmbedding { .. } => "non_finite_embedding",
+            Error::NonFiniteWeights { .. } => "non_finite_weights",
             Error::Closed => "closed",
             Error::Internal { .. } => "internal",
             Error::Io { .. } => "io",

@@ -148,6 +148,7 @@ impl Progress {
 
 /// The keys of the file.
 fn file_metadata(source: &ModelSource, files: &ModelFiles, options: &QuantizeOptions) -> Result<GgufMetadata> {
+    metadata::architecture_name(files.config.architecture)?;
     let mut metadata = match source {
         ModelSource::Gguf(model) => {
             let mut metadata = model.metadata().clone();

@@ -93,6 +93,8 @@ pub enum ns_llm_status {
     NS_LLM_UNKNOWN_ARCHITECTURE = 308,
     /// A file is not the JSON that it should be.
     NS_LLM_INVALID_JSON = 309,
+    /// Weights that are to be quantized are not finite.
+    NS_LLM_NON_FINITE_WEIGHTS = 310,
 
     /// Memory for weights or KV could not be had.
     NS_LLM_OUT_OF_MEMORY = 400,
@@ -132,6 +134,7 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
     (NS_LLM_CLOSED, c"closed"),
     (NS_LLM_INTERNAL, c"internal"),
     (NS_LLM_NON_FINITE_EMBEDDING, c"non_finite_embedding"),
+    (NS_LLM_NON_FINITE_WEIGHTS, c"non_finite_weights"),
     (NS_LLM_IO, c"io"),
     (NS_LLM_MISSING_FILE, c"missing_file"),
     (NS_LLM_CONFIG, c"config"),

@@ -169,6 +169,10 @@ impl Backend for CpuBackend {
     type Kv = kv_blocks::KvBlocks;
 
     fn load_linear(&self, weight: LinearWeight<'_>) -> Result<PackedLinear> {
+        let names = || match weight {
+            LinearWeight::Stacked(parts) => parts.iter().map(|part| part.weight.name.as_str()).collect::<Vec<_>>(),
+            LinearWeight::GateUp { gate, up } => vec![gate.weight.name.as_str(), up.weight.name.as_str()],
+        };
         let packed = match weight {
             LinearWeight::Stacked(parts) => {
                 let biases = parts.iter().map(read_bias).collect::<Result<Vec<_>>>()?;
@@ -186,7 +190,10 @@ impl Backend for CpuBackend {
                 PackedLinear::pack_gate_up(&self.cpu, gate, up, format)
             }
         };
-        packed.map(|packed| self.packed(packed)).map_err(start_error)
+        packed.map(|packed| self.packed(packed)).map_err(|error| match error {
+            kernels::error::Error::NonFiniteValue { .. } => Error::NonFiniteWeights { name: names().join(", ") },
+            error => start_error(error),
+        })
     }
 
     fn load_norm(&self, weight: &Tensor, eps: f32) -> Result<CpuNorm> {
@@ -657,6 +664,12 @@ mod tests {
         let load = |weight: &Tensor, bias: Option<&Tensor>| {
             b.load_linear(LinearWeight::Stacked(&[LinearPart { weight, bias }]))
         };
+        let mut wide = tensor("wide", &[2, 32]);
+        wide.data[4 * 40..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        let quantized = backend(1, WeightFormat::Quant(QuantType::Q8_0));
+        let part = LinearPart { weight: &wide, bias: None };
+        let error = quantized.load_linear(LinearWeight::GateUp { gate: part, up: part }).err();
+        assert_eq!(error, Some(Error::NonFiniteWeights { name: "wide, wide".to_string() }));
         let matrix = tensor("w", &[4, 6]);
         let error = load(&tensor("cube", &[2, 2, 2]), None).err();
         assert!(matches!(&error, Some(Error::TensorShape { name, .. }) if name == "cube"), "{error:?}");

@@ -378,6 +378,12 @@ impl Tiers {
         self.fail_wanted(&key);
         for tier in &mut self.tiers {
             tier.held.remove(&key);
+            // What waits to be written would stand behind the quarantine, and be found after a restart.
+            if let Some(idx) = tier.writes.iter().position(|(waiting, _)| *waiting == key) {
+                let (_, bytes) = tier.writes.remove(idx).expect("found there");
+                tier.write_queue_bytes -= bytes.len() as u64;
+                tier.writing.remove(&key);
+            }
             tier.quarantines.push_back(key);
             if tier.quarantines.len() > MAX_QUARANTINED_BLOCKS {
                 tier.quarantines.pop_front();
@@ -428,6 +434,10 @@ impl Tiers {
                         tier.held.insert(key);
                     }
                 }
+            }
+            // Once more, when the tier works again.
+            Job::Quarantine(key) if matches!(outcome, Outcome::Fault(_)) => {
+                self.tier_mut(id).quarantines.push_front(key)
             }
             Job::Quarantine(_) => {}
         }

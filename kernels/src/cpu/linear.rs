@@ -6,7 +6,8 @@
 //! next block, so that a block of activations stays in the L2 cache while the weights stream past it.
 //!
 //! Row invariance: an element is one accumulator over `k = 0..in` in order, then `+ bias`, then the residual sum. Never
-//! is a reduction split, so the order of items, the size of blocks and the number of threads are free.
+//! is a reduction split (with quantized weights: exact integers within a group of 32 columns, then the groups in order), so the
+//! order of items, the size of blocks and the number of threads are free.
 
 mod int8;
 mod operand;

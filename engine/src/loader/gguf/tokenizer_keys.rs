@@ -45,6 +45,12 @@ struct AddedToken {
     content: String,
     #[serde(default)]
     special: bool,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
 }
 
 /// Every field is optional here, so that another kind of model is refused by its name.
@@ -100,6 +106,13 @@ pub fn set_vocabulary(metadata: &mut Metadata, tokenizer_json: &[u8], rows: usiz
     ] {
         if affix.as_ref().is_some_and(|affix| !affix.is_empty()) {
             return Err(error(field, "is set, for which a GGUF file has no words"));
+        }
+    }
+    for token in &file.added_tokens {
+        let flags = [("single_word", token.single_word), ("lstrip", token.lstrip), ("rstrip", token.rstrip)];
+        if let Some((flag, _)) = flags.into_iter().find(|(_, is_set)| *is_set) {
+            let field = format!("added_tokens.{}.{flag}", token.id);
+            return Err(error(&field, "is true, for which a GGUF file has no words"));
         }
     }
     let mut tokens = Tokens::read(&file, rows)?;

@@ -118,7 +118,8 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
     }
 }
 
-/// Scales and minimums of group `g`, as [`QuantLayout::unpack`] does.
+/// Scales and minimums of group `g`, as [`QuantLayout::unpack`] does; but `d` and `d_min` that a chunk has once go to group
+/// 0 alone.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in crate::cpu) fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &mut UnpackedChunk) {
     let halves = |bytes: &[u8], vector: usize| {
@@ -279,28 +280,68 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
         _ => 8 / HALVES,
     };
 
-    /// Eight times four codes, from the planes.
+    /// Eight times four codes of a step, from the planes.
     ///
     /// # Safety
     /// As for [`Products::dots`].
     #[inline(always)]
-    unsafe fn codes_of_planes(planes: *const u8, step: usize, vector: usize) -> __m256i {
-        // SAFETY: promised by the caller: the vector is inside each plane.
-        unsafe {
-            let code = (step * PANEL_ROWS + vector * LANES) * 4;
-            let bits = |plane: *const u8, bits: usize| {
-                let plane_bytes = 128 * bits;
-                let bytes = _mm256_loadu_si256(plane.add(code % plane_bytes).cast());
-                let place = _mm_cvtsi32_si128((bits * (code / plane_bytes)) as i32);
-                let mask = _mm256_set1_epi8(((1 << bits) - 1) as i8);
-                _mm256_and_si256(_mm256_srl_epi16(bytes, place), mask)
-            };
-            let low = bits(planes, LOW);
-            if HIGH == 0 {
-                return low;
+    unsafe fn codes_of_planes<const STEP: usize>(planes: *const u8, vector: usize) -> __m256i {
+        // The bits of the step in a plane of `bits`, moved to the bits `to..` of each byte.
+        let bits_of = |plane: *const u8, bits: usize, to: usize| {
+            let from = bits * (STEP / bits);
+            // SAFETY: promised by the caller: the vector is inside the plane, which has 128 bytes for each of its bits.
+            unsafe {
+                let bytes = _mm256_loadu_si256(plane.add(STEP % bits * 128 + vector * 32).cast());
+                let moved = match from > to {
+                    true => _mm256_srl_epi16(bytes, _mm_cvtsi32_si128((from - to) as i32)),
+                    false => _mm256_sll_epi16(bytes, _mm_cvtsi32_si128((to - from) as i32)),
+                };
+                _mm256_and_si256(moved, _mm256_set1_epi8((((1 << bits) - 1) << to) as i8))
             }
-            let high = bits(planes.add(128 * LOW), HIGH);
-            _mm256_or_si256(low, _mm256_sll_epi16(high, _mm_cvtsi32_si128(LOW as i32)))
+        };
+        let low = bits_of(planes, LOW, 0);
+        if HIGH == 0 {
+            return low;
+        }
+        // SAFETY: the CPU has AVX2.
+        unsafe { _mm256_or_si256(low, bits_of(planes.wrapping_add(128 * LOW), HIGH, LOW)) }
+    }
+
+    /// Adds the products of one step; at the end of `DEPTH` steps, what they sum to in 16 bits goes to `dots`.
+    ///
+    /// # Safety
+    /// As for [`Products::dots`].
+    #[inline(always)]
+    unsafe fn step<const DIRECT: bool, const ROWS: usize, const VECTORS: usize, const STEP: usize>(
+        (tile, g, first): (&Tile<'_>, usize, usize),
+        rows: &[*const Int8Group; ROWS],
+        pairs: &mut [[__m256i; VECTORS]; ROWS],
+        dots: &mut [[__m256i; VECTORS]; ROWS],
+    ) {
+        let codes = tile.chunk.codes(g).as_ptr();
+        // SAFETY: promised by the caller.
+        unsafe {
+            let mut weights = [zero(); VECTORS];
+            for (vector, weights) in weights.iter_mut().enumerate() {
+                *weights = match DIRECT {
+                    true => Self::codes_of_planes::<STEP>(tile.plane(g), first + vector),
+                    false => _mm256_load_si256(codes.add(STEP * 128 + (first + vector) * 32).cast()),
+                };
+            }
+            for (row, pairs) in rows.iter().zip(pairs.iter_mut()) {
+                add_products(pairs, &weights, (&raw const (**row).codes).cast::<i32>().add(STEP));
+            }
+            if !(STEP + 1).is_multiple_of(Self::DEPTH) {
+                return;
+            }
+            let scales = &tile.chunk.scales[g][STEP / 4 * (HALVES - 1)];
+            for vector in 0..VECTORS {
+                let scales = _mm256_load_si256(scales.as_ptr().add((first + vector) * LANES).cast());
+                for (dots, pairs) in dots.iter_mut().zip(pairs.iter_mut()) {
+                    let pairs = std::mem::replace(&mut pairs[vector], zero());
+                    dots[vector] = _mm256_add_epi32(dots[vector], _mm256_madd_epi16(pairs, scales));
+                }
+            }
         }
     }
 }
@@ -316,39 +357,20 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
         g: usize,
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
-        let codes = tile.chunk.codes(g).as_ptr();
         // Each row's place is kept in a register: left to itself, the compiler adds them up from row to row in each step.
         let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| black_box(tile.group(row, g)));
-        let mut dots = [[zero(); VECTORS]; ROWS];
-        for part in 0..const { 8 / Self::DEPTH } {
-            let mut pairs = [[zero(); VECTORS]; ROWS];
-            for step in 0..Self::DEPTH {
-                let step = part * Self::DEPTH + step;
-                // SAFETY: promised by the caller.
-                unsafe {
-                    let mut weights = [zero(); VECTORS];
-                    for (vector, weights) in weights.iter_mut().enumerate() {
-                        let code = (step * PANEL_ROWS + (first + vector) * LANES) * 4;
-                        *weights = match DIRECT {
-                            true => Self::codes_of_planes(tile.plane(g), step, first + vector),
-                            false => _mm256_load_si256(codes.add(code).cast()),
-                        };
-                    }
-                    for (row, pairs) in rows.iter().zip(&mut pairs) {
-                        add_products(pairs, &weights, (&raw const (**row).codes).cast::<i32>().add(step));
-                    }
-                }
-            }
-            let scales = &tile.chunk.scales[g][part * Self::DEPTH / 4 * (HALVES - 1)];
-            for vector in 0..VECTORS {
-                // SAFETY: promised by the caller.
-                unsafe {
-                    let scales = _mm256_load_si256(scales.as_ptr().add((first + vector) * LANES).cast());
-                    for (dots, pairs) in dots.iter_mut().zip(&pairs) {
-                        dots[vector] = _mm256_add_epi32(dots[vector], _mm256_madd_epi16(pairs[vector], scales));
-                    }
-                }
-            }
+        let (mut pairs, mut dots) = ([[zero(); VECTORS]; ROWS], [[zero(); VECTORS]; ROWS]);
+        let at = (tile, g, first);
+        // SAFETY: promised by the caller.
+        unsafe {
+            Self::step::<DIRECT, ROWS, VECTORS, 0>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<DIRECT, ROWS, VECTORS, 1>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<DIRECT, ROWS, VECTORS, 2>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<DIRECT, ROWS, VECTORS, 3>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<DIRECT, ROWS, VECTORS, 4>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<DIRECT, ROWS, VECTORS, 5>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<DIRECT, ROWS, VECTORS, 6>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<DIRECT, ROWS, VECTORS, 7>(at, &rows, &mut pairs, &mut dots);
         }
         dots
     }

@@ -272,10 +272,12 @@ impl Tile<'_> {
             // SAFETY: promised by the caller.
             unsafe {
                 let dots = self.dots::<F, DIRECT, ROWS>(g);
+                // Formats with integer scales have one scale for the chunk, which stands in its first group.
+                let scale_group = if F::HALVES == 0 { g } else { 0 };
                 for vector in 0..VECTORS {
                     let lane = vector * LANES;
-                    let d = _mm512_load_ps(self.chunk.d[g].as_ptr().add(lane));
-                    let d_min = _mm512_load_ps(self.chunk.d_min[g].as_ptr().add(lane));
+                    let d = _mm512_load_ps(self.chunk.d[scale_group].as_ptr().add(lane));
+                    let d_min = _mm512_load_ps(self.chunk.d_min[scale_group].as_ptr().add(lane));
                     let mins = _mm512_load_si512(self.chunk.mins[g].as_ptr().add(lane).cast());
                     for row in 0..ROWS {
                         let (x, dot) = (self.group(row, g), dots[row][vector]);

@@ -13,7 +13,8 @@
 //! ```
 //!
 //! So a plane becomes codes by one shift and one mask of whole vectors, a thread reads one linear stream, and a weight
-//! takes the bits that it has in a file (Q4_K and Q5_K 1/8 bit more: their scales of six bits are bytes here).
+//! takes the bits that it has in a file, but for scales of less than a byte, which are bytes here (Q3_K, Q4_K and Q5_K 1/8 bit
+//! more a weight, Q2_K 1/2).
 
 use super::packed::PANEL_ROWS;
 use crate::quant::{BlockParts, IQ4_NL_LEVELS, MXFP4_LEVELS, QuantType, take_apart};
@@ -60,7 +61,7 @@ pub(crate) struct QuantLayout {
     pub(crate) high_bits: usize,
     /// Integer scales of a group; 0: none, `d` is the group's own.
     pub(crate) halves: usize,
-    /// Codes of the file to codes here, plus `LEVEL_OFFSET` where they have an offset.
+    /// What the codes stand for where they are indices. Planes keep the indices; levels are looked up as they are unpacked.
     levels: Option<&'static [i8; 16]>,
 }
 
@@ -183,12 +184,8 @@ impl QuantLayout {
 
     /// Codes of a file to codes of a panel.
     fn map_codes(&self, codes: &mut [u8]) {
-        let offset = if self.meaning == CodeMeaning::Offset(LEVEL_OFFSET) { LEVEL_OFFSET } else { 0 };
-        match self.levels {
-            // The plane holds indices: it becomes levels when it is unpacked.
-            Some(_) => {}
-            None if self.low_bits == 8 => codes.iter_mut().for_each(|code| *code = code.wrapping_add(offset)),
-            None => {}
+        if self.low_bits == 8 && self.meaning == CodeMeaning::Offset(LEVEL_OFFSET) {
+            codes.iter_mut().for_each(|code| *code = code.wrapping_add(LEVEL_OFFSET));
         }
     }
 

@@ -1,5 +1,5 @@
 //! What the disk tier asks of a directory ([`SegmentFiles`], which a test replaces to make every call fail), and the real
-//! one. The only place of the engine that writes files.
+//! one. The only place of the tiers that writes files.
 //!
 //! - Names are made here from a version and a number; no text of a request or a file becomes a path.
 //! - The directory belongs to the tier alone: mode 0700, files 0600, for its contents are as private as the prompts they
