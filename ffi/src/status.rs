@@ -134,7 +134,6 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
     (NS_LLM_CLOSED, c"closed"),
     (NS_LLM_INTERNAL, c"internal"),
     (NS_LLM_NON_FINITE_EMBEDDING, c"non_finite_embedding"),
-    (NS_LLM_NON_FINITE_WEIGHTS, c"non_finite_weights"),
     (NS_LLM_IO, c"io"),
     (NS_LLM_MISSING_FILE, c"missing_file"),
     (NS_LLM_CONFIG, c"config"),
@@ -145,6 +144,7 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
     (NS_LLM_TENSOR_DTYPE, c"tensor_dtype"),
     (NS_LLM_UNKNOWN_ARCHITECTURE, c"unknown_architecture"),
     (NS_LLM_INVALID_JSON, c"invalid_json"),
+    (NS_LLM_NON_FINITE_WEIGHTS, c"non_finite_weights"),
     (NS_LLM_OUT_OF_MEMORY, c"out_of_memory"),
     (NS_LLM_DEVICE_UNAVAILABLE, c"device_unavailable"),
 ];
