@@ -163,23 +163,7 @@ fn small_kv_is_invariant_too() {
         let expected: Vec<Trace> = specs().into_iter().flat_map(|spec| alone.run(vec![spec], |_, _, _| ())).collect();
         let differ = expected.iter().zip(&stored).filter(|(a, b)| a.logprob_bits != b.logprob_bits).count();
         assert!(differ >= specs().len() - 1, "{name}: {differ} differ from f16");
-        let mut driver = open(|options| {
-            options.kv_dtype = Some(dtype);
-            options.threads = Some(2);
-            options.prefill_budget_tokens = 19;
-            options.mixed_budget_tokens = 19;
-            options.prefix_cache = true;
-        });
-        assert_same(&driver.run(specs(), |_, _, _| ()), &expected, &format!("{name}, a batch in chunks of 19"));
-        let mut preempted = 0;
-        let warm = driver.run(specs(), |scheduler, seqs, step| {
-            if step % 7 == 3 {
-                preempted += seqs.iter().filter(|&&seq| scheduler.preempt(seq)).count();
-            }
-        });
-        assert_same(&warm, &expected, &format!("{name}, warm and preempted"));
-        let counters = driver.loaded.scheduler.counters();
-        assert!(preempted > 8 && counters.prefix_hit_tokens > 500, "{name}: {preempted} preempted, {counters:?}");
+        assert_same_in_company(name, &expected, |options| options.kv_dtype = Some(dtype));
     }
 }
 
@@ -194,24 +178,29 @@ fn quantized_weights_are_invariant_too() {
         assert_eq!(alone.loaded.info.weights, name);
         let expected: Vec<Trace> = specs().into_iter().flat_map(|spec| alone.run(vec![spec], |_, _, _| ())).collect();
         assert!(expected.iter().zip(&stored).all(|(a, b)| a.logprob_bits != b.logprob_bits), "{name}: as stored");
-        let mut driver = open(|options| {
-            options.weights = weights;
-            options.threads = Some(2);
-            options.prefill_budget_tokens = 19;
-            options.mixed_budget_tokens = 19;
-            options.prefix_cache = true;
-        });
-        assert_same(&driver.run(specs(), |_, _, _| ()), &expected, &format!("{name}, a batch in chunks of 19"));
-        let mut preempted = 0;
-        let warm = driver.run(specs(), |scheduler, seqs, step| {
-            if step % 7 == 3 {
-                preempted += seqs.iter().filter(|&&seq| scheduler.preempt(seq)).count();
-            }
-        });
-        assert_same(&warm, &expected, &format!("{name}, warm and preempted"));
-        let counters = driver.loaded.scheduler.counters();
-        assert!(preempted > 8 && counters.prefix_hit_tokens > 500, "{name}: {preempted} preempted, {counters:?}");
+        assert_same_in_company(name, &expected, |options| options.weights = weights);
     }
+}
+
+/// With these options the bits are the same in one batch and in chunks of 19, cold, and warm with preemptions in the middle.
+fn assert_same_in_company(name: &str, expected: &[Trace], change: impl Fn(&mut EngineOptions)) {
+    let mut driver = open(|options| {
+        change(options);
+        options.threads = Some(2);
+        options.prefill_budget_tokens = 19;
+        options.mixed_budget_tokens = 19;
+        options.prefix_cache = true;
+    });
+    assert_same(&driver.run(specs(), |_, _, _| ()), expected, &format!("{name}, a batch in chunks of 19"));
+    let mut preempted = 0;
+    let warm = driver.run(specs(), |scheduler, seqs, step| {
+        if step % 7 == 3 {
+            preempted += seqs.iter().filter(|&&seq| scheduler.preempt(seq)).count();
+        }
+    });
+    assert_same(&warm, expected, &format!("{name}, warm and preempted"));
+    let counters = driver.loaded.scheduler.counters();
+    assert!(preempted > 8 && counters.prefix_hit_tokens > 500, "{name}: {preempted} preempted, {counters:?}");
 }
 
 /// Golden tokens of the model that ships: a change of numerics shows here first, and needs a written reason.

@@ -1,6 +1,6 @@
 //! 512-bit vectors: AVX-512 F, BW, VL and DQ (Intel since Skylake-SP, AMD since Zen 4), in [`linear`] also its bf16 dot
-//! product and in [`linear_quant`] that of bytes (VNNI). Every function here is a `#[target_feature]` function: it is reached through the tables of
-//! [`dispatch`](super::dispatch), which checked the CPU.
+//! product and in [`linear_quant`] that of bytes (VNNI). Every function here is a `#[target_feature]` function: it is reached
+//! through the tables of [`dispatch`](super::dispatch), which checked the CPU.
 //!
 //! Ends of rows are read and written under a mask: no element is computed by another sequence of operations because of
 //! where it is.
