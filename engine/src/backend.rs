@@ -10,7 +10,7 @@ pub mod measure;
 
 use std::sync::Arc;
 
-use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
+use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 pub use crate::config::KvDtype;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -205,6 +205,12 @@ pub trait Backend: Sized + Send + 'static {
     /// One vector `[width]` per sequence of the batch from the rows of `hidden` `[tokens, width]` that are its own, read
     /// back.
     fn pool(&self, hidden: &Self::Rows, batch: &Batch, pooling: Pooling) -> Result<Vec<Vec<f32>>>;
-    /// Copies blocks in all layers.
-    fn copy_blocks(&self, kv: &mut Self::Kv, copies: &[BlockCopy]) -> Result<()>;
+
+    // ---- between steps -------------------------------------------------------------------------------------------
+
+    /// What a block holds, all layers in one piece of [`KvLayout::block_bytes`], read back.
+    fn read_block(&self, kv: &Self::Kv, block: BlockId) -> Result<Arc<[u8]>>;
+    /// Gives a block what [`Backend::read_block`] gave.
+    /// [`Error::Internal`](crate::Error::Internal) for bytes of another length.
+    fn write_block(&self, kv: &mut Self::Kv, block: BlockId, bytes: &[u8]) -> Result<()>;
 }

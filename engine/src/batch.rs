@@ -52,15 +52,6 @@ pub struct Feedback {
     pub output_row: usize,
 }
 
-/// Copies the KV of one block, in all layers, to another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockCopy {
-    /// Source.
-    pub from: BlockId,
-    /// Destination.
-    pub to: BlockId,
-}
-
 /// A row whose logits are needed, and what for.
 #[derive(Debug, Clone)]
 pub struct OutputRow {

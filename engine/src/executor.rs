@@ -1,8 +1,10 @@
 //! What the worker knows of compute: launch a batch, collect its tokens. [`ModelExecutor`] runs a model on a backend;
 //! in the scheduler's tests a fake takes its place that checks who reads whose KV.
 
+use std::sync::Arc;
+
 use crate::backend::{Backend, KvLayout, Pooling};
-use crate::batch::{Batch, BlockCopy, Sampled};
+use crate::batch::{Batch, BlockId, Sampled};
 use crate::error::Result;
 use crate::model::Model;
 
@@ -17,8 +19,10 @@ pub trait Executor: Send {
     fn encode(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>>;
     /// Tokens of a block of [`Executor::encode`]'s batches.
     fn encode_block_tokens(&self) -> usize;
-    /// Copies blocks; ordered with the launches.
-    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()>;
+    /// What a block holds, all layers in one piece, for a tier to keep. Ordered with the launches.
+    fn read_block(&mut self, block: BlockId) -> Result<Arc<[u8]>>;
+    /// Gives a block what [`Executor::read_block`] gave, in this process or an earlier one. Ordered with the launches.
+    fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()>;
     /// 1: a step must be collected before the next is launched. 2: the next may be launched first, with
     /// [`Feedback`](crate::batch::Feedback) for tokens that are not collected yet.
     fn max_in_flight(&self) -> usize {
@@ -70,7 +74,11 @@ impl<B: Backend> Executor for ModelExecutor<B> {
         self.encode_block_tokens
     }
 
-    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
-        self.backend.copy_blocks(&mut self.kv, copies)
+    fn read_block(&mut self, block: BlockId) -> Result<Arc<[u8]>> {
+        self.backend.read_block(&self.kv, block)
+    }
+
+    fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {
+        self.backend.write_block(&mut self.kv, block, bytes)
     }
 }

@@ -19,7 +19,7 @@ use ns_llm_kernels::cpu::{Cpu, attention, embedding, kv_blocks, linear, norm, po
 use crate::backend::{
     AttentionLayer, AttentionShape, Backend, Gelu, KvDtype, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable,
 };
-use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
+use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
 use crate::error::{Error, Result};
 use crate::tensor::{Encoding, Tensor};
@@ -373,10 +373,17 @@ impl Backend for CpuBackend {
         vectors.collect()
     }
 
-    fn copy_blocks(&self, kv: &mut kv_blocks::KvBlocks, copies: &[BlockCopy]) -> Result<()> {
-        for copy in copies {
-            kv.copy_block(copy.from.0, copy.to.0);
+    fn read_block(&self, kv: &kv_blocks::KvBlocks, block: BlockId) -> Result<Arc<[u8]>> {
+        Ok(kv.block(block.0).into())
+    }
+
+    fn write_block(&self, kv: &mut kv_blocks::KvBlocks, block: BlockId, bytes: &[u8]) -> Result<()> {
+        let place = kv.block_mut(block.0);
+        if place.len() != bytes.len() {
+            let reason = format!("{} bytes for a block of {}", bytes.len(), place.len());
+            return Err(Error::Internal { reason });
         }
+        place.copy_from_slice(bytes);
         Ok(())
     }
 }

@@ -1,11 +1,12 @@
 //! A backend that only counts: loading a model on it, from the outline of its weights, tells the bytes that the CPU would
 //! take, exactly and without reading any. It goes the same way as a real load, so it also finds what is missing.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::cpu::packed_bytes;
 use crate::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearWeight, Pooling, RopeTable};
-use crate::batch::{Batch, BlockCopy, OutputRow, Sampled};
+use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 use crate::config::WeightFormat;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -126,7 +127,10 @@ impl Backend for Measure {
     fn pool(&self, (): &(), _: &Batch, _: Pooling) -> Result<Vec<Vec<f32>>> {
         never!()
     }
-    fn copy_blocks(&self, (): &mut (), _: &[BlockCopy]) -> Result<()> {
+    fn read_block(&self, (): &(), _: BlockId) -> Result<Arc<[u8]>> {
+        never!()
+    }
+    fn write_block(&self, (): &mut (), _: BlockId, _: &[u8]) -> Result<()> {
         never!()
     }
 }

@@ -5,11 +5,11 @@
 //!
 //! - **A cache may forget, never lie, never block.** A fault is a miss. A block counts as stored when the tier has said so.
 //!   The write queue is bounded; beyond it blocks are not stored.
-//! - **Staged.** A restore hands out whole, checked blocks: the longest prefix that arrived, or nothing. A block is all layers
-//!   in one piece of bytes; a piece of another length is damage.
+//! - **Staged.** A restore hands out whole, checked blocks, in the order of the prefix. A block is all layers in one piece of
+//!   bytes; a piece of another length is damage.
 //! - **Measured.** Bytes per second of each tier and tokens per second of prefill are measured as they are used. A tier is
 //!   skipped once it is slower than computing; what was never measured, or long ago, is tried.
-//! - **Bounded waiting.** A restore that made no progress for `load_budget_us` ends with what it has. A tier whose job hangs
+//! - **Bounded waiting.** A restore that made no progress for `load_budget_us` ends with what it had. A tier whose job hangs
 //!   that long gets no new reads, and one that keeps failing is left alone for a while ([`cost::Breaker`]).
 //! - What arrives too late is kept in host memory.
 //!
@@ -168,8 +168,34 @@ pub enum Outcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RestoreId(pub u64);
 
-/// Blocks that came back, in the order of the prefix.
-pub type Restored = Vec<(StoredKey, Arc<[u8]>)>;
+/// Where a block came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Memory of this process.
+    Host,
+    /// A tier that was asked by a job.
+    Tier(TierId),
+}
+
+/// A block that came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RestoredBlock {
+    /// What it is found by.
+    pub key: StoredKey,
+    /// All of it.
+    pub bytes: Arc<[u8]>,
+    /// Where it was.
+    pub source: Source,
+}
+
+/// What a restore has brought since it was asked last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arrived {
+    /// The next blocks of the prefix.
+    pub blocks: Vec<RestoredBlock>,
+    /// Nothing more will come.
+    pub has_ended: bool,
+}
 
 /// What was decided so far. Counters only grow, and count blocks unless they say otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -196,6 +222,8 @@ struct Tier {
     /// Keys of `writes` and of the write that is being done.
     writing: HashSet<StoredKey>,
     write_queue_bytes: u64,
+    num_writes_queued: u64,
+    writes_allowed: bool,
     quarantines: VecDeque<StoredKey>,
     /// What is being done, and since when.
     job: Option<(Job, u64)>,
@@ -207,15 +235,17 @@ struct Tier {
 #[derive(Debug)]
 struct Restore {
     keys: Vec<StoredKey>,
-    /// One per key, as they arrive.
-    blocks: Vec<Option<Arc<[u8]>>>,
+    /// One per key, as they arrive; those that were handed out are gone.
+    blocks: Vec<Option<RestoredBlock>>,
+    /// Leading blocks that were handed out.
+    num_given: usize,
     /// Nothing changed since, microseconds.
     progress_us: u64,
 }
 
 impl Restore {
     fn is_complete(&self) -> bool {
-        self.blocks.iter().all(Option::is_some)
+        self.num_given == self.keys.len()
     }
     /// The block at `idx` will not come: what follows is of no use.
     fn cut(&mut self, idx: usize) {
@@ -250,6 +280,8 @@ impl Tiers {
             writes: VecDeque::new(),
             writing: HashSet::new(),
             write_queue_bytes: 0,
+            num_writes_queued: 0,
+            writes_allowed: true,
             quarantines: VecDeque::new(),
             job: None,
             read_rate: Rate::default(),
@@ -285,6 +317,16 @@ impl Tiers {
         self.prefill_rate.measure(num_tokens, elapsed_us, now_us);
     }
 
+    /// Whether [`Tiers::spill`] would keep the block anywhere: else it need not be read.
+    pub fn would_spill(&self, key: &StoredKey, now_us: u64) -> bool {
+        (self.config.host_bytes > 0 && !self.host.contains(key)) || self.would_persist(key, now_us)
+    }
+    /// Whether [`Tiers::persist`] would write the block to any tier.
+    pub fn would_persist(&self, key: &StoredKey, now_us: u64) -> bool {
+        let lacks = |tier: &Tier| !tier.held.contains(key) && !tier.writing.contains(key);
+        self.tiers.iter().any(|tier| lacks(tier) && self.may_write(tier, now_us))
+    }
+
     /// The pool gives a block away: it is kept in host memory and, where it is not yet, in the tiers below.
     pub fn spill(&mut self, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
         if bytes.len() != self.config.block_bytes || self.quarantined.contains(&key) {
@@ -299,20 +341,40 @@ impl Tiers {
         if bytes.len() != self.config.block_bytes || self.quarantined.contains(&key) {
             return;
         }
-        let limit_bytes = self.config.write_queue_bytes;
-        for tier in &mut self.tiers {
+        for idx in 0..self.tiers.len() {
+            let may_write = self.may_write(&self.tiers[idx], now_us);
+            let tier = &mut self.tiers[idx];
             if tier.held.contains(&key) || tier.writing.contains(&key) {
                 continue;
             }
-            let queued_bytes = tier.write_queue_bytes + bytes.len() as u64;
-            if queued_bytes > limit_bytes || !tier.breaker.allows(now_us) {
+            if !may_write {
                 self.counters.dropped_writes += 1;
                 continue;
             }
-            tier.write_queue_bytes = queued_bytes;
+            tier.write_queue_bytes += bytes.len() as u64;
+            tier.num_writes_queued += 1;
             tier.writing.insert(key);
             tier.writes.push_back((key, Arc::clone(&bytes)));
         }
+    }
+
+    fn may_write(&self, tier: &Tier, now_us: u64) -> bool {
+        let queued_bytes = tier.write_queue_bytes + self.config.block_bytes as u64;
+        tier.writes_allowed && queued_bytes <= self.config.write_queue_bytes && tier.breaker.allows(now_us)
+    }
+
+    /// The tier may only be read: another process writes it.
+    pub fn forbid_writes(&mut self, id: TierId) {
+        self.tier_mut(id).writes_allowed = false;
+    }
+    /// How many writes were queued for a tier so far.
+    pub fn num_writes_queued(&self, id: TierId) -> u64 {
+        self.tier(id).num_writes_queued
+    }
+    /// How many of them have been done, have failed or were given up.
+    pub fn num_writes_settled(&self, id: TierId) -> u64 {
+        let tier = self.tier(id);
+        tier.num_writes_queued - tier.writing.len() as u64
     }
 
     /// Begins to fetch the prefix `keys`, as far as it is somewhere and fetching is worth it. `None`: nothing of it.
@@ -334,31 +396,38 @@ impl Tiers {
         let mut blocks = Vec::new();
         for (key, source) in keys.iter().zip(&sources[..num_worth]) {
             blocks.push(match source {
-                None => self.host.get(key),
-                Some(tier_id) => {
+                Source::Host => {
+                    let bytes = self.host.get(key).expect("it is there");
+                    Some(RestoredBlock { key: *key, bytes, source: Source::Host })
+                }
+                Source::Tier(tier_id) => {
                     self.want(*key, *tier_id, id);
                     None
                 }
             });
         }
-        self.restores.insert(id, Restore { keys: keys[..num_worth].to_vec(), blocks, progress_us: now_us });
+        let keys = keys[..num_worth].to_vec();
+        self.restores.insert(id, Restore { keys, blocks, num_given: 0, progress_us: now_us });
         Some(id)
     }
 
-    /// The blocks of a restore once it has ended: all of them, or as far as they came when nothing arrived for too long.
-    /// `None`: it goes on. A restore that is not known has no blocks.
-    pub fn poll(&mut self, id: RestoreId, now_us: u64) -> Option<Restored> {
-        let Some(restore) = self.restores.get(&id) else { return Some(Restored::new()) };
+    /// The blocks that have arrived since the last call, and whether that was all: because all came, because what follows
+    /// cannot, or because nothing arrived for too long. A restore that is not known has ended.
+    pub fn poll(&mut self, id: RestoreId, now_us: u64) -> Arrived {
+        let Some(restore) = self.restores.get_mut(&id) else {
+            return Arrived { blocks: Vec::new(), has_ended: true };
+        };
+        let blocks: Vec<RestoredBlock> =
+            restore.blocks[restore.num_given..].iter_mut().map_while(Option::take).collect();
+        restore.num_given += blocks.len();
+        self.counters.restored += blocks.len() as u64;
+        let is_complete = restore.is_complete();
         let gives_up = now_us >= restore.progress_us.saturating_add(self.config.load_budget_us);
-        if !restore.is_complete() && !gives_up {
-            return None;
+        if is_complete || gives_up {
+            self.restores.remove(&id);
+            self.counters.gave_up += u64::from(!is_complete);
         }
-        let restore = self.restores.remove(&id).expect("just found");
-        self.counters.gave_up += u64::from(!restore.is_complete());
-        let blocks = restore.keys.into_iter().zip(restore.blocks);
-        let restored: Restored = blocks.map_while(|(key, bytes)| Some((key, bytes?))).collect();
-        self.counters.restored += restored.len() as u64;
-        Some(restored)
+        Arrived { blocks, has_ended: is_complete || gives_up }
     }
 
     /// When the next restore gives up if nothing arrives.
@@ -487,7 +556,8 @@ impl Tiers {
             }
         }
         for (id, restore) in &self.restores {
-            for (key, _) in restore.keys.iter().zip(&restore.blocks).filter(|(_, block)| block.is_none()) {
+            let awaited = restore.keys.iter().zip(&restore.blocks).skip(restore.num_given);
+            for (key, _) in awaited.filter(|(_, block)| block.is_none()) {
                 let Some((tier_id, waiting)) = self.wanted.get(key) else {
                     return broken(format!("{id:?} waits for {key:?}, which nobody fetches"));
                 };
@@ -505,13 +575,13 @@ impl Tiers {
 
 // Where a block comes from, and whether that is worth it.
 impl Tiers {
-    /// `None`: nowhere. `Some(None)`: host memory.
-    fn source(&self, key: &StoredKey, now_us: u64) -> Option<Option<TierId>> {
+    /// Where a block is to be fetched. `None`: nowhere.
+    fn source(&self, key: &StoredKey, now_us: u64) -> Option<Source> {
         if self.quarantined.contains(key) {
             return None;
         }
         if self.host.contains(key) {
-            return Some(None);
+            return Some(Source::Host);
         }
         let may_hold = |tier: &&Tier| tier.id == TierId::Remote || tier.held.contains(key);
         let answers = |tier: &&Tier| {
@@ -520,17 +590,17 @@ impl Tiers {
         };
         if let Some((id, _)) = self.wanted.get(key) {
             // It is being fetched already, and from there or not at all.
-            return Some(self.tier(*id)).filter(answers).map(|tier| Some(tier.id));
+            return Some(self.tier(*id)).filter(answers).map(|tier| Source::Tier(tier.id));
         }
-        self.tiers.iter().filter(may_hold).find(answers).map(|tier| Some(tier.id))
+        self.tiers.iter().filter(may_hold).find(answers).map(|tier| Source::Tier(tier.id))
     }
 
     /// How many of the first blocks are fetched: all, but from the first tier on that is slower than computing. What waits
     /// in the tier's queue counts as its time.
-    fn num_worth_fetching(&self, sources: &[Option<TierId>], now_us: u64) -> usize {
+    fn num_worth_fetching(&self, sources: &[Source], now_us: u64) -> usize {
         for tier in &self.tiers {
-            let Some(first) = sources.iter().position(|source| *source == Some(tier.id)) else { continue };
-            let num_blocks = sources.iter().filter(|source| **source == Some(tier.id)).count();
+            let Some(first) = sources.iter().position(|source| *source == Source::Tier(tier.id)) else { continue };
+            let num_blocks = sources.iter().filter(|source| **source == Source::Tier(tier.id)).count();
             let load_bytes = ((num_blocks + tier.reads.len()) * self.config.block_bytes) as u64;
             let compute_tokens = ((sources.len() - first) * self.config.block_tokens) as u64;
             let load_us = tier.read_rate.estimate_us(load_bytes);
@@ -590,7 +660,7 @@ impl Tiers {
                 tier.stats.hit_bytes += bytes.len() as u64;
                 if !self.quarantined.contains(&key) {
                     self.tier_mut(id).held.insert(key);
-                    self.deliver(key, bytes.into(), now_us);
+                    self.deliver(id, key, bytes.into(), now_us);
                 }
             }
             Outcome::Fault(fault) => {
@@ -609,13 +679,13 @@ impl Tiers {
     }
 
     /// Gives a block to all who wait for it; to host memory when nobody does; and to the tiers that lack it.
-    fn deliver(&mut self, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
-        let (_, waiting) = self.wanted.remove(&key).unwrap_or((TierId::Disk, Vec::new()));
+    fn deliver(&mut self, from: TierId, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
+        let (_, waiting) = self.wanted.remove(&key).unwrap_or((from, Vec::new()));
         let mut is_late = true;
         for id in waiting {
             let Some(restore) = self.restores.get_mut(&id) else { continue };
             let Some(idx) = restore.keys.iter().position(|other| *other == key) else { continue };
-            restore.blocks[idx] = Some(Arc::clone(&bytes));
+            restore.blocks[idx] = Some(RestoredBlock { key, bytes: Arc::clone(&bytes), source: Source::Tier(from) });
             restore.progress_us = now_us;
             is_late = false;
         }
@@ -715,12 +785,18 @@ mod tests {
             Job::Quarantine(_) => Outcome::Missing,
         }
     }
-    fn names(restored: &Restored) -> Vec<StoredKey> {
-        assert!(restored.iter().all(|(key, bytes)| *bytes == block(key)), "a wrong block");
-        restored.iter().map(|(key, _)| *key).collect()
+    fn names(blocks: &[RestoredBlock]) -> Vec<StoredKey> {
+        assert!(blocks.iter().all(|it| it.bytes == block(&it.key)), "a wrong block");
+        blocks.iter().map(|it| it.key).collect()
+    }
+    /// The rest of a restore that ends with it.
+    fn rest(tiers: &mut Tiers, id: RestoreId, now_us: u64) -> Vec<StoredKey> {
+        let arrived = tiers.poll(id, now_us);
+        assert!(arrived.has_ended, "it goes on");
+        names(&arrived.blocks)
     }
 
-    /// A prefix comes back whole from host memory and disk together, and not before all of it is there.
+    /// A prefix comes back in order from host memory and disk together, block by block as it arrives.
     #[test]
     fn prefix_comes_back_from_two_tiers() {
         let mut tiers = machine(2, &[TierId::Disk]);
@@ -732,10 +808,18 @@ mod tests {
         assert_eq!((tiers.host_stats().entries, tiers.host_stats().evictions), (2, 3));
         assert_eq!(tiers.tier_stats(TierId::Disk).stored, 5);
         let id = tiers.begin(&keys(0..9), now_us).expect("some of it is there");
-        assert_eq!(tiers.poll(id, now_us), None, "three are on disk");
-        assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 3);
-        assert_eq!(names(&tiers.poll(id, now_us).expect("all there")), keys(0..5));
-        assert_eq!(tiers.poll(id, now_us), Some(Vec::new()), "handed out once");
+        assert_eq!(tiers.poll(id, now_us), Arrived { blocks: vec![], has_ended: false }, "the first three are on disk");
+        let job = tiers.next_job(TierId::Disk, now_us).expect("a read");
+        tiers.complete(TierId::Disk, works(&job), now_us);
+        let first = tiers.poll(id, now_us);
+        assert_eq!((names(&first.blocks), first.has_ended), (keys(0..1), false), "as they arrive");
+        assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
+        let last = tiers.poll(id, now_us);
+        let sources: Vec<Source> = last.blocks.iter().map(|block| block.source).collect();
+        assert_eq!((names(&last.blocks), last.has_ended), (keys(1..5), true));
+        let disk = Source::Tier(TierId::Disk);
+        assert_eq!(sources, [disk, disk, Source::Host, Source::Host]);
+        assert_eq!(rest(&mut tiers, id, now_us), [], "handed out once");
         assert_eq!(tiers.begin(&keys(20..22), now_us), None);
         assert_eq!((tiers.tier_stats(TierId::Disk).hits, tiers.counters().restored), (3, 5));
     }
@@ -756,7 +840,7 @@ mod tests {
             let id = tiers.begin(&keys(0..4), now_us).expect("all is there");
             let outcome = |job: &Job| if *job == Job::Read(key(2)) { lie() } else { works(job) };
             assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, outcome), 3, "what follows is not read");
-            assert_eq!(names(&tiers.poll(id, now_us).expect("ended")), keys(0..2), "lie {idx}");
+            assert_eq!(rest(&mut tiers, id, now_us), keys(0..2), "lie {idx}");
             let stats = tiers.tier_stats(TierId::Disk);
             assert_eq!((stats.faults, stats.misses), (u64::from(idx != 1), u64::from(idx == 1)), "lie {idx}");
             let is_held = idx == 0;
@@ -774,13 +858,13 @@ mod tests {
         tiers.note_prefill(16_000, 1_000_000, now_us);
         let id = tiers.begin(&keys(0..2), now_us).expect("never measured, so it is tried");
         serve(&mut tiers, TierId::Disk, &mut now_us, 5_000, works);
-        assert_eq!(tiers.poll(id, now_us).map(|restored| restored.len()), Some(2));
+        assert_eq!(rest(&mut tiers, id, now_us).len(), 2);
         assert_eq!(tiers.begin(&keys(10..20), now_us), None, "5 ms instead of 1 ms a block");
         assert_eq!(tiers.counters().skipped_slower, 10);
         now_us += MAX_REST_US;
         let id = tiers.begin(&keys(10..20), now_us).expect("a trial");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 20, works), 1, "of one block");
-        assert_eq!(tiers.poll(id, now_us).map(|restored| restored.len()), Some(1));
+        assert_eq!(rest(&mut tiers, id, now_us).len(), 1);
         assert!(tiers.begin(&keys(20..30), now_us).is_some(), "it is fast now");
     }
 
@@ -792,8 +876,8 @@ mod tests {
         let id = tiers.begin(&keys(0..4), 0).expect("all is there");
         assert_eq!(tiers.next_job(TierId::Disk, 0), Some(Job::Read(key(0))));
         assert_eq!(tiers.next_deadline_us(), Some(BUDGET_US));
-        assert_eq!(tiers.poll(id, BUDGET_US - 1), None);
-        assert_eq!(tiers.poll(id, BUDGET_US), Some(Vec::new()));
+        assert!(!tiers.poll(id, BUDGET_US - 1).has_ended);
+        assert_eq!(rest(&mut tiers, id, BUDGET_US), []);
         assert_eq!(tiers.begin(&keys(0..4), BUDGET_US), None, "it hangs");
         assert_eq!(tiers.next_job(TierId::Disk, BUDGET_US), None, "one job at a time");
         tiers.complete(TierId::Disk, works(&Job::Read(key(0))), 10_000_000);
@@ -801,7 +885,7 @@ mod tests {
         assert_eq!((counters.gave_up, counters.late, tiers.host_stats().entries), (1, 1, 1));
         assert_eq!(tiers.next_job(TierId::Disk, 10_000_000), None, "nobody waits for the rest");
         let id = tiers.begin(&keys(0..1), 10_000_000).expect("in host memory");
-        assert_eq!(names(&tiers.poll(id, 10_000_000).expect("there")), keys(0..1));
+        assert_eq!(rest(&mut tiers, id, 10_000_000), keys(0..1));
         tiers.check_invariants().expect("sound");
     }
 
@@ -815,14 +899,14 @@ mod tests {
         let ids: Vec<_> = (0..8).map(|i| tiers.begin(&[key(i)], now_us).expect("there")).collect();
         let num_jobs = serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
         assert_eq!((num_jobs, tiers.num_rests(TierId::Disk)), (MAX_FAULTS as usize, 1));
-        assert!(ids.iter().all(|id| tiers.poll(*id, now_us) == Some(Vec::new())), "nobody waits for it");
+        assert!(ids.iter().all(|id| rest(&mut tiers, *id, now_us).is_empty()), "nobody waits for it");
         assert_eq!(tiers.begin(&keys(10..12), now_us), None);
         tiers.persist(key(51), block(&key(51)), now_us);
         assert_eq!((tiers.counters().dropped_writes, tiers.next_job(TierId::Disk, now_us)), (2, None));
         now_us += FIRST_REST_US;
         let id = tiers.begin(&keys(10..12), now_us).expect("a trial");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
-        assert_eq!(names(&tiers.poll(id, now_us).expect("there")), keys(10..12));
+        assert_eq!(rest(&mut tiers, id, now_us), keys(10..12));
         assert_eq!(tiers.tier_stats(TierId::Disk).faults, u64::from(MAX_FAULTS));
     }
 
@@ -875,7 +959,7 @@ mod tests {
         let outcome = |job: &Job| if *job == Job::Read(key(1)) { Outcome::Missing } else { works(job) };
         assert_eq!(serve(&mut tiers, TierId::Remote, &mut now_us, 10, outcome), 2, "each block once");
         for id in ids {
-            assert_eq!(names(&tiers.poll(id, now_us).expect("ended")), keys(0..1));
+            assert_eq!(rest(&mut tiers, id, now_us), keys(0..1));
         }
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 1);
         assert_eq!(tiers.tier_stats(TierId::Disk).entries, 1);
@@ -900,7 +984,8 @@ mod tests {
             let mut tiers = machine(seed % 5, &[TierId::Disk, TierId::Remote]);
             let mut held: [HashSet<StoredKey>; 2] = Default::default();
             let mut busy: [Option<Outcome>; 2] = Default::default();
-            let mut open: Vec<(RestoreId, Vec<StoredKey>, u64)> = Vec::new();
+            // With the keys that are still to come.
+            let mut open: Vec<(RestoreId, Vec<StoredKey>)> = Vec::new();
             let mut now_us = 0;
             for _ in 0..500 {
                 now_us += draw(5_000);
@@ -914,7 +999,7 @@ mod tests {
                     4 if draw(20) == 0 => tiers.quarantine(key(name)),
                     5 => {
                         let wanted = keys(name..name + draw(6) as u32);
-                        open.extend(tiers.begin(&wanted, now_us).map(|id| (id, wanted, now_us)));
+                        open.extend(tiers.begin(&wanted, now_us).map(|id| (id, wanted)));
                     }
                     6 if draw(4) == 0 && !open.is_empty() => tiers.cancel(open.swap_remove(0).0),
                     _ if busy[tier].is_none() => {
@@ -940,19 +1025,18 @@ mod tests {
                     }
                 }
                 tiers.check_invariants().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-                open.retain(|(id, wanted, _)| match tiers.poll(*id, now_us) {
-                    None => true,
-                    Some(blocks) => {
-                        restored += blocks.len();
-                        assert_eq!(names(&blocks), wanted[..blocks.len()], "seed {seed}");
-                        false
-                    }
+                open.retain_mut(|(id, wanted)| {
+                    let arrived = tiers.poll(*id, now_us);
+                    restored += arrived.blocks.len();
+                    let next: Vec<StoredKey> = wanted.drain(..arrived.blocks.len()).collect();
+                    assert_eq!(names(&arrived.blocks), next, "seed {seed}");
+                    !arrived.has_ended
                 });
             }
             now_us += BUDGET_US;
-            for (id, wanted, _) in open {
-                let blocks = tiers.poll(id, now_us).expect("a restore without progress ends");
-                assert_eq!(names(&blocks), wanted[..blocks.len()], "seed {seed}");
+            for (id, wanted) in open {
+                let last = rest(&mut tiers, id, now_us);
+                assert_eq!(last, wanted[..last.len()], "seed {seed}");
             }
             let counters = tiers.counters();
             total.gave_up += counters.gave_up;

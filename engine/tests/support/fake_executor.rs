@@ -7,7 +7,6 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use ns_llm::batch::BlockCopy;
 use ns_llm::batch::{Batch, BatchSequence, BlockId, NamespaceKey, Outcome, OutputKind, OutputRow, Sampled, SeqId};
 use ns_llm::executor::Executor;
 use ns_llm::kv_cache::KvCache;
@@ -59,6 +58,36 @@ struct Slot {
     num_allocations: u64,
 }
 
+/// A slot as a tier keeps it.
+const SLOT_BYTES: usize = 32 + 8 + 4 + 4;
+
+/// Bytes of a block as a tier keeps it.
+pub fn block_bytes(block_tokens: usize) -> usize {
+    block_tokens * SLOT_BYTES
+}
+
+fn slot_bytes(slot: &Option<Slot>) -> Vec<u8> {
+    let slot = slot.expect("a block that is kept is full");
+    let parts: [&[u8]; 4] = [
+        &slot.namespace,
+        &slot.history.0.to_le_bytes(),
+        &slot.position.to_le_bytes(),
+        &slot.token.to_le_bytes(),
+    ];
+    parts.concat()
+}
+
+fn slot_of(bytes: &[u8], num_allocations: u64) -> Slot {
+    let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+    Slot {
+        namespace: bytes[..32].try_into().expect("32 bytes"),
+        history: Digest(u64::from_le_bytes(bytes[32..40].try_into().expect("8 bytes"))),
+        position: number(40),
+        token: number(44),
+        num_allocations,
+    }
+}
+
 /// What the executor knows of a sequence from elsewhere than the batches.
 #[derive(Debug)]
 struct Reader {
@@ -90,6 +119,8 @@ pub struct FakeExecutor {
     launched: VecDeque<Vec<Sampled>>,
     /// Slots read so far: a test of isolation that read nothing has shown nothing.
     pub num_reads: u64,
+    /// Blocks that came back from a tier.
+    pub num_block_writes: u64,
 }
 
 impl FakeExecutor {
@@ -104,6 +135,7 @@ impl FakeExecutor {
             last_outputs: Vec::new(),
             launched: VecDeque::new(),
             num_reads: 0,
+            num_block_writes: 0,
         }
     }
 
@@ -266,15 +298,20 @@ impl Executor for FakeExecutor {
         self.block_tokens
     }
 
-    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
-        for copy in copies {
-            let (from, to) = (copy.from.0 as usize, copy.to.0 as usize);
-            for offset in 0..self.block_tokens {
-                let slot = self.slots[from * self.block_tokens + offset];
-                let num_allocations = self.num_allocations[to];
-                self.slots[to * self.block_tokens + offset] = slot.map(|slot| Slot { num_allocations, ..slot });
-            }
+    /// Where the contents of each slot come from, but not when its block was allocated.
+    fn read_block(&mut self, block: BlockId) -> Result<Arc<[u8]>> {
+        let first = block.0 as usize * self.block_tokens;
+        Ok(self.slots[first..first + self.block_tokens].iter().flat_map(slot_bytes).collect())
+    }
+
+    fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {
+        assert_eq!(bytes.len(), block_bytes(self.block_tokens));
+        let num_allocations = self.num_allocations[block.0 as usize];
+        let first = block.0 as usize * self.block_tokens;
+        for (slot, bytes) in self.slots[first..].iter_mut().zip(bytes.chunks_exact(SLOT_BYTES)) {
+            *slot = Some(slot_of(bytes, num_allocations));
         }
+        self.num_block_writes += 1;
         Ok(())
     }
 

@@ -4,8 +4,9 @@
 
 use ns_llm::Result;
 use ns_llm::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable};
-use ns_llm::batch::BlockCopy;
-use ns_llm::batch::{Batch, OutputRow, Sampled};
+use std::sync::Arc;
+
+use ns_llm::batch::{Batch, BlockId, OutputRow, Sampled};
 use ns_llm::sampler::{SamplerScratch, sample_row};
 use ns_llm::tensor::Tensor;
 
@@ -326,14 +327,11 @@ impl Backend for Reference {
         Ok(batch.sequences.iter().map(|sequence| vector(&sequence.rows)).collect())
     }
 
-    fn copy_blocks(&self, kv: &mut Kv, copies: &[BlockCopy]) -> Result<()> {
-        let block_tokens = kv.layout.block_tokens;
-        for layer in kv.keys.iter_mut().chain(&mut kv.values) {
-            for copy in copies {
-                let from = layer[copy.from.0 as usize * block_tokens..][..block_tokens].to_vec();
-                layer[copy.to.0 as usize * block_tokens..][..block_tokens].clone_from_slice(&from);
-            }
-        }
-        Ok(())
+    fn read_block(&self, _: &Kv, _: BlockId) -> Result<Arc<[u8]>> {
+        unimplemented!("the reference has no tiers")
+    }
+
+    fn write_block(&self, _: &mut Kv, _: BlockId, _: &[u8]) -> Result<()> {
+        unimplemented!("the reference has no tiers")
     }
 }

@@ -4,7 +4,7 @@
 //! Layout, outermost first: `[block][layer][kv_head]`, then the block's keys `[head_dim][block_tokens]`, then its values
 //! `[block_tokens][value_stride]`, then, with 8-bit integers, f32 scales: of the keys `[block_tokens]` and of the values
 //! `[block_tokens]`.
-//! - A block's layers lie together: copying a block is one `memcpy`, and a pool that is hardly used touches few pages.
+//! - A block's layers lie together: a block goes to a tier and comes back in one piece, and a pool that is hardly used touches few pages.
 //! - Keys are transposed, so that the 16 tokens of a chunk are the lanes of one score product and each score is one
 //!   chain of multiply-adds over `head_dim`, whatever the number of queries.
 //! - `value_stride` is `head_dim` rounded up to 8: vector code reads whole vectors and needs no tail. The surplus is
@@ -195,12 +195,6 @@ impl KvBlocks {
         &mut self.memory.as_mut_slice()[range]
     }
 
-    /// Copies all layers of a block. Panics when there is no such block.
-    pub fn copy_block(&mut self, from: u32, to: u32) {
-        let (from, to) = (self.block_range(from), self.block_range(to));
-        self.memory.as_mut_slice::<u8>().copy_within(from, to.start);
-    }
-
     fn block_range(&self, block_id: u32) -> Range<usize> {
         assert!((block_id as usize) < self.layout.num_blocks, "block {block_id} of {}", self.layout.num_blocks);
         let bytes = self.layout.block_bytes();
@@ -298,14 +292,13 @@ mod tests {
         }
     }
 
-    /// Copying a block copies all of its bytes and no others.
+    /// A block's bytes are all its own and no other's.
     #[test]
-    fn copies_one_block() {
+    fn blocks_are_apart() {
         let mut kv = KvBlocks::new(layout()).expect("small");
         kv.block_mut(1).fill(7);
-        kv.copy_block(1, 3);
         for block in 0..5 {
-            let want = if block == 1 || block == 3 { 7 } else { 0 };
+            let want = if block == 1 { 7 } else { 0 };
             assert!(kv.block(block).iter().all(|&byte| byte == want), "block {block}");
         }
     }
