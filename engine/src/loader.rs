@@ -5,6 +5,7 @@
 //! name that a file contains reaches the file system only after it has matched the pattern of shard names; nothing is
 //! allocated from a declared length beyond the bytes of the file; a failed load leaves nothing behind.
 
+mod fingerprint;
 mod generation_config;
 pub mod gguf;
 mod json;
