@@ -3,11 +3,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
 use crate::config::MAX_PENDING_PROMPT_BYTES;
 use crate::embedding::EmbeddingRequest;
 use crate::error::{Error, Result};
+use crate::kv_cache::tiers::{Done, Fault, StoredKey, TierId};
 use crate::request::{Prompt, Request};
 use crate::sequence::{EncodeSpec, SequenceSpec};
 use crate::stream::EventSender;
@@ -25,8 +27,20 @@ pub(crate) enum Command {
     Refused,
     /// The reader of a request wants no more.
     Cancel(RequestId),
+    /// A tier has done what it was asked.
+    Tier(TierAnswer),
+    /// Reply when everything that was to be written so far is on the medium.
+    Flush(SyncSender<Result<()>>),
     /// End everything.
     Close,
+}
+
+/// What the thread of a tier says.
+pub(crate) enum TierAnswer {
+    /// The oldest of its jobs is done; these blocks went for it.
+    Done { id: TierId, done: Done, lost: Vec<StoredKey> },
+    /// Whether what it had stored is on the medium.
+    Flushed { id: TierId, result: Result<(), Fault> },
 }
 
 /// What a user asks for.

@@ -34,6 +34,23 @@ pub const MAX_DISK_SEGMENTS: usize = 4_096;
 pub const MAX_DISK_ENTRIES: usize = 1 << 20;
 /// Blocks whose use led to an error and that the tiers therefore avoid; beyond it the oldest is forgotten.
 pub const MAX_QUARANTINED_BLOCKS: usize = 1_024;
+/// Jobs that a tier is given at once: it need not wait for the next step of the model after each block.
+pub const MAX_TIER_JOBS: usize = 16;
+/// Blocks that may wait to be written to one tier, bytes (at least [`MIN_WRITE_QUEUE_BLOCKS`]); what comes beyond is not
+/// stored.
+pub const WRITE_QUEUE_BYTES: u64 = 64 << 20;
+/// Blocks that may wait to be written to one tier, however large they are.
+pub const MIN_WRITE_QUEUE_BLOCKS: u64 = 4;
+/// How long a sequence waits for blocks from a tier that makes no progress, milliseconds; it computes them then.
+pub const LOAD_BUDGET_MS: u64 = 1_000;
+/// How long closing waits for blocks that are still to be written, milliseconds.
+pub const CLOSE_WRITES_MS: u64 = 5_000;
+/// How long [`Engine::flush`](crate::Engine::flush) waits, milliseconds.
+pub const FLUSH_MS: u64 = 60_000;
+/// Bytes of the disk tier when a directory is given without a size.
+pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
+/// Smallest step that tells how fast prompts are computed, tokens.
+pub const MIN_MEASURED_PREFILL_TOKENS: usize = 32;
 /// Segment files that are held open at once.
 pub const MAX_OPEN_SEGMENTS: usize = 64;
 
@@ -288,6 +305,14 @@ pub struct EngineOptions {
     pub max_waiting_requests: usize,
     /// Whether KV of earlier prompts may be used again.
     pub prefix_cache: bool,
+    /// Host memory for blocks that the pool gives away, bytes; 0: none. On a CPU a larger pool does the same without copying.
+    pub kv_host_bytes: u64,
+    /// Directory where KV blocks outlive the process: found again by the next engine with the same model, numerics and
+    /// namespace. It is made if it is missing, and belongs to engines alone (mode 0700). One process writes, others read.
+    /// `None`: blocks end with the process.
+    pub kv_cache_dir: Option<PathBuf>,
+    /// Bytes that the files in `kv_cache_dir` take at most.
+    pub kv_disk_bytes: u64,
     /// Hears how far loading is.
     pub on_progress: Option<ProgressCallback>,
 }
@@ -311,6 +336,9 @@ impl EngineOptions {
             mixed_budget_tokens: MIXED_BUDGET_TOKENS,
             max_waiting_requests: MAX_WAITING_REQUESTS,
             prefix_cache: true,
+            kv_host_bytes: 0,
+            kv_cache_dir: None,
+            kv_disk_bytes: DEFAULT_KV_DISK_BYTES,
             on_progress: None,
         }
     }
@@ -367,6 +395,21 @@ impl EngineOptions {
     /// Sets what weights and KV pool may take together.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
         self.memory_limit_bytes = Some(bytes);
+        self
+    }
+    /// Sets how much host memory keeps blocks that the pool gives away.
+    pub fn kv_host_bytes(mut self, bytes: u64) -> Self {
+        self.kv_host_bytes = bytes;
+        self
+    }
+    /// Sets where KV blocks outlive the process.
+    pub fn kv_cache_dir(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.kv_cache_dir = Some(directory.into());
+        self
+    }
+    /// Sets what the files of the KV cache take at most.
+    pub fn kv_disk_bytes(mut self, bytes: u64) -> Self {
+        self.kv_disk_bytes = bytes;
         self
     }
     /// Sets who hears how far loading is.

@@ -2,13 +2,13 @@
 //! thread, from there to the worker, and comes back through its stream.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, SyncSender};
+use std::sync::mpsc::{RecvTimeoutError, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::command::{Command, Pending, RequestId, Submission, Work};
-use crate::config::EngineOptions;
+use crate::config::{EngineOptions, FLUSH_MS};
 use crate::embedding::{EmbeddingRequest, Embeddings};
 use crate::error::{Error, Result};
 use crate::intake::{check_embedding_request, check_request_token_ids};
@@ -225,8 +225,20 @@ impl Engine {
         }
     }
 
-    /// Ends every request with [`Error::Closed`], stops the worker and frees the model. Blocks until that is done (at
-    /// most about one step); idempotent; all clones are closed.
+    /// Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power, as far as the
+    /// engine has a directory for them; at most [`FLUSH_MS`]. [`Error::Storage`] when a tier could not.
+    pub fn flush(&self) -> Result<()> {
+        let (reply, flushed) = sync_channel(1);
+        self.inner.commands.send(Command::Flush(reply)).map_err(|_| Error::Closed)?;
+        match flushed.recv_timeout(Duration::from_millis(FLUSH_MS)) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => Err(Error::DeadlineExceeded { timeout_ms: FLUSH_MS }),
+            Err(RecvTimeoutError::Disconnected) => Err(Error::Closed),
+        }
+    }
+
+    /// Ends every request with [`Error::Closed`], stops the worker and frees the model. Blocks until that is done (about
+    /// one step, and what a disk needs to take the KV blocks that wait for it); idempotent; all clones are closed.
     pub fn close(&self) {
         self.inner.request_close();
         // A reader's waker may run on one of the engine's own threads, which cannot wait for its own end.

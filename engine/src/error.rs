@@ -227,6 +227,14 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A cache tier could not bring to its medium what it holds. The requests that it served are not touched.
+    #[error("{tier} tier: {reason}")]
+    Storage {
+        /// Which tier: "disk", "remote".
+        tier: &'static str,
+        /// What it said.
+        reason: String,
+    },
 }
 
 impl Error {
@@ -260,6 +268,7 @@ impl Error {
             Error::UnknownArchitecture { .. } => "unknown_architecture",
             Error::OutOfMemory { .. } => "out_of_memory",
             Error::DeviceUnavailable { .. } => "device_unavailable",
+            Error::Storage { .. } => "storage",
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The KV cache of one model: gives sequences their blocks, shares full blocks between sequences with the same
-//! history, keeps the blocks of ended sequences until their place is needed. Paged as in Kwon et al. 2023
-//! (arXiv:2309.06180); blocks are found by content, so a prefix is shared also with sequences that ended long ago.
-//! Owns no KV numbers: it decides about block ids, the executor holds what they stand for.
+//! history, keeps the blocks of ended sequences until their place is needed, and fetches from the tiers what it had to
+//! give away. Paged as in Kwon et al. 2023 (arXiv:2309.06180); blocks are found by content, so a prefix is shared also with
+//! sequences that ended long ago. Owns no KV numbers of the pool: it decides about block ids, the executor holds what they
+//! stand for. What is to go from the pool to the tiers or back is a list of [`BlockTransfer`]s.
 //!
 //! Invariants ([`KvCache::check_invariants`]): every block is exactly one of free, cached, owned and pinned; reference
 //! counts equal the tables' references; no block is twice in one table; the index names full blocks under their right
@@ -11,13 +12,16 @@ mod block_pool;
 mod prefix_index;
 pub mod tiers;
 
+use std::sync::Arc;
+
 use crate::error::Result;
-use crate::sequence::Sequence;
-use crate::sequence::{BlockId, SeqId};
+use crate::request::CachedTokens;
+use crate::sequence::{BlockId, BlockKey, SeqId, Sequence};
 use block_pool::BlockPool;
 pub(crate) use block_pool::violated;
 pub use prefix_index::KvIdentity;
 use prefix_index::PrefixIndex;
+use tiers::{Source, TierId, TierStats, Tiers, TiersConfig};
 
 /// Sizes and identity of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +34,39 @@ pub struct KvCacheConfig {
     pub identity: KvIdentity,
     /// Whether blocks are shared at all.
     pub prefix_cache: bool,
+    /// Where blocks are kept beside the pool; `None`, or blocks that are not shared: nowhere.
+    pub tiers: Option<TiersConfig>,
+}
+
+/// Why a block is to be kept in the tiers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepReason {
+    /// It has become full: the tiers that outlive the process get it.
+    Published,
+    /// The pool gives it away: host memory gets it too.
+    Evicted,
+}
+
+/// Contents that go from the pool to the tiers or back. All that there are are carried out in their order, before the next
+/// step is launched and after those that were launched before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BlockTransfer {
+    /// What the block holds now is to be given to [`KvCache::keep`], if [`KvCache::would_keep`] says so.
+    Keep {
+        /// Where it is.
+        block: BlockId,
+        /// What it is.
+        key: BlockKey,
+        /// Why.
+        reason: KeepReason,
+    },
+    /// The block is to hold these bytes.
+    Restore {
+        /// Where they go.
+        block: BlockId,
+        /// What a tier has kept.
+        bytes: Arc<[u8]>,
+    },
 }
 
 /// What it takes to admit a sequence now.
@@ -62,6 +99,8 @@ pub struct KvCache {
     config: KvCacheConfig,
     pool: BlockPool,
     index: PrefixIndex,
+    tiers: Option<Tiers>,
+    transfers: Vec<BlockTransfer>,
     num_evictions: u64,
 }
 
@@ -72,6 +111,8 @@ impl KvCache {
         KvCache {
             pool: BlockPool::new(config.num_blocks),
             index: PrefixIndex::new(&config.identity),
+            tiers: config.tiers.clone().filter(|_| config.prefix_cache).map(Tiers::new),
+            transfers: Vec::new(),
             config,
             num_evictions: 0,
         }
@@ -168,6 +209,7 @@ impl KvCache {
             if let Some(key) = evicted {
                 self.index.remove(&key);
                 self.num_evictions += 1;
+                self.note_keep(id, key, KeepReason::Evicted);
             }
             seq.blocks.push(id);
         }
@@ -186,14 +228,18 @@ impl KvCache {
             self.index.unclaim(&key, seq.id);
             if self.index.insert(key, id) {
                 self.pool.set_key(id, key);
+                self.note_keep(id, key, KeepReason::Published);
             }
         }
         seq.num_published = seq.num_published.max(num_full);
     }
 
-    /// Takes all blocks back. Published ones stay cached; the end of a prefix is given away before its beginning,
-    /// which more sequences share.
+    /// Takes all blocks back, and calls off what is on its way to them. Published ones stay cached; the end of a prefix is
+    /// given away before its beginning, which more sequences share.
     pub fn release(&mut self, seq: &mut Sequence) {
+        if let Some((tiers, restore)) = self.tiers.as_mut().zip(seq.restore.take()) {
+            tiers.cancel(restore);
+        }
         for key in seq.block_keys.iter().skip(seq.num_published) {
             self.index.unclaim(key, seq.id);
         }
@@ -211,9 +257,87 @@ impl KvCache {
         blocks.iter().for_each(|&id| self.pool.unpin(id));
     }
 
+    fn note_keep(&mut self, block: BlockId, key: BlockKey, reason: KeepReason) {
+        if self.tiers.is_some() {
+            self.transfers.push(BlockTransfer::Keep { block, key, reason });
+        }
+    }
+
     fn extend_keys(&self, seq: &mut Sequence, num_blocks: usize) {
         let (namespace, block_tokens) = (&seq.spec.namespace, self.config.block_tokens);
         self.index.extend_keys(&mut seq.block_keys, namespace, &seq.tokens, block_tokens, num_blocks);
+    }
+
+    /// Begins to fetch what follows the cached prefix of a sequence that was just admitted, as far as the tiers have it and
+    /// that is faster than computing it. It is computed from where [`KvCache::advance_restore`] ends.
+    pub fn begin_restore(&mut self, seq: &mut Sequence, now_us: u64) {
+        let Some(tiers) = &mut self.tiers else { return };
+        let shareable = seq.max_cached_tokens() / self.config.block_tokens;
+        let missing = seq.block_keys.get(seq.num_published..shareable).unwrap_or(&[]);
+        let missing: Vec<_> = missing.iter().map(|key| tiers.stored_key(*key)).collect();
+        seq.restore = tiers.begin(&missing, now_us);
+    }
+
+    /// Takes over what has arrived of the prefix that a sequence waits for: it counts as computed and is shared with others
+    /// at once. Tells how many tokens that were, by their source.
+    pub fn advance_restore(&mut self, seq: &mut Sequence, now_us: u64) -> CachedTokens {
+        let mut restored = CachedTokens::default();
+        let Some((tiers, restore)) = self.tiers.as_mut().zip(seq.restore) else { return restored };
+        let arrived = tiers.poll(restore, now_us);
+        if arrived.has_ended {
+            seq.restore = None;
+        }
+        for block in arrived.blocks {
+            let (key, id) = (seq.block_keys[seq.num_published], seq.blocks[seq.num_published]);
+            assert_eq!(block.key.block, key, "blocks come back in the order of the prefix");
+            self.transfers.push(BlockTransfer::Restore { block: id, bytes: block.bytes });
+            self.index.unclaim(&key, seq.id);
+            if self.index.insert(key, id) {
+                self.pool.set_key(id, key);
+            }
+            seq.num_published += 1;
+            let count = match block.source {
+                Source::Host => &mut restored.host,
+                Source::Tier(TierId::Disk) => &mut restored.disk,
+                Source::Tier(TierId::Remote) => &mut restored.remote,
+            };
+            *count += self.config.block_tokens;
+        }
+        seq.num_computed += restored.total();
+        seq.num_scheduled = seq.num_computed;
+        restored
+    }
+
+    /// What is to be moved now; the caller does it, in this order.
+    pub fn take_transfers(&mut self) -> Vec<BlockTransfer> {
+        std::mem::take(&mut self.transfers)
+    }
+    /// Whether any tier would take the block: else it need not be read.
+    pub fn would_keep(&self, key: &BlockKey, reason: KeepReason, now_us: u64) -> bool {
+        self.tiers.as_ref().is_some_and(|tiers| match reason {
+            KeepReason::Published => tiers.would_persist(&tiers.stored_key(*key), now_us),
+            KeepReason::Evicted => tiers.would_spill(&tiers.stored_key(*key), now_us),
+        })
+    }
+    /// Gives a block to the tiers.
+    pub fn keep(&mut self, key: &BlockKey, bytes: Arc<[u8]>, reason: KeepReason, now_us: u64) {
+        let Some(tiers) = &mut self.tiers else { return };
+        let key = tiers.stored_key(*key);
+        match reason {
+            KeepReason::Published => tiers.persist(key, bytes, now_us),
+            KeepReason::Evicted => tiers.spill(key, bytes, now_us),
+        }
+    }
+    /// Every tier by its name, and what it holds and did.
+    pub fn tier_stats(&self) -> impl Iterator<Item = (&'static str, TierStats)> {
+        self.tiers.iter().flat_map(|tiers| {
+            let below = tiers.ids().map(|id| (id.name(), tiers.tier_stats(id)));
+            std::iter::once(("host", tiers.host_stats())).chain(below)
+        })
+    }
+    /// The tiers, if there are any: whoever drives them asks for their jobs.
+    pub fn tiers(&mut self) -> Option<&mut Tiers> {
+        self.tiers.as_mut()
     }
 
     /// Checks everything against the live sequences and the blocks that launched steps write (a block once per step).
@@ -238,6 +362,7 @@ impl KvCache {
         pinned.for_each(|id| step_pins[id.0 as usize] += 1);
         self.pool.check_invariants(&table_refs, &step_pins)?;
         violated(self.index.num_claims() > num_unpublished, || "a block is claimed by nobody".to_string())?;
+        self.tiers.as_ref().map_or(Ok(()), Tiers::check_invariants)?;
         self.check_index()
     }
 

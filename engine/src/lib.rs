@@ -36,6 +36,7 @@ pub mod quantize;
 mod request;
 mod stats;
 mod stream;
+mod tier_thread;
 mod worker;
 
 // The parts, public only for this repository's own tests, benches and tools. Nothing in them is stable.
@@ -79,8 +80,8 @@ pub use error::{Error, Result};
 pub use ns_llm_kernels::host::gpu::{Gpu, GpuVendor, gpus};
 pub use ns_llm_kernels::quant::QuantType;
 pub use request::{
-    Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request, SamplingDefaults,
+    CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request, SamplingDefaults,
     SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
 };
-pub use stats::{MemoryUse, ModelInfo, Stats};
+pub use stats::{KvTierStats, MemoryUse, ModelInfo, Stats};
 pub use stream::{Canceller, RequestStream};

@@ -21,12 +21,15 @@ use crate::backend::{Backend, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
-    MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, ThreadPriority, WeightFormat,
+    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LOAD_BUDGET_MS, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
+    MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ThreadPriority,
+    WRITE_QUEUE_BYTES, WeightFormat,
 };
 use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
 use crate::intake;
+use crate::kv_cache::tiers::disk::{Access, Directory, DiskOptions, DiskTier, draw_seed};
+use crate::kv_cache::tiers::{LayoutId, TierId, TierStore, TiersConfig};
 use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
 use crate::loader::{GenerationConfig, ModelSource, PoolingMode, SentenceConfig, Weights};
 use crate::memory_plan::MemoryPlan;
@@ -37,6 +40,7 @@ use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::{ModelInfo, Stats};
 use crate::tensor::{DType, Encoding};
 use crate::text_model::TextModel;
+use crate::tier_thread::TierThread;
 use crate::tokenizer::{Tokenizer, TokenizerConfig};
 use crate::worker::Worker;
 
@@ -51,6 +55,8 @@ pub struct Loaded {
     pub executor: ModelExecutor<CpuBackend>,
     /// Over an empty pool.
     pub scheduler: Scheduler,
+    /// What does the jobs of the tiers that the scheduler's pool has below it.
+    pub tier_stores: Vec<Box<dyn TierStore>>,
     /// Tokenizer, template and defaults.
     pub text: Arc<TextModel>,
     /// What is loaded.
@@ -93,7 +99,7 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
     let stats = Arc::new(Mutex::new(Stats::default()));
     let ended = Arc::new(OnceLock::new());
     let worker = {
-        let (stats, ended) = (stats.clone(), ended.clone());
+        let (stats, ended, tier_answers) = (stats.clone(), ended.clone(), command_sender.clone());
         spawn("ns-llm-worker", move || {
             let priority = options.thread_priority;
             if let Some((loaded, ready)) = load_and_report(options, &ready_sender) {
@@ -101,11 +107,17 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
                 if priority == ThreadPriority::BelowNormal {
                     host::lower_thread_priority();
                 }
-                let Loaded { executor, scheduler, text, .. } = loaded;
-                let worker = Worker::new(executor, scheduler, text, commands, stats, epoch);
-                // From here on `Engine::open` may return.
-                let _ = ready_sender.send(Ok(ready));
-                worker.run(&ended);
+                let Loaded { executor, scheduler, tier_stores, text, .. } = loaded;
+                let spawned = tier_stores.into_iter().map(|store| TierThread::spawn(store, tier_answers.clone()));
+                match spawned.collect() {
+                    Ok(tiers) => {
+                        let worker = Worker::new(executor, scheduler, text, commands, stats, tiers, epoch);
+                        // From here on `Engine::open` may return.
+                        let _ = ready_sender.send(Ok(ready));
+                        worker.run(&ended);
+                    }
+                    Err(error) => drop(ready_sender.send(Err(error))),
+                }
             }
             host::return_free_memory();
         })?
@@ -371,7 +383,9 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         priority: options.thread_priority,
         weights: wanted,
     })?;
-    let identity = kv_identity(&files, wanted, &layout, &backend);
+    let fingerprint = fingerprint(&options, &files, backend.threads())?;
+    let identity = kv_identity(fingerprint, wanted, &layout, &backend);
+    let disk = options.kv_cache_dir.as_deref().map(|directory| open_disk(directory, &options, &plan)).transpose()?;
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
     let weights = files.weights;
@@ -411,16 +425,73 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let encode_layout = KvLayout { dtype: encode_kv_dtype(layout.dtype, format), ..layout };
     let encode_kv = encode_kv_layout(&options, &encode_layout, max_embedding_tokens);
     let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv, pooling(&files.sentence))?;
-    let scheduler = Scheduler::new(
+    let mut scheduler = Scheduler::new(
         scheduler_config(&options, &plan, max_embedding_tokens, executor.max_in_flight()),
         KvCache::new(KvCacheConfig {
             num_blocks: plan.num_blocks,
             block_tokens: options.block_tokens,
             identity,
             prefix_cache: options.prefix_cache,
+            tiers: tiers_config(&options, &layout, &plan),
         }),
     );
-    Ok(Loaded { executor, scheduler, text, info, plan })
+    let mut tier_stores: Vec<Box<dyn TierStore>> = Vec::new();
+    if let Some((disk, tiers)) = disk.zip(scheduler.tiers()) {
+        tiers.found(TierId::Disk, disk.keys().copied());
+        if disk.access() == Access::Read {
+            tiers.forbid_writes(TierId::Disk);
+        }
+        tier_stores.push(Box::new(disk));
+    }
+    Ok(Loaded { executor, scheduler, tier_stores, text, info, plan })
+}
+
+/// Blocks that leave the process are found by the weights' contents. Those that do not need only tell engines of one
+/// process apart, so names, shapes and types will do, which cost nothing to hash.
+fn fingerprint(options: &EngineOptions, files: &ModelFiles, num_threads: usize) -> Result<[u8; 32]> {
+    let description = format!("{:?}", files.config);
+    if options.prefix_cache && options.kv_cache_dir.is_some() {
+        return files.weights.fingerprint(&description, num_threads);
+    }
+    let mut hash = Sha256::new();
+    hash.update(description);
+    for (name, shape, dtype) in files.weights.entries() {
+        hash.update(format!("{name} {shape:?} {dtype:?}\n"));
+    }
+    Ok(hash.finalize().into())
+}
+
+/// The blocks of earlier lives in a directory.
+fn open_disk(path: &Path, options: &EngineOptions, plan: &MemoryPlan) -> Result<DiskTier> {
+    let sizes = DiskOptions::new(options.kv_disk_bytes, plan.block_bytes)?;
+    let directory = Directory::open(path)?;
+    let access = directory.access();
+    DiskTier::open(Box::new(directory), access, sizes, draw_seed())
+        .map_err(|fault| Error::Storage { tier: TierId::Disk.name(), reason: fault.to_string() })
+}
+
+/// `None`: the pool is all that there is.
+fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan) -> Option<TiersConfig> {
+    let tiers: Vec<TierId> = options.kv_cache_dir.iter().map(|_| TierId::Disk).collect();
+    if tiers.is_empty() && options.kv_host_bytes == 0 {
+        return None;
+    }
+    Some(TiersConfig {
+        layout: layout_id(layout),
+        block_tokens: layout.block_tokens,
+        block_bytes: usize::try_from(plan.block_bytes).ok()?,
+        host_bytes: options.kv_host_bytes,
+        write_queue_bytes: WRITE_QUEUE_BYTES.max(MIN_WRITE_QUEUE_BLOCKS * plan.block_bytes),
+        load_budget_us: LOAD_BUDGET_MS * 1_000,
+        tiers,
+    })
+}
+
+/// Everything that says what the bytes of a block mean.
+fn layout_id(layout: &KvLayout) -> LayoutId {
+    let KvLayout { num_layers, num_blocks: _, block_tokens, num_kv_heads, head_dim, dtype } = layout;
+    let sizes = format!("{num_layers} layers {num_kv_heads} heads of {head_dim} block {block_tokens} {}", dtype.name());
+    LayoutId(Sha256::digest(format!("ns-llm KV layout v{KV_LAYOUT_VERSION} {sizes}")).into())
 }
 
 /// Longest input that is turned into a vector, tokens. A decoder has others to serve beside.
@@ -464,16 +535,10 @@ fn scheduler_config(
     }
 }
 
-/// What the contents of a block depend on. Blocks do not leave the process, so the fingerprint covers names, shapes
-/// and types of the weights and the hyperparameters, not the weights' bytes.
-fn kv_identity(files: &ModelFiles, weights: WeightFormat, layout: &KvLayout, backend: &CpuBackend) -> KvIdentity {
-    let mut hash = Sha256::new();
-    hash.update(format!("{:?}", files.config));
-    for (name, shape, dtype) in files.weights.entries() {
-        hash.update(format!("{name} {shape:?} {dtype:?}\n"));
-    }
+/// What the contents of a block depend on.
+fn kv_identity(fingerprint: [u8; 32], weights: WeightFormat, layout: &KvLayout, backend: &CpuBackend) -> KvIdentity {
     KvIdentity {
-        fingerprint: hash.finalize().into(),
+        fingerprint,
         kv_layout: format!("v{KV_LAYOUT_VERSION} {} block {}", layout.dtype.name(), layout.block_tokens),
         numerics_id: format!("cpu {} v{CPU_NUMERICS_VERSION} weights {}", backend.isa_name(), weights.name()),
         adapter: String::new(),
@@ -505,7 +570,7 @@ mod tests {
             options.kv_dtype = dtype;
             let WeightLevel { wanted, layout, plan, .. } = plan_memory(&options, &files).expect("fits");
             assert_eq!(layout.dtype, dtype.unwrap_or(KvDtype::F16));
-            seen.push((kv_identity(&files, wanted, &layout, &backend).kv_layout, plan.num_blocks));
+            seen.push((kv_identity([0; 32], wanted, &layout, &backend).kv_layout, plan.num_blocks));
         }
         let mut names: Vec<_> = seen.iter().map(|(name, _)| name).collect();
         names.dedup();

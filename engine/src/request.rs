@@ -336,8 +336,30 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Tokens of the prompt whose KV was found in the cache (of the first choice).
     pub cached_tokens: usize,
+    /// The same by the place where they were found.
+    pub cached_by_tier: CachedTokens,
     /// How often a sequence of this request was preempted.
     pub preemptions: usize,
+}
+
+/// Prompt tokens whose KV did not have to be computed, by the place where it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CachedTokens {
+    /// In the KV pool.
+    pub pool: usize,
+    /// In host memory: the pool had given the blocks away.
+    pub host: usize,
+    /// On disk.
+    pub disk: usize,
+    /// In a store that nodes share.
+    pub remote: usize,
+}
+
+impl CachedTokens {
+    /// Wherever they were.
+    pub fn total(&self) -> usize {
+        self.pool + self.host + self.disk + self.remote
+    }
 }
 
 /// Times of a request, milliseconds.

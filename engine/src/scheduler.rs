@@ -41,13 +41,15 @@ mod schedule;
 mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use crate::batch::{Batch, BlockId, SeqId};
 use crate::config;
 use crate::error::{Error, Result};
-use crate::kv_cache::{BlockCounts, KvCache, violated};
+use crate::kv_cache::tiers::Tiers;
+use crate::kv_cache::{BlockCounts, BlockTransfer, KeepReason, KvCache, violated};
 use crate::request::{FinishReason, TokenLogprobs, Usage};
-use crate::sequence::{Chunk, Sequence, SequenceSpec};
+use crate::sequence::{BlockKey, Chunk, Sequence, SequenceSpec};
 use encode::EncodeQueue;
 pub use encode::EncodeStep;
 pub use preempt::MAX_PREEMPTIONS;
@@ -197,6 +199,8 @@ pub struct Counters {
     pub prefix_hit_tokens: u64,
     /// Tokens that preempted sequences found in the cache when they came back.
     pub resume_hit_tokens: u64,
+    /// Tokens of either kind that came from the tiers.
+    pub restored_tokens: u64,
     /// Tokens computed.
     pub computed_tokens: u64,
     /// Those of them that the same sequence had computed before it was preempted.
@@ -450,6 +454,18 @@ impl Scheduler {
     pub fn is_running(&self, seq: SeqId) -> bool {
         self.running.contains(&seq)
     }
+    /// What is to go from the pool to the tiers or back, in this order: before the next step is launched.
+    pub fn take_transfers(&mut self) -> Vec<BlockTransfer> {
+        self.kv.take_transfers()
+    }
+    /// Gives a block to the tiers, once they have been asked ([`KvCache::would_keep`]).
+    pub fn keep_block(&mut self, key: &BlockKey, bytes: Arc<[u8]>, reason: KeepReason, now_us: u64) {
+        self.kv.keep(key, bytes, reason, now_us);
+    }
+    /// The tiers, if there are any.
+    pub fn tiers(&mut self) -> Option<&mut Tiers> {
+        self.kv.tiers()
+    }
     /// The block manager.
     pub fn kv(&self) -> &KvCache {
         &self.kv
@@ -498,6 +514,7 @@ impl Scheduler {
         let waits = self.waiting.contains(seq.id);
         violated(waits == self.running.contains(&seq.id), say("it must either wait or run"))?;
         violated(waits && !(seq.blocks.is_empty() && seq.num_scheduled == 0), say("it waits and holds blocks"))?;
+        violated(seq.restore.is_some() && (waits || seq.num_in_flight > 0), say("it computes what is on its way"))?;
         let known = seq.tokens.len() + seq.num_pending;
         violated(seq.num_computed > seq.num_scheduled || seq.num_scheduled > known, say("progress is out of order"))?;
         violated(self.kv.blocks_for(seq.num_scheduled) > seq.blocks.len(), say("its table does not cover its tokens"))?;

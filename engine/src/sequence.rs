@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::request::{Priority, SamplingParams, Usage};
+use crate::request::{CachedTokens, Priority, SamplingParams, Usage};
 
 /// Identity of one sequence (one choice of one request) for the life of an engine; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +23,10 @@ pub type NamespaceKey = [u8; 32];
 /// Content address of a full KV block: SHA-256 over everything that its numbers depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockKey(pub [u8; 32]);
+
+/// A fetch of a prefix from the tiers that was begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RestoreId(pub u64);
 
 /// What a sequence is asked to do; fixed for its life. A request of `n` choices is `n` of these.
 #[derive(Debug, Clone)]
@@ -129,8 +133,12 @@ pub struct Sequence {
     pub output_row: Option<usize>,
     /// Rank with which it was admitted last: its class, lifted by waiting. 0 is the best.
     pub rank: usize,
-    /// Prompt tokens found in the cache when it was first admitted; `None` before that.
-    pub cached_tokens: Option<usize>,
+    /// The rest of its prefix is on its way from the tiers: nothing of it is computed before that has ended.
+    pub restore: Option<RestoreId>,
+    /// Prompt tokens found in the caches when it was first admitted, by place.
+    pub cached: CachedTokens,
+    /// Whether a step has computed any of it.
+    pub has_started: bool,
     /// How often it lost its blocks.
     pub num_preemptions: u32,
     /// Whether it ever waited for a block that another sequence was computing.
@@ -157,7 +165,9 @@ impl Sequence {
             next_score: 1,
             output_row: None,
             rank,
-            cached_tokens: None,
+            restore: None,
+            cached: CachedTokens::default(),
+            has_started: false,
             num_preemptions: 0,
             waited_for_prefix: false,
         }
@@ -179,10 +189,12 @@ impl Sequence {
         end.saturating_sub(self.num_scheduled)
     }
 
-    /// Whether its next chunk can be built now: penalties read all tokens so far on the host, so a sequence that has
+    /// Whether its next chunk can be built now: a prefix that is on its way is not computed; penalties read all tokens so far on the host, so a sequence that has
     /// them waits until the step that chooses its last token is applied.
     pub fn can_be_scheduled(&self) -> bool {
-        self.num_remaining() > 0 && (self.num_pending == 0 || !self.spec.sampling.reads_history())
+        self.restore.is_none()
+            && self.num_remaining() > 0
+            && (self.num_pending == 0 || !self.spec.sampling.reads_history())
     }
 
     /// Leading tokens whose KV may come from the cache: the last token is always computed (it gives the logits), and
@@ -214,7 +226,7 @@ impl Sequence {
 
     /// Forgets everything computed; tokens stay.
     pub fn reset_progress(&mut self) {
-        debug_assert!(self.blocks.is_empty(), "the blocks are released first");
+        debug_assert!(self.blocks.is_empty() && self.restore.is_none(), "the blocks are released first");
         self.num_scheduled = 0;
         self.num_computed = 0;
         self.num_published = 0;
@@ -226,7 +238,8 @@ impl Sequence {
         Usage {
             prompt_tokens: self.spec.prompt.len(),
             completion_tokens: self.tokens.len() - self.spec.prompt.len(),
-            cached_tokens: self.cached_tokens.unwrap_or(0),
+            cached_tokens: self.cached.total(),
+            cached_by_tier: self.cached,
             preemptions: self.num_preemptions as usize,
         }
     }

@@ -41,8 +41,33 @@ pub struct Stats {
     pub preemptions_total: u64,
     /// Steps run, of either kind.
     pub steps_total: u64,
+    /// The places beside the pool where blocks are kept, in the order in which they are asked.
+    pub kv_tiers: Vec<KvTierStats>,
     /// Milliseconds since the engine was opened.
     pub uptime_ms: u64,
+}
+
+/// What a cache tier holds and what became of what it was asked. Counters count blocks and only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KvTierStats {
+    /// "host", "disk" or "remote".
+    pub name: &'static str,
+    /// Blocks held now, as far as this engine knows.
+    pub blocks: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Asked for and given.
+    pub hits: u64,
+    /// Bytes of them.
+    pub hit_bytes: u64,
+    /// Asked for and not there.
+    pub misses: u64,
+    /// Taken in.
+    pub stored: u64,
+    /// Given up for others.
+    pub evictions: u64,
+    /// Calls that failed, damaged blocks included.
+    pub faults: u64,
 }
 
 /// Bytes that an engine holds.

@@ -5,24 +5,30 @@
 //! cancelling and cleaning up never wait for a step to be scheduled; a reader can never hold it up.
 
 mod answer;
+mod tiering;
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::batch::SeqId;
 use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, VectorForm};
+use crate::config::{CLOSE_WRITES_MS, MIN_MEASURED_PREFILL_TOKENS};
 use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
+use crate::kv_cache::BlockTransfer;
+use crate::kv_cache::tiers::TierStats;
 use crate::request::{FinishReason, Summary, Usage};
 use crate::scheduler::{Scheduler, SequenceEvent, Step};
-use crate::stats::Stats;
+use crate::stats::{KvTierStats, Stats};
 use crate::stream::{Delivery, EventSender};
 use crate::text_model::TextModel;
+use crate::tier_thread::TierThread;
 use crate::tokenizer::{TextStart, TextStream};
 use answer::{AfterToken, Answer};
+use tiering::Tiering;
 
 /// Everything that the worker thread owns.
 pub(crate) struct Worker<E: Executor> {
@@ -37,8 +43,17 @@ pub(crate) struct Worker<E: Executor> {
     /// Whose sequence: request and choice.
     owners: HashMap<SeqId, (RequestId, usize)>,
     /// Launched and not yet collected, oldest first.
-    in_flight: VecDeque<Step>,
+    in_flight: VecDeque<Launched>,
+    tiering: Tiering,
+    /// Sequences are live, and none of them can be computed before something arrives.
+    is_waiting: bool,
     totals: Totals,
+}
+
+/// A step on its way, and when it began.
+struct Launched {
+    step: Step,
+    start: Instant,
 }
 
 /// Counters of requests; those of tokens and blocks are the scheduler's.
@@ -53,10 +68,12 @@ struct Totals {
 }
 
 /// Whether the loop goes on.
-#[derive(PartialEq, Eq)]
+#[derive(PartialEq)]
 enum Turn {
     Continue,
     Close,
+    /// The engine cannot go on.
+    Fail(Error),
 }
 
 impl<E: Executor> Worker<E> {
@@ -66,6 +83,7 @@ impl<E: Executor> Worker<E> {
         text: Arc<TextModel>,
         commands: Receiver<Command>,
         stats: Arc<Mutex<Stats>>,
+        tier_threads: Vec<TierThread>,
         epoch: Instant,
     ) -> Self {
         let worker = Worker {
@@ -78,6 +96,8 @@ impl<E: Executor> Worker<E> {
             answers: HashMap::new(),
             owners: HashMap::new(),
             in_flight: VecDeque::new(),
+            tiering: Tiering::new(tier_threads),
+            is_waiting: false,
             totals: Totals::default(),
         };
         worker.publish_stats();
@@ -92,6 +112,7 @@ impl<E: Executor> Worker<E> {
             match catch_unwind(AssertUnwindSafe(|| self.turn())) {
                 Ok(Turn::Continue) => {}
                 Ok(Turn::Close) => break Error::Closed,
+                Ok(Turn::Fail(error)) => break error,
                 Err(panic) => break Error::Internal { reason: panic_text(panic.as_ref()) },
             }
         };
@@ -103,10 +124,18 @@ impl<E: Executor> Worker<E> {
         for (_, answer) in self.answers.drain() {
             answer.fail(last.clone());
         }
+        let refuse = |command| match command {
+            Command::Run(prepared) => prepared.sender.end(Err(last.clone())),
+            Command::Flush(reply) => drop(reply.send(Err(last.clone()))),
+            _ => {}
+        };
+        let (scheduler, tiering) = (&mut self.scheduler, &mut self.tiering);
+        // After a defect they may be in any state.
+        let finish = || finish_writes(scheduler, tiering, &self.commands, self.epoch, refuse);
+        let is_idle = catch_unwind(AssertUnwindSafe(finish)).unwrap_or(false);
+        self.tiering.end(is_idle, &last);
         while let Ok(command) = self.commands.try_recv() {
-            if let Command::Run(prepared) = command {
-                prepared.sender.end(Err(last.clone()));
-            }
+            refuse(command);
         }
     }
 
@@ -117,21 +146,61 @@ impl<E: Executor> Worker<E> {
         }
         let expired = self.scheduler.expire(self.now_ms());
         self.deliver(expired);
+        self.is_waiting = false;
         while self.in_flight.len() < self.executor.max_in_flight() {
-            let Some(step) = self.scheduler.schedule(self.now_ms()) else { break };
+            let step = self.scheduler.schedule(self.now_ms());
+            // Also without a step: what was planned and taken back may have moved blocks.
+            if let Err(error) = self.move_blocks() {
+                return Turn::Fail(error);
+            }
+            let Some(step) = step else {
+                self.is_waiting = self.in_flight.is_empty();
+                break;
+            };
             self.launch(step);
         }
         self.collect();
         self.encode();
+        if let Err(error) = self.move_blocks() {
+            return Turn::Fail(error);
+        }
+        self.drive_tiers();
         self.publish_stats();
         Turn::Continue
+    }
+
+    /// Carries out what the scheduler wants moved between the pool and the tiers.
+    fn move_blocks(&mut self) -> Result<()> {
+        let now_us = self.now_us();
+        for transfer in self.scheduler.take_transfers() {
+            match transfer {
+                BlockTransfer::Keep { block, key, reason } => {
+                    if self.scheduler.kv().would_keep(&key, reason, now_us) {
+                        // A cache may forget: what cannot be read is not kept.
+                        let Ok(bytes) = self.executor.read_block(block) else { continue };
+                        self.scheduler.keep_block(&key, bytes, reason, now_us);
+                    }
+                }
+                // It is shared already: if it cannot be written, nothing that follows is right.
+                BlockTransfer::Restore { block, bytes } => self.executor.write_block(block, &bytes)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn drive_tiers(&mut self) {
+        let now_us = self.now_us();
+        if let Some(tiers) = self.scheduler.tiers() {
+            self.tiering.drive(tiers, now_us);
+        }
     }
 
     fn launch(&mut self, step: Step) {
         self.mark_started(step.started.iter().copied());
         let batch = self.scheduler.batch(&step);
+        let start = Instant::now();
         match self.executor.launch(&batch) {
-            Ok(()) => self.in_flight.push_back(step),
+            Ok(()) => self.in_flight.push_back(Launched { step, start }),
             Err(error) => {
                 // Steps are applied in order: those before the failed one first. Only its own sequences end.
                 while !self.in_flight.is_empty() {
@@ -155,12 +224,25 @@ impl<E: Executor> Worker<E> {
 
     /// Applies the oldest step in flight, if there is one.
     fn collect(&mut self) {
-        let Some(step) = self.in_flight.pop_front() else { return };
+        let Some(Launched { step, start }) = self.in_flight.pop_front() else { return };
         let events = match self.executor.collect() {
-            Ok(sampled) => self.scheduler.apply(step, &sampled, self.now_ms()),
+            Ok(sampled) => {
+                self.note_prefill(step.num_tokens, start);
+                self.scheduler.apply(step, &sampled, self.now_ms())
+            }
             Err(error) => self.scheduler.fail_step(step, &error),
         };
         self.deliver(events);
+    }
+
+    /// How fast tokens are computed decides whether fetching them is worth it.
+    fn note_prefill(&mut self, num_tokens: usize, start: Instant) {
+        let now_us = self.now_us();
+        if let Some(tiers) = self.scheduler.tiers()
+            && num_tokens >= MIN_MEASURED_PREFILL_TOKENS
+        {
+            tiers.note_prefill(num_tokens as u64, start.elapsed().as_micros() as u64, now_us);
+        }
     }
 
     /// One step of whole sequences, if any wait and no other step is in flight.
@@ -169,6 +251,7 @@ impl<E: Executor> Worker<E> {
             return;
         }
         let Some(step) = self.scheduler.schedule_encoding(self.now_ms()) else { return };
+        self.is_waiting = false;
         self.mark_started(step.sequences());
         let vectors = self.executor.encode(&step.batch(self.executor.encode_block_tokens()));
         let events = self.scheduler.apply_encoding(step, vectors);
@@ -177,15 +260,17 @@ impl<E: Executor> Worker<E> {
 
     /// Takes what is there; sleeps for the next command when there is nothing else to do.
     fn take_commands(&mut self) -> Turn {
-        if self.in_flight.is_empty() && !self.scheduler.has_work() {
+        if self.in_flight.is_empty() && (self.is_waiting || !self.scheduler.has_work()) {
             self.publish_stats();
-            match self.commands.recv() {
+            let longest_sleep = self.longest_sleep();
+            match self.commands.recv_timeout(longest_sleep) {
                 Ok(command) => {
                     if self.take(command) == Turn::Close {
                         return Turn::Close;
                     }
                 }
-                Err(_) => return Turn::Close,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Turn::Close,
             }
         }
         loop {
@@ -201,11 +286,34 @@ impl<E: Executor> Worker<E> {
         }
     }
 
+    /// Until the next moment at which something happens by itself.
+    fn longest_sleep(&mut self) -> Duration {
+        if !self.scheduler.has_work() {
+            return Duration::from_secs(3_600);
+        }
+        let deadline_us = self.scheduler.next_deadline().map(|deadline_ms| deadline_ms.saturating_mul(1_000));
+        let restore_us = self.scheduler.tiers().and_then(|tiers| tiers.next_deadline_us());
+        let next_us = [deadline_us, restore_us].into_iter().flatten().min();
+        // The scheduler's clock counts whole milliseconds.
+        next_us.map_or(Duration::from_secs(1), |us| Duration::from_micros(us.saturating_sub(self.now_us()) + 1_000))
+    }
+
     fn take(&mut self, command: Command) -> Turn {
         match command {
             Command::Run(prepared) => self.admit(*prepared),
             Command::Refused => self.totals.refused += 1,
             Command::Cancel(id) => self.cancel(id),
+            Command::Tier(answer) => {
+                let now_us = self.now_us();
+                if let Some(tiers) = self.scheduler.tiers() {
+                    self.tiering.answer(tiers, answer, now_us);
+                }
+                self.drive_tiers();
+            }
+            Command::Flush(reply) => {
+                self.tiering.flush(self.scheduler.tiers().map(|tiers| &*tiers), reply);
+                self.drive_tiers();
+            }
             Command::Close => return Turn::Close,
         }
         Turn::Continue
@@ -364,6 +472,9 @@ impl<E: Executor> Worker<E> {
     fn now_ms(&self) -> u64 {
         self.epoch.elapsed().as_millis() as u64
     }
+    fn now_us(&self) -> u64 {
+        self.epoch.elapsed().as_micros() as u64
+    }
 
     fn publish_stats(&self) {
         self.publish(self.stats());
@@ -396,7 +507,36 @@ impl<E: Executor> Worker<E> {
             computed_tokens_total: counters.computed_tokens + counters.encoded_tokens,
             preemptions_total: counters.preemptions,
             steps_total: counters.steps + counters.encode_steps,
+            kv_tiers: self.scheduler.kv().tier_stats().map(tier_stats).collect(),
             uptime_ms: self.now_ms(),
         }
     }
+}
+
+/// Gives the tiers a while to write what waits to be written. Whether they have done everything.
+fn finish_writes(
+    scheduler: &mut Scheduler,
+    tiering: &mut Tiering,
+    commands: &Receiver<Command>,
+    epoch: Instant,
+    refuse: impl Fn(Command),
+) -> bool {
+    let end = Instant::now() + Duration::from_millis(CLOSE_WRITES_MS);
+    let Some(tiers) = scheduler.tiers() else { return true };
+    loop {
+        tiering.drive(tiers, epoch.elapsed().as_micros() as u64);
+        if tiering.is_idle(tiers) {
+            return true;
+        }
+        match commands.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(Command::Tier(answer)) => tiering.answer(tiers, answer, epoch.elapsed().as_micros() as u64),
+            Ok(command) => refuse(command),
+            Err(_) => return false,
+        }
+    }
+}
+
+fn tier_stats((name, stats): (&'static str, TierStats)) -> KvTierStats {
+    let TierStats { entries, bytes, hits, hit_bytes, misses, stored, evictions, faults } = stats;
+    KvTierStats { name, blocks: entries, bytes, hits, hit_bytes, misses, stored, evictions, faults }
 }

@@ -5,6 +5,8 @@
 
 #[path = "support/fake_executor.rs"]
 mod fake_executor;
+#[path = "support/sim_tiers.rs"]
+mod sim_tiers;
 #[path = "support/simulation.rs"]
 mod simulation;
 
@@ -15,8 +17,9 @@ use fake_executor::{VOCAB_SIZE, mix};
 use ns_llm::batch::SeqId;
 use ns_llm::scheduler::{Counters, MAX_PREEMPTIONS, SchedulerConfig, SequenceEvent};
 use ns_llm::sequence::{EncodeSpec, SequenceSpec};
-use ns_llm::{Error, FinishReason, Priority, SamplingParams};
-use simulation::{Simulation, kv_cache, namespace, spec};
+use ns_llm::{CachedTokens, Error, FinishReason, Priority, SamplingParams};
+use sim_tiers::{SimTiers, tiers_config};
+use simulation::{Simulation, kv_cache, kv_cache_over, namespace, spec};
 
 const DEFAULT_SIMULATIONS: u64 = 2_000;
 
@@ -72,6 +75,12 @@ struct Tally {
     unencoded: u64,
     refused: u64,
     most_preemptions: u64,
+    /// Prompt tokens from host memory, disk and the shared store.
+    restored_from: [u64; 3],
+    /// Reads, writes, faults and losses of the tiers below host memory.
+    tier_events: [u64; 4],
+    gave_up: u64,
+    late: u64,
 }
 
 impl Tally {
@@ -88,6 +97,7 @@ impl Tally {
             prefix_query_tokens: a.prefix_query_tokens + b.prefix_query_tokens,
             prefix_hit_tokens: a.prefix_hit_tokens + b.prefix_hit_tokens,
             resume_hit_tokens: a.resume_hit_tokens + b.resume_hit_tokens,
+            restored_tokens: a.restored_tokens + b.restored_tokens,
             computed_tokens: a.computed_tokens + b.computed_tokens,
             recomputed_tokens: a.recomputed_tokens + b.recomputed_tokens,
             generated_tokens: a.generated_tokens + b.generated_tokens,
@@ -114,6 +124,10 @@ impl Tally {
             unencoded: self.unencoded + other.unencoded,
             refused: self.refused + other.refused,
             most_preemptions: self.most_preemptions.max(other.most_preemptions),
+            restored_from: std::array::from_fn(|i| self.restored_from[i] + other.restored_from[i]),
+            tier_events: std::array::from_fn(|i| self.tier_events[i] + other.tier_events[i]),
+            gave_up: self.gave_up + other.gave_up,
+            late: self.late + other.late,
         }
     }
 
@@ -125,6 +139,16 @@ impl Tally {
             ("failed", c.failed),
             ("prefix hits", c.prefix_hit_tokens),
             ("resume hits", c.resume_hit_tokens),
+            ("restored", c.restored_tokens),
+            ("found in host memory", self.restored_from[0]),
+            ("found on disk", self.restored_from[1]),
+            ("found in the shared store", self.restored_from[2]),
+            ("reads of tiers", self.tier_events[0]),
+            ("writes to tiers", self.tier_events[1]),
+            ("faults of tiers", self.tier_events[2]),
+            ("losses of tiers", self.tier_events[3]),
+            ("restores that gave up", self.gave_up),
+            ("blocks that came too late", self.late),
             ("recomputed", c.recomputed_tokens),
             ("surplus", c.surplus_tokens),
             ("preemptions", c.preemptions),
@@ -196,7 +220,9 @@ fn simulate(seed: u64) -> Tally {
     };
     let texts = (0..3).map(|_| (0..100).map(|_| rng.next() as u32 % VOCAB_SIZE).collect()).collect();
     let mut world = World { rng, block_tokens, pool_tokens, texts };
-    let mut sim = Simulation::new(config, kv_cache(num_blocks, block_tokens));
+    let tiers = world.rng.one_in(2).then(|| tiers_config(block_tokens, world.rng.range(0, 16) as u64));
+    let mut sim = Simulation::new(config, kv_cache_over(num_blocks, block_tokens, tiers.clone()));
+    sim.tiers = tiers.map(|_| SimTiers::new(seed));
     let mut tally = Tally::default();
     let mut num_requests = world.rng.range(6, 16);
     while num_requests > 0 {
@@ -212,14 +238,22 @@ fn simulate(seed: u64) -> Tally {
         tally.turns += 1;
     }
     sim.drain();
-    tally.add(&outcome(&sim))
+    tally.add(&outcome(&mut sim))
 }
 
-fn outcome(sim: &Simulation) -> Tally {
+fn outcome(sim: &mut Simulation) -> Tally {
+    let found = |place: fn(&CachedTokens) -> usize| {
+        sim.tracked.values().map(|tracked| place(&tracked.usage.cached_by_tier) as u64).sum::<u64>()
+    };
+    let tier_counters = sim.scheduler.tiers().map(|tiers| tiers.counters()).unwrap_or_default();
     let ends = || sim.tracked.values().map(|tracked| tracked.end.as_ref().expect("settled"));
     let automatic = sim.tracked.values().map(|tracked| tracked.usage.preemptions - tracked.forced_preemptions);
     Tally {
         counters: sim.scheduler.counters(),
+        restored_from: [found(|cached| cached.host), found(|cached| cached.disk), found(|cached| cached.remote)],
+        tier_events: sim.tiers.as_ref().map_or([0; 4], |tiers| tiers.tally.events()),
+        gave_up: tier_counters.gave_up,
+        late: tier_counters.late,
         slot_reads: sim.executor.num_reads,
         stopped: ends().filter(|end| **end == Ok(FinishReason::Stop)).count() as u64,
         full_length: ends().filter(|end| **end == Ok(FinishReason::Length)).count() as u64,
@@ -516,7 +550,7 @@ fn crowded_pool_does_not_thrash() {
     for seed in 0..10 {
         let mut sim = crowd(&mut Rng(mix(seed)), 256, 16);
         sim.drain();
-        tally = tally.add(&outcome(&sim));
+        tally = tally.add(&outcome(&mut sim));
     }
     let counters = tally.counters;
     let share = counters.recomputed_tokens as f64 / counters.generated_tokens as f64;

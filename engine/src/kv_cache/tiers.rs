@@ -27,9 +27,9 @@ use std::sync::Arc;
 use lru::LruCache;
 use thiserror::Error;
 
-use crate::config::MAX_QUARANTINED_BLOCKS;
+use crate::config::{MAX_QUARANTINED_BLOCKS, MAX_TIER_JOBS};
 use crate::error::Error as EngineError;
-use crate::sequence::BlockKey;
+use crate::sequence::{BlockKey, RestoreId};
 use cost::{Breaker, Rate};
 use disk::Damage;
 use host::HostTier;
@@ -123,9 +123,21 @@ pub enum TierId {
     Remote,
 }
 
+impl TierId {
+    /// Name as in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            TierId::Disk => "disk",
+            TierId::Remote => "remote",
+        }
+    }
+}
+
 /// Sizes and limits; fixed for the life of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TiersConfig {
+    /// What the bytes of a block mean.
+    pub layout: LayoutId,
     /// Tokens of a block.
     pub block_tokens: usize,
     /// Bytes of a stored block; any other length is damage.
@@ -164,10 +176,6 @@ pub enum Outcome {
     Fault(Fault),
 }
 
-/// A restore that was begun.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RestoreId(pub u64);
-
 /// Where a block came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Source {
@@ -195,6 +203,27 @@ pub struct Arrived {
     pub blocks: Vec<RestoredBlock>,
     /// Nothing more will come.
     pub has_ended: bool,
+}
+
+/// A job that was done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Done {
+    /// What became of it.
+    pub outcome: Outcome,
+    /// How long it took, microseconds.
+    pub elapsed_us: u64,
+}
+
+/// What does a tier's jobs, one after the other. It may wait for a disk or a network.
+pub trait TierStore: Send {
+    /// Which tier it is.
+    fn id(&self) -> TierId;
+    /// Does one job.
+    fn run(&mut self, job: Job) -> Outcome;
+    /// Keys of blocks that were there and are not any more, since the last call.
+    fn take_lost(&mut self) -> Vec<StoredKey>;
+    /// Waits until what was stored would outlive a failure of power.
+    fn flush(&mut self) -> Result<(), Fault>;
 }
 
 /// What was decided so far. Counters only grow, and count blocks unless they say otherwise.
@@ -225,8 +254,10 @@ struct Tier {
     num_writes_queued: u64,
     writes_allowed: bool,
     quarantines: VecDeque<StoredKey>,
-    /// What is being done, and since when.
-    job: Option<(Job, u64)>,
+    /// What was given to be done, in that order.
+    jobs: VecDeque<Job>,
+    /// Since when the first of them is being done.
+    job_since_us: u64,
     read_rate: Rate,
     breaker: Breaker,
     stats: TierStats,
@@ -283,7 +314,8 @@ impl Tiers {
             num_writes_queued: 0,
             writes_allowed: true,
             quarantines: VecDeque::new(),
-            job: None,
+            jobs: VecDeque::new(),
+            job_since_us: 0,
             read_rate: Rate::default(),
             breaker: Breaker::default(),
             stats: TierStats::default(),
@@ -299,6 +331,11 @@ impl Tiers {
             counters: TiersCounters::default(),
             config,
         }
+    }
+
+    /// Under what a block is stored here.
+    pub fn stored_key(&self, block: BlockKey) -> StoredKey {
+        StoredKey { block, layout: self.config.layout }
     }
 
     /// What a tier held when it was opened.
@@ -460,28 +497,38 @@ impl Tiers {
         }
     }
 
-    /// What a tier is to do next; `None`: nothing, or it is at work. Reads go first: somebody waits for them.
+    /// What a tier is to do next, after what it was given before; `None`: nothing, or it has enough to do. Reads go first:
+    /// somebody waits for them. A write would hold them up, so there is one at a time.
     pub fn next_job(&mut self, id: TierId, now_us: u64) -> Option<Job> {
-        if self.tier(id).job.is_some() {
-            return None;
-        }
         if !self.tier(id).breaker.allows(now_us) {
             self.drop_queues(id);
+            return None;
+        }
+        let tier = self.tier(id);
+        let max_jobs = if tier.breaker.is_on_trial() { 1 } else { MAX_TIER_JOBS };
+        if tier.jobs.len() >= max_jobs {
             return None;
         }
         let job = self.next_read(id).map(Job::Read);
         let tier = self.tier_mut(id);
         let job = job.or_else(|| tier.quarantines.pop_front().map(Job::Quarantine)).or_else(|| {
-            let (key, bytes) = tier.writes.pop_front()?;
+            let writes = tier.jobs.iter().any(|job| matches!(job, Job::Write(..)));
+            let (key, bytes) = if writes { None } else { tier.writes.pop_front() }?;
             Some(Job::Write(key, bytes))
         })?;
-        tier.job = Some((job.clone(), now_us));
+        if tier.jobs.is_empty() {
+            tier.job_since_us = now_us;
+        }
+        tier.jobs.push_back(job.clone());
         Some(job)
     }
 
-    /// The job of a tier is done.
-    pub fn complete(&mut self, id: TierId, outcome: Outcome, now_us: u64) {
-        let (job, started_us) = self.tier_mut(id).job.take().expect("a job was given");
+    /// The oldest job that was given to a tier is done.
+    pub fn complete(&mut self, id: TierId, done: Done, now_us: u64) {
+        let Done { outcome, elapsed_us } = done;
+        let tier = self.tier_mut(id);
+        let job = tier.jobs.pop_front().expect("a job was given");
+        tier.job_since_us = now_us;
         let outcome = self.checked(outcome);
         if let Outcome::Fault(_) = outcome {
             let tier = self.tier_mut(id);
@@ -491,7 +538,7 @@ impl Tiers {
             self.tier_mut(id).breaker.succeeded();
         }
         match job {
-            Job::Read(key) => self.complete_read(id, key, outcome, started_us, now_us),
+            Job::Read(key) => self.complete_read(id, key, outcome, elapsed_us, now_us),
             Job::Write(key, bytes) => {
                 let is_quarantined = self.quarantined.contains(&key);
                 let tier = self.tier_mut(id);
@@ -513,6 +560,16 @@ impl Tiers {
         if !self.tier(id).breaker.allows(now_us) {
             self.drop_queues(id);
         }
+    }
+
+    /// Whether a tier has done all that there is to do.
+    pub fn is_idle(&self, id: TierId) -> bool {
+        let tier = self.tier(id);
+        tier.jobs.is_empty() && tier.reads.is_empty() && tier.writes.is_empty() && tier.quarantines.is_empty()
+    }
+    /// The tiers that are there.
+    pub fn ids(&self) -> impl Iterator<Item = TierId> {
+        self.tiers.iter().map(|tier| tier.id)
     }
 
     /// Statistics of host memory.
@@ -538,10 +595,10 @@ impl Tiers {
         self.host.check_invariants()?;
         let broken = |reason: String| Err(EngineError::Internal { reason });
         for tier in &self.tiers {
-            let in_job = match &tier.job {
-                Some((Job::Write(key, bytes), _)) => Some((key, bytes)),
+            let in_job = tier.jobs.iter().filter_map(|job| match job {
+                Job::Write(key, bytes) => Some((key, bytes)),
                 _ => None,
-            };
+            });
             let writes = tier.writes.iter().map(|(key, bytes)| (key, bytes)).chain(in_job);
             let (keys, bytes): (HashSet<StoredKey>, Vec<u64>) = writes.map(|(key, b)| (*key, b.len() as u64)).unzip();
             let queued_bytes: u64 = bytes.iter().sum();
@@ -562,8 +619,7 @@ impl Tiers {
                     return broken(format!("{id:?} waits for {key:?}, which nobody fetches"));
                 };
                 let tier = self.tier(*tier_id);
-                let is_read =
-                    tier.reads.contains(key) || tier.job.as_ref().is_some_and(|(job, _)| *job == Job::Read(*key));
+                let is_read = tier.reads.contains(key) || tier.jobs.contains(&Job::Read(*key));
                 if !is_read || !waiting.contains(id) {
                     return broken(format!("{id:?} waits in vain for {key:?} from {tier_id:?}"));
                 }
@@ -585,8 +641,8 @@ impl Tiers {
         }
         let may_hold = |tier: &&Tier| tier.id == TierId::Remote || tier.held.contains(key);
         let answers = |tier: &&Tier| {
-            let hangs_us = tier.job.as_ref().map_or(0, |(_, since_us)| now_us.saturating_sub(*since_us));
-            tier.breaker.allows(now_us) && hangs_us < self.config.load_budget_us
+            let hangs = !tier.jobs.is_empty() && now_us >= tier.job_since_us.saturating_add(self.config.load_budget_us);
+            tier.breaker.allows(now_us) && !hangs
         };
         if let Some((id, _)) = self.wanted.get(key) {
             // It is being fetched already, and from there or not at all.
@@ -651,11 +707,11 @@ impl Tiers {
         }
     }
 
-    fn complete_read(&mut self, id: TierId, key: StoredKey, outcome: Outcome, started_us: u64, now_us: u64) {
+    fn complete_read(&mut self, id: TierId, key: StoredKey, outcome: Outcome, elapsed_us: u64, now_us: u64) {
         match outcome {
             Outcome::Found(bytes) => {
                 let tier = self.tier_mut(id);
-                tier.read_rate.measure(bytes.len() as u64, now_us.saturating_sub(started_us), now_us);
+                tier.read_rate.measure(bytes.len() as u64, elapsed_us, now_us);
                 tier.stats.hits += 1;
                 tier.stats.hit_bytes += bytes.len() as u64;
                 if !self.quarantined.contains(&key) {
@@ -750,6 +806,7 @@ mod tests {
     }
     fn machine(host_blocks: u64, tiers: &[TierId]) -> Tiers {
         Tiers::new(TiersConfig {
+            layout: LayoutId([0; 32]),
             block_tokens: 16,
             block_bytes: BLOCK_BYTES,
             host_bytes: host_blocks * (BLOCK_BYTES as u64 + host::ENTRY_BYTES),
@@ -772,7 +829,7 @@ mod tests {
         let mut num_jobs = 0;
         while let Some(job) = tiers.next_job(id, *now_us) {
             *now_us += each_us;
-            tiers.complete(id, outcome(&job), *now_us);
+            tiers.complete(id, Done { outcome: outcome(&job), elapsed_us: each_us }, *now_us);
             tiers.check_invariants().expect("sound");
             num_jobs += 1;
         }
@@ -810,7 +867,7 @@ mod tests {
         let id = tiers.begin(&keys(0..9), now_us).expect("some of it is there");
         assert_eq!(tiers.poll(id, now_us), Arrived { blocks: vec![], has_ended: false }, "the first three are on disk");
         let job = tiers.next_job(TierId::Disk, now_us).expect("a read");
-        tiers.complete(TierId::Disk, works(&job), now_us);
+        tiers.complete(TierId::Disk, Done { outcome: works(&job), elapsed_us: 10 }, now_us);
         let first = tiers.poll(id, now_us);
         assert_eq!((names(&first.blocks), first.has_ended), (keys(0..1), false), "as they arrive");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
@@ -879,8 +936,9 @@ mod tests {
         assert!(!tiers.poll(id, BUDGET_US - 1).has_ended);
         assert_eq!(rest(&mut tiers, id, BUDGET_US), []);
         assert_eq!(tiers.begin(&keys(0..4), BUDGET_US), None, "it hangs");
-        assert_eq!(tiers.next_job(TierId::Disk, BUDGET_US), None, "one job at a time");
-        tiers.complete(TierId::Disk, works(&Job::Read(key(0))), 10_000_000);
+        assert_eq!(tiers.next_job(TierId::Disk, BUDGET_US), None, "nobody waits for more");
+        let done = Done { outcome: works(&Job::Read(key(0))), elapsed_us: 10_000_000 };
+        tiers.complete(TierId::Disk, done, 10_000_000);
         let counters = tiers.counters();
         assert_eq!((counters.gave_up, counters.late, tiers.host_stats().entries), (1, 1, 1));
         assert_eq!(tiers.next_job(TierId::Disk, 10_000_000), None, "nobody waits for the rest");
@@ -983,7 +1041,7 @@ mod tests {
             };
             let mut tiers = machine(seed % 5, &[TierId::Disk, TierId::Remote]);
             let mut held: [HashSet<StoredKey>; 2] = Default::default();
-            let mut busy: [Option<Outcome>; 2] = Default::default();
+            let mut busy: [VecDeque<Outcome>; 2] = Default::default();
             // With the keys that are still to come.
             let mut open: Vec<(RestoreId, Vec<StoredKey>)> = Vec::new();
             let mut now_us = 0;
@@ -1002,9 +1060,9 @@ mod tests {
                         open.extend(tiers.begin(&wanted, now_us).map(|id| (id, wanted)));
                     }
                     6 if draw(4) == 0 && !open.is_empty() => tiers.cancel(open.swap_remove(0).0),
-                    _ if busy[tier].is_none() => {
+                    _ if busy[tier].len() <= draw(3) as usize => {
                         let Some(job) = tiers.next_job(id, now_us) else { continue };
-                        busy[tier] = Some(match (&job, draw(8)) {
+                        busy[tier].push_back(match (&job, draw(8)) {
                             (_, 0) => io_fault(),
                             (Job::Read(_), 1) => Outcome::Found(vec![0; draw(2_000) as usize * 2 + 1]),
                             (Job::Read(key), _) if !held[tier].contains(key) => Outcome::Missing,
@@ -1017,8 +1075,9 @@ mod tests {
                     }
                     _ => {
                         now_us += if draw(10) == 0 { 2 * BUDGET_US } else { 0 };
-                        let outcome = busy[tier].take().expect("at work");
-                        tiers.complete(id, outcome, now_us);
+                        let outcome = busy[tier].pop_front().expect("at work");
+                        let elapsed_us = draw(10_000);
+                        tiers.complete(id, Done { outcome, elapsed_us }, now_us);
                         if draw(10) == 0 && held[tier].remove(&key(name)) {
                             tiers.lost(id, [key(name)]);
                         }

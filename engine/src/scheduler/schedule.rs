@@ -8,6 +8,7 @@ use super::preempt::{headroom_tokens, is_protected, standing};
 use super::{InFlight, Scheduler, Step};
 use crate::batch::SeqId;
 use crate::kv_cache::AdmissionPlan;
+use crate::request::CachedTokens;
 use crate::sequence::{Chunk, Sequence};
 
 /// Waiting sequences that one step looks at beyond the free seats: those that wait for a prefix let others pass.
@@ -29,10 +30,11 @@ impl Plan {
 }
 
 impl Scheduler {
-    /// Plans the next step. `None`: nothing can be computed now; if sequences are live, a step in flight or a
-    /// deadline comes first. Sequences whose deadline has passed are not begun.
+    /// Plans the next step. `None`: nothing can be computed now; if sequences are live, a step in flight, a deadline or a
+    /// block from a tier comes first. Sequences whose deadline has passed are not begun.
     pub fn schedule(&mut self, now_ms: u64) -> Option<Step> {
         assert!(self.in_flight.len() < self.config.max_in_flight, "a step must be applied first");
+        self.advance_restores(now_ms);
         let mut plan = Plan::default();
         self.plan_decodes(&mut plan);
         let mut budget = self.budget(&plan);
@@ -98,14 +100,15 @@ impl Scheduler {
                 continue;
             }
             let Some(admission) = self.make_room(plan, id, admission) else { break };
-            self.start(id, rank, admission);
+            self.start(id, rank, admission, now_ms);
         }
     }
 
     /// Prompt tokens that running sequences of the same or a better rank still have to compute: they go first.
     fn prompt_backlog(&self, rank: usize) -> usize {
         let running = self.running.iter().map(|id| &self.sequences[id]);
-        let first = running.filter(|seq| seq.rank <= rank);
+        // What is on its way from the tiers takes nothing of this step.
+        let first = running.filter(|seq| seq.rank <= rank && seq.restore.is_none());
         first.map(Sequence::num_remaining).filter(|&num_tokens| num_tokens > 1).sum()
     }
 
@@ -160,20 +163,51 @@ impl Scheduler {
     }
 
     /// Gives a waiting sequence its blocks and its seat.
-    fn start(&mut self, id: SeqId, rank: usize, admission: AdmissionPlan) {
+    fn start(&mut self, id: SeqId, rank: usize, admission: AdmissionPlan, now_ms: u64) {
         let waiting = self.waiting.remove(id).expect("it waits");
         self.counters.promoted_by_age += u64::from(self.waiting.has_better_than(waiting.priority));
         let seq = self.sequences.get_mut(&id).expect("a waiting sequence is live");
         seq.rank = rank;
         self.kv.admit(seq, admission);
-        let num_hits = seq.num_computed as u64;
-        if seq.cached_tokens.is_some() {
-            self.counters.resume_hit_tokens += num_hits;
-        } else if seq.max_cached_tokens() > 0 {
-            self.counters.prefix_query_tokens += seq.spec.prompt.len() as u64;
-            self.counters.prefix_hit_tokens += num_hits;
+        let found = CachedTokens { pool: seq.num_computed, ..CachedTokens::default() };
+        if !seq.has_started {
+            seq.cached = CachedTokens::default();
         }
+        if !seq.has_started && seq.max_cached_tokens() > 0 {
+            self.counters.prefix_query_tokens += seq.spec.prompt.len() as u64;
+        }
+        self.kv.begin_restore(seq, now_us(now_ms));
         self.running.push(id);
+        self.book_hits(id, found);
+        self.advance_restore(id, now_ms);
+    }
+
+    fn advance_restores(&mut self, now_ms: u64) {
+        let waiting = self.running.iter().copied().filter(|id| self.sequences[id].restore.is_some());
+        for id in waiting.collect::<Vec<_>>() {
+            self.advance_restore(id, now_ms);
+        }
+    }
+
+    /// Takes over what has arrived from the tiers for a running sequence.
+    fn advance_restore(&mut self, id: SeqId, now_ms: u64) {
+        let seq = self.sequences.get_mut(&id).expect("a running sequence is live");
+        let found = self.kv.advance_restore(seq, now_us(now_ms));
+        self.counters.restored_tokens += found.total() as u64;
+        self.book_hits(id, found);
+    }
+
+    fn book_hits(&mut self, id: SeqId, found: CachedTokens) {
+        let seq = self.sequences.get_mut(&id).expect("a running sequence is live");
+        if seq.has_started {
+            self.counters.resume_hit_tokens += found.total() as u64;
+            return;
+        }
+        self.counters.prefix_hit_tokens += found.total() as u64;
+        seq.cached.pool += found.pool;
+        seq.cached.host += found.host;
+        seq.cached.disk += found.disk;
+        seq.cached.remote += found.remote;
     }
 
     /// Shares the budget among the prompts that run: by rank, then by admission; the one that has run longest gets
@@ -207,8 +241,8 @@ impl Scheduler {
         for (id, num_tokens) in plan.chunks {
             let seq = self.sequences.get_mut(&id).expect("a planned sequence is live");
             let chunk = seq.next_chunk(num_tokens);
-            if seq.cached_tokens.is_none() {
-                seq.cached_tokens = Some(seq.num_computed);
+            if !seq.has_started {
+                seq.has_started = true;
                 step.started.push(id);
             }
             num_outputs += chunk.num_outputs();
@@ -233,4 +267,9 @@ impl Scheduler {
         let in_flight = self.in_flight.iter().find(|in_flight| in_flight.id == step.id);
         in_flight.map_or(&[], |in_flight| &in_flight.chunks)
     }
+}
+
+/// The tiers measure in microseconds what the scheduler's caller tells in milliseconds.
+fn now_us(now_ms: u64) -> u64 {
+    now_ms.saturating_mul(1_000)
 }

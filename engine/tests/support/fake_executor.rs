@@ -68,12 +68,8 @@ pub fn block_bytes(block_tokens: usize) -> usize {
 
 fn slot_bytes(slot: &Option<Slot>) -> Vec<u8> {
     let slot = slot.expect("a block that is kept is full");
-    let parts: [&[u8]; 4] = [
-        &slot.namespace,
-        &slot.history.0.to_le_bytes(),
-        &slot.position.to_le_bytes(),
-        &slot.token.to_le_bytes(),
-    ];
+    let parts: [&[u8]; 4] =
+        [&slot.namespace, &slot.history.0.to_le_bytes(), &slot.position.to_le_bytes(), &slot.token.to_le_bytes()];
     parts.concat()
 }
 

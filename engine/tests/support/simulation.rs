@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use ns_llm::batch::{NamespaceKey, SeqId};
 use ns_llm::executor::Executor;
-use ns_llm::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
+use ns_llm::kv_cache::tiers::TiersConfig;
+use ns_llm::kv_cache::{BlockTransfer, KvCache, KvCacheConfig, KvIdentity};
 use ns_llm::scheduler::{MAX_PREEMPTIONS, Scheduler, SchedulerConfig, SequenceEvent, Step};
 use ns_llm::sequence::{EncodeSpec, SequenceSpec};
 use ns_llm::{Error, FinishReason, Priority, Result, SamplingParams, Usage};
 
 use crate::fake_executor::{Digest, FakeExecutor};
+use crate::sim_tiers::{LOAD_BUDGET_MS, SimTiers};
 
 /// A specification with every option off.
 pub fn spec(prompt: impl Into<Arc<[u32]>>, max_new_tokens: usize) -> SequenceSpec {
@@ -30,15 +32,20 @@ pub fn spec(prompt: impl Into<Arc<[u32]>>, max_new_tokens: usize) -> SequenceSpe
     }
 }
 
-/// A pool of the test's model.
+/// A pool of the test's model, with nothing below it.
 pub fn kv_cache(num_blocks: usize, block_tokens: usize) -> KvCache {
+    kv_cache_over(num_blocks, block_tokens, None)
+}
+
+/// A pool of the test's model.
+pub fn kv_cache_over(num_blocks: usize, block_tokens: usize, tiers: Option<TiersConfig>) -> KvCache {
     let identity = KvIdentity {
         fingerprint: [7; 32],
         kv_layout: "fake".to_string(),
         numerics_id: "fake".to_string(),
         adapter: String::new(),
     };
-    KvCache::new(KvCacheConfig { num_blocks, block_tokens, identity, prefix_cache: true })
+    KvCache::new(KvCacheConfig { num_blocks, block_tokens, identity, prefix_cache: true, tiers })
 }
 
 /// What is known of an added sequence without looking into the scheduler, and what came of it.
@@ -58,6 +65,8 @@ pub struct Tracked {
     pub forced_preemptions: usize,
     pub added_at_step: u64,
     pub started_at_step: Option<u64>,
+    /// Steps during which somebody waited for a tier, when it was added.
+    added_at_restoring_step: u64,
     /// Preemptions when the scheduler last had its way, those by hand included.
     num_preemptions: u32,
     /// Sum of `max_kv_tokens` in the documented bound of waiting.
@@ -82,8 +91,12 @@ pub struct Simulation {
     pub tracked: BTreeMap<SeqId, Tracked>,
     pub encodings: BTreeMap<SeqId, TrackedEncoding>,
     pub steps: VecDeque<Step>,
+    /// What the pool's tiers are made of.
+    pub tiers: Option<SimTiers>,
     /// Most preemptions by hand of one sequence so far.
     max_forced: usize,
+    /// Steps launched while a running sequence waited for blocks from a tier.
+    restoring_steps: u64,
 }
 
 impl Simulation {
@@ -91,7 +104,8 @@ impl Simulation {
         let executor = FakeExecutor::new(kv.num_blocks(), kv.block_tokens(), config.max_in_flight);
         let scheduler = Scheduler::new(config, kv);
         let (tracked, encodings, steps) = (BTreeMap::new(), BTreeMap::new(), VecDeque::new());
-        Simulation { scheduler, executor, now_ms: 0, tracked, encodings, steps, max_forced: 0 }
+        let (tiers, max_forced, restoring_steps) = (None, 0, 0);
+        Simulation { scheduler, executor, now_ms: 0, tracked, encodings, steps, tiers, max_forced, restoring_steps }
     }
 
     /// Adds a request of one choice that must be accepted.
@@ -128,6 +142,7 @@ impl Simulation {
                 forced_preemptions: 0,
                 added_at_step,
                 started_at_step: None,
+                added_at_restoring_step: self.restoring_steps,
                 num_preemptions: 0,
                 bound_tokens: live_tokens + siblings,
             };
@@ -201,21 +216,45 @@ impl Simulation {
         self.note_waiting();
         let scheduled = self.scheduler.schedule(self.now_ms);
         self.check_preemptions();
+        self.move_blocks();
+        let restores = self.scheduler.sequences().any(|seq| seq.restore.is_some());
         let Some(step) = scheduled else {
             let generates = self.scheduler.sequences().next().is_some();
-            let stuck = self.steps.is_empty() && generates;
+            let stuck = self.steps.is_empty() && generates && !restores;
             assert!(!stuck, "nothing runs though sequences are live: {:?}", self.scheduler.counts());
             return false;
         };
+        self.restoring_steps += u64::from(restores);
         self.note_started(&step);
         let batch = self.scheduler.batch(&step);
         assert_eq!(batch.num_tokens(), step.num_tokens);
         assert!(step.num_tokens <= self.scheduler.config().max_step_tokens());
-        self.executor.note_allocations(self.scheduler.kv());
         self.executor.launch(&batch).expect("the fake does not fail");
         self.steps.push_back(step);
         self.check();
         true
+    }
+
+    /// Moves blocks between the pool and the tiers, as the worker does before each launch.
+    fn move_blocks(&mut self) {
+        self.executor.note_allocations(self.scheduler.kv());
+        let now_us = self.now_ms * 1_000;
+        for transfer in self.scheduler.take_transfers() {
+            match transfer {
+                BlockTransfer::Keep { block, key, reason } => {
+                    if self.scheduler.kv().would_keep(&key, reason, now_us) {
+                        let bytes = self.executor.read_block(block).expect("the fake does not fail");
+                        self.scheduler.keep_block(&key, bytes, reason, now_us);
+                    }
+                }
+                BlockTransfer::Restore { block, bytes } => {
+                    self.executor.write_block(block, &bytes).expect("the fake does not fail");
+                }
+            }
+        }
+        if let Some((sim, tiers)) = self.tiers.as_mut().zip(self.scheduler.tiers()) {
+            sim.serve(tiers, self.now_ms);
+        }
     }
 
     /// Applies the oldest launched step. Stop strings are found in what it brought.
@@ -224,6 +263,7 @@ impl Simulation {
         let sampled = self.executor.collect().expect("the fake does not fail");
         let events = self.scheduler.apply(step, &sampled, self.now_ms);
         events.into_iter().for_each(|event| self.hear(event));
+        self.move_blocks();
         self.check();
         let found =
             |tracked: &Tracked| tracked.end.is_none() && tracked.stop_string_after == Some(tracked.received.len());
@@ -247,7 +287,9 @@ impl Simulation {
     /// Runs until nothing is live.
     pub fn drain(&mut self) {
         let live_tokens: usize = self.scheduler.sequences().map(|seq| seq.spec.max_kv_tokens() + 1).sum();
-        let max_turns = 100 + self.encodings.len() + 2 * (1 + self.max_preemptions()) * live_tokens;
+        // A restore may end without a block each time that its budget is over.
+        let waits = if self.tiers.is_some() { 2 * LOAD_BUDGET_MS as usize } else { 1 };
+        let max_turns = 100 + self.encodings.len() + 2 * (1 + self.max_preemptions()) * live_tokens * waits;
         for _ in 0..max_turns {
             if !self.scheduler.has_work() {
                 return self.check_idle();
@@ -317,7 +359,8 @@ impl Simulation {
             assert!(tracked.spec.deadline_ms.is_none_or(|deadline| deadline > self.now_ms), "begun after its deadline");
             assert_eq!(tracked.started_at_step.replace(step.id), None, "begun twice");
             let waited = step.id - tracked.added_at_step;
-            let bound = 3 * age_steps + runs * tracked.bound_tokens + 2;
+            let restoring = self.restoring_steps - tracked.added_at_restoring_step;
+            let bound = 3 * age_steps + runs * tracked.bound_tokens + 2 + restoring;
             assert!(waited <= bound, "{seq:?} waited {waited} steps, the bound is {bound}");
         }
     }

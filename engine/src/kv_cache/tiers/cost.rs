@@ -58,6 +58,10 @@ impl Breaker {
     pub fn allows(&self, now_us: u64) -> bool {
         self.rests_until_us.is_none_or(|until_us| now_us >= until_us)
     }
+    /// Whether it has rested, and what is asked of it now says whether it works again.
+    pub fn is_on_trial(&self) -> bool {
+        self.rests_until_us.is_some()
+    }
     /// A call worked.
     pub fn succeeded(&mut self) {
         *self = Breaker { num_rests: self.num_rests, ..Breaker::default() };

@@ -22,7 +22,7 @@ use std::io;
 
 use sha2::{Digest, Sha256};
 
-use super::{Fault, StoredKey, TierStats};
+use super::{Fault, Job, Outcome, StoredKey, TierId, TierStats, TierStore};
 use crate::config::{DISK_MIN_SEGMENTS, DISK_SEGMENT_BYTES, MAX_DISK_ENTRIES, MAX_DISK_SEGMENTS};
 use crate::error::Error;
 pub use directory::{Access, Directory, SegmentFile, SegmentFiles, draw_seed};
@@ -335,6 +335,32 @@ impl DiskTier {
             true => broken("the open segment is not the newest".to_string()),
             false => Ok(()),
         }
+    }
+}
+
+impl TierStore for DiskTier {
+    fn id(&self) -> TierId {
+        TierId::Disk
+    }
+
+    fn run(&mut self, job: Job) -> Outcome {
+        let outcome = match job {
+            Job::Read(key) => self.get(&key).map(|found| found.map_or(Outcome::Missing, Outcome::Found)),
+            Job::Write(key, bytes) => self.put(key, &bytes).map(|_| Outcome::Stored),
+            Job::Quarantine(key) => {
+                DiskTier::quarantine(self, &key);
+                Ok(Outcome::Missing)
+            }
+        };
+        outcome.unwrap_or_else(Outcome::Fault)
+    }
+
+    fn take_lost(&mut self) -> Vec<StoredKey> {
+        DiskTier::take_lost(self)
+    }
+
+    fn flush(&mut self) -> Result<(), Fault> {
+        DiskTier::flush(self)
     }
 }
 

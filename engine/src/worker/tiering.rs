@@ -1,0 +1,105 @@
+//! The worker's dealings with the threads of the tiers: gives them the jobs that the tiers' state machine wants done, and
+//! tells it what became of them. Nothing here waits.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::SyncSender;
+
+use crate::command::TierAnswer;
+use crate::error::{Error, Result};
+use crate::kv_cache::tiers::{Fault, TierId, Tiers};
+use crate::tier_thread::TierThread;
+
+/// The threads, and who waits for a flush.
+pub(super) struct Tiering {
+    threads: Vec<TierThread>,
+    /// In the order in which they came; only the first is under way.
+    flushes: VecDeque<Flush>,
+}
+
+/// Somebody waits until what was queued for writing when he asked is on the medium.
+struct Flush {
+    reply: SyncSender<Result<()>>,
+    /// Writes that had been queued by then, by tier.
+    num_queued: Vec<(TierId, u64)>,
+    /// Whether the tiers have been asked; then, how many have not answered.
+    num_unanswered: Option<usize>,
+    result: Result<()>,
+}
+
+impl Tiering {
+    pub(super) fn new(threads: Vec<TierThread>) -> Self {
+        Tiering { threads, flushes: VecDeque::new() }
+    }
+
+    /// Gives each tier what it is to do next.
+    pub(super) fn drive(&mut self, tiers: &mut Tiers, now_us: u64) {
+        for thread in &self.threads {
+            while let Some(job) = tiers.next_job(thread.id(), now_us) {
+                thread.give(job);
+            }
+        }
+        let Some(flush) = self.flushes.front_mut() else { return };
+        let is_written = |&(id, num_queued): &(TierId, u64)| tiers.num_writes_settled(id) >= num_queued;
+        if flush.num_unanswered.is_none() && flush.num_queued.iter().all(is_written) {
+            self.threads.iter().for_each(TierThread::flush);
+            flush.num_unanswered = Some(self.threads.len());
+        }
+        self.settle_flush();
+    }
+
+    /// Takes what a tier's thread has to say.
+    pub(super) fn answer(&mut self, tiers: &mut Tiers, answer: TierAnswer, now_us: u64) {
+        match answer {
+            TierAnswer::Done { id, done, lost } => {
+                tiers.complete(id, done, now_us);
+                tiers.lost(id, lost);
+            }
+            TierAnswer::Flushed { id, result } => {
+                let flush = self.flushes.front_mut().expect("one that was asked for");
+                flush.num_unanswered = flush.num_unanswered.map(|num| num - 1);
+                if let (Err(fault), Ok(())) = (result, &flush.result) {
+                    flush.result = Err(storage_error(id, &fault));
+                }
+                self.settle_flush();
+            }
+        }
+    }
+
+    /// Begins a flush; without tiers there is nothing to wait for.
+    pub(super) fn flush(&mut self, tiers: Option<&Tiers>, reply: SyncSender<Result<()>>) {
+        let queued = |thread: &TierThread| Some((thread.id(), tiers?.num_writes_queued(thread.id())));
+        let num_queued = self.threads.iter().filter_map(queued).collect();
+        self.flushes.push_back(Flush { reply, num_queued, num_unanswered: None, result: Ok(()) });
+        if tiers.is_none() {
+            // Only to be answered.
+            self.flushes.iter_mut().for_each(|flush| flush.num_unanswered = Some(0));
+            self.settle_flush();
+        }
+    }
+
+    fn settle_flush(&mut self) {
+        while self.flushes.front().is_some_and(|flush| flush.num_unanswered == Some(0)) {
+            if let Some(flush) = self.flushes.pop_front() {
+                // Whoever asked may have gone.
+                let _ = flush.reply.send(flush.result);
+            }
+        }
+    }
+
+    /// Whether the tiers have done all that there was to do.
+    pub(super) fn is_idle(&self, tiers: &Tiers) -> bool {
+        self.flushes.is_empty() && self.threads.iter().all(|thread| tiers.is_idle(thread.id()))
+    }
+
+    /// Ends the threads; whoever waits for a flush is told `last`.
+    pub(super) fn end(self, is_idle: bool, last: &Error) {
+        for flush in self.flushes {
+            let _ = flush.reply.send(Err(last.clone()));
+        }
+        self.threads.into_iter().for_each(|thread| thread.end(is_idle));
+    }
+}
+
+fn storage_error(id: TierId, fault: &Fault) -> Error {
+    Error::Storage { tier: id.name(), reason: fault.to_string() }
+}
