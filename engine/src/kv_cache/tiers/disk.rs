@@ -630,7 +630,8 @@ impl DiskTier {
                 self.stats.faults += 1;
                 return;
             }
-            let max_payload_bytes = self.options.max_payload_bytes;
+            // Engines with larger blocks may share the directory; the file bounds what a header can claim.
+            let max_payload_bytes = u64::MAX;
             let expected = Expected { nonce, last_sequence, max_payload_bytes, rest_bytes: bytes - offset };
             match RecordHeader::parse(&header, &expected) {
                 Ok(record) => {

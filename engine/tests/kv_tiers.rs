@@ -1,0 +1,255 @@
+//! Promise: KV that the pool had to give away, or that an earlier process has computed, is found again, and an answer from
+//! it is the answer, bit for bit. What cannot be found is computed; a bad cache costs time and nothing else.
+
+#[path = "support/demo.rs"]
+#[allow(dead_code)]
+mod demo;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use demo::{Rng, fingerprint, with_logprobs};
+use ns_llm::{CachedTokens, Completion, Engine, EngineOptions, Error, KvDtype, Request};
+
+/// A folder that is gone with the test.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Folder {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("ns-llm-kv-tiers-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Folder(std::env::temp_dir().join(name))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn request(prompt: &[u32]) -> Request {
+    with_logprobs(Request::tokens(prompt).max_tokens(6))
+}
+
+fn run(engine: &Engine, prompt: &[u32]) -> Completion {
+    engine.complete(request(prompt)).expect("runs")
+}
+
+fn cached(completion: &Completion) -> CachedTokens {
+    let usage = &completion.summary.usage;
+    assert_eq!(usage.cached_tokens, usage.cached_by_tier.total());
+    usage.cached_by_tier
+}
+
+/// An engine whose pool holds 20 blocks of the demo model, and a KV cache in `folder`.
+fn open(folder: &Path, change: impl FnOnce(&mut EngineOptions)) -> Engine {
+    demo::open(|options| {
+        options.kv_bytes = Some(20 * block_bytes());
+        options.kv_cache_dir = Some(folder.to_path_buf());
+        options.kv_disk_bytes = 64 << 20;
+        change(options);
+    })
+}
+
+fn block_bytes() -> u64 {
+    let engine = demo::open(|_| ());
+    engine.memory().kv_reserved_bytes / engine.stats().kv_blocks_total as u64
+}
+
+fn tier(engine: &Engine, name: &str) -> ns_llm::KvTierStats {
+    *engine.stats().kv_tiers.iter().find(|tier| tier.name == name).expect("such a tier")
+}
+
+/// Prompts that together need several times the pool: each comes back from host memory instead of being computed, with the
+/// same bits as without any cache, and host memory stays within its budget.
+#[test]
+fn evicted_blocks_come_back_from_host_memory() {
+    let budget_bytes = 200 * (block_bytes() + 512);
+    let engine = demo::open(|options| {
+        options.kv_bytes = Some(20 * block_bytes());
+        options.kv_host_bytes = budget_bytes;
+    });
+    let cold = demo::open(|options| options.prefix_cache = false);
+    let prompts: Vec<Vec<u32>> = (0..6).map(|i| Rng(20 + i).prompt(200)).collect();
+    for prompt in &prompts {
+        assert_eq!(cached(&run(&engine, prompt)).total(), 0, "new");
+    }
+    for prompt in &prompts {
+        let warm = run(&engine, prompt);
+        assert_eq!(fingerprint(&warm), fingerprint(&run(&cold, prompt)));
+        let found = cached(&warm);
+        assert_eq!((found.total(), found.disk, found.remote), (192, 0, 0), "{found:?}");
+        assert!(found.host >= 96, "{found:?}");
+    }
+    let host = tier(&engine, "host");
+    assert!(host.hits >= 6 * 6 && host.stored > 0 && host.bytes <= budget_bytes, "{host:?}");
+    assert!(cold.stats().kv_tiers.is_empty(), "no tiers without options");
+}
+
+/// What one engine has computed, prompt and answer, another engine over the same directory finds after the first has
+/// closed; bits are those of a cold run.
+#[test]
+fn blocks_outlive_the_engine() {
+    let folder = Folder::new();
+    let cold = demo::open(|options| options.prefix_cache = false);
+    let prompt = Rng(31).prompt(150);
+    let first = open(&folder.0, |_| ());
+    let answer = run(&first, &prompt);
+    assert_eq!(cached(&answer).total(), 0);
+    first.close();
+    let second = open(&folder.0, |_| ());
+    let again = run(&second, &prompt);
+    assert_eq!(cached(&again), CachedTokens { disk: 144, ..CachedTokens::default() });
+    assert_eq!(fingerprint(&again), fingerprint(&run(&cold, &prompt)));
+    // Also in company of what the pool has.
+    let longer = [prompt.clone(), answer.choices[0].token_ids.clone(), Rng(32).prompt(30)].concat();
+    let warm = run(&second, &longer);
+    assert_eq!(cached(&warm), CachedTokens { pool: 144, ..CachedTokens::default() });
+    assert_eq!(fingerprint(&warm), fingerprint(&run(&cold, &longer)));
+    let disk = tier(&second, "disk");
+    assert!((disk.hits, disk.faults) == (9, 0) && disk.stored >= 1, "{disk:?}");
+}
+
+/// Another namespace, another form of the numbers, another model: nothing of it is found. The directory serves all of them.
+#[test]
+fn nobody_finds_what_is_not_his() {
+    let folder = Folder::new();
+    let prompt = Rng(41).prompt(100);
+    let first = open(&folder.0, |_| ());
+    run(&first, &prompt);
+    first.close();
+    let other = open(&folder.0, |_| ());
+    let mut elsewhere = request(&prompt);
+    elsewhere.namespace = Some("others".to_string());
+    let stranger = other.complete(elsewhere).expect("runs");
+    assert_eq!(cached(&stranger).total(), 0, "another namespace");
+    other.close();
+    let int8 = open(&folder.0, |options| options.kv_dtype = Some(KvDtype::Int8));
+    assert_eq!(cached(&run(&int8, &prompt)).total(), 0, "another type of keys and values");
+    int8.close();
+    let changed = Folder::new();
+    copy_with_one_weight_changed(&demo::path(), &changed.0);
+    let changed_model = open(&folder.0, |options| options.model = changed.0.clone());
+    assert_eq!(cached(&run(&changed_model, &prompt)).total(), 0, "another model under the same names");
+    changed_model.close();
+    let same = open(&folder.0, |_| ());
+    assert_eq!(cached(&run(&same, &prompt)).disk, 96, "it is still there for its own");
+}
+
+fn copy_with_one_weight_changed(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(from.join(name), to.join(name)).expect("copied");
+    }
+    let mut weights = std::fs::read(from.join("model.safetensors")).expect("weights");
+    let last = weights.len() - 2;
+    weights[last] ^= 1;
+    std::fs::write(to.join("model.safetensors"), weights).expect("written");
+}
+
+/// While one process writes, another reads what was there when it opened, stores nothing, and is in nobody's way.
+#[test]
+fn second_engine_reads() {
+    let folder = Folder::new();
+    let prompt = Rng(51).prompt(80);
+    let writer = open(&folder.0, |_| ());
+    run(&writer, &prompt);
+    writer.flush().expect("on disk");
+    let reader = open(&folder.0, |_| ());
+    assert_eq!(cached(&run(&reader, &prompt)).disk, 64);
+    run(&reader, &Rng(52).prompt(80));
+    reader.flush().expect("nothing to write");
+    let disk = tier(&reader, "disk");
+    assert_eq!((disk.stored, disk.faults), (0, 0), "{disk:?}");
+    assert!(tier(&writer, "disk").stored >= 5);
+}
+
+/// Every byte of the files may be wrong: the answer is right, and the damage is counted.
+#[test]
+fn damaged_files_are_misses() {
+    let folder = Folder::new();
+    let cold = demo::open(|options| options.prefix_cache = false);
+    let prompt = Rng(61).prompt(120);
+    let right = fingerprint(&run(&cold, &prompt));
+    let first = open(&folder.0, |_| ());
+    run(&first, &prompt);
+    first.close();
+    let segment = std::fs::read_dir(&folder.0)
+        .expect("a directory")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "segment"))
+        .expect("a segment");
+    let sound = std::fs::read(&segment).expect("read");
+    let (mut faults, mut hits) = (0, 0);
+    for damage in 0..12 {
+        let mut bytes = sound.clone();
+        let at = bytes.len() * (2 * damage + 1) / 24;
+        bytes[at] ^= 0x10;
+        std::fs::write(&segment, &bytes).expect("written");
+        let engine = open(&folder.0, |_| ());
+        assert_eq!(fingerprint(&run(&engine, &prompt)), right, "byte {at}");
+        faults += tier(&engine, "disk").faults;
+        hits += tier(&engine, "disk").hits;
+        engine.close();
+        // What the engine mended is put back to what it was.
+        for entry in std::fs::read_dir(&folder.0).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            if path.extension().is_some_and(|extension| extension == "segment") {
+                std::fs::remove_file(path).expect("removed");
+            }
+        }
+    }
+    assert!(faults > 0 && hits > 0, "{faults} faults, {hits} hits");
+}
+
+/// Sequences that lose their blocks get them back from host memory: nothing of their prompts is computed again, and the
+/// tokens are the same.
+#[test]
+fn preempted_sequences_come_back_from_host_memory() {
+    let run_all = |host_bytes: u64| {
+        let engine = demo::open(|options| {
+            options.kv_bytes = Some(24 * block_bytes());
+            options.kv_host_bytes = host_bytes;
+        });
+        let streams: Vec<_> = (0..6)
+            .map(|i| engine.submit(Request::tokens(Rng(70 + i).prompt(60)).max_tokens(100).temperature(0.0)))
+            .map(|stream| stream.expect("admitted"))
+            .collect();
+        let texts: Vec<Vec<u32>> = streams
+            .into_iter()
+            .map(|stream| {
+                let mut tokens = Vec::new();
+                for event in stream {
+                    if let ns_llm::Event::Delta(delta) = event.expect("runs") {
+                        tokens.extend(delta.token_ids);
+                    }
+                }
+                tokens
+            })
+            .collect();
+        (texts, engine.stats())
+    };
+    let (with, with_stats) = run_all(64 << 20);
+    let (without, without_stats) = run_all(0);
+    assert_eq!(with, without);
+    assert!(with_stats.preemptions_total > 0 && without_stats.preemptions_total > 0, "nobody was preempted");
+    let host = with_stats.kv_tiers.iter().find(|tier| tier.name == "host").expect("host memory");
+    assert!(host.hits > 0, "{host:?}");
+    assert!(with_stats.computed_tokens_total < without_stats.computed_tokens_total);
+}
+
+/// What cannot be a cache directory, or has no room for one, is refused by name before anything is loaded.
+#[test]
+fn bad_directories_are_typed_errors() {
+    let folder = Folder::new();
+    std::fs::create_dir_all(&folder.0).expect("a folder");
+    std::fs::write(folder.0.join("somebody's.txt"), "not ours").expect("a file");
+    let open = |directory: PathBuf, bytes: u64| {
+        let options = EngineOptions::new(demo::path()).threads(1).kv_cache_dir(directory).kv_disk_bytes(bytes);
+        Engine::open(options).map(|_| ()).expect_err("refused")
+    };
+    assert!(matches!(open(folder.0.join("somebody's.txt"), 1 << 30), Error::Io { .. }));
+    let small = open(folder.0.join("cache"), 1_000);
+    assert!(matches!(&small, Error::InvalidArgument { field: "kv_disk_bytes", .. }), "{small}");
+}
