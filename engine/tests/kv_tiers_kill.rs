@@ -33,13 +33,17 @@ fn request(name: u64) -> Request {
     with_logprobs(Request::tokens(prompt).max_tokens(24).temperature(0.0))
 }
 
-/// Not a test of its own: answers until it is killed, and tells of each answer.
+/// Not a test of its own: answers until it is killed, and tells of each answer. Only what it has computed by the first is
+/// surely written by then.
 #[test]
 #[ignore = "run by killed_engine_is_found_again, as a child"]
 fn child_generates_until_it_is_killed() {
     let engine = open(&PathBuf::from(std::env::var_os(FOLDER).expect("set by the parent")));
     for turn in 0.. {
         engine.complete(request(turn % NUM_PROMPTS)).expect("runs");
+        if turn == 0 {
+            engine.flush().expect("written");
+        }
         println!("answered {turn}");
     }
 }
