@@ -63,8 +63,11 @@ export interface GenerateOptions {
   timeoutMs?: number | undefined;
   /** Requests share prefix KV only within one namespace. Unset: the namespace of this engine. */
   namespace?: string | undefined;
-  /** Whether this request may use KV of earlier prompts. Default true. */
-  prefixCache?: boolean | undefined;
+  /**
+   * Whether this request may use KV of earlier prompts, in the pool and in the tiers (`read`), and whether others may use
+   * its own (`read-write`). Default `read-write`.
+   */
+  prefixCache?: 'off' | 'read' | 'read-write' | undefined;
   /** Aborts the request; what waits for it rejects with an {@link AbortError} whose `cause` is the signal's reason. */
   signal?: AbortSignal | undefined;
 }

@@ -5,8 +5,8 @@ use napi::bindgen_prelude::{BigInt, FromNapiValue, JsObjectValue, Object, Uint32
 use napi::{JsString, JsValue, ValueType};
 use ns_llm::config::{MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
 use ns_llm::{
-    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, QuantType, Request,
-    SamplingOptions, ThreadPriority, WeightFormat,
+    CacheUse, Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, QuantType,
+    Request, SamplingOptions, ThreadPriority, WeightFormat,
 };
 
 use crate::error::{Result, from_napi, invalid, to_js};
@@ -82,7 +82,7 @@ pub(crate) fn read_request(object: &Object) -> Result<Request> {
     request.priority = fields.one_of("priority", PRIORITIES)?.unwrap_or(request.priority);
     request.timeout_ms = fields.integer("timeoutMs")?;
     request.namespace = fields.string("namespace")?;
-    request.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(request.prefix_cache);
+    request.prefix_cache = fields.one_of("prefixCache", CACHE_USES)?.unwrap_or(request.prefix_cache);
     Ok(request)
 }
 
@@ -126,6 +126,8 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
     Ok(options)
 }
 
+const CACHE_USES: &[(&str, CacheUse)] =
+    &[("off", CacheUse::Off), ("read", CacheUse::Read), ("read-write", CacheUse::ReadWrite)];
 const PRIORITIES: &[(&str, Priority)] =
     &[("high", Priority::High), ("normal", Priority::Normal), ("background", Priority::Background)];
 const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];

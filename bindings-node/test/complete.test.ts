@@ -98,7 +98,7 @@ test('the same prompt again finds its KV in the cache, and not with prefixCache 
   const tokens = await engine.tokenize(`${STORY} ${'there was a little bear. '.repeat(6)}`);
   await engine.generate({ tokens }, { maxTokens: 1 });
   const warm = await engine.generate({ tokens }, { maxTokens: 8 });
-  const cold = await engine.generate({ tokens }, { maxTokens: 8, prefixCache: false });
+  const cold = await engine.generate({ tokens }, { maxTokens: 8, prefixCache: 'off' });
   assert.ok(warm.usage.cachedTokens > 0, 'the cache was never hit');
   assert.equal(cold.usage.cachedTokens, 0);
   assert.deepEqual(warm.tokenIds, cold.tokenIds);

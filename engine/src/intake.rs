@@ -87,7 +87,7 @@ fn prepare_generation(text: &TextModel, request: &Request, submitted: Duration) 
             deadline_ms: deadline_ms(request.timeout_ms, submitted),
             timeout_ms: request.timeout_ms.unwrap_or_default(),
             namespace: namespace_key(request.namespace.as_deref()),
-            read_prefix_cache: request.prefix_cache,
+            prefix_cache: request.prefix_cache,
             // The choices share their prompt; its logprobs are reported once.
             prompt_logprobs: (request.prompt_logprobs && choice == 0).then(|| request.logprobs.unwrap_or(0)),
             logprobs: request.logprobs,

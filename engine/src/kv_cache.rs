@@ -15,7 +15,7 @@ pub mod tiers;
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::request::CachedTokens;
+use crate::request::{CacheUse, CachedTokens};
 use crate::sequence::{BlockId, BlockKey, SeqId, Sequence};
 use block_pool::BlockPool;
 pub(crate) use block_pool::violated;
@@ -193,7 +193,7 @@ impl KvCache {
         seq.num_computed = num_cached_tokens;
         let fits = self.extend(seq, seq.tokens.len());
         assert!(fits, "the plan counted the blocks");
-        if self.config.prefix_cache {
+        if self.publishes(seq) {
             let num_full = seq.tokens.len() / self.config.block_tokens;
             self.extend_keys(seq, num_full);
             for key in &seq.block_keys[seq.num_published..num_full] {
@@ -216,9 +216,13 @@ impl KvCache {
         true
     }
 
+    fn publishes(&self, seq: &Sequence) -> bool {
+        self.config.prefix_cache && seq.spec.prefix_cache == CacheUse::ReadWrite
+    }
+
     /// Offers the sequence's computed full blocks to others.
     pub fn publish(&mut self, seq: &mut Sequence) {
-        if !self.config.prefix_cache {
+        if !self.publishes(seq) {
             return;
         }
         let num_full = seq.num_computed / self.config.block_tokens;

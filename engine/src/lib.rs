@@ -80,8 +80,8 @@ pub use error::{Error, Result};
 pub use ns_llm_kernels::host::gpu::{Gpu, GpuVendor, gpus};
 pub use ns_llm_kernels::quant::QuantType;
 pub use request::{
-    CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request, SamplingDefaults,
-    SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
+    CacheUse, CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request,
+    SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
 };
 pub use stats::{KvTierStats, MemoryUse, ModelInfo, Stats};
 pub use stream::{Canceller, RequestStream};

@@ -69,6 +69,18 @@ pub struct SamplingOptions {
     pub seed: Option<u64>,
 }
 
+/// What part a cache has in a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheUse {
+    /// None.
+    Off,
+    /// What is cached is used; nothing is added.
+    Read,
+    /// What is cached is used, and what is computed is kept for others.
+    #[default]
+    ReadWrite,
+}
+
 /// One request, with every option. Build it with [`Request::prompt`], [`Request::tokens`] or [`Request::chat`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -99,8 +111,8 @@ pub struct Request {
     pub timeout_ms: Option<u64>,
     /// Requests share prefix KV only within one namespace; `None`: the namespace of this engine.
     pub namespace: Option<String>,
-    /// Whether this request may use KV of earlier prompts.
-    pub prefix_cache: bool,
+    /// Whether this request may use KV of earlier prompts, in the pool and in the tiers, and whether others may use its own.
+    pub prefix_cache: CacheUse,
 }
 
 impl Request {
@@ -118,7 +130,7 @@ impl Request {
             priority: Priority::Normal,
             timeout_ms: None,
             namespace: None,
-            prefix_cache: true,
+            prefix_cache: CacheUse::ReadWrite,
         }
     }
     /// A request that continues `text`.

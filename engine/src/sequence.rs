@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::request::{CachedTokens, Priority, SamplingParams, Usage};
+use crate::request::{CacheUse, CachedTokens, Priority, SamplingParams, Usage};
 
 /// Identity of one sequence (one choice of one request) for the life of an engine; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -45,8 +45,8 @@ pub struct SequenceSpec {
     pub timeout_ms: u64,
     /// Blocks are shared only within one namespace.
     pub namespace: NamespaceKey,
-    /// Whether cached blocks may be read. Its own blocks are published in any case.
-    pub read_prefix_cache: bool,
+    /// Whether blocks of others may be read, and its own be offered to them.
+    pub prefix_cache: CacheUse,
     /// Alternatives to report with each prompt token from the second on; `None`: no prompt logprobs. Cached blocks
     /// hold no logits, so such a sequence computes its whole prompt.
     pub prompt_logprobs: Option<usize>,
@@ -202,7 +202,7 @@ impl Sequence {
     pub fn max_cached_tokens(&self) -> usize {
         let last = self.tokens.len() - 1;
         match self.spec.prompt_logprobs {
-            _ if !self.spec.read_prefix_cache => 0,
+            _ if self.spec.prefix_cache == CacheUse::Off => 0,
             Some(_) => last.min(self.next_score - 1),
             None => last,
         }

@@ -17,11 +17,13 @@ use fake_executor::{VOCAB_SIZE, mix};
 use ns_llm::batch::SeqId;
 use ns_llm::scheduler::{Counters, MAX_PREEMPTIONS, SchedulerConfig, SequenceEvent};
 use ns_llm::sequence::{EncodeSpec, SequenceSpec};
-use ns_llm::{CachedTokens, Error, FinishReason, Priority, SamplingParams};
+use ns_llm::{CacheUse, CachedTokens, Error, FinishReason, Priority, SamplingParams};
 use sim_tiers::{SimTiers, tiers_config};
 use simulation::{Simulation, kv_cache, kv_cache_over, namespace, spec};
 
 const DEFAULT_SIMULATIONS: u64 = 2_000;
+const USES: [CacheUse; 6] =
+    [CacheUse::Off, CacheUse::Read, CacheUse::ReadWrite, CacheUse::ReadWrite, CacheUse::ReadWrite, CacheUse::ReadWrite];
 
 // ---- random simulations ----------------------------------------------------------------------------------------------
 
@@ -285,7 +287,7 @@ impl World {
             deadline_ms: rng.one_in(5).then(|| sim.now_ms + rng.range(1, 60) as u64),
             timeout_ms: 60,
             namespace: namespace(rng.range(0, 1) as u8),
-            read_prefix_cache: !rng.one_in(6),
+            prefix_cache: rng.pick(&USES),
             prompt_logprobs: rng.one_in(6).then(|| rng.range(0, 2)),
             logprobs: rng.one_in(3).then(|| rng.range(0, 2)),
             ..spec(prompt, max_new_tokens)
@@ -634,7 +636,7 @@ fn choices_share_their_prompt() {
 }
 
 /// A prompt that is wholly cached still computes its last token; another namespace, a request that does not want to
-/// read, and one that wants prompt logprobs find nothing.
+/// read, and one that wants prompt logprobs find nothing. Only who writes the cache leaves something there.
 #[test]
 fn who_may_read_the_cache() {
     let mut sim = Simulation::new(config(200), kv_cache(64, 16));
@@ -644,12 +646,23 @@ fn who_may_read_the_cache() {
     for (reader, cached_tokens) in [
         (first.clone(), 48),
         (SequenceSpec { namespace: namespace(9), ..first.clone() }, 0),
-        (SequenceSpec { read_prefix_cache: false, ..first.clone() }, 0),
+        (SequenceSpec { prefix_cache: CacheUse::Off, ..first.clone() }, 0),
+        (SequenceSpec { prefix_cache: CacheUse::Read, ..first.clone() }, 48),
         (SequenceSpec { prompt_logprobs: Some(1), ..first.clone() }, 0),
     ] {
         let seq = sim.add(reader);
         sim.drain();
         assert_eq!(sim.tracked[&seq].usage.cached_tokens, cached_tokens);
+    }
+    for (name, use_of_cache, kept_tokens) in
+        [(2, CacheUse::Off, 0), (3, CacheUse::Read, 0), (4, CacheUse::ReadWrite, 48)]
+    {
+        let writer = SequenceSpec { prefix_cache: use_of_cache, ..spec(text(name, 64), 3) };
+        sim.add(writer.clone());
+        sim.drain();
+        let seq = sim.add(SequenceSpec { prefix_cache: CacheUse::Read, ..writer });
+        sim.drain();
+        assert_eq!(sim.tracked[&seq].usage.cached_tokens, kept_tokens, "kept by {use_of_cache:?}");
     }
 }
 

@@ -11,7 +11,7 @@ use ns_llm_core::config::{
     MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_NAME_BYTES, MAX_PROMPT_BYTES, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
 };
-use ns_llm_core::{Message, Priority, Prompt, Request, RequestStream, SamplingOptions};
+use ns_llm_core::{CacheUse, Message, Priority, Prompt, Request, RequestStream, SamplingOptions};
 
 use crate::callback::{UserData, in_callback};
 use crate::dispatcher::Watched;
@@ -81,15 +81,17 @@ const ALL_SET_BITS: u64 = NS_LLM_SET_LOGPROBS * 2 - 1;
 
 /// A flag of `ns_llm_request_params`: the model's end tokens do not end the answer (for measurements).
 pub const NS_LLM_REQUEST_IGNORE_EOS: u32 = 1;
-/// A flag of `ns_llm_request_params`: KV of earlier prompts is not used for this one.
+/// A flag of `ns_llm_request_params`: KV of earlier prompts is not used for this one, nor its own for others.
 pub const NS_LLM_REQUEST_NO_PREFIX_CACHE: u32 = 2;
 /// A flag of `ns_llm_request_params`: the last event brings the logprob of each token of the prompt from the second on.
 pub const NS_LLM_REQUEST_PROMPT_LOGPROBS: u32 = 4;
 /// A flag of `ns_llm_request_params`: ns_llm_generate() does not wait until the request is admitted, so it never blocks;
 /// what it could not find out is told by NS_LLM_EVENT_FAILED. For event loops.
 pub const NS_LLM_REQUEST_DO_NOT_WAIT: u32 = 8;
+/// A flag of `ns_llm_request_params`: KV of earlier prompts is used for this one, but its own is not kept for others.
+pub const NS_LLM_REQUEST_READ_PREFIX_CACHE_ONLY: u32 = 16;
 
-const ALL_FLAGS: u32 = NS_LLM_REQUEST_DO_NOT_WAIT * 2 - 1;
+const ALL_FLAGS: u32 = NS_LLM_REQUEST_READ_PREFIX_CACHE_ONLY * 2 - 1;
 
 /// What to generate. Zero is the default of every field but `struct_size` and the prompt. Where zero is also a value of
 /// its own, as in temperature 0, the field has a bit in `set`: with the bit the field is the value, also if it is zero;
@@ -381,7 +383,7 @@ unsafe fn read_request(params: &ns_llm_request_params) -> Result<Request, Failur
     request.stop_token_ids =
         unsafe { read_array("stop_token_ids", params.stop_token_ids, params.num_stop_token_ids, MAX_STOP_TOKENS) }?;
     request.ignore_eos = params.flags & NS_LLM_REQUEST_IGNORE_EOS != 0;
-    request.prefix_cache = params.flags & NS_LLM_REQUEST_NO_PREFIX_CACHE == 0;
+    request.prefix_cache = prefix_cache_use(params.flags)?;
     request.logprobs = optional(params, NS_LLM_SET_LOGPROBS, "logprobs", params.logprobs)?;
     request.prompt_logprobs = params.flags & NS_LLM_REQUEST_PROMPT_LOGPROBS != 0;
     request.n = params.n.max(1) as usize;
@@ -483,6 +485,19 @@ fn optional<T: Default + PartialEq + ToString>(
         return Err(Failure::invalid(field, value, format!("0 while its bit {bit:#x} is not in `set`")));
     }
     Ok(None)
+}
+
+/// What the flags say of the prefix cache.
+fn prefix_cache_use(flags: u32) -> Result<CacheUse, Failure> {
+    let (off, read_only) = (NS_LLM_REQUEST_NO_PREFIX_CACHE, NS_LLM_REQUEST_READ_PREFIX_CACHE_ONLY);
+    match (flags & off != 0, flags & read_only != 0) {
+        (false, false) => Ok(CacheUse::ReadWrite),
+        (false, true) => Ok(CacheUse::Read),
+        (true, false) => Ok(CacheUse::Off),
+        (true, true) => {
+            Err(Failure::invalid("flags", flags, "at most one of NO_PREFIX_CACHE and READ_PREFIX_CACHE_ONLY"))
+        }
+    }
 }
 
 /// The priority that a field of C names.

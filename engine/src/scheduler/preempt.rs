@@ -44,7 +44,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::request::{Priority, SamplingParams};
+    use crate::request::{CacheUse, Priority, SamplingParams};
     use crate::sequence::SequenceSpec;
 
     fn sequence(id: u64, rank: usize, num_preemptions: u32) -> Sequence {
@@ -56,7 +56,7 @@ mod tests {
             deadline_ms: None,
             timeout_ms: 0,
             namespace: [0; 32],
-            read_prefix_cache: true,
+            prefix_cache: CacheUse::ReadWrite,
             prompt_logprobs: None,
             logprobs: None,
             sampling: Arc::new(SamplingParams::greedy()),

@@ -7,7 +7,7 @@ use ns_llm::executor::Executor;
 use ns_llm::open::{Loaded, load};
 use ns_llm::scheduler::{Scheduler, SequenceEvent};
 use ns_llm::sequence::SequenceSpec;
-use ns_llm::{EngineOptions, Priority, SamplingParams};
+use ns_llm::{CacheUse, EngineOptions, Priority, SamplingParams};
 
 /// A loaded model without a worker.
 pub struct Driver {
@@ -32,7 +32,7 @@ pub fn spec(prompt: &[u32], max_new_tokens: usize, sampling: SamplingParams) -> 
         deadline_ms: None,
         timeout_ms: 0,
         namespace: NamespaceKey::default(),
-        read_prefix_cache: true,
+        prefix_cache: CacheUse::ReadWrite,
         prompt_logprobs: None,
         logprobs: Some(20),
         sampling: Arc::new(sampling),

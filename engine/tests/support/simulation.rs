@@ -10,7 +10,7 @@ use ns_llm::kv_cache::tiers::TiersConfig;
 use ns_llm::kv_cache::{BlockTransfer, KvCache, KvCacheConfig, KvIdentity};
 use ns_llm::scheduler::{MAX_PREEMPTIONS, Scheduler, SchedulerConfig, SequenceEvent, Step};
 use ns_llm::sequence::{EncodeSpec, SequenceSpec};
-use ns_llm::{Error, FinishReason, Priority, Result, SamplingParams, Usage};
+use ns_llm::{CacheUse, Error, FinishReason, Priority, Result, SamplingParams, Usage};
 
 use crate::fake_executor::{Digest, FakeExecutor};
 use crate::sim_tiers::{LOAD_BUDGET_MS, SimTiers};
@@ -25,7 +25,7 @@ pub fn spec(prompt: impl Into<Arc<[u32]>>, max_new_tokens: usize) -> SequenceSpe
         deadline_ms: None,
         timeout_ms: 0,
         namespace: [0; 32],
-        read_prefix_cache: true,
+        prefix_cache: CacheUse::ReadWrite,
         prompt_logprobs: None,
         logprobs: None,
         sampling: Arc::new(SamplingParams::greedy()),
