@@ -167,7 +167,7 @@ pub enum Job {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The block, checked.
-    Found(Vec<u8>),
+    Found(Arc<[u8]>),
     /// It is not there.
     Missing,
     /// It is there now.
@@ -716,7 +716,7 @@ impl Tiers {
                 tier.stats.hit_bytes += bytes.len() as u64;
                 if !self.quarantined.contains(&key) {
                     self.tier_mut(id).held.insert(key);
-                    self.deliver(id, key, bytes.into(), now_us);
+                    self.deliver(id, key, bytes, now_us);
                 }
             }
             Outcome::Fault(fault) => {
@@ -837,7 +837,7 @@ mod tests {
     }
     fn works(job: &Job) -> Outcome {
         match job {
-            Job::Read(key) => Outcome::Found(block(key).to_vec()),
+            Job::Read(key) => Outcome::Found(block(key)),
             Job::Write(..) => Outcome::Stored,
             Job::Quarantine(_) => Outcome::Missing,
         }
@@ -887,7 +887,7 @@ mod tests {
         let lies: [fn() -> Outcome; 4] = [
             io_fault,
             || Outcome::Missing,
-            || Outcome::Found(vec![1; BLOCK_BYTES - 1]),
+            || Outcome::Found(vec![1; BLOCK_BYTES - 1].into()),
             || Outcome::Fault(Fault::Damaged(Damage::PayloadChecksum)),
         ];
         for (idx, lie) in lies.iter().enumerate() {
@@ -1064,7 +1064,7 @@ mod tests {
                         let Some(job) = tiers.next_job(id, now_us) else { continue };
                         busy[tier].push_back(match (&job, draw(8)) {
                             (_, 0) => io_fault(),
-                            (Job::Read(_), 1) => Outcome::Found(vec![0; draw(2_000) as usize * 2 + 1]),
+                            (Job::Read(_), 1) => Outcome::Found(vec![0; draw(2_000) as usize * 2 + 1].into()),
                             (Job::Read(key), _) if !held[tier].contains(key) => Outcome::Missing,
                             (Job::Write(key, _), _) => {
                                 held[tier].insert(*key);
