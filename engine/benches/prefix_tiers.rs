@@ -23,6 +23,7 @@ impl Setup {
     fn open(&self, host_bytes: u64, directory: bool) -> Engine {
         let mut options = EngineOptions::new(&self.model).context_tokens(self.prefix_tokens + 256);
         options.kv_host_bytes = host_bytes;
+        options.kv_load_budget_ms = 1_000;
         options.kv_cache_dir = directory.then(|| self.folder.clone());
         // Room for one prompt and its answer, not for two.
         options.kv_bytes = Some(self.block_bytes() * (self.prefix_tokens as u64 / 16 + 16));

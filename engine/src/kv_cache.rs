@@ -280,6 +280,7 @@ impl KvCache {
         let missing = seq.block_keys.get(seq.num_published..shareable).unwrap_or(&[]);
         let missing: Vec<_> = missing.iter().map(|key| tiers.stored_key(*key)).collect();
         seq.restore = tiers.begin(&missing, now_us);
+        seq.restored = seq.num_published..seq.num_published;
     }
 
     /// Takes over what has arrived of the prefix that a sequence waits for: it counts as computed and is shared with others
@@ -307,9 +308,24 @@ impl KvCache {
             };
             *count += self.config.block_tokens;
         }
+        seq.restored.end = seq.num_published;
         seq.num_computed += restored.total();
         seq.num_scheduled = seq.num_computed;
         restored
+    }
+
+    /// What was computed from a sequence's blocks is unusable: those of them that came from the tiers are not used again, nor
+    /// shared any more.
+    pub fn quarantine_restored(&mut self, seq: &Sequence) {
+        let Some(tiers) = &mut self.tiers else { return };
+        for idx in seq.restored.clone() {
+            let (key, id) = (seq.block_keys[idx], seq.blocks[idx]);
+            tiers.quarantine(tiers.stored_key(key));
+            if self.index.get(&key) == Some(id) {
+                self.index.remove(&key);
+                self.pool.clear_key(id);
+            }
+        }
     }
 
     /// What is to be moved now; the caller does it, in this order.

@@ -21,7 +21,7 @@ use crate::backend::{Backend, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LOAD_BUDGET_MS, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
+    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
     MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ThreadPriority,
     WRITE_QUEUE_BYTES, WeightFormat,
 };
@@ -482,7 +482,7 @@ fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan) -
         block_bytes: usize::try_from(plan.block_bytes).ok()?,
         host_bytes: options.kv_host_bytes,
         write_queue_bytes: WRITE_QUEUE_BYTES.max(MIN_WRITE_QUEUE_BLOCKS * plan.block_bytes),
-        load_budget_us: LOAD_BUDGET_MS * 1_000,
+        load_budget_us: options.kv_load_budget_ms * 1_000,
         tiers,
     })
 }

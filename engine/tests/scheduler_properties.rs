@@ -531,6 +531,27 @@ fn who_may_read_the_cache() {
     }
 }
 
+/// A block from a tier whose use ends in logits that are not finite is used once: it is fetched by nobody again, and who had
+/// it before computes it.
+#[test]
+fn restored_block_that_fails_is_not_used_again() {
+    let mut sim = Simulation::new(config(200), kv_cache_over(6, 16, Some(tiers_config(16, 64))));
+    sim.add(spec(text(1, 64), 2));
+    sim.drain();
+    sim.add(spec(text(2, 80), 2));
+    sim.drain();
+    assert!(sim.scheduler.counters().evictions > 0, "the first text went to host memory");
+    let run = |sim: &mut Simulation, non_finite_after| {
+        let seq = sim.add_request(vec![spec(text(1, 64), 2)], None, non_finite_after).expect("it can run")[0];
+        sim.drain();
+        sim.tracked[&seq].usage.cached_by_tier
+    };
+    assert!(run(&mut sim, Some(0)).host > 0, "it came back, and failed");
+    let again = run(&mut sim, None);
+    assert_eq!(again.host, 0, "{again:?}");
+    assert!(run(&mut sim, None).pool > 0, "what was computed anew is shared");
+}
+
 /// E1: a cancel frees blocks at once in every state: waiting, in prefill, decoding, preempted; only the block that a
 /// launched step writes stays pinned until that step is applied. E2: twice has no effect.
 #[test]

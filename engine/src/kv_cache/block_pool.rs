@@ -136,6 +136,13 @@ impl BlockPool {
         block.key = Some(key);
     }
 
+    /// The block has lost its entry in the prefix index: it is free when nobody holds it any more.
+    pub(super) fn clear_key(&mut self, id: BlockId) {
+        let block = self.block_mut(id);
+        assert!(block.num_refs > 0, "block {} is held by whoever found it bad", id.0);
+        block.key = None;
+    }
+
     fn give_back(&mut self, id: BlockId) {
         if self.block(id).key.is_some() {
             self.cached.push(id, ());
