@@ -317,6 +317,9 @@ pub struct EngineOptions {
     pub kv_disk_bytes: u64,
     /// How long a request waits for KV from a tier that makes no progress before it computes the rest, milliseconds.
     pub kv_load_budget_ms: u64,
+    /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above
+    /// 0.0, to 1.0: with less than 1.0 the flood of one namespace leaves others theirs.
+    pub kv_namespace_share: f64,
     /// Hears how far loading is.
     pub on_progress: Option<ProgressCallback>,
 }
@@ -344,6 +347,7 @@ impl EngineOptions {
             kv_cache_dir: None,
             kv_disk_bytes: DEFAULT_KV_DISK_BYTES,
             kv_load_budget_ms: DEFAULT_KV_LOAD_BUDGET_MS,
+            kv_namespace_share: 1.0,
             on_progress: None,
         }
     }
@@ -369,6 +373,11 @@ impl EngineOptions {
         check("max_running_sequences", self.max_running_sequences, 1, MAX_RUNNING_SEQUENCES)?;
         check("prefill_budget_tokens", self.prefill_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
         check("mixed_budget_tokens", self.mixed_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
+        if !(self.kv_namespace_share > 0.0 && self.kv_namespace_share <= 1.0) {
+            let value = self.kv_namespace_share.to_string();
+            let expected = "above 0.0, to 1.0".to_string();
+            return Err(Error::InvalidArgument { field: "kv_namespace_share", value, expected });
+        }
         let load_budget_ms = usize::try_from(self.kv_load_budget_ms).unwrap_or(usize::MAX);
         check("kv_load_budget_ms", load_budget_ms, 1, MAX_KV_LOAD_BUDGET_MS as usize)?;
         check("max_waiting_requests", self.max_waiting_requests, 1, MAX_WAITING_REQUESTS_LIMIT)
@@ -465,6 +474,11 @@ mod tests {
                     Err(other) => panic!("{other}"),
                 }
             }
+        }
+        for (share, is_good) in [(0.0, false), (1e-9, true), (1.0, true), (1.1, false), (f64::NAN, false)] {
+            let mut options = EngineOptions::new("");
+            options.kv_namespace_share = share;
+            assert_eq!(options.validate().is_ok(), is_good, "{share}");
         }
         let mut odd = EngineOptions::new("");
         odd.block_tokens = 24;

@@ -432,6 +432,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
             block_tokens: options.block_tokens,
             identity,
             prefix_cache: options.prefix_cache,
+            namespace_share: options.kv_namespace_share,
             tiers: tiers_config(&options, &layout, &plan),
         }),
     );
