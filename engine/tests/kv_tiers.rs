@@ -262,6 +262,35 @@ fn flood_of_one_namespace_leaves_others_theirs() {
     }
 }
 
+/// M4: whoever guesses another's prompt learns nothing from the work that it costs: steps and computed tokens are those of a
+/// prompt that nobody ever sent, whether the other's KV is in the pool, in host memory or on disk. (What that means in time,
+/// `cargo bench -p ns-llm --bench tenant_timing` measures.)
+#[test]
+fn guess_of_another_namespace_costs_what_a_new_prompt_costs() {
+    let folder = Folder::new();
+    let engine = open(&folder.0, |options| options.kv_host_bytes = 40 * (block_bytes() + 512));
+    let ask = |namespace: &str, seed: u64| {
+        let mut request = request(&Rng(seed).prompt(100));
+        request.ignore_eos = true;
+        request.namespace = Some(namespace.to_string());
+        let before = engine.stats();
+        let answer = engine.complete(request).expect("runs");
+        let after = engine.stats();
+        let work = after.computed_tokens_total - before.computed_tokens_total;
+        (cached(&answer).total(), work, after.steps_total - before.steps_total)
+    };
+    let mut known = 0;
+    for seed in 0..24 {
+        ask("victim", seed);
+    }
+    let new = ask("attacker", 1_000);
+    for seed in 0..24 {
+        assert_eq!(ask("attacker", seed), new, "guess {seed}");
+        known += ask("victim", seed).0;
+    }
+    assert!(known > 0, "the guesses were right");
+}
+
 /// What cannot be a cache directory, or has no room for one, is refused by name before anything is loaded.
 #[test]
 fn bad_directories_are_typed_errors() {
