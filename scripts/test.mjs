@@ -1,7 +1,9 @@
 // `npm test`: every test there is, each suite after the other even when one fails: Rust (unit, integration, doctests and
 // the C programs of the ffi crate, all through cargo), then Node. The last line is the sum over all runners; the exit code
-// is 0 only when every suite ran to its end and nothing failed.
+// is 0 only when every suite ran to its end and nothing failed. What the machine lacks is named, and what needs it is
+// counted as skipped.
 
+import { spawnSync } from 'node:child_process';
 import { readdirSync } from 'node:fs';
 import { join } from 'node:path';
 
@@ -39,6 +41,32 @@ async function rustTests() {
     }
   };
   const code = await run('cargo', ['test', '--workspace', '--no-fail-fast'], { onLine });
+  const rust = atLeastOneFailure(counts, code);
+  const redis = await redisTests();
+  // Each of them that ran was counted as skipped before.
+  const skipped = rust.skipped - redis.passed - redis.failed;
+  return { passed: rust.passed + redis.passed, failed: rust.failed + redis.failed, skipped };
+}
+
+/** The tests of the remote tier that start a server of their own: cargo ignores them unless they are asked for. */
+async function redisTests() {
+  const program = process.env.NS_LLM_REDIS_SERVER ?? 'redis-server';
+  if (spawnSync(program, ['--version']).status !== 0) {
+    console.log(`\n${program} is not here: the tests of engine/tests/remote_redis.rs are skipped`);
+    return { passed: 0, failed: 0 };
+  }
+  title(`Rust, with ${program}: cargo test --test remote_redis`);
+  const counts = { passed: 0, failed: 0 };
+  const onLine = (line) => {
+    const match = /^test result: \S+ (\d+) passed; (\d+) failed;/.exec(line);
+    if (match) {
+      counts.passed += Number(match[1]);
+      counts.failed += Number(match[2]);
+    }
+  };
+  // The child is a part of another test.
+  const filter = ['--', '--ignored', '--skip', 'child_shares_blocks'];
+  const code = await run('cargo', ['test', '--package', 'ns-llm', '--test', 'remote_redis', ...filter], { onLine });
   return atLeastOneFailure(counts, code);
 }
 

@@ -55,6 +55,26 @@ pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
 pub const MIN_MEASURED_PREFILL_TOKENS: usize = 32;
 /// Segment files that are held open at once.
 pub const MAX_OPEN_SEGMENTS: usize = 64;
+/// How long one call to the remote tier may take, connecting included, milliseconds.
+pub const DEFAULT_REMOTE_TIMEOUT_MS: u64 = 500;
+/// The longest that may be chosen for it.
+pub const MAX_REMOTE_TIMEOUT_MS: u64 = 10_000;
+/// How long the remote tier keeps a block that nobody stores again, seconds (one day).
+pub const DEFAULT_REMOTE_TTL_S: u64 = 86_400;
+/// The longest that may be chosen for it (thirty days).
+pub const MAX_REMOTE_TTL_S: u64 = 30 * 86_400;
+/// What all names in the remote tier begin with.
+pub const DEFAULT_REMOTE_PREFIX: &str = "ns-llm";
+/// Longest beginning that may be chosen for them, bytes.
+pub const MAX_REMOTE_PREFIX_BYTES: usize = 64;
+/// Shortest secret that records in the remote tier may be authenticated with, bytes.
+pub const MIN_REMOTE_SECRET_BYTES: usize = 16;
+/// Longest one.
+pub const MAX_REMOTE_SECRET_BYTES: usize = 1_024;
+/// Longest URL of a remote tier, bytes.
+pub const MAX_REMOTE_URL_BYTES: usize = 2_048;
+/// Longest line of a server's reply, bytes: errors are the longest.
+pub const MAX_REMOTE_LINE_BYTES: u64 = 4_096;
 
 /// Requests that may wait; the next one is [`Error::Overloaded`](crate::Error::Overloaded).
 pub const MAX_WAITING_REQUESTS: usize = 1_000;

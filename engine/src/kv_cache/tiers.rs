@@ -18,6 +18,7 @@
 pub mod cost;
 pub mod disk;
 pub mod host;
+pub mod remote;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
@@ -83,6 +84,22 @@ pub enum Fault {
     /// Another process writes to this tier.
     #[error("another process writes to this tier")]
     ReadOnly,
+    /// A server refused a command.
+    #[error("{operation}: the server answers {code}")]
+    Refused {
+        /// The command.
+        operation: &'static str,
+        /// First word of the answer; the rest may repeat what was sent.
+        code: String,
+    },
+    /// A server answered what it must not.
+    #[error("{operation}: {reason}")]
+    Protocol {
+        /// The command.
+        operation: &'static str,
+        /// What is wrong with the answer.
+        reason: String,
+    },
     /// Nothing more could be evicted to make room.
     #[error("{held_bytes} of {budget_bytes} bytes are held by what cannot be evicted")]
     Full {

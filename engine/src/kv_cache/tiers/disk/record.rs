@@ -84,6 +84,9 @@ pub enum Damage {
     /// The payload's checksum differs.
     #[error("checksum of the payload differs")]
     PayloadChecksum,
+    /// It was not written by who knows the secret (in a store that nodes share).
+    #[error("authentication code differs")]
+    Code,
 }
 
 /// Random bytes of one segment file.
