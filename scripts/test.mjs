@@ -52,10 +52,10 @@ async function rustTests() {
 async function redisTests() {
   const program = process.env.NS_LLM_REDIS_SERVER ?? 'redis-server';
   if (spawnSync(program, ['--version']).status !== 0) {
-    console.log(`\n${program} is not here: the tests of engine/tests/remote_redis.rs are skipped`);
+    console.log(`\n${program} is not here: the tests of engine/tests/{remote_redis,kv_remote}.rs are skipped`);
     return { passed: 0, failed: 0 };
   }
-  title(`Rust, with ${program}: cargo test --test remote_redis`);
+  title(`Rust, with ${program}: cargo test --test remote_redis --test kv_remote`);
   const counts = { passed: 0, failed: 0 };
   const onLine = (line) => {
     const match = /^test result: \S+ (\d+) passed; (\d+) failed;/.exec(line);
@@ -64,9 +64,10 @@ async function redisTests() {
       counts.failed += Number(match[2]);
     }
   };
-  // The child is a part of another test.
-  const filter = ['--', '--ignored', '--skip', 'child_shares_blocks'];
-  const code = await run('cargo', ['test', '--package', 'ns-llm', '--test', 'remote_redis', ...filter], { onLine });
+  // A child is a part of another test.
+  const files = ['--test', 'remote_redis', '--test', 'kv_remote'];
+  const filter = ['--', '--ignored', '--skip', 'child_'];
+  const code = await run('cargo', ['test', '--package', 'ns-llm', ...files, ...filter], { onLine });
   return atLeastOneFailure(counts, code);
 }
 

@@ -290,6 +290,63 @@ impl LoadProgress {
 /// Called while a model loads; returning `false` cancels the load with [`Error::Cancelled`](crate::Error::Cancelled).
 pub type ProgressCallback = Box<dyn FnMut(LoadProgress) -> bool + Send>;
 
+/// A store of KV blocks that nodes share, which speaks Redis's protocol. The way to it is not encrypted, and what it holds is
+/// as private as the prompts: give it a network of its own. `Debug` shows neither secret nor password.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KvRemoteOptions {
+    /// `redis://[[user]:password@]host[:port][/database]`
+    pub url: String,
+    /// What all nodes know and the store does not, 16 to 1,024 bytes: records that are not authenticated with it are not
+    /// used. `None`: the store is trusted not to make records up; damage is found all the same.
+    pub secret: Option<String>,
+    /// How long a block is kept that nobody stores again, seconds.
+    pub ttl_s: u64,
+    /// What all names in the store begin with.
+    pub prefix: String,
+    /// How long one call may take, milliseconds.
+    pub timeout_ms: u64,
+}
+
+impl KvRemoteOptions {
+    /// The store at `url`, with every default.
+    pub fn new(url: impl Into<String>) -> Self {
+        KvRemoteOptions {
+            url: url.into(),
+            secret: None,
+            ttl_s: DEFAULT_REMOTE_TTL_S,
+            prefix: DEFAULT_REMOTE_PREFIX.to_string(),
+            timeout_ms: DEFAULT_REMOTE_TIMEOUT_MS,
+        }
+    }
+    /// Sets what all nodes know and the store does not.
+    pub fn secret(mut self, secret: impl Into<String>) -> Self {
+        self.secret = Some(secret.into());
+        self
+    }
+    /// Sets how long a block is kept.
+    pub fn ttl_s(mut self, seconds: u64) -> Self {
+        self.ttl_s = seconds;
+        self
+    }
+    /// Sets what all names begin with.
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefix = prefix.into();
+        self
+    }
+    /// Sets how long one call may take.
+    pub fn timeout_ms(mut self, milliseconds: u64) -> Self {
+        self.timeout_ms = milliseconds;
+        self
+    }
+}
+
+impl std::fmt::Debug for KvRemoteOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KvRemoteOptions").field("prefix", &self.prefix).finish_non_exhaustive()
+    }
+}
+
 /// How to open an engine. Build it with [`EngineOptions::new`] and the methods below; [`Engine::open`] checks it.
 ///
 /// [`Engine::open`]: crate::Engine::open
@@ -335,6 +392,8 @@ pub struct EngineOptions {
     pub kv_cache_dir: Option<PathBuf>,
     /// Bytes that the files in `kv_cache_dir` take at most.
     pub kv_disk_bytes: u64,
+    /// A store that nodes share, for blocks beyond the disk; `None`: none.
+    pub kv_remote: Option<KvRemoteOptions>,
     /// How long a request waits for KV from a tier that makes no progress before it computes the rest, milliseconds.
     pub kv_load_budget_ms: u64,
     /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above
@@ -366,6 +425,7 @@ impl EngineOptions {
             kv_host_bytes: 0,
             kv_cache_dir: None,
             kv_disk_bytes: DEFAULT_KV_DISK_BYTES,
+            kv_remote: None,
             kv_load_budget_ms: DEFAULT_KV_LOAD_BUDGET_MS,
             kv_namespace_share: 1.0,
             on_progress: None,
@@ -441,6 +501,11 @@ impl EngineOptions {
     /// Sets where KV blocks outlive the process.
     pub fn kv_cache_dir(mut self, directory: impl Into<PathBuf>) -> Self {
         self.kv_cache_dir = Some(directory.into());
+        self
+    }
+    /// Sets a store that nodes share.
+    pub fn kv_remote(mut self, remote: KvRemoteOptions) -> Self {
+        self.kv_remote = Some(remote);
         self
     }
     /// Sets what the files of the KV cache take at most.

@@ -71,7 +71,9 @@ pub mod text_model;
 #[doc(hidden)]
 pub mod tokenizer;
 
-pub use config::{Device, EngineOptions, KvDtype, LoadProgress, ProgressCallback, ThreadPriority, WeightFormat};
+pub use config::{
+    Device, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, ProgressCallback, ThreadPriority, WeightFormat,
+};
 pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
 pub use engine::{Choice, Completion, Engine};
 #[doc(hidden)]

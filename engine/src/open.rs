@@ -21,7 +21,7 @@ use crate::backend::{Backend, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
+    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
     MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ThreadPriority,
     WRITE_QUEUE_BYTES, WeightFormat,
 };
@@ -29,6 +29,7 @@ use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
 use crate::intake;
 use crate::kv_cache::tiers::disk::{Access, Directory, DiskOptions, DiskTier, draw_seed};
+use crate::kv_cache::tiers::remote::{RedisStore, RemoteOptions, RemoteTier, ServerUrl};
 use crate::kv_cache::tiers::{LayoutId, TierId, TierStore, TiersConfig};
 use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
 use crate::loader::{GenerationConfig, ModelSource, PoolingMode, SentenceConfig, Weights};
@@ -386,6 +387,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let fingerprint = fingerprint(&options, &files, backend.threads())?;
     let identity = kv_identity(fingerprint, wanted, &layout, &backend);
     let disk = options.kv_cache_dir.as_deref().map(|directory| open_disk(directory, &options, &plan)).transpose()?;
+    let remote = options.kv_remote.as_ref().map(|remote| open_remote(remote, &plan)).transpose()?;
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
     let weights = files.weights;
@@ -444,6 +446,9 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         }
         tier_stores.push(Box::new(disk));
     }
+    if let Some(remote) = remote.filter(|_| scheduler.tiers().is_some()) {
+        tier_stores.push(Box::new(remote));
+    }
     Ok(Loaded { executor, scheduler, tier_stores, text, info, plan })
 }
 
@@ -451,7 +456,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
 /// process apart, so names, shapes and types will do, which cost nothing to hash.
 fn fingerprint(options: &EngineOptions, files: &ModelFiles, num_threads: usize) -> Result<[u8; 32]> {
     let description = format!("{:?}", files.config);
-    if options.prefix_cache && options.kv_cache_dir.is_some() {
+    if options.prefix_cache && (options.kv_cache_dir.is_some() || options.kv_remote.is_some()) {
         return files.weights.fingerprint(&description, num_threads);
     }
     let mut hash = Sha256::new();
@@ -471,9 +476,20 @@ fn open_disk(path: &Path, options: &EngineOptions, plan: &MemoryPlan) -> Result<
         .map_err(|fault| Error::Storage { tier: TierId::Disk.name(), reason: fault.to_string() })
 }
 
+/// A store that nodes share; asked for nothing yet.
+fn open_remote(options: &KvRemoteOptions, plan: &MemoryPlan) -> Result<RemoteTier> {
+    let store = RedisStore::new(ServerUrl::parse(&options.url)?, options.timeout_ms)?;
+    let mut records = RemoteOptions::new(plan.block_bytes).ttl_s(options.ttl_s)?.prefix(&options.prefix)?;
+    if let Some(secret) = &options.secret {
+        records = records.secret(secret.as_bytes())?;
+    }
+    Ok(RemoteTier::new(Box::new(store), records))
+}
+
 /// `None`: the pool is all that there is.
 fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan) -> Option<TiersConfig> {
-    let tiers: Vec<TierId> = options.kv_cache_dir.iter().map(|_| TierId::Disk).collect();
+    let disk = options.kv_cache_dir.iter().map(|_| TierId::Disk);
+    let tiers: Vec<TierId> = disk.chain(options.kv_remote.iter().map(|_| TierId::Remote)).collect();
     if tiers.is_empty() && options.kv_host_bytes == 0 {
         return None;
     }

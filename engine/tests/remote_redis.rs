@@ -11,7 +11,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ns_llm::kv_cache::tiers::remote::{RedisStore, RemoteOptions, RemoteStore, RemoteTier, ServerUrl};
-use ns_llm::kv_cache::tiers::{Fault, LayoutId, Outcome, Restored, StoredKey, TierId, Tiers, TiersConfig};
+use ns_llm::kv_cache::tiers::{
+    Done, Fault, LayoutId, Outcome, RestoredBlock, StoredKey, TierId, TierStore, Tiers, TiersConfig,
+};
 use ns_llm::sampler::random_at;
 use ns_llm::sequence::BlockKey;
 use redis_server::RedisServer;
@@ -53,14 +55,16 @@ struct Machine {
 
 impl Machine {
     fn new(remote: RemoteTier) -> Machine {
-        let tiers = Tiers::new(TiersConfig {
+        let config = TiersConfig {
+            layout: LayoutId([7; 32]),
             block_tokens: 16,
             block_bytes: BLOCK_BYTES,
             host_bytes: 0,
             write_queue_bytes: 1 << 30,
             load_budget_us: 1_000_000,
             tiers: vec![TierId::Remote],
-        });
+        };
+        let tiers = Tiers::new(config, 1.0);
         Machine { tiers, remote, now_us: 0 }
     }
 
@@ -68,10 +72,10 @@ impl Machine {
     fn drive(&mut self) -> Vec<Outcome> {
         let mut outcomes = Vec::new();
         while let Some(job) = self.tiers.next_job(TierId::Remote, self.now_us) {
-            let outcome = self.remote.run(&job);
+            let outcome = self.remote.run(job);
             self.now_us += 100;
             outcomes.push(outcome.clone());
-            self.tiers.complete(TierId::Remote, outcome, self.now_us);
+            self.tiers.complete(TierId::Remote, Done { outcome, elapsed_us: 100 }, self.now_us);
             self.tiers.check_invariants().expect("sound");
         }
         outcomes
@@ -84,17 +88,19 @@ impl Machine {
     }
 
     /// The blocks of `names` as far as they come.
-    fn restore(&mut self, names: std::ops::Range<u64>) -> Restored {
+    fn restore(&mut self, names: std::ops::Range<u64>) -> Vec<RestoredBlock> {
         let keys: Vec<StoredKey> = names.map(key).collect();
-        let Some(id) = self.tiers.begin(&keys, self.now_us) else { return Restored::new() };
+        let Some(id) = self.tiers.begin(&keys, [0; 32], self.now_us) else { return Vec::new() };
         self.drive();
-        self.tiers.poll(id, self.now_us).expect("nothing is left to do")
+        let arrived = self.tiers.poll(id, self.now_us);
+        assert!(arrived.has_ended, "nothing is left to do");
+        arrived.blocks
     }
 }
 
 /// Fails on a wrong byte; says how many blocks there are.
-fn count_right(restored: &Restored) -> usize {
-    for (key, bytes) in restored {
+fn count_right(restored: &[RestoredBlock]) -> usize {
+    for RestoredBlock { key, bytes, .. } in restored {
         let name = u64::from_le_bytes(key.block.0[..8].try_into().expect("8 bytes"));
         assert!(bytes[..] == payload(name), "block {name}");
     }
@@ -199,7 +205,7 @@ fn killed_server_is_left_alone() {
     assert_eq!(machine.tiers.num_rests(TierId::Remote), 1);
     assert_eq!(machine.tiers.tier_stats(TierId::Remote).faults, 5);
     assert_eq!(machine.tiers.counters().dropped_writes, 35);
-    assert_eq!(machine.restore(0..20), Restored::new(), "it is not asked");
+    assert_eq!(machine.restore(0..20), [], "it is not asked");
 
     server.restart();
     let start = Instant::now();
@@ -215,7 +221,7 @@ fn killed_server_is_left_alone() {
     machine.persist(61..70);
     assert_eq!(faults(&machine.drive()), 0);
     assert_eq!(count_right(&machine.restore(60..70)), 10);
-    assert_eq!(machine.restore(0..20), Restored::new(), "it came back empty");
+    assert_eq!(machine.restore(0..20), [], "it came back empty");
 }
 
 /// A server that stands still costs the time of one call, once; the calls after it fail at once. When it goes on it is used

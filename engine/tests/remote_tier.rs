@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use ns_llm::kv_cache::tiers::disk::Damage;
 use ns_llm::kv_cache::tiers::remote::{HEADER_BYTES, RedisStore, RemoteOptions, RemoteStore, RemoteTier, ServerUrl};
-use ns_llm::kv_cache::tiers::{Fault, Job, LayoutId, Outcome, StoredKey};
+use ns_llm::kv_cache::tiers::{Fault, Job, LayoutId, Outcome, StoredKey, TierStore};
 use ns_llm::sampler::random_at;
 use ns_llm::sequence::BlockKey;
 
@@ -93,17 +93,17 @@ fn nodes_share_what_they_agree_on() {
         assert_eq!(writer.put(&key(1), &payload(1)), Ok(true));
         assert_eq!(writer.put(&key(1), &payload(1)), Ok(false));
         assert_eq!(reader.get(&key(1)), Ok(Some(payload(1))));
-        assert_eq!(reader.run(&Job::Read(key(1))), Outcome::Found(payload(1)));
-        assert_eq!(reader.run(&Job::Read(key(2))), Outcome::Missing);
+        assert_eq!(reader.run(Job::Read(key(1))), Outcome::Found(payload(1).into()));
+        assert_eq!(reader.run(Job::Read(key(2))), Outcome::Missing);
         let stats = reader.stats();
         assert_eq!((stats.hits, stats.hit_bytes, stats.misses, stats.faults), (2, 2 * 301, 2, 0));
         assert_eq!((writer.stats().stored, store.values().len()), (1, idx + 1));
         assert_eq!(reader.num_damaged(), 0);
     }
     let mut tier = store.tier(open_options());
-    assert_eq!(tier.run(&Job::Quarantine(key(1))), Outcome::Missing);
+    assert_eq!(tier.run(Job::Quarantine(key(1))), Outcome::Missing);
     assert_eq!(tier.get(&key(1)), Ok(None), "taken away for all");
-    assert_eq!(tier.run(&Job::Write(key(1), payload(1).into())), Outcome::Stored);
+    assert_eq!(tier.run(Job::Write(key(1), payload(1).into())), Outcome::Stored);
     let too_long = vec![0; MAX_PAYLOAD_BYTES as usize + 1];
     assert_eq!(tier.put(&key(3), &too_long), Err(Fault::TooLong { bytes: 601, limit_bytes: 600 }));
 }

@@ -1,7 +1,7 @@
 //! A real server for tests, on a free port of this machine, with nothing on disk; it ends with its value.
 #![allow(dead_code, reason = "each test file uses a part")]
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -54,6 +54,56 @@ impl RedisServer {
         let signal = if is_stopped { "-STOP" } else { "-CONT" };
         let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
         assert!(status.is_ok_and(|status| status.success()), "kill {signal}");
+    }
+}
+
+/// A client of its own, for tests that look into the store or change it.
+pub struct Connection(BufReader<TcpStream>);
+
+impl RedisServer {
+    pub fn connect(&self) -> Connection {
+        let stream = TcpStream::connect(("127.0.0.1", self.port)).expect("it listens");
+        Connection(BufReader::new(stream))
+    }
+}
+
+impl Connection {
+    /// All names that there are.
+    pub fn names(&mut self) -> Vec<String> {
+        self.send(&[b"KEYS", b"*"]);
+        let count: usize = self.line().trim_start_matches('*').parse().expect("a count");
+        (0..count).map(|_| String::from_utf8(self.bulk()).expect("names are text")).collect()
+    }
+    /// A value that is there.
+    pub fn get(&mut self, name: &str) -> Vec<u8> {
+        self.send(&[b"GET", name.as_bytes()]);
+        self.bulk()
+    }
+    pub fn set(&mut self, name: &str, value: &[u8]) {
+        self.send(&[b"SET", name.as_bytes(), value]);
+        assert_eq!(self.line(), "+OK");
+    }
+
+    fn send(&mut self, parts: &[&[u8]]) {
+        let mut command = format!("*{}\r\n", parts.len()).into_bytes();
+        for part in parts {
+            command.extend(format!("${}\r\n", part.len()).into_bytes());
+            command.extend(*part);
+            command.extend(b"\r\n");
+        }
+        self.0.get_mut().write_all(&command).expect("sent");
+    }
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.0.read_line(&mut line).expect("a line");
+        line.trim_end().to_string()
+    }
+    fn bulk(&mut self) -> Vec<u8> {
+        let length: usize = self.line().trim_start_matches('$').parse().expect("a length");
+        let mut bytes = vec![0; length + 2];
+        self.0.read_exact(&mut bytes).expect("all of it");
+        bytes.truncate(length);
+        bytes
     }
 }
 

@@ -23,7 +23,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 use super::disk::Damage;
-use super::{Fault, Job, Outcome, StoredKey, TierStats};
+use super::{Fault, Job, Outcome, StoredKey, TierId, TierStats, TierStore};
 use crate::config::{
     DEFAULT_REMOTE_PREFIX, DEFAULT_REMOTE_TTL_S, MAX_REMOTE_PREFIX_BYTES, MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_TTL_S,
     MIN_REMOTE_SECRET_BYTES,
@@ -181,16 +181,6 @@ impl RemoteTier {
         removed
     }
 
-    /// Does what [`Tiers`](super::Tiers) asks for.
-    pub fn run(&mut self, job: &Job) -> Outcome {
-        let done = match job {
-            Job::Read(key) => self.get(key).map(|found| found.map_or(Outcome::Missing, Outcome::Found)),
-            Job::Write(key, bytes) => self.put(key, bytes).map(|_| Outcome::Stored),
-            Job::Quarantine(key) => self.remove(key).map(|()| Outcome::Missing),
-        };
-        done.unwrap_or_else(Outcome::Fault)
-    }
-
     /// What has happened. What the store holds is not known: others use it too.
     pub fn stats(&self) -> TierStats {
         self.stats
@@ -222,6 +212,33 @@ impl RemoteTier {
 
     fn name(&self, key: &StoredKey) -> String {
         format!("{}:{}:{}", self.names, hexadecimal(&key.block.0), hexadecimal(&key.layout.0))
+    }
+}
+
+impl TierStore for RemoteTier {
+    fn id(&self) -> TierId {
+        TierId::Remote
+    }
+
+    fn run(&mut self, job: Job) -> Outcome {
+        let done = match job {
+            Job::Read(key) => {
+                self.get(&key).map(|found| found.map_or(Outcome::Missing, |it| Outcome::Found(it.into())))
+            }
+            Job::Write(key, bytes) => self.put(&key, &bytes).map(|_| Outcome::Stored),
+            Job::Quarantine(key) => self.remove(&key).map(|()| Outcome::Missing),
+        };
+        done.unwrap_or_else(Outcome::Fault)
+    }
+
+    /// What others or the time have taken away is found out when it is asked for.
+    fn take_lost(&mut self) -> Vec<StoredKey> {
+        Vec::new()
+    }
+
+    /// How durable the store is is its own affair.
+    fn flush(&mut self) -> Result<(), Fault> {
+        Ok(())
     }
 }
 
