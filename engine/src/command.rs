@@ -9,6 +9,7 @@ use crate::config::MAX_PENDING_PROMPT_BYTES;
 use crate::embedding::EmbeddingRequest;
 use crate::error::{Error, Result};
 use crate::request::{Prompt, Request};
+use crate::responses::Recorder;
 use crate::sequence::{EncodeSpec, SequenceSpec};
 use crate::stream::EventSender;
 use crate::tokenizer::StopStrings;
@@ -69,8 +70,8 @@ pub(crate) struct Prepared {
 
 /// The sequences of a request.
 pub(crate) enum PreparedWork {
-    /// One per choice.
-    Generate { specs: Vec<SequenceSpec>, stop: StopStrings, seed: u64 },
+    /// One per choice. `recorder` keeps the answer when it is complete.
+    Generate { specs: Vec<SequenceSpec>, stop: StopStrings, seed: u64, recorder: Option<Box<Recorder>> },
     /// One per input.
     Embed(Vec<PreparedInput>, VectorForm),
 }
