@@ -11,6 +11,7 @@ use crate::embedding::EmbeddingRequest;
 use crate::error::{Error, Result};
 use crate::kv_cache::tiers::{Done, Fault, StoredKey, TierId};
 use crate::request::{Prompt, Request};
+use crate::responses::Recorder;
 use crate::sequence::{EncodeSpec, SequenceSpec};
 use crate::stream::EventSender;
 use crate::tokenizer::StopStrings;
@@ -83,8 +84,8 @@ pub(crate) struct Prepared {
 
 /// The sequences of a request.
 pub(crate) enum PreparedWork {
-    /// One per choice.
-    Generate { specs: Vec<SequenceSpec>, stop: StopStrings, seed: u64 },
+    /// One per choice. `recorder` keeps the answer when it is complete.
+    Generate { specs: Vec<SequenceSpec>, stop: StopStrings, seed: u64, recorder: Option<Box<Recorder>> },
     /// One per input.
     Embed(Vec<PreparedInput>, VectorForm),
 }

@@ -34,6 +34,7 @@ pub mod inspect;
 mod intake;
 pub mod quantize;
 mod request;
+mod responses;
 mod stats;
 mod stream;
 mod tier_thread;
@@ -59,6 +60,8 @@ pub mod model;
 #[doc(hidden)]
 pub mod open;
 #[doc(hidden)]
+pub mod response_cache;
+#[doc(hidden)]
 pub mod sampler;
 #[doc(hidden)]
 pub mod scheduler;
@@ -72,7 +75,8 @@ pub mod text_model;
 pub mod tokenizer;
 
 pub use config::{
-    Device, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, ProgressCallback, ThreadPriority, WeightFormat,
+    Device, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, ProgressCallback, ResponseCacheOptions,
+    ThreadPriority, WeightFormat,
 };
 pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
 pub use engine::{Choice, Completion, Engine};
@@ -85,5 +89,7 @@ pub use request::{
     CacheUse, CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request,
     SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
 };
-pub use stats::{KvTierStats, MemoryUse, ModelInfo, Stats};
+pub use response_cache::EntryUse;
+pub use responses::{PutOptions, Responses};
+pub use stats::{KvTierStats, MemoryUse, ModelInfo, ResponseCacheStats, Stats};
 pub use stream::{Canceller, RequestStream};

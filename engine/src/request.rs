@@ -113,6 +113,14 @@ pub struct Request {
     pub namespace: Option<String>,
     /// Whether this request may use KV of earlier prompts, in the pool and in the tiers, and whether others may use its own.
     pub prefix_cache: CacheUse,
+    /// What part the response cache has in it, if the engine has one. `None`: [`CacheUse::ReadWrite`] where the
+    /// answer is the same each time (greedy, or with a seed), else none. A request that draws without a seed takes part
+    /// when it says so here, and then shares its answer with all such requests of its namespace.
+    pub response_cache: Option<CacheUse>,
+    /// Names under which its kept answer can be made invalid.
+    pub response_tags: Vec<String>,
+    /// How long its kept answer is found, milliseconds; `None`: as the engine's options say.
+    pub response_ttl_ms: Option<u64>,
 }
 
 impl Request {
@@ -131,6 +139,9 @@ impl Request {
             timeout_ms: None,
             namespace: None,
             prefix_cache: CacheUse::ReadWrite,
+            response_cache: None,
+            response_tags: Vec::new(),
+            response_ttl_ms: None,
         }
     }
     /// A request that continues `text`.
@@ -200,6 +211,8 @@ impl Request {
         if let Some(namespace) = &self.namespace {
             at_most("namespace (bytes)", namespace.len(), MAX_NAME_BYTES)?;
         }
+        check_response_tags("response_tags", &self.response_tags)?;
+        check_response_ttl("response_ttl_ms", self.response_ttl_ms)?;
         match &self.prompt {
             Prompt::Text(text) => at_most("prompt (bytes)", text.len(), MAX_PROMPT_BYTES),
             Prompt::Tokens(ids) => at_most("prompt (bytes)", ids.len().saturating_mul(4), MAX_PROMPT_BYTES),
@@ -234,6 +247,25 @@ pub(crate) fn check_timeout(timeout_ms: Option<u64>) -> Result<()> {
     match timeout_ms {
         Some(timeout_ms) if timeout_ms == 0 || timeout_ms > MAX_TIMEOUT_MS => {
             Err(invalid("timeout_ms", timeout_ms, format!("1 to {MAX_TIMEOUT_MS}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn check_response_tags(field: &'static str, tags: &[String]) -> Result<()> {
+    at_most(field, tags.len(), MAX_RESPONSE_TAGS)?;
+    match tags.iter().find(|tag| tag.is_empty() || tag.len() > MAX_NAME_BYTES) {
+        Some(tag) => {
+            Err(invalid(field, format!("a tag of {} bytes", tag.len()), format!("1 to {MAX_NAME_BYTES} bytes")))
+        }
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn check_response_ttl(field: &'static str, ttl_ms: Option<u64>) -> Result<()> {
+    match ttl_ms {
+        Some(ttl_ms) if ttl_ms == 0 || ttl_ms > MAX_RESPONSE_TTL_MS => {
+            Err(invalid(field, ttl_ms, format!("1 to {MAX_RESPONSE_TTL_MS}")))
         }
         _ => Ok(()),
     }
@@ -337,6 +369,8 @@ pub struct Summary {
     pub seed: u64,
     /// For each prompt token from the second on, when asked for.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Whether the answer was kept from an earlier request: nothing was computed.
+    pub from_response_cache: bool,
 }
 
 /// Token counts of a request.
@@ -346,9 +380,10 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Tokens of all answers, stop tokens included.
     pub completion_tokens: usize,
-    /// Tokens of the prompt whose KV was found in the cache (of the first choice).
+    /// Tokens of the prompt that were not computed: their KV was found in the cache (of the first choice), or the whole
+    /// answer was kept.
     pub cached_tokens: usize,
-    /// The same by the place where they were found.
+    /// The same by the place where their KV was found; all zero where the whole answer was kept.
     pub cached_by_tier: CachedTokens,
     /// How often a sequence of this request was preempted.
     pub preemptions: usize,

@@ -19,6 +19,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "memory_plan",
             "open",
             "request",
+            "responses",
             "sampler",
             "stats",
             "stream",
@@ -40,6 +41,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "memory_plan",
             "model",
             "request",
+            "responses",
             "scheduler",
             "stats",
             "tensor",
@@ -50,7 +52,22 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     // The threads.
-    ("intake", &["chat", "command", "embedding", "request", "sampler", "sequence", "text_model", "tokenizer"]),
+    (
+        "intake",
+        &[
+            "chat",
+            "command",
+            "embedding",
+            "request",
+            "response_cache",
+            "responses",
+            "sampler",
+            "sequence",
+            "stream",
+            "text_model",
+            "tokenizer",
+        ],
+    ),
     (
         "worker",
         &[
@@ -59,6 +76,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "executor",
             "kv_cache",
             "request",
+            "responses",
             "scheduler",
             "sequence",
             "stats",
@@ -69,9 +87,12 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("tier_thread", &["command", "kv_cache"]),
-    ("command", &["embedding", "kv_cache", "request", "sequence", "stream", "tokenizer"]),
+    ("command", &["embedding", "kv_cache", "request", "responses", "sequence", "stream", "tokenizer"]),
     ("stream", &["request"]),
     ("text_model", &["chat", "request", "tokenizer"]),
+    // Whole answers: as they are shared, and as plain state.
+    ("responses", &["request", "response_cache", "stats"]),
+    ("response_cache", &["request", "stats"]),
     // The core: numbers only.
     ("scheduler", &["batch", "kv_cache", "request", "sequence"]),
     ("kv_cache", &["request", "sequence"]),
