@@ -138,9 +138,8 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         *size = fields.integer(name)?.map_or(*size, as_usize);
     }
     options.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(options.prefix_cache);
-    if let Some(value) = fields.get("responseCache")? {
-        let value = object("responseCache", value, "an object of options")?;
-        options.response_cache = read_response_cache_options(&value)?;
+    if let Some(response_cache) = fields.object("responseCache", "an object of options")? {
+        options.response_cache = read_response_cache_options(&response_cache)?;
     }
     Ok(options)
 }
@@ -246,6 +245,10 @@ impl<'a, 'env> Fields<'a, 'env> {
     fn get(&self, name: &'static str) -> Result<Option<Unknown<'env>>> {
         let value = self.0.get::<Unknown>(name).map_err(from_napi)?;
         Ok(value.filter(|value| !matches!(value.get_type(), Ok(ValueType::Undefined | ValueType::Null))))
+    }
+
+    fn object(&self, name: &'static str, expected: &str) -> Result<Option<Object<'env>>> {
+        self.get(name)?.map(|value| object(name, value, expected)).transpose()
     }
 
     fn boolean(&self, name: &'static str) -> Result<Option<bool>> {

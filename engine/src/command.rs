@@ -46,7 +46,7 @@ pub(crate) enum TierAnswer {
 
 /// What a user asks for.
 pub(crate) enum Work {
-    Generate(Request),
+    Generate(Box<Request>),
     Embed(EmbeddingRequest),
 }
 
@@ -158,12 +158,12 @@ mod tests {
     #[test]
     fn slots_are_bounded_and_come_back() {
         let pending = Pending::new(2);
-        let small = Work::Generate(Request::prompt("x"));
+        let small = Work::Generate(Request::prompt("x").into());
         let first = pending.take(&small).expect("empty");
         let second = pending.take(&small).expect("one of two");
         assert!(matches!(pending.take(&small), Err(Error::Overloaded { waiting: 2, limit: 2, .. })));
         drop(first);
-        let large = Work::Generate(Request::prompt("y".repeat(MAX_PENDING_PROMPT_BYTES)));
+        let large = Work::Generate(Request::prompt("y".repeat(MAX_PENDING_PROMPT_BYTES)).into());
         assert!(matches!(pending.take(&large), Err(Error::Overloaded { limit: MAX_PENDING_PROMPT_BYTES, .. })));
         drop(second);
         let alone = pending.take(&large).expect("one request always fits");

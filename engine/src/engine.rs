@@ -112,7 +112,7 @@ impl Engine {
         if !info.can_generate {
             return Err(Error::NotSupported { feature: "generate text", architecture: info.architecture.clone() });
         }
-        self.submit_work(Work::Generate(request))
+        self.submit_work(Work::Generate(Box::new(request)))
     }
 
     /// Submits inputs to be turned into vectors, without waiting. Each comes as an [`Event::Embedding`], in any order.

@@ -264,8 +264,8 @@ impl Recorder {
     }
 
     /// The request has ended as it should.
-    pub(crate) fn store(self: Box<Self>, summary: &Summary) {
-        let Recorder { responses, key, ticket, entry, mut answer, bytes } = *self;
+    pub(crate) fn store(self, summary: &Summary) {
+        let Recorder { responses, key, ticket, entry, mut answer, bytes } = self;
         if bytes > MAX_RESPONSE_BYTES {
             responses.lock().refuse_too_large();
             return;
