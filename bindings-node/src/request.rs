@@ -61,6 +61,9 @@ const ENGINE_FIELDS: &[&str] = &[
     "mixedBudgetTokens",
     "maxWaitingRequests",
     "prefixCache",
+    "kvHostBytes",
+    "kvCacheDir",
+    "kvDiskBytes",
 ];
 
 /// One request from one plain object.
@@ -123,6 +126,14 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         *size = fields.integer(name)?.map_or(*size, as_usize);
     }
     options.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(options.prefix_cache);
+    options.kv_host_bytes = fields.integer("kvHostBytes")?.unwrap_or(options.kv_host_bytes);
+    if let Some(directory) = fields.string("kvCacheDir")? {
+        if directory.is_empty() || directory.contains('\0') {
+            return Err(to_js(&invalid("kvCacheDir", "no path", "the path of a directory")));
+        }
+        options.kv_cache_dir = Some(directory.into());
+    }
+    options.kv_disk_bytes = fields.integer("kvDiskBytes")?.unwrap_or(options.kv_disk_bytes);
     Ok(options)
 }
 

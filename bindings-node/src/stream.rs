@@ -11,6 +11,7 @@ use ns_llm::{Canceller, Error, Event, RequestStream};
 
 use crate::error::{Result, from_napi};
 use crate::request::MAX_SAFE_INTEGER;
+use crate::stats::CachedTokens;
 
 /// Events that one read brings at most: a reader that comes late shares the event loop with the others.
 const MAX_EVENTS_PER_BATCH: usize = 1_024;
@@ -235,6 +236,8 @@ pub struct Usage {
     pub completion_tokens: f64,
     /// Tokens of the prompt whose KV was found in the cache (of the first choice).
     pub cached_tokens: f64,
+    /// The same by the place where it was found.
+    pub cached_by_tier: CachedTokens,
     /// How often a sequence of this request was preempted.
     pub preemptions: f64,
 }
@@ -245,6 +248,7 @@ impl From<ns_llm::Usage> for Usage {
             prompt_tokens: usage.prompt_tokens as f64,
             completion_tokens: usage.completion_tokens as f64,
             cached_tokens: usage.cached_tokens as f64,
+            cached_by_tier: usage.cached_by_tier.into(),
             preemptions: usage.preemptions as f64,
         }
     }

@@ -77,14 +77,16 @@ pub(crate) fn run(options: Options) -> CommandResult {
     if options.json {
         let completion = engine.complete(request)?;
         show(format_args!("{}\n", to_json(&completion, engine.info())))?;
-        return Ok(());
-    }
-    for event in engine.generate(request)? {
-        if let Event::Delta(Delta { text, .. }) = event? {
-            show(text)?;
+    } else {
+        for event in engine.generate(request)? {
+            if let Event::Delta(Delta { text, .. }) = event? {
+                show(text)?;
+            }
         }
+        show("\n")?;
     }
-    show("\n")?;
+    // Waits for what is still to be written to a KV cache directory.
+    engine.close();
     Ok(())
 }
 
@@ -104,6 +106,7 @@ fn read_prompt(options: &Options) -> std::io::Result<String> {
 fn to_json(completion: &Completion, info: &ModelInfo) -> serde_json::Value {
     let choice = &completion.choices[0];
     let (usage, timings) = (completion.summary.usage, completion.summary.timings);
+    let by_tier = usage.cached_by_tier;
     json!({
         "text": choice.text,
         "token_ids": choice.token_ids,
@@ -113,6 +116,12 @@ fn to_json(completion: &Completion, info: &ModelInfo) -> serde_json::Value {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "cached_tokens": usage.cached_tokens,
+            "cached_by_tier": {
+                "pool": by_tier.pool,
+                "host": by_tier.host,
+                "disk": by_tier.disk,
+                "remote": by_tier.remote,
+            },
         },
         "timings": {
             "load_ms": info.load_ms,

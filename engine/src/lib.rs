@@ -73,7 +73,7 @@ pub mod tokenizer;
 
 pub use config::{Device, EngineOptions, KvDtype, LoadProgress, ProgressCallback, ThreadPriority, WeightFormat};
 pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
-pub use engine::{Choice, Completion, Engine};
+pub use engine::{Choice, Completion, Engine, Warmed};
 #[doc(hidden)]
 pub use error::panic_text;
 pub use error::{Error, Result};

@@ -374,6 +374,15 @@ impl CachedTokens {
     }
 }
 
+impl std::ops::AddAssign for CachedTokens {
+    fn add_assign(&mut self, other: Self) {
+        self.pool += other.pool;
+        self.host += other.host;
+        self.disk += other.disk;
+        self.remote += other.remote;
+    }
+}
+
 /// Times of a request, milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Timings {

@@ -90,7 +90,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("tokenizer", &[]),
     ("embedding", &["request"]),
     ("request", &[]),
-    ("stats", &[]),
+    ("stats", &["request"]),
     ("config", &[]),
     ("error", &[]),
 ];

@@ -147,6 +147,14 @@ pub struct ns_llm_engine_params {
     /// the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what
     /// the smallest needs in the text. 0: what is available.
     pub memory_limit_bytes: u64,
+    /// Host memory for KV blocks that the pool gives away, bytes. 0: none.
+    pub kv_host_bytes: u64,
+    /// Directory where KV blocks outlive the process: the next engine with the same model, numerics and namespace finds them
+    /// again. It is made if it is missing, and belongs to engines alone. One engine at a time writes, others read. NULL: blocks
+    /// end with the engine.
+    pub kv_cache_dir: ns_llm_text,
+    /// Bytes that the files in `kv_cache_dir` take at most. 0: 8 GiB.
+    pub kv_disk_bytes: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -174,12 +182,12 @@ pub(crate) static ENGINES: HandleTable<LiveEngine> = HandleTable::new(HandleKind
 /// Returns:    NS_LLM_OK; NS_LLM_CANCELLED if the progress callback said so; NS_LLM_NULL_ARGUMENT,
 ///             NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the
 ///             parameters; any status from 300 to 399 about the files; NS_LLM_OUT_OF_MEMORY; NS_LLM_DEVICE_UNAVAILABLE;
-///             NS_LLM_OVERLOADED if 16777216 engines are open; NS_LLM_FORKED_PROCESS in the child of a process that had
+///             NS_LLM_STORAGE about `kv_cache_dir`; NS_LLM_OVERLOADED if 16777216 engines are open; NS_LLM_FORKED_PROCESS in the child of a process that had
 ///             opened an engine; NS_LLM_INTERNAL.
 /// On failure: `*out_engine` is 0, and nothing is left behind.
 ///
 /// # Safety
-/// `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its `progress`
+/// `params` points to a `size_t` and to as many readable bytes as that says; its texts are readable and its `progress`
 /// callable until this function returns, its `log` until ns_llm_engine_free() has. `out_engine` points to a writable
 /// `ns_llm_engine`.
 #[unsafe(no_mangle)]
@@ -210,8 +218,8 @@ pub unsafe extern "C" fn ns_llm_engine_open(
 /// Ends all requests of an engine with NS_LLM_CLOSED, stops its threads and frees its memory.
 ///
 /// Outside of callbacks it returns when that is done and every last event has been told, so nothing of the engine calls
-/// the program any more; this takes about one step, and as long as the callback that is running, so do not hold a lock
-/// that the callback takes. Inside a callback the last events are told after that callback has returned. Request
+/// the program any more; this takes about one step, and what a disk needs to take the KV blocks that wait for it, and as
+/// long as the callback that is running, so do not hold a lock that the callback takes. Inside a callback the last events are told after that callback has returned. Request
 /// handles stay valid until they are freed. Calls that other threads are in the middle of end with NS_LLM_CLOSED.
 ///
 /// Ownership:  `engine` is dead afterwards; it may be freed before or after its requests.
@@ -234,8 +242,21 @@ pub extern "C" fn ns_llm_engine_free(engine: ns_llm_engine) -> ns_llm_status {
     })
 }
 
+/// Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power; at most a minute.
+/// Without `kv_cache_dir` there is nothing to wait for. Blocks are written by themselves, too: this is for programs that must
+/// know.
+///
+/// Threads:    any, also concurrently, also inside a callback.
+/// Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE;
+///             NS_LLM_CLOSED if the engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: requests are not touched, and nothing false is ever found: a block that cannot be read is computed again.
+#[unsafe(no_mangle)]
+pub extern "C" fn ns_llm_engine_flush(engine: ns_llm_engine) -> ns_llm_status {
+    boundary(|| ENGINES.get(engine)?.engine.flush().map_err(Failure::from))
+}
+
 /// # Safety
-/// `params.model` is readable, and `params.progress` callable with `params.progress_user_data` on any thread while the
+/// `params.model` and `params.kv_cache_dir` are readable, and `params.progress` callable with `params.progress_user_data` on any thread while the
 /// engine is being opened.
 unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, Failure> {
     if params.model.data.is_null() {
@@ -257,6 +278,11 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     options.context_tokens = unless_zero(params.context_tokens);
     options.kv_bytes = unless_zero(params.kv_bytes);
     options.memory_limit_bytes = unless_zero(params.memory_limit_bytes);
+    options.kv_host_bytes = params.kv_host_bytes;
+    // SAFETY: promised by the caller.
+    let directory = unsafe { read_text("kv_cache_dir", params.kv_cache_dir, MAX_PATH_BYTES) }?;
+    options.kv_cache_dir = (!directory.is_empty()).then(|| directory.into());
+    options.kv_disk_bytes = unless_zero(params.kv_disk_bytes).unwrap_or(options.kv_disk_bytes);
     let sizes = [
         (&mut options.block_tokens, params.block_tokens),
         (&mut options.max_running_sequences, params.max_running_sequences),

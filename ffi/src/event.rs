@@ -78,6 +78,14 @@ pub struct ns_llm_summary {
     pub decode_ms: f64,
     /// From submission to the end.
     pub total_ms: f64,
+    /// Of `cached_tokens`, those whose KV was in the pool.
+    pub cached_pool_tokens: u64,
+    /// Those that the pool had given away and host memory had kept.
+    pub cached_host_tokens: u64,
+    /// Those that were read from disk.
+    pub cached_disk_tokens: u64,
+    /// Those that came from a store that nodes share.
+    pub cached_remote_tokens: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
@@ -338,6 +346,10 @@ impl From<&Summary> for ns_llm_summary {
             first_token_ms: timings.first_token_ms,
             decode_ms: timings.decode_ms,
             total_ms: timings.total_ms,
+            cached_pool_tokens: usage.cached_by_tier.pool as u64,
+            cached_host_tokens: usage.cached_by_tier.host as u64,
+            cached_disk_tokens: usage.cached_by_tier.disk as u64,
+            cached_remote_tokens: usage.cached_by_tier.remote as u64,
         }
     }
 }
