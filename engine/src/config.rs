@@ -41,8 +41,10 @@ pub const MAX_TIER_JOBS: usize = 16;
 pub const WRITE_QUEUE_BYTES: u64 = 64 << 20;
 /// Blocks that may wait to be written to one tier, however large they are.
 pub const MIN_WRITE_QUEUE_BLOCKS: u64 = 4;
-/// How long a sequence waits for blocks from a tier that makes no progress, milliseconds; it computes them then.
-pub const LOAD_BUDGET_MS: u64 = 1_000;
+/// How long a sequence waits by default for blocks from a tier that makes no progress, milliseconds; it computes them then.
+pub const DEFAULT_KV_LOAD_BUDGET_MS: u64 = 50;
+/// Longest such wait, milliseconds.
+pub const MAX_KV_LOAD_BUDGET_MS: u64 = 60_000;
 /// How long closing waits for blocks that are still to be written, milliseconds.
 pub const CLOSE_WRITES_MS: u64 = 5_000;
 /// How long [`Engine::flush`](crate::Engine::flush) waits, milliseconds.
@@ -315,6 +317,11 @@ pub struct EngineOptions {
     pub kv_cache_dir: Option<PathBuf>,
     /// Bytes that the files in `kv_cache_dir` take at most.
     pub kv_disk_bytes: u64,
+    /// How long a request waits for KV from a tier that makes no progress before it computes the rest, milliseconds.
+    pub kv_load_budget_ms: u64,
+    /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above
+    /// 0.0, to 1.0: with less than 1.0 the flood of one namespace leaves others theirs.
+    pub kv_namespace_share: f64,
     /// Hears how far loading is.
     pub on_progress: Option<ProgressCallback>,
 }
@@ -341,6 +348,8 @@ impl EngineOptions {
             kv_host_bytes: 0,
             kv_cache_dir: None,
             kv_disk_bytes: DEFAULT_KV_DISK_BYTES,
+            kv_load_budget_ms: DEFAULT_KV_LOAD_BUDGET_MS,
+            kv_namespace_share: 1.0,
             on_progress: None,
         }
     }
@@ -366,6 +375,13 @@ impl EngineOptions {
         check("max_running_sequences", self.max_running_sequences, 1, MAX_RUNNING_SEQUENCES)?;
         check("prefill_budget_tokens", self.prefill_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
         check("mixed_budget_tokens", self.mixed_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
+        if !(self.kv_namespace_share > 0.0 && self.kv_namespace_share <= 1.0) {
+            let value = self.kv_namespace_share.to_string();
+            let expected = "above 0.0, to 1.0".to_string();
+            return Err(Error::InvalidArgument { field: "kv_namespace_share", value, expected });
+        }
+        let load_budget_ms = usize::try_from(self.kv_load_budget_ms).unwrap_or(usize::MAX);
+        check("kv_load_budget_ms", load_budget_ms, 1, MAX_KV_LOAD_BUDGET_MS as usize)?;
         check("max_waiting_requests", self.max_waiting_requests, 1, MAX_WAITING_REQUESTS_LIMIT)?;
         for (field, bytes) in [("kv_host_bytes", self.kv_host_bytes), ("kv_disk_bytes", self.kv_disk_bytes)] {
             if bytes > MAX_KV_TIER_BYTES {
@@ -446,12 +462,13 @@ mod tests {
     #[test]
     fn options_have_ranges() {
         type Set = fn(&mut EngineOptions, usize);
-        let ranges: [(&str, usize, usize, Set); 6] = [
+        let ranges: [(&str, usize, usize, Set); 7] = [
             ("threads", 1, MAX_THREADS, |o, v| o.threads = Some(v)),
             ("block_tokens", 16, MAX_BLOCK_TOKENS, |o, v| o.block_tokens = v),
             ("max_running_sequences", 1, MAX_RUNNING_SEQUENCES, |o, v| o.max_running_sequences = v),
             ("prefill_budget_tokens", 1, MAX_BUDGET_TOKENS, |o, v| o.prefill_budget_tokens = v),
             ("mixed_budget_tokens", 1, MAX_BUDGET_TOKENS, |o, v| o.mixed_budget_tokens = v),
+            ("kv_load_budget_ms", 1, MAX_KV_LOAD_BUDGET_MS as usize, |o, v| o.kv_load_budget_ms = v as u64),
             ("max_waiting_requests", 1, MAX_WAITING_REQUESTS_LIMIT, |o, v| o.max_waiting_requests = v),
         ];
         for (name, min, max, set) in ranges {
@@ -479,6 +496,11 @@ mod tests {
                     other => assert!(other.is_ok() && is_good, "{name} = {bytes}: {other:?}"),
                 }
             }
+        }
+        for (share, is_good) in [(0.0, false), (1e-9, true), (1.0, true), (1.1, false), (f64::NAN, false)] {
+            let mut options = EngineOptions::new("");
+            options.kv_namespace_share = share;
+            assert_eq!(options.validate().is_ok(), is_good, "{share}");
         }
         let mut odd = EngineOptions::new("");
         odd.block_tokens = 24;

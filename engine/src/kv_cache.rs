@@ -9,6 +9,7 @@
 //! keys; a block that a launched step writes is in one table only and not in the index.
 
 mod block_pool;
+mod fair_lru;
 mod prefix_index;
 pub mod tiers;
 
@@ -16,7 +17,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::request::{CacheUse, CachedTokens};
-use crate::sequence::{BlockId, BlockKey, SeqId, Sequence};
+use crate::sequence::{BlockId, BlockKey, NamespaceKey, SeqId, Sequence};
 use block_pool::BlockPool;
 pub(crate) use block_pool::violated;
 pub use prefix_index::KvIdentity;
@@ -24,7 +25,7 @@ use prefix_index::PrefixIndex;
 use tiers::{Source, TierId, TierStats, Tiers, TiersConfig};
 
 /// Sizes and identity of a pool.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct KvCacheConfig {
     /// Blocks of the pool, at least one.
     pub num_blocks: usize,
@@ -34,6 +35,8 @@ pub struct KvCacheConfig {
     pub identity: KvIdentity,
     /// Whether blocks are shared at all.
     pub prefix_cache: bool,
+    /// Share of the pool, and of host memory below it, that the cached blocks of one namespace may keep when others need room.
+    pub namespace_share: f64,
     /// Where blocks are kept beside the pool; `None`, or blocks that are not shared: nowhere.
     pub tiers: Option<TiersConfig>,
 }
@@ -47,6 +50,17 @@ pub enum KeepReason {
     Evicted,
 }
 
+/// A block that the tiers are offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeptBlock {
+    /// What it is.
+    pub key: BlockKey,
+    /// Whose it is.
+    pub namespace: NamespaceKey,
+    /// Why.
+    pub reason: KeepReason,
+}
+
 /// Contents that go from the pool to the tiers or back. All that there are are carried out in their order, before the next
 /// step is launched and after those that were launched before.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,10 +69,8 @@ pub enum BlockTransfer {
     Keep {
         /// Where it is.
         block: BlockId,
-        /// What it is.
-        key: BlockKey,
-        /// Why.
-        reason: KeepReason,
+        /// What it is, and why.
+        kept: KeptBlock,
     },
     /// The block is to hold these bytes.
     Restore {
@@ -109,9 +121,13 @@ impl KvCache {
     pub fn new(config: KvCacheConfig) -> Self {
         assert!(config.num_blocks > 0 && config.block_tokens > 0, "a pool has blocks and a block has tokens");
         KvCache {
-            pool: BlockPool::new(config.num_blocks),
+            pool: BlockPool::new(config.num_blocks, (config.num_blocks as f64 * config.namespace_share) as u64),
             index: PrefixIndex::new(&config.identity),
-            tiers: config.tiers.clone().filter(|_| config.prefix_cache).map(Tiers::new),
+            tiers: config
+                .tiers
+                .clone()
+                .filter(|_| config.prefix_cache)
+                .map(|it| Tiers::new(it, config.namespace_share)),
             transfers: Vec::new(),
             config,
             num_evictions: 0,
@@ -206,10 +222,10 @@ impl KvCache {
     pub fn extend(&mut self, seq: &mut Sequence, num_tokens: usize) -> bool {
         while seq.blocks.len() < self.blocks_for(num_tokens) {
             let Some((id, evicted)) = self.pool.allocate() else { return false };
-            if let Some(key) = evicted {
+            if let Some((key, namespace)) = evicted {
                 self.index.remove(&key);
                 self.num_evictions += 1;
-                self.note_keep(id, key, KeepReason::Evicted);
+                self.note_keep(id, key, namespace, KeepReason::Evicted);
             }
             seq.blocks.push(id);
         }
@@ -231,8 +247,8 @@ impl KvCache {
             let (key, id) = (seq.block_keys[idx], seq.blocks[idx]);
             self.index.unclaim(&key, seq.id);
             if self.index.insert(key, id) {
-                self.pool.set_key(id, key);
-                self.note_keep(id, key, KeepReason::Published);
+                self.pool.set_key(id, key, seq.spec.namespace);
+                self.note_keep(id, key, seq.spec.namespace, KeepReason::Published);
             }
         }
         seq.num_published = seq.num_published.max(num_full);
@@ -261,9 +277,9 @@ impl KvCache {
         blocks.iter().for_each(|&id| self.pool.unpin(id));
     }
 
-    fn note_keep(&mut self, block: BlockId, key: BlockKey, reason: KeepReason) {
+    fn note_keep(&mut self, block: BlockId, key: BlockKey, namespace: NamespaceKey, reason: KeepReason) {
         if self.tiers.is_some() {
-            self.transfers.push(BlockTransfer::Keep { block, key, reason });
+            self.transfers.push(BlockTransfer::Keep { block, kept: KeptBlock { key, namespace, reason } });
         }
     }
 
@@ -279,7 +295,8 @@ impl KvCache {
         let shareable = seq.max_cached_tokens() / self.config.block_tokens;
         let missing = seq.block_keys.get(seq.num_published..shareable).unwrap_or(&[]);
         let missing: Vec<_> = missing.iter().map(|key| tiers.stored_key(*key)).collect();
-        seq.restore = tiers.begin(&missing, now_us);
+        seq.restore = tiers.begin(&missing, seq.spec.namespace, now_us);
+        seq.restored = seq.num_published..seq.num_published;
     }
 
     /// Takes over what has arrived of the prefix that a sequence waits for: it counts as computed and is shared with others
@@ -297,7 +314,7 @@ impl KvCache {
             self.transfers.push(BlockTransfer::Restore { block: id, bytes: block.bytes });
             self.index.unclaim(&key, seq.id);
             if self.index.insert(key, id) {
-                self.pool.set_key(id, key);
+                self.pool.set_key(id, key, seq.spec.namespace);
             }
             seq.num_published += 1;
             let count = match block.source {
@@ -307,9 +324,24 @@ impl KvCache {
             };
             *count += self.config.block_tokens;
         }
+        seq.restored.end = seq.num_published;
         seq.num_computed += restored.total();
         seq.num_scheduled = seq.num_computed;
         restored
+    }
+
+    /// What was computed from a sequence's blocks is unusable: those of them that came from the tiers are not used again, nor
+    /// shared any more.
+    pub fn quarantine_restored(&mut self, seq: &Sequence) {
+        let Some(tiers) = &mut self.tiers else { return };
+        for idx in seq.restored.clone() {
+            let (key, id) = (seq.block_keys[idx], seq.blocks[idx]);
+            tiers.quarantine(tiers.stored_key(key));
+            if self.index.get(&key) == Some(id) {
+                self.index.remove(&key);
+                self.pool.clear_key(id);
+            }
+        }
     }
 
     /// What is to be moved now; the caller does it, in this order.
@@ -317,19 +349,19 @@ impl KvCache {
         std::mem::take(&mut self.transfers)
     }
     /// Whether any tier would take the block: else it need not be read.
-    pub fn would_keep(&self, key: &BlockKey, reason: KeepReason, now_us: u64) -> bool {
-        self.tiers.as_ref().is_some_and(|tiers| match reason {
-            KeepReason::Published => tiers.would_persist(&tiers.stored_key(*key), now_us),
-            KeepReason::Evicted => tiers.would_spill(&tiers.stored_key(*key), now_us),
+    pub fn would_keep(&self, block: &KeptBlock, now_us: u64) -> bool {
+        self.tiers.as_ref().is_some_and(|tiers| match block.reason {
+            KeepReason::Published => tiers.would_persist(&tiers.stored_key(block.key), now_us),
+            KeepReason::Evicted => tiers.would_spill(&tiers.stored_key(block.key), now_us),
         })
     }
     /// Gives a block to the tiers.
-    pub fn keep(&mut self, key: &BlockKey, bytes: Arc<[u8]>, reason: KeepReason, now_us: u64) {
+    pub fn keep(&mut self, block: &KeptBlock, bytes: Arc<[u8]>, now_us: u64) {
         let Some(tiers) = &mut self.tiers else { return };
-        let key = tiers.stored_key(*key);
-        match reason {
+        let key = tiers.stored_key(block.key);
+        match block.reason {
             KeepReason::Published => tiers.persist(key, bytes, now_us),
-            KeepReason::Evicted => tiers.spill(key, bytes, now_us),
+            KeepReason::Evicted => tiers.spill(key, bytes, block.namespace, now_us),
         }
     }
     /// Every tier by its name, and what it holds and did.

@@ -21,7 +21,7 @@ use crate::backend::{Backend, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LOAD_BUDGET_MS, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
+    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
     MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ThreadPriority,
     WRITE_QUEUE_BYTES, WeightFormat,
 };
@@ -436,6 +436,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
             block_tokens: options.block_tokens,
             identity,
             prefix_cache: options.prefix_cache,
+            namespace_share: options.kv_namespace_share,
             tiers: tiers_config(&options, &layout, &plan),
         }),
     );
@@ -486,7 +487,7 @@ fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan) -
         block_bytes: usize::try_from(plan.block_bytes).ok()?,
         host_bytes: options.kv_host_bytes,
         write_queue_bytes: WRITE_QUEUE_BYTES.max(MIN_WRITE_QUEUE_BLOCKS * plan.block_bytes),
-        load_budget_us: LOAD_BUDGET_MS * 1_000,
+        load_budget_us: options.kv_load_budget_ms * 1_000,
         tiers,
     })
 }

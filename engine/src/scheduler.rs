@@ -47,9 +47,9 @@ use crate::batch::{Batch, BlockId, SeqId};
 use crate::config;
 use crate::error::{Error, Result};
 use crate::kv_cache::tiers::Tiers;
-use crate::kv_cache::{BlockCounts, BlockTransfer, KeepReason, KvCache, violated};
+use crate::kv_cache::{BlockCounts, BlockTransfer, KeptBlock, KvCache, violated};
 use crate::request::{CachedTokens, FinishReason, TokenLogprobs, Usage};
-use crate::sequence::{BlockKey, Chunk, Sequence, SequenceSpec};
+use crate::sequence::{Chunk, Sequence, SequenceSpec};
 use encode::EncodeQueue;
 pub use encode::EncodeStep;
 pub use preempt::MAX_PREEMPTIONS;
@@ -461,8 +461,8 @@ impl Scheduler {
         self.kv.take_transfers()
     }
     /// Gives a block to the tiers, once they have been asked ([`KvCache::would_keep`]).
-    pub fn keep_block(&mut self, key: &BlockKey, bytes: Arc<[u8]>, reason: KeepReason, now_us: u64) {
-        self.kv.keep(key, bytes, reason, now_us);
+    pub fn keep_block(&mut self, block: &KeptBlock, bytes: Arc<[u8]>, now_us: u64) {
+        self.kv.keep(block, bytes, now_us);
     }
     /// The tiers, if there are any.
     pub fn tiers(&mut self) -> Option<&mut Tiers> {

@@ -135,6 +135,8 @@ pub struct Sequence {
     pub rank: usize,
     /// The rest of its prefix is on its way from the tiers: nothing of it is computed before that has ended.
     pub restore: Option<RestoreId>,
+    /// Blocks of the table that came from the tiers in this run.
+    pub restored: Range<usize>,
     /// Prompt tokens found in the caches when it was first admitted, by place.
     pub cached: CachedTokens,
     /// Whether a step has computed any of it.
@@ -166,6 +168,7 @@ impl Sequence {
             output_row: None,
             rank,
             restore: None,
+            restored: 0..0,
             cached: CachedTokens::default(),
             has_started: false,
             num_preemptions: 0,
@@ -230,6 +233,7 @@ impl Sequence {
         self.num_scheduled = 0;
         self.num_computed = 0;
         self.num_published = 0;
+        self.restored = 0..0;
         self.output_row = None;
     }
 

@@ -174,11 +174,11 @@ impl<E: Executor> Worker<E> {
         let now_us = self.now_us();
         for transfer in self.scheduler.take_transfers() {
             match transfer {
-                BlockTransfer::Keep { block, key, reason } => {
-                    if self.scheduler.kv().would_keep(&key, reason, now_us) {
+                BlockTransfer::Keep { block, kept } => {
+                    if self.scheduler.kv().would_keep(&kept, now_us) {
                         // A cache may forget: what cannot be read is not kept.
                         let Ok(bytes) = self.executor.read_block(block) else { continue };
-                        self.scheduler.keep_block(&key, bytes, reason, now_us);
+                        self.scheduler.keep_block(&kept, bytes, now_us);
                     }
                 }
                 // It is shared already: if it cannot be written, nothing that follows is right.

@@ -27,6 +27,7 @@
 mod sim_disk;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use ns_llm::kv_cache::tiers::disk::{
     Access, Damage, Directory, DiskOptions, DiskTier, PAGE_BYTES, SegmentFiles, Verification, draw_seed,
@@ -49,7 +50,7 @@ fn key(name: u64) -> StoredKey {
 }
 
 /// The content of a block is a function of its key, as it is in the engine.
-fn payload(key: &StoredKey) -> Vec<u8> {
+fn payload(key: &StoredKey) -> Arc<[u8]> {
     let seed = u64::from_le_bytes(key.block.0[..8].try_into().expect("8 bytes"));
     let length = random_at(seed, 0) % (MAX_PAYLOAD_BYTES + 1);
     (0..length).map(|i| (random_at(seed, 1 + i / 8) >> (i % 8 * 8)) as u8).collect()
@@ -394,7 +395,7 @@ fn keys_are_bound_to_payloads() {
     }
     assert_eq!(tier.take_lost(), keys);
     assert!(tier.put(keys[0], &[1; 1_000]).expect("room"), "it may be stored again");
-    assert_eq!(tier.get(&keys[0]), Ok(Some(vec![1; 1_000])));
+    assert_eq!(tier.get(&keys[0]), Ok(Some(Arc::from([1; 1_000]))));
 }
 
 /// After a hundred thousand operations with restarts the counted bytes are those of the files, never above the budget;

@@ -48,6 +48,8 @@ fn open(folder: &Path, change: impl FnOnce(&mut EngineOptions)) -> Engine {
         options.kv_bytes = Some(20 * block_bytes());
         options.kv_cache_dir = Some(folder.to_path_buf());
         options.kv_disk_bytes = 64 << 20;
+        // A busy machine is no stalled disk.
+        options.kv_load_budget_ms = 20_000;
         change(options);
     })
 }
@@ -263,6 +265,27 @@ fn warmed_prompts_are_found() {
     let second = open(&folder.0, |options| options.kv_bytes = None);
     assert_eq!(cached(&run(&second, &prompts[11])), CachedTokens { disk: 64, ..CachedTokens::default() });
     assert_eq!(second.stats().prefix_cache_hits_by_tier.disk, 64);
+}
+
+/// M7: the flood of one namespace evicts what is its own, once it holds more than its share of pool and host memory: another
+/// namespace finds its KV again. Without shares it does not.
+#[test]
+fn flood_of_one_namespace_leaves_others_theirs() {
+    for (share, is_found) in [(0.5, true), (1.0, false)] {
+        let engine = demo::open(|options| {
+            options.kv_bytes = Some(24 * block_bytes());
+            options.kv_host_bytes = 24 * (block_bytes() + 512);
+            options.kv_namespace_share = share;
+        });
+        let ask = |namespace: &str, seed: u64| {
+            let mut request = request(&Rng(seed).prompt(100));
+            request.namespace = Some(namespace.to_string());
+            cached(&engine.complete(request).expect("runs"))
+        };
+        ask("small", 1);
+        (100..120).for_each(|seed| assert_eq!(ask("flood", seed).total(), 0));
+        assert_eq!(ask("small", 1).total() == 96, is_found, "share {share}");
+    }
 }
 
 /// What cannot be a cache directory, or has no room for one, is refused by name before anything is loaded.

@@ -7,11 +7,9 @@
 
 use std::collections::VecDeque;
 
-use lru::LruCache;
-
+use super::fair_lru::FairLru;
 use crate::error::{Error, Result};
-use crate::sequence::BlockId;
-use crate::sequence::BlockKey;
+use crate::sequence::{BlockId, BlockKey, NamespaceKey};
 
 #[derive(Debug, Default, Clone)]
 struct Block {
@@ -19,8 +17,8 @@ struct Block {
     num_refs: u32,
     /// Launched steps that write it.
     num_pins: u32,
-    /// Its entry in the prefix index.
-    key: Option<BlockKey>,
+    /// Its entry in the prefix index, and whose it is.
+    key: Option<(BlockKey, NamespaceKey)>,
     /// How often it was allocated.
     num_allocations: u64,
 }
@@ -31,18 +29,19 @@ pub(super) struct BlockPool {
     blocks: Vec<Block>,
     /// First in, first out: a block rests as long as possible before it is used again.
     free: VecDeque<BlockId>,
-    cached: LruCache<BlockId, ()>,
+    cached: FairLru<BlockId>,
     /// Blocks with pins and without references.
     num_pinned: usize,
 }
 
 impl BlockPool {
-    pub(super) fn new(num_blocks: usize) -> Self {
+    /// `namespace_quota`: cached blocks beyond which those of a namespace go first.
+    pub(super) fn new(num_blocks: usize, namespace_quota: u64) -> Self {
         let num_ids = u32::try_from(num_blocks).expect("block ids are 32 bits wide");
         BlockPool {
             blocks: vec![Block::default(); num_blocks],
             free: (0..num_ids).map(BlockId).collect(),
-            cached: LruCache::unbounded(),
+            cached: FairLru::new(namespace_quota),
             num_pinned: 0,
         }
     }
@@ -66,18 +65,18 @@ impl BlockPool {
         self.block(id).num_allocations
     }
     pub(super) fn key(&self, id: BlockId) -> Option<BlockKey> {
-        self.block(id).key
+        self.block(id).key.map(|(key, _)| key)
     }
     pub(super) fn num_refs(&self, id: BlockId) -> u32 {
         self.block(id).num_refs
     }
 
-    /// A block with one reference, and the key that it loses when it held a cached block. Free blocks go first; then
-    /// the least recently used cached one. `None`: all are owned or pinned.
-    pub(super) fn allocate(&mut self) -> Option<(BlockId, Option<BlockKey>)> {
+    /// A block with one reference, and the key that it loses, with its namespace, when it held a cached block. Free blocks go
+    /// first; then cached ones in the order of [`FairLru`]. `None`: all are owned or pinned.
+    pub(super) fn allocate(&mut self) -> Option<(BlockId, Option<(BlockKey, NamespaceKey)>)> {
         let id = match self.free.pop_front() {
             Some(id) => id,
-            None => self.cached.pop_lru()?.0,
+            None => self.cached.pop()?,
         };
         let block = self.block_mut(id);
         debug_assert!(block.num_refs == 0 && block.num_pins == 0);
@@ -92,7 +91,7 @@ impl BlockPool {
         assert!(block.key.is_some(), "only published blocks are shared");
         block.num_refs += 1;
         if block.num_refs == 1 {
-            self.cached.pop(&id);
+            self.cached.forget(&id);
         }
     }
 
@@ -130,17 +129,23 @@ impl BlockPool {
     }
 
     /// The block is full and has an entry in the prefix index from now on.
-    pub(super) fn set_key(&mut self, id: BlockId, key: BlockKey) {
+    pub(super) fn set_key(&mut self, id: BlockId, key: BlockKey, namespace: NamespaceKey) {
         let block = self.block_mut(id);
         assert!(block.num_refs > 0 && block.num_pins == 0 && block.key.is_none(), "block {} is not at rest", id.0);
-        block.key = Some(key);
+        block.key = Some((key, namespace));
+    }
+
+    /// The block has lost its entry in the prefix index: it is free when nobody holds it any more.
+    pub(super) fn clear_key(&mut self, id: BlockId) {
+        let block = self.block_mut(id);
+        assert!(block.num_refs > 0, "block {} is held by whoever found it bad", id.0);
+        block.key = None;
     }
 
     fn give_back(&mut self, id: BlockId) {
-        if self.block(id).key.is_some() {
-            self.cached.push(id, ());
-        } else {
-            self.free.push_back(id);
+        match self.block(id).key {
+            Some((_, namespace)) => self.cached.insert(id, namespace, 1),
+            None => self.free.push_back(id),
         }
     }
 
@@ -155,16 +160,17 @@ impl BlockPool {
     /// from outside: `[num_blocks]` each.
     pub(super) fn check_invariants(&self, table_refs: &[u32], step_pins: &[u32]) -> Result<()> {
         let mut places = vec![0u32; self.num_blocks()];
-        for id in self.free.iter().chain(self.cached.iter().map(|(id, ())| id)) {
+        for id in self.free.iter().chain(self.cached.iter()) {
             places[id.0 as usize] += 1;
         }
         for id in &self.free {
             let block = self.block(*id);
             violated(block.key.is_some(), || format!("free block {} has a key", id.0))?;
         }
-        for (id, ()) in &self.cached {
+        for id in self.cached.iter() {
             violated(self.block(*id).key.is_none(), || format!("cached block {} has no key", id.0))?;
         }
+        self.cached.check_invariants()?;
         let mut num_pinned = 0;
         for (idx, block) in self.blocks.iter().enumerate() {
             let held = block.num_refs > 0 || block.num_pins > 0;
@@ -195,16 +201,18 @@ pub(crate) fn violated(broken: bool, reason: impl FnOnce() -> String) -> Result<
 mod tests {
     use super::*;
 
+    const NAMESPACE: NamespaceKey = [0; 32];
+
     fn key(name: u8) -> BlockKey {
         BlockKey([name; 32])
     }
 
     /// A pool whose blocks 0.. are cached, released in the order of `releases`.
     fn cached(num_blocks: usize, releases: &[u32]) -> BlockPool {
-        let mut pool = BlockPool::new(num_blocks);
+        let mut pool = BlockPool::new(num_blocks, u64::MAX);
         for idx in 0..num_blocks {
             let (id, _) = pool.allocate().expect("free");
-            pool.set_key(id, key(idx as u8));
+            pool.set_key(id, key(idx as u8), NAMESPACE);
         }
         releases.iter().for_each(|&id| pool.release(BlockId(id)));
         pool
@@ -219,7 +227,14 @@ mod tests {
         pool.release(BlockId(0));
         pool.share(BlockId(3));
         let given: Vec<_> = std::iter::from_fn(|| pool.allocate()).collect();
-        assert_eq!(given, [(BlockId(2), Some(key(2))), (BlockId(1), Some(key(1))), (BlockId(0), Some(key(0)))]);
+        assert_eq!(
+            given,
+            [
+                (BlockId(2), Some((key(2), NAMESPACE))),
+                (BlockId(1), Some((key(1), NAMESPACE))),
+                (BlockId(0), Some((key(0), NAMESPACE)))
+            ]
+        );
         assert_eq!((pool.num_owned(), pool.num_free(), pool.num_cached()), (4, 0, 0));
         pool.check_invariants(&[1; 4], &[0; 4]).expect("all are owned");
     }
@@ -227,7 +242,7 @@ mod tests {
     /// A block that a launched step writes is neither free nor cached after its release until the step is applied.
     #[test]
     fn pinned_block_is_not_given_away() {
-        let mut pool = BlockPool::new(1);
+        let mut pool = BlockPool::new(1, u64::MAX);
         let (id, _) = pool.allocate().expect("free");
         pool.pin(id);
         pool.pin(id);
@@ -252,7 +267,7 @@ mod tests {
             |pool| pool.free.push_back(BlockId(1)),
             |pool| pool.cached.clear(),
             |pool| pool.blocks[1].key = None,
-            |pool| pool.blocks[2].key = Some(key(9)),
+            |pool| pool.blocks[2].key = Some((key(9), NAMESPACE)),
             |pool| pool.num_pinned += 1,
         ];
         let sound = || {
@@ -260,7 +275,7 @@ mod tests {
             pool.allocate().expect("cached");
             pool.allocate().expect("cached");
             pool.release(BlockId(2));
-            pool.set_key(BlockId(1), key(1));
+            pool.set_key(BlockId(1), key(1), NAMESPACE);
             pool.release(BlockId(1));
             pool
         };

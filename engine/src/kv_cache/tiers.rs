@@ -29,7 +29,7 @@ use thiserror::Error;
 
 use crate::config::{MAX_QUARANTINED_BLOCKS, MAX_TIER_JOBS};
 use crate::error::Error as EngineError;
-use crate::sequence::{BlockKey, RestoreId};
+use crate::sequence::{BlockKey, NamespaceKey, RestoreId};
 use cost::{Breaker, Rate};
 use disk::Damage;
 use host::HostTier;
@@ -167,7 +167,7 @@ pub enum Job {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The block, checked.
-    Found(Vec<u8>),
+    Found(Arc<[u8]>),
     /// It is not there.
     Missing,
     /// It is there now.
@@ -285,6 +285,16 @@ impl Restore {
     }
 }
 
+/// A block that is being fetched.
+#[derive(Debug)]
+struct Wanted {
+    /// From where.
+    tier: TierId,
+    /// Whose it is: who may read a block is in its namespace.
+    namespace: NamespaceKey,
+    waiting: Vec<RestoreId>,
+}
+
 /// The state machine of the tiers of one model.
 #[derive(Debug)]
 pub struct Tiers {
@@ -293,7 +303,7 @@ pub struct Tiers {
     tiers: Vec<Tier>,
     restores: BTreeMap<RestoreId, Restore>,
     /// Who waits for a block, and from which tier it comes.
-    wanted: HashMap<StoredKey, (TierId, Vec<RestoreId>)>,
+    wanted: HashMap<StoredKey, Wanted>,
     quarantined: LruCache<StoredKey, ()>,
     prefill_rate: Rate,
     next_restore: u64,
@@ -302,7 +312,8 @@ pub struct Tiers {
 
 impl Tiers {
     /// Empty tiers.
-    pub fn new(config: TiersConfig) -> Self {
+    /// `namespace_share`: of host memory, what one namespace may keep when others need room.
+    pub fn new(config: TiersConfig, namespace_share: f64) -> Self {
         assert!(config.block_tokens > 0 && config.block_bytes > 0, "a block has tokens and bytes");
         let tier = |&id: &TierId| Tier {
             id,
@@ -321,7 +332,7 @@ impl Tiers {
             stats: TierStats::default(),
         };
         Tiers {
-            host: HostTier::new(config.host_bytes),
+            host: HostTier::new(config.host_bytes, (config.host_bytes as f64 * namespace_share) as u64),
             tiers: config.tiers.iter().map(tier).collect(),
             restores: BTreeMap::new(),
             wanted: HashMap::new(),
@@ -365,11 +376,11 @@ impl Tiers {
     }
 
     /// The pool gives a block away: it is kept in host memory and, where it is not yet, in the tiers below.
-    pub fn spill(&mut self, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
+    pub fn spill(&mut self, key: StoredKey, bytes: Arc<[u8]>, namespace: NamespaceKey, now_us: u64) {
         if bytes.len() != self.config.block_bytes || self.quarantined.contains(&key) {
             return;
         }
-        self.host.insert(key, Arc::clone(&bytes));
+        self.host.insert(key, Arc::clone(&bytes), namespace);
         self.persist(key, bytes, now_us);
     }
 
@@ -415,7 +426,7 @@ impl Tiers {
     }
 
     /// Begins to fetch the prefix `keys`, as far as it is somewhere and fetching is worth it. `None`: nothing of it.
-    pub fn begin(&mut self, keys: &[StoredKey], now_us: u64) -> Option<RestoreId> {
+    pub fn begin(&mut self, keys: &[StoredKey], namespace: NamespaceKey, now_us: u64) -> Option<RestoreId> {
         let mut sources = Vec::new();
         for key in keys {
             match self.source(key, now_us) {
@@ -438,7 +449,7 @@ impl Tiers {
                     Some(RestoredBlock { key: *key, bytes, source: Source::Host })
                 }
                 Source::Tier(tier_id) => {
-                    self.want(*key, *tier_id, id);
+                    self.want(*key, *tier_id, namespace, id);
                     None
                 }
             });
@@ -615,7 +626,7 @@ impl Tiers {
         for (id, restore) in &self.restores {
             let awaited = restore.keys.iter().zip(&restore.blocks).skip(restore.num_given);
             for (key, _) in awaited.filter(|(_, block)| block.is_none()) {
-                let Some((tier_id, waiting)) = self.wanted.get(key) else {
+                let Some(Wanted { tier: tier_id, waiting, .. }) = self.wanted.get(key) else {
                     return broken(format!("{id:?} waits for {key:?}, which nobody fetches"));
                 };
                 let tier = self.tier(*tier_id);
@@ -644,9 +655,9 @@ impl Tiers {
             let hangs = !tier.jobs.is_empty() && now_us >= tier.job_since_us.saturating_add(self.config.load_budget_us);
             tier.breaker.allows(now_us) && !hangs
         };
-        if let Some((id, _)) = self.wanted.get(key) {
+        if let Some(wanted) = self.wanted.get(key) {
             // It is being fetched already, and from there or not at all.
-            return Some(self.tier(*id)).filter(answers).map(|tier| Source::Tier(tier.id));
+            return Some(self.tier(wanted.tier)).filter(answers).map(|tier| Source::Tier(tier.id));
         }
         self.tiers.iter().filter(may_hold).find(answers).map(|tier| Source::Tier(tier.id))
     }
@@ -671,12 +682,12 @@ impl Tiers {
         sources.len()
     }
 
-    fn want(&mut self, key: StoredKey, tier_id: TierId, restore: RestoreId) {
-        let (_, waiting) = self.wanted.entry(key).or_insert_with(|| (tier_id, Vec::new()));
-        let is_new = waiting.is_empty();
-        waiting.push(restore);
+    fn want(&mut self, key: StoredKey, tier: TierId, namespace: NamespaceKey, restore: RestoreId) {
+        let wanted = self.wanted.entry(key).or_insert_with(|| Wanted { tier, namespace, waiting: Vec::new() });
+        let is_new = wanted.waiting.is_empty();
+        wanted.waiting.push(restore);
         if is_new {
-            self.tier_mut(tier_id).reads.push_back(key);
+            self.tier_mut(tier).reads.push_back(key);
         }
     }
 }
@@ -686,7 +697,7 @@ impl Tiers {
     /// The next read that somebody still waits for.
     fn next_read(&mut self, id: TierId) -> Option<StoredKey> {
         while let Some(key) = self.tier_mut(id).reads.pop_front() {
-            let waiting = self.wanted.get(&key).map_or(&[][..], |(_, waiting)| waiting);
+            let waiting = self.wanted.get(&key).map_or(&[][..], |wanted| &wanted.waiting);
             if waiting.iter().any(|restore| self.restores.get(restore).is_some_and(|it| it.keys.contains(&key))) {
                 return Some(key);
             }
@@ -716,7 +727,7 @@ impl Tiers {
                 tier.stats.hit_bytes += bytes.len() as u64;
                 if !self.quarantined.contains(&key) {
                     self.tier_mut(id).held.insert(key);
-                    self.deliver(id, key, bytes.into(), now_us);
+                    self.deliver(id, key, bytes, now_us);
                 }
             }
             Outcome::Fault(fault) => {
@@ -736,10 +747,10 @@ impl Tiers {
 
     /// Gives a block to all who wait for it; to host memory when nobody does; and to the tiers that lack it.
     fn deliver(&mut self, from: TierId, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
-        let (_, waiting) = self.wanted.remove(&key).unwrap_or((from, Vec::new()));
+        let wanted = self.wanted.remove(&key);
         let mut is_late = true;
-        for id in waiting {
-            let Some(restore) = self.restores.get_mut(&id) else { continue };
+        for id in wanted.iter().flat_map(|wanted| &wanted.waiting) {
+            let Some(restore) = self.restores.get_mut(id) else { continue };
             let Some(idx) = restore.keys.iter().position(|other| *other == key) else { continue };
             restore.blocks[idx] = Some(RestoredBlock { key, bytes: Arc::clone(&bytes), source: Source::Tier(from) });
             restore.progress_us = now_us;
@@ -747,15 +758,17 @@ impl Tiers {
         }
         if is_late {
             self.counters.late += 1;
-            self.host.insert(key, Arc::clone(&bytes));
+            // One that was quarantined meanwhile is wanted by nobody at all.
+            let namespace = wanted.map_or(NamespaceKey::default(), |wanted| wanted.namespace);
+            self.host.insert(key, Arc::clone(&bytes), namespace);
         }
         self.persist(key, bytes, now_us);
     }
 
     /// A block will not come: who waits for it does with what is before it.
     fn fail_wanted(&mut self, key: &StoredKey) {
-        let Some((tier_id, waiting)) = self.wanted.remove(key) else { return };
-        self.tier_mut(tier_id).reads.retain(|other| other != key);
+        let Some(Wanted { tier, waiting, .. }) = self.wanted.remove(key) else { return };
+        self.tier_mut(tier).reads.retain(|other| other != key);
         for id in waiting {
             let Some(restore) = self.restores.get_mut(&id) else { continue };
             if let Some(idx) = restore.keys.iter().position(|other| other == key) {
@@ -790,6 +803,7 @@ mod tests {
     use super::*;
     use cost::{FIRST_REST_US, MAX_FAULTS, MAX_REST_US};
 
+    const NAMESPACE: NamespaceKey = [0; 32];
     const BLOCK_BYTES: usize = 1_000;
     const BUDGET_US: u64 = 50_000;
 
@@ -805,7 +819,7 @@ mod tests {
         (0..BLOCK_BYTES).map(|i| key.block.0[i % 4].wrapping_add(i as u8)).collect()
     }
     fn machine(host_blocks: u64, tiers: &[TierId]) -> Tiers {
-        Tiers::new(TiersConfig {
+        let config = TiersConfig {
             layout: LayoutId([0; 32]),
             block_tokens: 16,
             block_bytes: BLOCK_BYTES,
@@ -813,7 +827,8 @@ mod tests {
             write_queue_bytes: 4 * BLOCK_BYTES as u64,
             load_budget_us: BUDGET_US,
             tiers: tiers.to_vec(),
-        })
+        };
+        Tiers::new(config, 1.0)
     }
     fn io_fault() -> Outcome {
         Outcome::Fault(Fault::Io { operation: "read", kind: io::ErrorKind::Other, reason: "simulated".to_string() })
@@ -837,7 +852,7 @@ mod tests {
     }
     fn works(job: &Job) -> Outcome {
         match job {
-            Job::Read(key) => Outcome::Found(block(key).to_vec()),
+            Job::Read(key) => Outcome::Found(block(key)),
             Job::Write(..) => Outcome::Stored,
             Job::Quarantine(_) => Outcome::Missing,
         }
@@ -859,12 +874,12 @@ mod tests {
         let mut tiers = machine(2, &[TierId::Disk]);
         let mut now_us = 0;
         for key in keys(0..5) {
-            tiers.spill(key, block(&key), now_us);
+            tiers.spill(key, block(&key), NAMESPACE, now_us);
             serve(&mut tiers, TierId::Disk, &mut now_us, 10, works);
         }
         assert_eq!((tiers.host_stats().entries, tiers.host_stats().evictions), (2, 3));
         assert_eq!(tiers.tier_stats(TierId::Disk).stored, 5);
-        let id = tiers.begin(&keys(0..9), now_us).expect("some of it is there");
+        let id = tiers.begin(&keys(0..9), NAMESPACE, now_us).expect("some of it is there");
         assert_eq!(tiers.poll(id, now_us), Arrived { blocks: vec![], has_ended: false }, "the first three are on disk");
         let job = tiers.next_job(TierId::Disk, now_us).expect("a read");
         tiers.complete(TierId::Disk, Done { outcome: works(&job), elapsed_us: 10 }, now_us);
@@ -877,7 +892,7 @@ mod tests {
         let disk = Source::Tier(TierId::Disk);
         assert_eq!(sources, [disk, disk, Source::Host, Source::Host]);
         assert_eq!(rest(&mut tiers, id, now_us), [], "handed out once");
-        assert_eq!(tiers.begin(&keys(20..22), now_us), None);
+        assert_eq!(tiers.begin(&keys(20..22), NAMESPACE, now_us), None);
         assert_eq!((tiers.tier_stats(TierId::Disk).hits, tiers.counters().restored), (3, 5));
     }
 
@@ -887,14 +902,14 @@ mod tests {
         let lies: [fn() -> Outcome; 4] = [
             io_fault,
             || Outcome::Missing,
-            || Outcome::Found(vec![1; BLOCK_BYTES - 1]),
+            || Outcome::Found(vec![1; BLOCK_BYTES - 1].into()),
             || Outcome::Fault(Fault::Damaged(Damage::PayloadChecksum)),
         ];
         for (idx, lie) in lies.iter().enumerate() {
             let mut tiers = machine(0, &[TierId::Disk]);
             let mut now_us = 0;
             tiers.found(TierId::Disk, keys(0..4));
-            let id = tiers.begin(&keys(0..4), now_us).expect("all is there");
+            let id = tiers.begin(&keys(0..4), NAMESPACE, now_us).expect("all is there");
             let outcome = |job: &Job| if *job == Job::Read(key(2)) { lie() } else { works(job) };
             assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, outcome), 3, "what follows is not read");
             assert_eq!(rest(&mut tiers, id, now_us), keys(0..2), "lie {idx}");
@@ -913,16 +928,16 @@ mod tests {
         tiers.found(TierId::Disk, keys(0..100));
         // 16 tokens take 1,000 us.
         tiers.note_prefill(16_000, 1_000_000, now_us);
-        let id = tiers.begin(&keys(0..2), now_us).expect("never measured, so it is tried");
+        let id = tiers.begin(&keys(0..2), NAMESPACE, now_us).expect("never measured, so it is tried");
         serve(&mut tiers, TierId::Disk, &mut now_us, 5_000, works);
         assert_eq!(rest(&mut tiers, id, now_us).len(), 2);
-        assert_eq!(tiers.begin(&keys(10..20), now_us), None, "5 ms instead of 1 ms a block");
+        assert_eq!(tiers.begin(&keys(10..20), NAMESPACE, now_us), None, "5 ms instead of 1 ms a block");
         assert_eq!(tiers.counters().skipped_slower, 10);
         now_us += MAX_REST_US;
-        let id = tiers.begin(&keys(10..20), now_us).expect("a trial");
+        let id = tiers.begin(&keys(10..20), NAMESPACE, now_us).expect("a trial");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 20, works), 1, "of one block");
         assert_eq!(rest(&mut tiers, id, now_us).len(), 1);
-        assert!(tiers.begin(&keys(20..30), now_us).is_some(), "it is fast now");
+        assert!(tiers.begin(&keys(20..30), NAMESPACE, now_us).is_some(), "it is fast now");
     }
 
     /// A disk that hangs costs the load budget once; then nobody waits for it, and what it brings at last is kept.
@@ -930,19 +945,19 @@ mod tests {
     fn stalled_tier_costs_the_budget_once() {
         let mut tiers = machine(4, &[TierId::Disk]);
         tiers.found(TierId::Disk, keys(0..4));
-        let id = tiers.begin(&keys(0..4), 0).expect("all is there");
+        let id = tiers.begin(&keys(0..4), NAMESPACE, 0).expect("all is there");
         assert_eq!(tiers.next_job(TierId::Disk, 0), Some(Job::Read(key(0))));
         assert_eq!(tiers.next_deadline_us(), Some(BUDGET_US));
         assert!(!tiers.poll(id, BUDGET_US - 1).has_ended);
         assert_eq!(rest(&mut tiers, id, BUDGET_US), []);
-        assert_eq!(tiers.begin(&keys(0..4), BUDGET_US), None, "it hangs");
+        assert_eq!(tiers.begin(&keys(0..4), NAMESPACE, BUDGET_US), None, "it hangs");
         assert_eq!(tiers.next_job(TierId::Disk, BUDGET_US), None, "nobody waits for more");
         let done = Done { outcome: works(&Job::Read(key(0))), elapsed_us: 10_000_000 };
         tiers.complete(TierId::Disk, done, 10_000_000);
         let counters = tiers.counters();
         assert_eq!((counters.gave_up, counters.late, tiers.host_stats().entries), (1, 1, 1));
         assert_eq!(tiers.next_job(TierId::Disk, 10_000_000), None, "nobody waits for the rest");
-        let id = tiers.begin(&keys(0..1), 10_000_000).expect("in host memory");
+        let id = tiers.begin(&keys(0..1), NAMESPACE, 10_000_000).expect("in host memory");
         assert_eq!(rest(&mut tiers, id, 10_000_000), keys(0..1));
         tiers.check_invariants().expect("sound");
     }
@@ -954,15 +969,15 @@ mod tests {
         let mut now_us = 0;
         tiers.found(TierId::Disk, keys(0..20));
         tiers.persist(key(50), block(&key(50)), now_us);
-        let ids: Vec<_> = (0..8).map(|i| tiers.begin(&[key(i)], now_us).expect("there")).collect();
+        let ids: Vec<_> = (0..8).map(|i| tiers.begin(&[key(i)], NAMESPACE, now_us).expect("there")).collect();
         let num_jobs = serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
         assert_eq!((num_jobs, tiers.num_rests(TierId::Disk)), (MAX_FAULTS as usize, 1));
         assert!(ids.iter().all(|id| rest(&mut tiers, *id, now_us).is_empty()), "nobody waits for it");
-        assert_eq!(tiers.begin(&keys(10..12), now_us), None);
+        assert_eq!(tiers.begin(&keys(10..12), NAMESPACE, now_us), None);
         tiers.persist(key(51), block(&key(51)), now_us);
         assert_eq!((tiers.counters().dropped_writes, tiers.next_job(TierId::Disk, now_us)), (2, None));
         now_us += FIRST_REST_US;
-        let id = tiers.begin(&keys(10..12), now_us).expect("a trial");
+        let id = tiers.begin(&keys(10..12), NAMESPACE, now_us).expect("a trial");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
         assert_eq!(rest(&mut tiers, id, now_us), keys(10..12));
         assert_eq!(tiers.tier_stats(TierId::Disk).faults, u64::from(MAX_FAULTS));
@@ -978,14 +993,14 @@ mod tests {
             tiers.persist(key, block(&key), now_us);
         }
         assert!(tiers.counters().dropped_writes >= 6, "the queue holds four");
-        assert_eq!(tiers.begin(&keys(0..4), now_us), None, "queued is not stored");
+        assert_eq!(tiers.begin(&keys(0..4), NAMESPACE, now_us), None, "queued is not stored");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 4);
         assert_eq!(tiers.tier_stats(TierId::Disk).entries, 4);
         tiers.persist(key(20), block(&key(20)), now_us);
         serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
         assert_eq!(tiers.tier_stats(TierId::Disk).entries, 4, "a write that failed stored nothing");
         tiers.lost(TierId::Disk, keys(0..2));
-        assert_eq!((tiers.begin(&keys(0..4), now_us), tiers.tier_stats(TierId::Disk).evictions), (None, 2));
+        assert_eq!((tiers.begin(&keys(0..4), NAMESPACE, now_us), tiers.tier_stats(TierId::Disk).evictions), (None, 2));
         tiers.persist(key(30), vec![0; 3].into(), now_us);
         assert_eq!(tiers.next_job(TierId::Disk, now_us), None, "not a block");
     }
@@ -995,13 +1010,13 @@ mod tests {
     fn quarantined_block_stays_away() {
         let mut tiers = machine(4, &[TierId::Disk, TierId::Remote]);
         let mut now_us = 0;
-        tiers.spill(key(0), block(&key(0)), now_us);
+        tiers.spill(key(0), block(&key(0)), NAMESPACE, now_us);
         for id in [TierId::Disk, TierId::Remote] {
             serve(&mut tiers, id, &mut now_us, 10, works);
         }
         tiers.quarantine(key(0));
-        tiers.spill(key(0), block(&key(0)), now_us);
-        assert_eq!(tiers.begin(&keys(0..1), now_us), None);
+        tiers.spill(key(0), block(&key(0)), NAMESPACE, now_us);
+        assert_eq!(tiers.begin(&keys(0..1), NAMESPACE, now_us), None);
         assert_eq!(tiers.next_job(TierId::Disk, now_us), Some(Job::Quarantine(key(0))));
         (1..3 * MAX_QUARANTINED_BLOCKS as u32).for_each(|name| tiers.quarantine(key(name)));
         assert!(tiers.tier(TierId::Disk).quarantines.len() <= MAX_QUARANTINED_BLOCKS);
@@ -1013,7 +1028,7 @@ mod tests {
     fn remote_block_is_asked_for_once_and_kept() {
         let mut tiers = machine(0, &[TierId::Disk, TierId::Remote]);
         let mut now_us = 0;
-        let ids = [0, 1].map(|_| tiers.begin(&keys(0..2), now_us).expect("may be there"));
+        let ids = [0, 1].map(|_| tiers.begin(&keys(0..2), NAMESPACE, now_us).expect("may be there"));
         let outcome = |job: &Job| if *job == Job::Read(key(1)) { Outcome::Missing } else { works(job) };
         assert_eq!(serve(&mut tiers, TierId::Remote, &mut now_us, 10, outcome), 2, "each block once");
         for id in ids {
@@ -1051,20 +1066,20 @@ mod tests {
                 let tier = draw(2) as usize;
                 let id = [TierId::Disk, TierId::Remote][tier];
                 match draw(10) {
-                    0 | 1 => tiers.spill(key(name), block(&key(name)), now_us),
+                    0 | 1 => tiers.spill(key(name), block(&key(name)), NAMESPACE, now_us),
                     2 => tiers.persist(key(name), block(&key(name)), now_us),
                     3 => tiers.note_prefill(512, 1 + draw(3_000_000), now_us),
                     4 if draw(20) == 0 => tiers.quarantine(key(name)),
                     5 => {
                         let wanted = keys(name..name + draw(6) as u32);
-                        open.extend(tiers.begin(&wanted, now_us).map(|id| (id, wanted)));
+                        open.extend(tiers.begin(&wanted, NAMESPACE, now_us).map(|id| (id, wanted)));
                     }
                     6 if draw(4) == 0 && !open.is_empty() => tiers.cancel(open.swap_remove(0).0),
                     _ if busy[tier].len() <= draw(3) as usize => {
                         let Some(job) = tiers.next_job(id, now_us) else { continue };
                         busy[tier].push_back(match (&job, draw(8)) {
                             (_, 0) => io_fault(),
-                            (Job::Read(_), 1) => Outcome::Found(vec![0; draw(2_000) as usize * 2 + 1]),
+                            (Job::Read(_), 1) => Outcome::Found(vec![0; draw(2_000) as usize * 2 + 1].into()),
                             (Job::Read(key), _) if !held[tier].contains(key) => Outcome::Missing,
                             (Job::Write(key, _), _) => {
                                 held[tier].insert(*key);

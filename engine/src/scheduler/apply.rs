@@ -52,7 +52,9 @@ impl Scheduler {
         self.counters.recomputed_tokens += again as u64;
         seq.most_computed = seq.most_computed.max(chunk.positions.end);
         if let Some(bad) = results.iter().find(|result| result.outcome == Outcome::NonFinite) {
-            // Its blocks of this chunk are not published: their numbers may be as bad as the logits.
+            // Its blocks of this chunk are not published: their numbers may be as bad as the logits. Nor is what it was
+            // computed from believed again.
+            self.kv.quarantine_restored(&self.sequences[&chunk.seq]);
             events.push(self.fail(chunk.seq, Error::NonFiniteLogits { position: bad.position }));
             return;
         }

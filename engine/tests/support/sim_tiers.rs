@@ -1,6 +1,7 @@
 //! Tiers of a simulated world: they hold blocks in maps, take their time, fail, and lose blocks, all at random from a seed.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
 use ns_llm::kv_cache::tiers::disk::Damage;
 use ns_llm::kv_cache::tiers::{Done, Fault, Job, LayoutId, Outcome, StoredKey, TierId, Tiers, TiersConfig};
@@ -49,7 +50,7 @@ pub struct SimTiers {
 
 #[derive(Debug, Default)]
 struct SimStore {
-    blocks: HashMap<StoredKey, Vec<u8>>,
+    blocks: HashMap<StoredKey, Arc<[u8]>>,
     /// Sorted, so that a draw means the same in each run.
     keys: Vec<StoredKey>,
     /// With the moment at which each is done.
@@ -94,7 +95,7 @@ impl SimTiers {
                 return Outcome::Fault(Fault::Io { operation: "simulate", kind, reason: "a fault".to_string() });
             }
             1 if matches!(job, Job::Read(_)) => return Outcome::Fault(Fault::Damaged(Damage::PayloadChecksum)),
-            2 if matches!(job, Job::Read(_)) => return Outcome::Found(vec![0xaa; 5]),
+            2 if matches!(job, Job::Read(_)) => return Outcome::Found(Arc::new([0xaa; 5])),
             _ => {}
         }
         let store = &mut self.stores[place];
@@ -108,7 +109,7 @@ impl SimTiers {
             },
             Job::Write(key, bytes) => {
                 self.tally.writes += 1;
-                if store.blocks.insert(key, bytes.to_vec()).is_none() {
+                if store.blocks.insert(key, bytes).is_none() {
                     let at = store.keys.partition_point(|other| *other < key);
                     store.keys.insert(at, key);
                 }

@@ -45,7 +45,7 @@ pub fn kv_cache_over(num_blocks: usize, block_tokens: usize, tiers: Option<Tiers
         numerics_id: "fake".to_string(),
         adapter: String::new(),
     };
-    KvCache::new(KvCacheConfig { num_blocks, block_tokens, identity, prefix_cache: true, tiers })
+    KvCache::new(KvCacheConfig { num_blocks, block_tokens, identity, prefix_cache: true, namespace_share: 0.5, tiers })
 }
 
 /// What is known of an added sequence without looking into the scheduler, and what came of it.
@@ -241,10 +241,10 @@ impl Simulation {
         let now_us = self.now_ms * 1_000;
         for transfer in self.scheduler.take_transfers() {
             match transfer {
-                BlockTransfer::Keep { block, key, reason } => {
-                    if self.scheduler.kv().would_keep(&key, reason, now_us) {
+                BlockTransfer::Keep { block, kept } => {
+                    if self.scheduler.kv().would_keep(&kept, now_us) {
                         let bytes = self.executor.read_block(block).expect("the fake does not fail");
-                        self.scheduler.keep_block(&key, bytes, reason, now_us);
+                        self.scheduler.keep_block(&kept, bytes, now_us);
                     }
                 }
                 BlockTransfer::Restore { block, bytes } => {

@@ -19,6 +19,7 @@ mod record;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
@@ -196,7 +197,7 @@ impl DiskTier {
     }
 
     /// Reads a block and checks it. `None`: it is not here.
-    pub fn get(&mut self, key: &StoredKey) -> Result<Option<Vec<u8>>, Fault> {
+    pub fn get(&mut self, key: &StoredKey) -> Result<Option<Arc<[u8]>>, Fault> {
         let Some(&place) = self.index.get(key) else {
             self.stats.misses += 1;
             return Ok(None);
@@ -557,7 +558,7 @@ impl DiskTier {
 // Reading.
 impl DiskTier {
     /// The payload of the record at `place`, checked.
-    fn read(&mut self, key: &StoredKey, place: Place) -> Result<Vec<u8>, Fault> {
+    fn read(&mut self, key: &StoredKey, place: Place) -> Result<Arc<[u8]>, Fault> {
         let segment = self.segments.get(&place.segment).expect("the index names listed segments");
         let expected = Expected {
             nonce: segment.nonce.expect("the index names believed segments"),
@@ -571,8 +572,10 @@ impl DiskTier {
         if (parsed.key, parsed.payload_bytes, parsed.sequence) != (*key, place.payload_bytes, place.sequence) {
             return Err(Damage::Key.into());
         }
-        let mut payload = vec![0; place.payload_bytes as usize];
-        self.read_exact(place.segment, place.offset + HEADER_BYTES as u64, &mut payload)?;
+        // Made where it will stay: blocks are large, and fresh memory is slow.
+        let mut payload: Arc<[u8]> = std::iter::repeat_n(0, place.payload_bytes as usize).collect();
+        let place_of_payload = place.offset + HEADER_BYTES as u64;
+        self.read_exact(place.segment, place_of_payload, Arc::get_mut(&mut payload).expect("nobody else has it yet"))?;
         parsed.check_payload(&header, &payload)?;
         Ok(payload)
     }

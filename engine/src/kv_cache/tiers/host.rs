@@ -1,12 +1,13 @@
-//! The host tier: blocks that the pool has given away, in this process's memory, least recently used out first. Never holds
-//! more than its budget, which counts what it costs to remember a block as well.
+//! The host tier: blocks that the pool has given away, in this process's memory; those that go first are of namespaces over
+//! their quota, then the least recently used. Never holds more than its budget, which counts what it costs to remember a block as well.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use lru::LruCache;
-
+use super::super::fair_lru::FairLru;
 use super::{StoredKey, TierStats};
 use crate::error::Error;
+use crate::sequence::NamespaceKey;
 
 /// Memory that a block takes beside its bytes: keys, links, the reference count and the allocator's own.
 pub const ENTRY_BYTES: u64 = 256;
@@ -16,29 +17,37 @@ pub const ENTRY_BYTES: u64 = 256;
 pub struct HostTier {
     budget_bytes: u64,
     bytes: u64,
-    blocks: LruCache<StoredKey, Arc<[u8]>>,
+    blocks: HashMap<StoredKey, Arc<[u8]>>,
+    order: FairLru<StoredKey>,
     stats: TierStats,
 }
 
 impl HostTier {
-    /// An empty tier. A budget of 0 holds nothing.
-    pub fn new(budget_bytes: u64) -> Self {
-        HostTier { budget_bytes, bytes: 0, blocks: LruCache::unbounded(), stats: TierStats::default() }
+    /// An empty tier. A budget of 0 holds nothing. Blocks of a namespace that holds more than `namespace_quota_bytes` go
+    /// first.
+    pub fn new(budget_bytes: u64, namespace_quota_bytes: u64) -> Self {
+        let (blocks, order) = (HashMap::new(), FairLru::new(namespace_quota_bytes));
+        HostTier { budget_bytes, bytes: 0, blocks, order, stats: TierStats::default() }
     }
 
     /// Takes a block in, and gives up others for it. False: it is longer than the budget, or here already.
-    pub fn insert(&mut self, key: StoredKey, bytes: Arc<[u8]>) -> bool {
+    pub fn insert(&mut self, key: StoredKey, bytes: Arc<[u8]>, namespace: NamespaceKey) -> bool {
         let entry_bytes = ENTRY_BYTES + bytes.len() as u64;
-        if entry_bytes > self.budget_bytes || self.blocks.get(&key).is_some() {
+        if self.blocks.contains_key(&key) {
+            self.order.touch(&key);
+            return false;
+        }
+        if entry_bytes > self.budget_bytes {
             return false;
         }
         while self.bytes + entry_bytes > self.budget_bytes {
-            let (_, evicted) = self.blocks.pop_lru().expect("bytes are held by blocks");
+            let evicted = self.order.pop().and_then(|key| self.blocks.remove(&key)).expect("bytes are held by blocks");
             self.bytes -= ENTRY_BYTES + evicted.len() as u64;
             self.stats.evictions += 1;
         }
         self.bytes += entry_bytes;
-        self.blocks.put(key, bytes);
+        self.order.insert(key, namespace, entry_bytes);
+        self.blocks.insert(key, bytes);
         self.stats.stored += 1;
         true
     }
@@ -46,6 +55,7 @@ impl HostTier {
     /// A block, which was used with that. Asking for one that is not here is a miss.
     pub fn get(&mut self, key: &StoredKey) -> Option<Arc<[u8]>> {
         let found = self.blocks.get(key).cloned();
+        self.order.touch(key);
         match &found {
             Some(bytes) => {
                 self.stats.hits += 1;
@@ -58,12 +68,13 @@ impl HostTier {
 
     /// Whether the block is here; no use of it.
     pub fn contains(&self, key: &StoredKey) -> bool {
-        self.blocks.contains(key)
+        self.blocks.contains_key(key)
     }
 
     /// Forgets a block.
     pub fn remove(&mut self, key: &StoredKey) {
-        if let Some(bytes) = self.blocks.pop(key) {
+        self.order.forget(key);
+        if let Some(bytes) = self.blocks.remove(key) {
             self.bytes -= ENTRY_BYTES + bytes.len() as u64;
         }
     }
@@ -71,6 +82,7 @@ impl HostTier {
     /// Forgets all blocks.
     pub fn clear(&mut self) {
         self.blocks.clear();
+        self.order.clear();
         self.bytes = 0;
     }
 
@@ -81,7 +93,8 @@ impl HostTier {
 
     /// The bytes add up and are within the budget.
     pub fn check_invariants(&self) -> crate::Result<()> {
-        let bytes: u64 = self.blocks.iter().map(|(_, bytes)| ENTRY_BYTES + bytes.len() as u64).sum();
+        self.order.check_invariants()?;
+        let bytes: u64 = self.blocks.values().map(|bytes| ENTRY_BYTES + bytes.len() as u64).sum();
         match bytes == self.bytes && bytes <= self.budget_bytes {
             true => Ok(()),
             false => {
@@ -108,15 +121,15 @@ mod tests {
     /// The block that was used least recently goes first; what was put in comes out; the counters say so.
     #[test]
     fn least_recently_used_goes_first() {
-        let mut tier = HostTier::new(3 * (ENTRY_BYTES + 100));
+        let mut tier = HostTier::new(3 * (ENTRY_BYTES + 100), u64::MAX);
         for name in 0..3 {
-            assert!(tier.insert(key(name), block(name, 100)));
+            assert!(tier.insert(key(name), block(name, 100), [0; 32]));
         }
-        assert!(!tier.insert(key(0), block(9, 100)), "it is here already, and used");
-        assert!(tier.insert(key(3), block(3, 100)));
+        assert!(!tier.insert(key(0), block(9, 100), [0; 32]), "it is here already, and used");
+        assert!(tier.insert(key(3), block(3, 100), [0; 32]));
         assert_eq!(tier.get(&key(1)), None);
         assert_eq!(tier.get(&key(0)).as_deref(), Some(&[0; 100][..]));
-        assert!(tier.insert(key(4), block(4, 100 + 256)), "takes the place of two smaller ones");
+        assert!(tier.insert(key(4), block(4, 100 + 256), [0; 32]), "takes the place of two smaller ones");
         assert_eq!([2, 3, 0, 4].map(|name| tier.contains(&key(name))), [false, false, true, true]);
         let stats = tier.stats();
         assert_eq!((stats.stored, stats.hits, stats.hit_bytes, stats.misses), (5, 1, 100, 1));
@@ -127,14 +140,14 @@ mod tests {
     /// Under random use the bytes add up and stay within the budget; a block longer than the budget is refused.
     #[test]
     fn budget_holds() {
-        let mut tier = HostTier::new(10_000);
-        assert!(!tier.insert(key(0), block(0, 10_000)));
+        let mut tier = HostTier::new(10_000, u64::MAX);
+        assert!(!tier.insert(key(0), block(0, 10_000), [0; 32]));
         for step in 0..3_000u32 {
             let name = (step.wrapping_mul(2_654_435_761) >> 24) as u8 % 40;
             match step % 7 {
                 0 => tier.remove(&key(name)),
                 1..4 => drop(tier.get(&key(name)).map(|bytes| assert!(bytes.iter().all(|byte| *byte == name)))),
-                _ => drop(tier.insert(key(name), block(name, 50 * name as usize))),
+                _ => drop(tier.insert(key(name), block(name, 50 * name as usize), [0; 32])),
             }
             tier.check_invariants().expect("sound");
         }
@@ -142,6 +155,6 @@ mod tests {
         assert!(stats.hits > 50 && stats.misses > 100 && stats.evictions > 100, "{stats:?}");
         tier.clear();
         assert_eq!((tier.stats().entries, tier.stats().bytes), (0, 0));
-        assert!(!HostTier::new(0).insert(key(1), block(1, 0)));
+        assert!(!HostTier::new(0, u64::MAX).insert(key(1), block(1, 0), [0; 32]));
     }
 }
