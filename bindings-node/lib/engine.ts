@@ -17,9 +17,11 @@ import { ResponseCache } from './response_cache.js';
 import type { ResponseCacheOptions } from './response_cache.js';
 import { ResponseStream } from './stream.js';
 import type { Completion, ReadMode } from './stream.js';
+import { warm } from './warm.js';
+import type { Warmed, WarmOptions } from './warm.js';
 import type { MemoryUse, ModelInfo, Stats } from '../native.js';
 
-export type { MemoryUse, ModelInfo, Stats } from '../native.js';
+export type { KvTierStats, MemoryUse, ModelInfo, Stats } from '../native.js';
 
 /** How far loading is. */
 export interface LoadProgress {
@@ -79,6 +81,22 @@ export interface OpenOptions {
   maxWaitingRequests?: number | undefined;
   /** Whether KV of earlier prompts may be used again. Default true. */
   prefixCache?: boolean | undefined;
+  /** Host memory for KV blocks that the pool gives away, bytes. Default 0: none. */
+  kvHostBytes?: number | undefined;
+  /**
+   * Directory where KV outlives the process: found again by the next engine with the same model, numerics and namespace. It is
+   * made if it is missing, and belongs to engines alone. One process writes, others read. Default: KV ends with the engine.
+   */
+  kvCacheDir?: string | undefined;
+  /** Bytes that the files in `kvCacheDir` take at most. Default 8 GiB. */
+  kvDiskBytes?: number | undefined;
+  /** How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. Default 50. */
+  kvLoadBudgetMs?: number | undefined;
+  /**
+   * Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above 0,
+   * to 1. Default 1: all of it.
+   */
+  kvNamespaceShare?: number | undefined;
   /**
    * Whole answers that are kept and given again, without computing a token, to requests for the same. Off unless `maxBytes` is
    * given.
@@ -172,6 +190,22 @@ export class Engine {
     }
     const { embeddings, tokens, truncated, ...rest } = await this.#embed([input], options);
     return { embedding: embeddings[0]!, tokens: tokens[0]!, truncated: truncated[0]!, ...rest };
+  }
+
+  /**
+   * Computes prompts and nothing else, so that their KV is cached for whoever asks next. Rejects with the first error; what is
+   * computed by then stays.
+   */
+  async warm(prompts: Iterable<Prompt>, options: WarmOptions = {}): Promise<Warmed> {
+    return warm((prompt, request) => this.generate(prompt, request), prompts, options);
+  }
+
+  /**
+   * Waits until the KV that was computed so far is on disk, where it outlives a failure of power; without `kvCacheDir` there
+   * is nothing to wait for. It is written by itself, too, and by {@link close}.
+   */
+  flush(): Promise<void> {
+    return settled(async () => this.#native.flush());
   }
 
   /** Tokens of `text`. */

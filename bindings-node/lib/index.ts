@@ -11,7 +11,16 @@
 
 export type { Embedding, EmbeddingInput, Embeddings, EmbedOptions } from './embedding.js';
 export { Engine } from './engine.js';
-export type { LoadProgress, MemoryUse, ModelInfo, OpenOptions, Stats, TokenizeOptions, WeightForm } from './engine.js';
+export type {
+  KvTierStats,
+  LoadProgress,
+  MemoryUse,
+  ModelInfo,
+  OpenOptions,
+  Stats,
+  TokenizeOptions,
+  WeightForm,
+} from './engine.js';
 export { AbortError, NsLlmError } from './errors.js';
 export type { ErrorCode } from './errors.js';
 export { DEMO_MODEL } from './native.js';
@@ -27,4 +36,16 @@ export type {
   ResponsePutOptions,
 } from './response_cache.js';
 export { ResponseStream } from './stream.js';
-export type { Choice, Chunk, Completion, FinishReason, Logprob, Timings, TokenLogprobs, Usage } from './stream.js';
+export type {
+  CachedTokens,
+  Choice,
+  Chunk,
+  Completion,
+  FinishReason,
+  Logprob,
+  PrefixMiss,
+  Timings,
+  TokenLogprobs,
+  Usage,
+} from './stream.js';
+export type { Warmed, WarmOptions } from './warm.js';

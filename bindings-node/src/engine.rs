@@ -219,6 +219,14 @@ impl NativeEngine {
         Ok(NativeResponses::of(self.open_engine()?.responses().clone()))
     }
 
+    /// Waits until the KV that was computed so far is on disk.
+    #[napi(catch_unwind)]
+    pub fn flush<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, ()>> {
+        let engine = self.open_engine()?;
+        let pending = on_own_thread("ns-llm-flush", move || engine.flush());
+        promise(env, move |_, cx| pending.poll(cx)).map_err(from_napi)
+    }
+
     /// What is loaded.
     #[napi(catch_unwind)]
     pub fn info(&self) -> Result<ModelInfo> {

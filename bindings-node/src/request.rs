@@ -66,6 +66,11 @@ const ENGINE_FIELDS: &[&str] = &[
     "mixedBudgetTokens",
     "maxWaitingRequests",
     "prefixCache",
+    "kvHostBytes",
+    "kvCacheDir",
+    "kvDiskBytes",
+    "kvLoadBudgetMs",
+    "kvNamespaceShare",
     "responseCache",
 ];
 
@@ -138,6 +143,17 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         *size = fields.integer(name)?.map_or(*size, as_usize);
     }
     options.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(options.prefix_cache);
+    options.kv_host_bytes = fields.integer("kvHostBytes")?.unwrap_or(options.kv_host_bytes);
+    if let Some(directory) = fields.string("kvCacheDir")? {
+        if directory.is_empty() || directory.contains('\0') {
+            return Err(to_js(&invalid("kvCacheDir", "no path", "the path of a directory")));
+        }
+        options.kv_cache_dir = Some(directory.into());
+    }
+    options.kv_disk_bytes = fields.integer("kvDiskBytes")?.unwrap_or(options.kv_disk_bytes);
+    options.kv_load_budget_ms = fields.integer("kvLoadBudgetMs")?.unwrap_or(options.kv_load_budget_ms);
+    options.kv_namespace_share =
+        fields.number("kvNamespaceShare")?.map(f64::from).unwrap_or(options.kv_namespace_share);
     if let Some(response_cache) = fields.object("responseCache", "an object of options")? {
         options.response_cache = read_response_cache_options(&response_cache)?;
     }

@@ -34,6 +34,8 @@ pub struct Stats {
     pub prefix_cache_queries_total: f64,
     /// Prompt tokens that it had.
     pub prefix_cache_hits_total: f64,
+    /// The same by the place where they were.
+    pub prefix_cache_hits_by_tier: CachedTokens,
     /// Tokens produced.
     pub generation_tokens_total: f64,
     /// Tokens of inputs that were turned into vectors.
@@ -44,6 +46,8 @@ pub struct Stats {
     pub preemptions_total: f64,
     /// Steps run.
     pub steps_total: f64,
+    /// The places beside the pool where blocks are kept, in the order in which they are asked.
+    pub kv_tiers: Vec<KvTierStats>,
     /// Milliseconds since the engine was opened.
     pub uptime_ms: f64,
 }
@@ -65,12 +69,78 @@ impl From<ns_llm::Stats> for Stats {
             prompt_tokens_total: stats.prompt_tokens_total as f64,
             prefix_cache_queries_total: stats.prefix_cache_queries_total as f64,
             prefix_cache_hits_total: stats.prefix_cache_hits_total as f64,
+            prefix_cache_hits_by_tier: stats.prefix_cache_hits_by_tier.into(),
             generation_tokens_total: stats.generation_tokens_total as f64,
             embedding_tokens_total: stats.embedding_tokens_total as f64,
             computed_tokens_total: stats.computed_tokens_total as f64,
             preemptions_total: stats.preemptions_total as f64,
             steps_total: stats.steps_total as f64,
+            kv_tiers: stats.kv_tiers.into_iter().map(KvTierStats::from).collect(),
             uptime_ms: stats.uptime_ms as f64,
+        }
+    }
+}
+
+/// What a cache tier holds and what became of what it was asked. Counters count blocks and only grow.
+#[napi(object, object_from_js = false)]
+pub struct KvTierStats {
+    /// "host", "disk" or "remote".
+    #[napi(ts_type = "'host' | 'disk' | 'remote'")]
+    pub name: String,
+    /// Blocks held now, as far as this engine knows.
+    pub blocks: f64,
+    /// Bytes of them.
+    pub bytes: f64,
+    /// Asked for and given.
+    pub hits: f64,
+    /// Bytes of them.
+    pub hit_bytes: f64,
+    /// Asked for and not there.
+    pub misses: f64,
+    /// Taken in.
+    pub stored: f64,
+    /// Given up for others.
+    pub evictions: f64,
+    /// Calls that failed, damaged blocks included.
+    pub faults: f64,
+}
+
+impl From<ns_llm::KvTierStats> for KvTierStats {
+    fn from(tier: ns_llm::KvTierStats) -> Self {
+        KvTierStats {
+            name: tier.name.to_string(),
+            blocks: tier.blocks as f64,
+            bytes: tier.bytes as f64,
+            hits: tier.hits as f64,
+            hit_bytes: tier.hit_bytes as f64,
+            misses: tier.misses as f64,
+            stored: tier.stored as f64,
+            evictions: tier.evictions as f64,
+            faults: tier.faults as f64,
+        }
+    }
+}
+
+/// Prompt tokens whose KV did not have to be computed, by the place where it was.
+#[napi(object, object_from_js = false)]
+pub struct CachedTokens {
+    /// In the KV pool.
+    pub pool: f64,
+    /// In host memory: the pool had given the blocks away.
+    pub host: f64,
+    /// On disk.
+    pub disk: f64,
+    /// In a store that nodes share.
+    pub remote: f64,
+}
+
+impl From<ns_llm::CachedTokens> for CachedTokens {
+    fn from(tokens: ns_llm::CachedTokens) -> Self {
+        CachedTokens {
+            pool: tokens.pool as f64,
+            host: tokens.host as f64,
+            disk: tokens.disk as f64,
+            remote: tokens.remote as f64,
         }
     }
 }

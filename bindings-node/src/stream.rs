@@ -11,6 +11,7 @@ use ns_llm::{Canceller, Error, Event, RequestStream};
 
 use crate::error::{Result, from_napi};
 use crate::request::MAX_SAFE_INTEGER;
+use crate::stats::CachedTokens;
 
 /// Events that one read brings at most: a reader that comes late shares the event loop with the others.
 const MAX_EVENTS_PER_BATCH: usize = 1_024;
@@ -236,8 +237,37 @@ pub struct Usage {
     /// Tokens of the prompt that were not computed: their KV was found in the cache (of the first choice), or the whole
     /// answer was kept.
     pub cached_tokens: f64,
+    /// The same by the place where it was found.
+    pub cached_by_tier: CachedTokens,
     /// How often a sequence of this request was preempted.
     pub preemptions: f64,
+    /// Why the rest of the prompt was not found. Not there: everything was that can be, which is all full blocks but what the
+    /// last token needs.
+    pub prefix_miss: Option<PrefixMiss>,
+}
+
+/// Where a search for a prompt's KV ended, and why.
+#[napi(object, object_from_js = false)]
+pub struct PrefixMiss {
+    /// Position of the first prompt token that was not found: the first of a block.
+    pub token: f64,
+    /// Why: nobody has computed it in this namespace, as far as is known; it was given up for others; computing it was faster
+    /// than fetching it; its place failed; nothing arrived for too long; the cache was not read.
+    #[napi(ts_type = "'never_seen' | 'evicted' | 'slower' | 'fault' | 'gave_up' | 'disabled'")]
+    pub reason: String,
+    /// Who has given it up, when it was evicted.
+    #[napi(ts_type = "'pool' | 'host' | 'disk' | 'remote'")]
+    pub tier: Option<String>,
+}
+
+impl From<ns_llm::PrefixMiss> for PrefixMiss {
+    fn from(miss: ns_llm::PrefixMiss) -> Self {
+        PrefixMiss {
+            token: miss.token as f64,
+            reason: miss.reason.as_str().to_string(),
+            tier: miss.reason.tier().map(|tier| tier.as_str().to_string()),
+        }
+    }
 }
 
 impl From<ns_llm::Usage> for Usage {
@@ -246,7 +276,9 @@ impl From<ns_llm::Usage> for Usage {
             prompt_tokens: usage.prompt_tokens as f64,
             completion_tokens: usage.completion_tokens as f64,
             cached_tokens: usage.cached_tokens as f64,
+            cached_by_tier: usage.cached_by_tier.into(),
             preemptions: usage.preemptions as f64,
+            prefix_miss: usage.prefix_miss.map(PrefixMiss::from),
         }
     }
 }

@@ -55,8 +55,8 @@ const messages = [{ role: 'user', content: STORY }];
 const OPEN_NAMES = [
   'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
   'blockTokens',
-  'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'responseCache',
-  'signal', 'onProgress',
+  'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'kvHostBytes',
+  'kvCacheDir', 'kvDiskBytes', 'kvLoadBudgetMs', 'kvNamespaceShare', 'responseCache', 'signal', 'onProgress',
 ];
 
 /** Calls something that may succeed or fail, but only with an error of this package. Tells which. */

@@ -139,7 +139,7 @@ test('a shared prefix shows in the cache endpoint, whose keys are no paths', asy
 });
 
 test('metrics are text that Prometheus reads, and count what was done between two readings', async () => {
-  const sample = /^([a-z_][a-z0-9_:]*)(\{[a-z_]+="(?:[^"\\\n]|\\.)*"\})? (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)$/;
+  const sample = /^([a-z_][a-z0-9_:]*)(\{(?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)+\})? (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)$/;
   const scrape = async (): Promise<Map<string, number>> => {
     const response = await fetch(`${server.url}/metrics`);
     assert.equal(response.headers.get('content-type'), 'text/plain; version=0.0.4; charset=utf-8');
@@ -170,6 +170,7 @@ test('metrics are text that Prometheus reads, and count what was done between tw
   const grown = (name: string): number => after.get(name)! - before.get(name)!;
   assert.equal(grown('ns_llm:generation_tokens_total{model_name="demo"}'), 24);
   assert.equal(grown('ns_llm:request_success_total{model_name="demo"}'), 3);
+  assert.ok(after.has('ns_llm:prefix_cache_tier_hits_total{model_name="demo",tier="pool"}'));
   for (const name of ['time_to_first_token', 'inter_token_latency', 'e2e_request_latency']) {
     assert.equal(grown(`ns_llm:${name}_seconds_count`), 3, name);
     assert.equal(grown(`ns_llm:${name}_seconds_bucket{le="+Inf"}`), 3, name);

@@ -40,7 +40,11 @@ pub(crate) fn run(options: Options) -> CommandResult {
             eprint!("> ");
             std::io::stderr().flush()?;
         }
-        let Some(line) = lines.next().transpose()?.filter(|line| !line.trim().is_empty()) else { return Ok(()) };
+        let Some(line) = lines.next().transpose()?.filter(|line| !line.trim().is_empty()) else {
+            // Waits for what is still to be written to a KV cache directory.
+            engine.close();
+            return Ok(());
+        };
         messages.push(Message::new("user", line));
         match answer(&engine, options.sampling.apply(Request::chat(messages.clone()))) {
             Ok(text) => messages.push(Message::new("assistant", text)),

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use clap::Args;
-use ns_llm::{Completion, Delta, Event, Message, ModelInfo, Request};
+use ns_llm::{CacheTier, Completion, Delta, Event, Message, ModelInfo, Request};
 use serde_json::json;
 
 use crate::model::{ModelOptions, open_default};
@@ -77,14 +77,16 @@ pub(crate) fn run(options: Options) -> CommandResult {
     if options.json {
         let completion = engine.complete(request)?;
         show(format_args!("{}\n", to_json(&completion, engine.info())))?;
-        return Ok(());
-    }
-    for event in engine.generate(request)? {
-        if let Event::Delta(Delta { text, .. }) = event? {
-            show(text)?;
+    } else {
+        for event in engine.generate(request)? {
+            if let Event::Delta(Delta { text, .. }) = event? {
+                show(text)?;
+            }
         }
+        show("\n")?;
     }
-    show("\n")?;
+    // Waits for what is still to be written to a KV cache directory.
+    engine.close();
     Ok(())
 }
 
@@ -104,6 +106,7 @@ fn read_prompt(options: &Options) -> std::io::Result<String> {
 fn to_json(completion: &Completion, info: &ModelInfo) -> serde_json::Value {
     let choice = &completion.choices[0];
     let (usage, timings) = (completion.summary.usage, completion.summary.timings);
+    let by_tier = usage.cached_by_tier;
     json!({
         "text": choice.text,
         "token_ids": choice.token_ids,
@@ -114,6 +117,17 @@ fn to_json(completion: &Completion, info: &ModelInfo) -> serde_json::Value {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "cached_tokens": usage.cached_tokens,
+            "cached_by_tier": {
+                "pool": by_tier.pool,
+                "host": by_tier.host,
+                "disk": by_tier.disk,
+                "remote": by_tier.remote,
+            },
+            "prefix_miss": usage.prefix_miss.map(|miss| json!({
+                "token": miss.token,
+                "reason": miss.reason.as_str(),
+                "tier": miss.reason.tier().map(CacheTier::as_str),
+            })),
         },
         "timings": {
             "load_ms": info.load_ms,

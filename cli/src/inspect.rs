@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use clap::Args;
+use ns_llm::EngineOptions;
 use ns_llm::inspect::{Inspection, inspect};
 use serde_json::json;
 
@@ -19,16 +20,25 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: Options) -> CommandResult {
-    let inspection = inspect(&options.model.engine_options())?;
+    let engine_options = options.model.engine_options();
+    let inspection = inspect(&engine_options)?;
+    let tiers = tiers(&engine_options);
     if options.json {
-        show(format_args!("{}\n", to_json(&inspection)))?;
+        show(format_args!("{}\n", to_json(&inspection, &tiers)))?;
     } else {
-        show(to_table(&inspection)?)?;
+        show(to_table(&inspection, &tiers)?)?;
     }
     Ok(())
 }
 
-fn to_json(i: &Inspection) -> serde_json::Value {
+/// The places beside the KV pool by their names, and their bytes.
+fn tiers(options: &EngineOptions) -> Vec<(&'static str, u64)> {
+    let host = (options.kv_host_bytes > 0).then_some(("host", options.kv_host_bytes));
+    let disk = options.kv_cache_dir.as_ref().map(|_| ("disk", options.kv_disk_bytes));
+    host.into_iter().chain(disk).collect()
+}
+
+fn to_json(i: &Inspection, tiers: &[(&str, u64)]) -> serde_json::Value {
     json!({
         "architecture": i.architecture,
         "hyperparameters": i.hyperparameters.iter().map(|(name, value)| (*name, value.clone())).collect::<std::collections::BTreeMap<_, _>>(),
@@ -46,6 +56,10 @@ fn to_json(i: &Inspection) -> serde_json::Value {
             "kv_blocks": i.plan.num_blocks,
             "kv_bytes": i.plan.kv_bytes(),
             "context_tokens": i.plan.context_tokens,
+            "kv_tiers": tiers.iter().map(|(name, bytes)| (name.to_string(), json!({
+                "bytes": bytes,
+                "blocks": bytes / i.plan.block_bytes,
+            }))).collect::<serde_json::Map<_, _>>(),
             "levels": i.levels.iter().map(|level| json!({
                 "weights": level.weights,
                 "is_stored": level.is_stored,
@@ -62,7 +76,7 @@ fn to_json(i: &Inspection) -> serde_json::Value {
 }
 
 /// A table for people.
-fn to_table(i: &Inspection) -> Result<String, std::fmt::Error> {
+fn to_table(i: &Inspection, tiers: &[(&str, u64)]) -> Result<String, std::fmt::Error> {
     let mut out = String::new();
     writeln!(out, "architecture      {}", i.architecture)?;
     for (name, value) in &i.hyperparameters {
@@ -83,6 +97,9 @@ fn to_table(i: &Inspection) -> Result<String, std::fmt::Error> {
         i.plan.num_blocks,
         i.plan.block_bytes
     )?;
+    for (name, bytes) in tiers {
+        writeln!(out, "  KV, {name:<4}        {}: some {} blocks", mib(*bytes), bytes / i.plan.block_bytes)?;
+    }
     writeln!(out, "  context         {} tokens", i.plan.context_tokens)?;
     writeln!(out, "weights in other forms (--weights; under --memory-limit-mib the first that fits)")?;
     for level in &i.levels {

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use ns_llm::{Device, Engine, EngineOptions, KvDtype, ProgressCallback, Result, ThreadPriority, WeightFormat};
+use ns_llm::{
+    Device, Engine, EngineOptions, KvDtype, KvTierStats, ProgressCallback, Result, ThreadPriority, WeightFormat,
+};
+use serde_json::{Value, json};
 
 /// Which model, and how to run it.
 #[derive(Args, Clone)]
@@ -35,6 +38,15 @@ pub(crate) struct ModelOptions {
     /// What weights and KV pool may take together (MiB); weights that are too large are rounded to the best form that fits
     #[arg(long, value_name = "MIB")]
     pub(crate) memory_limit_mib: Option<u64>,
+    /// Directory where keys and values are kept, and found again by the next run with the same model
+    #[arg(long, value_name = "DIRECTORY")]
+    pub(crate) kv_cache_dir: Option<PathBuf>,
+    /// What the files in --kv-cache-dir take at most (MiB; default: 8192)
+    #[arg(long, value_name = "MIB", requires = "kv_cache_dir")]
+    pub(crate) kv_disk_mib: Option<u64>,
+    /// Host memory for keys and values that the KV pool gives away (MiB; default: 0)
+    #[arg(long, value_name = "MIB")]
+    pub(crate) kv_host_mib: Option<u64>,
     /// Keep whole answers in so many bytes, and give them again to requests for the same (0: none)
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     pub(crate) response_cache_bytes: u64,
@@ -81,8 +93,12 @@ impl ModelOptions {
             KvDtypeName::Int8 => Some(KvDtype::Int8),
         };
         options.context_tokens = self.context;
-        options.kv_bytes = self.kv_mib.map(|mib| mib.saturating_mul(1 << 20));
-        options.memory_limit_bytes = self.memory_limit_mib.map(|mib| mib.saturating_mul(1 << 20));
+        let bytes = |mib: Option<u64>| mib.map(|mib| mib.saturating_mul(1 << 20));
+        options.kv_bytes = bytes(self.kv_mib);
+        options.memory_limit_bytes = bytes(self.memory_limit_mib);
+        options.kv_cache_dir = self.kv_cache_dir.clone();
+        options.kv_disk_bytes = bytes(self.kv_disk_mib).unwrap_or(options.kv_disk_bytes);
+        options.kv_host_bytes = bytes(self.kv_host_mib).unwrap_or(options.kv_host_bytes);
         options.response_cache.max_bytes = self.response_cache_bytes;
         options.response_cache.ttl_ms = self.response_ttl_ms.unwrap_or(options.response_cache.ttl_ms);
         options
@@ -125,6 +141,24 @@ pub(crate) fn open(mut options: EngineOptions) -> Result<Engine> {
     let bar = Bar::new("loading");
     options.on_progress = bar.callback();
     Engine::open(options)
+}
+
+/// What the places beside the KV pool hold and did, by their names.
+pub(crate) fn kv_tiers(engine: &Engine) -> Value {
+    let tier = |tier: &KvTierStats| {
+        let report = json!({
+            "blocks": tier.blocks,
+            "bytes": tier.bytes,
+            "hits": tier.hits,
+            "hit_bytes": tier.hit_bytes,
+            "misses": tier.misses,
+            "stored": tier.stored,
+            "evictions": tier.evictions,
+            "faults": tier.faults,
+        });
+        (tier.name.to_string(), report)
+    };
+    Value::Object(engine.stats().kv_tiers.iter().map(tier).collect())
 }
 
 /// Opens a model with the options as they are.

@@ -67,6 +67,51 @@ fn generate_streams_and_reports() {
     assert_eq!(String::from_utf8_lossy(&piped.stdout), text);
 }
 
+/// A run finds the keys and values of an earlier one in its directory, and says so; the text is the same. The smallest size
+/// that works is told, and a size without a directory is refused.
+#[test]
+fn kv_outlives_a_run() {
+    let folder = std::env::temp_dir().join(format!("ns-llm-kv-{}", std::process::id()));
+    let directory = folder.to_str().expect("UTF-8");
+    let story =
+        "Once upon a time there was a little dog who lived in a big house near the sea, and every day the dog ran.";
+    let arguments =
+        ["--prompt", story, "--temperature", "0", "--max-tokens", "8", "--json", "--kv-cache-dir", directory];
+    let first = json("generate", &arguments);
+    let second = json("generate", &arguments);
+    let by_tier = |report: &Value| {
+        let tiers = ["pool", "host", "disk", "remote"].map(|tier| report["usage"]["cached_by_tier"][tier].as_u64());
+        tiers.map(|tokens| tokens.expect("a number"))
+    };
+    assert_eq!(by_tier(&first), [0; 4], "{first}");
+    let [pool, host, disk, remote] = by_tier(&second);
+    assert!((pool, host, remote) == (0, 0, 0) && disk >= 32, "{second}");
+    assert_eq!(second["usage"]["cached_tokens"].as_u64(), Some(disk));
+    assert_eq!(first["token_ids"], second["token_ids"]);
+    let never_seen = serde_json::json!({ "token": 0, "reason": "never_seen", "tier": null });
+    assert_eq!((&first["usage"]["prefix_miss"], &second["usage"]["prefix_miss"]), (&never_seen, &Value::Null));
+    let chat = ["--temperature", "0", "--kv-cache-dir", directory];
+    assert!(feed("chat", &chat, "Count to 3.\n").status.success());
+
+    let bench = ["--prompt-tokens", "64", "--gen-tokens", "4", "--repeat", "1", "--kv-host-mib", "8", "--json"];
+    let report = json("bench", &[&bench[..], &["--kv-cache-dir", directory]].concat());
+    assert!(report["kv_tiers"]["disk"]["blocks"].as_u64().is_some_and(|blocks| blocks >= disk / 16), "{report}");
+    assert_eq!((&report["kv_tiers"]["disk"]["hits"], &report["kv_tiers"]["host"]["faults"]), (&0.into(), &0.into()));
+    std::fs::remove_dir_all(&folder).expect("it was made");
+
+    let plan = json("inspect", &["--json", "--kv-cache-dir", directory, "--kv-disk-mib", "64", "--kv-host-mib", "8"]);
+    let tiers = &plan["memory"]["kv_tiers"];
+    assert_eq!((&tiers["disk"]["bytes"], &tiers["host"]["bytes"]), (&(64 << 20).into(), &(8 << 20).into()));
+    assert!(tiers["disk"]["blocks"].as_u64().is_some_and(|blocks| blocks > 100), "{plan}");
+    assert!(!folder.exists(), "inspect makes no directory");
+    let table = succeed("inspect", &["--kv-cache-dir", directory]);
+    assert!(table.contains("KV, disk        8192.0 MiB"), "{table}");
+    let alone = run("generate", &["--prompt", "x", "--kv-disk-mib", "64"]);
+    assert_eq!(alone.status.code(), Some(2));
+    let small = run("generate", &["--prompt", "x", "--kv-cache-dir", directory, "--kv-disk-mib", "0"]);
+    assert!(small.status.code() == Some(1) && String::from_utf8_lossy(&small.stderr).contains("kv_disk_bytes"));
+}
+
 /// A conversation: the second answer knows the first turn, an empty line ends it.
 #[test]
 fn chat_answers_turn_by_turn() {

@@ -51,6 +51,10 @@ pub const CLOSE_WRITES_MS: u64 = 5_000;
 pub const FLUSH_MS: u64 = 60_000;
 /// Bytes of the disk tier when a directory is given without a size.
 pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
+/// Blocks of which the KV cache remembers that it had them, and who gave them up: some 2 MiB.
+pub const MAX_LOST_BLOCKS: usize = 16_384;
+/// Most bytes that a tier of the KV cache may be told to keep.
+pub const MAX_KV_TIER_BYTES: u64 = 1 << 50;
 /// Smallest step that tells how fast prompts are computed, tokens.
 pub const MIN_MEASURED_PREFILL_TOKENS: usize = 32;
 /// Segment files that are held open at once.
@@ -525,6 +529,12 @@ impl EngineOptions {
         let load_budget_ms = usize::try_from(self.kv_load_budget_ms).unwrap_or(usize::MAX);
         check("kv_load_budget_ms", load_budget_ms, 1, MAX_KV_LOAD_BUDGET_MS as usize)?;
         check("max_waiting_requests", self.max_waiting_requests, 1, MAX_WAITING_REQUESTS_LIMIT)?;
+        for (field, bytes) in [("kv_host_bytes", self.kv_host_bytes), ("kv_disk_bytes", self.kv_disk_bytes)] {
+            if bytes > MAX_KV_TIER_BYTES {
+                let expected = format!("at most {MAX_KV_TIER_BYTES}");
+                return Err(Error::InvalidArgument { field, value: bytes.to_string(), expected });
+            }
+        }
         self.response_cache.validate()
     }
 
@@ -627,6 +637,19 @@ mod tests {
                         assert!(field == name && !is_good, "{field} = {value}")
                     }
                     Err(other) => panic!("{other}"),
+                }
+            }
+        }
+        for (name, set) in [
+            ("kv_host_bytes", (|o, bytes| o.kv_host_bytes = bytes) as fn(&mut EngineOptions, u64)),
+            ("kv_disk_bytes", |o, bytes| o.kv_disk_bytes = bytes),
+        ] {
+            for (bytes, is_good) in [(0, true), (MAX_KV_TIER_BYTES, true), (MAX_KV_TIER_BYTES + 1, false)] {
+                let mut options = EngineOptions::new("");
+                set(&mut options, bytes);
+                match options.validate() {
+                    Err(Error::InvalidArgument { field, .. }) => assert!(field == name && !is_good, "{field}"),
+                    other => assert!(other.is_ok() && is_good, "{name} = {bytes}: {other:?}"),
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! The engine's handle: open, submit, close, ask. What it hands out is decided elsewhere: a request goes to the intake
 //! thread, from there to the worker, and comes back through its stream.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -62,6 +63,15 @@ pub struct Choice {
     pub finish_reason: FinishReason,
 }
 
+/// What [`Engine::warm`] did, tokens of prompts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Warmed {
+    /// Computed: their KV is cached now.
+    pub computed_tokens: usize,
+    /// Found in the cache.
+    pub cached_tokens: usize,
+}
+
 /// Everything about a finished request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
@@ -69,6 +79,19 @@ pub struct Completion {
     pub choices: Vec<Choice>,
     /// Counts and times.
     pub summary: Summary,
+}
+
+impl Warmed {
+    /// Waits for a prompt and counts it.
+    fn add(&mut self, stream: RequestStream) -> Result<()> {
+        for event in stream {
+            if let Event::Done(Summary { usage, .. }) = event? {
+                self.computed_tokens += usage.prompt_tokens - usage.cached_tokens;
+                self.cached_tokens += usage.cached_tokens;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Engine {
@@ -161,6 +184,24 @@ impl Engine {
             }
         }
         Err(Error::Closed)
+    }
+
+    /// Computes the prompts of `requests` and nothing else, so that their KV is cached for whoever asks next: as many at a
+    /// time as the queue takes. The first error ends it, with what is done by then.
+    pub fn warm(&self, requests: impl IntoIterator<Item = Request>) -> Result<Warmed> {
+        let mut warmed = Warmed::default();
+        let mut streams = VecDeque::new();
+        for mut request in requests {
+            (request.max_tokens, request.n, request.logprobs, request.prompt_logprobs) = (Some(0), 1, None, false);
+            let mut admitted = self.generate(request.clone());
+            while let Err(Error::Overloaded { .. }) = admitted {
+                let Some(first) = streams.pop_front() else { break };
+                warmed.add(first)?;
+                admitted = self.generate(request.clone());
+            }
+            streams.push_back(admitted?);
+        }
+        streams.into_iter().try_for_each(|stream| warmed.add(stream)).map(|()| warmed)
     }
 
     /// Turns inputs into vectors and waits for all of them. Any model can: one that was made for it, or a decoder, whose

@@ -79,15 +79,16 @@ pub use config::{
     ThreadPriority, WeightFormat,
 };
 pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
-pub use engine::{Choice, Completion, Engine};
+pub use engine::{Choice, Completion, Engine, Warmed};
 #[doc(hidden)]
 pub use error::panic_text;
 pub use error::{Error, Result};
 pub use ns_llm_kernels::host::gpu::{Gpu, GpuVendor, gpus};
 pub use ns_llm_kernels::quant::QuantType;
 pub use request::{
-    CacheUse, CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request,
-    SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
+    CacheTier, CacheUse, CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, MissReason, PrefixMiss,
+    Priority, Prompt, Request, SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs,
+    Usage,
 };
 pub use response_cache::EntryUse;
 pub use responses::{PutOptions, Responses};

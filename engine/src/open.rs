@@ -381,6 +381,10 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let start = Instant::now();
     check_device(options.device)?;
     let files = ModelFiles::open(&options)?;
+    if !files.config.architecture.can_generate() {
+        // Its keys and values end with each step.
+        (options.kv_host_bytes, options.kv_cache_dir) = (0, None);
+    }
     let WeightLevel { wanted, format, layout, mut plan } = plan_memory(&options, &files)?;
     plan.check(memory_limit_bytes(&options))?;
     let backend = CpuBackend::new(CpuBackendOptions {

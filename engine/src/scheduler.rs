@@ -48,7 +48,7 @@ use crate::config;
 use crate::error::{Error, Result};
 use crate::kv_cache::tiers::Tiers;
 use crate::kv_cache::{BlockCounts, BlockTransfer, KeptBlock, KvCache, violated};
-use crate::request::{FinishReason, TokenLogprobs, Usage};
+use crate::request::{CachedTokens, FinishReason, TokenLogprobs, Usage};
 use crate::sequence::{Chunk, Sequence, SequenceSpec};
 use encode::EncodeQueue;
 pub use encode::EncodeStep;
@@ -197,6 +197,8 @@ pub struct Counters {
     pub prefix_query_tokens: u64,
     /// Those of them that were found.
     pub prefix_hit_tokens: u64,
+    /// The same by the place where they were.
+    pub prefix_hits_by_tier: CachedTokens,
     /// Tokens that preempted sequences found in the cache when they came back.
     pub resume_hit_tokens: u64,
     /// Tokens of either kind that came from the tiers.

@@ -1,5 +1,7 @@
 //! Counters, times and sizes of an engine, as a snapshot of plain values.
 
+use crate::request::CachedTokens;
+
 /// What an engine has done and is doing. Counters only grow.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Stats {
@@ -31,6 +33,8 @@ pub struct Stats {
     pub prefix_cache_queries_total: u64,
     /// Prompt tokens that it had.
     pub prefix_cache_hits_total: u64,
+    /// The same by the place where they were.
+    pub prefix_cache_hits_by_tier: CachedTokens,
     /// Tokens produced.
     pub generation_tokens_total: u64,
     /// Tokens of inputs that were turned into vectors.

@@ -502,6 +502,7 @@ impl<E: Executor> Worker<E> {
             prompt_tokens_total: counters.prompt_tokens,
             prefix_cache_queries_total: counters.prefix_query_tokens,
             prefix_cache_hits_total: counters.prefix_hit_tokens,
+            prefix_cache_hits_by_tier: counters.prefix_hits_by_tier,
             generation_tokens_total: counters.generated_tokens,
             embedding_tokens_total: counters.encoded_tokens,
             computed_tokens_total: counters.computed_tokens + counters.encoded_tokens,

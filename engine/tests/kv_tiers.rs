@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use demo::{Rng, fingerprint, with_logprobs};
-use ns_llm::{CachedTokens, Completion, Engine, EngineOptions, Error, KvDtype, Request};
+use ns_llm::{CachedTokens, Completion, Engine, EngineOptions, Error, KvDtype, Request, Warmed};
 
 /// A folder that is gone with the test.
 struct Folder(PathBuf);
@@ -239,6 +239,32 @@ fn preempted_sequences_come_back_from_host_memory() {
     let host = with_stats.kv_tiers.iter().find(|tier| tier.name == "host").expect("host memory");
     assert!(host.hits > 0, "{host:?}");
     assert!(with_stats.computed_tokens_total < without_stats.computed_tokens_total);
+}
+
+/// Prompts that were warmed, more of them than may wait at once, are found by whoever asks next, and by the next engine; what
+/// was there already is told apart.
+#[test]
+fn warmed_prompts_are_found() {
+    let folder = Folder::new();
+    let prompts: Vec<Vec<u32>> = (0..12).map(|i| Rng(80 + i).prompt(65)).collect();
+    let requests = || prompts.iter().map(|prompt| request(prompt));
+    let first = open(&folder.0, |options| {
+        options.kv_bytes = None;
+        options.max_waiting_requests = 2;
+    });
+    let cold = first.warm(requests()).expect("runs");
+    assert_eq!(cold, Warmed { computed_tokens: 12 * 65, cached_tokens: 0 });
+    assert_eq!(first.stats().generation_tokens_total, 0, "prompts only");
+    let pool = CachedTokens { pool: 64, ..CachedTokens::default() };
+    assert_eq!(cached(&run(&first, &prompts[7])), pool);
+    assert_eq!(first.warm(requests()).expect("runs"), Warmed { computed_tokens: 12, cached_tokens: 12 * 64 });
+    let by_tier = first.stats().prefix_cache_hits_by_tier;
+    assert_eq!(by_tier, CachedTokens { pool: 13 * 64, ..CachedTokens::default() });
+    first.close();
+    assert_eq!(first.warm(requests()).map_err(|error| error.code()), Err("closed"));
+    let second = open(&folder.0, |options| options.kv_bytes = None);
+    assert_eq!(cached(&run(&second, &prompts[11])), CachedTokens { disk: 64, ..CachedTokens::default() });
+    assert_eq!(second.stats().prefix_cache_hits_by_tier.disk, 64);
 }
 
 /// M7: the flood of one namespace evicts what is its own, once it holds more than its share of pool and host memory: another

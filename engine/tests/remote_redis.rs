@@ -90,7 +90,7 @@ impl Machine {
     /// The blocks of `names` as far as they come.
     fn restore(&mut self, names: std::ops::Range<u64>) -> Vec<RestoredBlock> {
         let keys: Vec<StoredKey> = names.map(key).collect();
-        let Some(id) = self.tiers.begin(&keys, [0; 32], self.now_us) else { return Vec::new() };
+        let Some(id) = self.tiers.begin(&keys, [0; 32], self.now_us).restore else { return Vec::new() };
         self.drive();
         let arrived = self.tiers.poll(id, self.now_us);
         assert!(arrived.has_ended, "nothing is left to do");

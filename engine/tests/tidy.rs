@@ -111,7 +111,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("tokenizer", &[]),
     ("embedding", &["request"]),
     ("request", &[]),
-    ("stats", &[]),
+    ("stats", &["request"]),
     ("config", &[]),
     ("error", &[]),
 ];

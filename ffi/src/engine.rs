@@ -150,6 +150,19 @@ pub struct ns_llm_engine_params {
     /// the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what
     /// the smallest needs in the text. 0: what is available.
     pub memory_limit_bytes: u64,
+    /// Host memory for KV blocks that the pool gives away, bytes. 0: none.
+    pub kv_host_bytes: u64,
+    /// Directory where KV blocks outlive the process: the next engine with the same model, numerics and namespace finds them
+    /// again. It is made if it is missing, and belongs to engines alone. One engine at a time writes, others read. NULL: blocks
+    /// end with the engine.
+    pub kv_cache_dir: ns_llm_text,
+    /// Bytes that the files in `kv_cache_dir` take at most. 0: 8 GiB.
+    pub kv_disk_bytes: u64,
+    /// How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. 0: 50.
+    pub kv_load_budget_ms: u64,
+    /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, to 1.
+    /// 0: 1, all of it.
+    pub kv_namespace_share: f64,
     /// Bytes of answers that are kept, to be given again without computing a token to requests for the same. 0: none are.
     pub response_cache_bytes: u64,
     /// How long an answer is kept, milliseconds, at most a year. 0: one hour.
@@ -181,12 +194,12 @@ pub(crate) static ENGINES: HandleTable<LiveEngine> = HandleTable::new(HandleKind
 /// Returns:    NS_LLM_OK; NS_LLM_CANCELLED if the progress callback said so; NS_LLM_NULL_ARGUMENT,
 ///             NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the
 ///             parameters; any status from 300 to 399 about the files; NS_LLM_OUT_OF_MEMORY; NS_LLM_DEVICE_UNAVAILABLE;
-///             NS_LLM_OVERLOADED if 16777216 engines are open; NS_LLM_FORKED_PROCESS in the child of a process that had
+///             NS_LLM_STORAGE about `kv_cache_dir`; NS_LLM_OVERLOADED if 16777216 engines are open; NS_LLM_FORKED_PROCESS in the child of a process that had
 ///             opened an engine; NS_LLM_INTERNAL.
 /// On failure: `*out_engine` is 0, and nothing is left behind.
 ///
 /// # Safety
-/// `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its `progress`
+/// `params` points to a `size_t` and to as many readable bytes as that says; its texts are readable and its `progress`
 /// callable until this function returns, its `log` until ns_llm_engine_free() has. `out_engine` points to a writable
 /// `ns_llm_engine`.
 #[unsafe(no_mangle)]
@@ -217,8 +230,8 @@ pub unsafe extern "C" fn ns_llm_engine_open(
 /// Ends all requests of an engine with NS_LLM_CLOSED, stops its threads and frees its memory.
 ///
 /// Outside of callbacks it returns when that is done and every last event has been told, so nothing of the engine calls
-/// the program any more; this takes about one step, and as long as the callback that is running, so do not hold a lock
-/// that the callback takes. Inside a callback the last events are told after that callback has returned. Request
+/// the program any more; this takes about one step, and what a disk needs to take the KV blocks that wait for it, and as
+/// long as the callback that is running, so do not hold a lock that the callback takes. Inside a callback the last events are told after that callback has returned. Request
 /// handles stay valid until they are freed. Calls that other threads are in the middle of end with NS_LLM_CLOSED.
 ///
 /// Ownership:  `engine` is dead afterwards; it may be freed before or after its requests.
@@ -241,8 +254,21 @@ pub extern "C" fn ns_llm_engine_free(engine: ns_llm_engine) -> ns_llm_status {
     })
 }
 
+/// Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power; at most a minute.
+/// Without `kv_cache_dir` there is nothing to wait for. Blocks are written by themselves, too: this is for programs that must
+/// know.
+///
+/// Threads:    any, also concurrently, also inside a callback.
+/// Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE;
+///             NS_LLM_CLOSED if the engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: requests are not touched, and nothing false is ever found: a block that cannot be read is computed again.
+#[unsafe(no_mangle)]
+pub extern "C" fn ns_llm_engine_flush(engine: ns_llm_engine) -> ns_llm_status {
+    boundary(|| ENGINES.get(engine)?.engine.flush().map_err(Failure::from))
+}
+
 /// # Safety
-/// `params.model` is readable, and `params.progress` callable with `params.progress_user_data` on any thread while the
+/// `params.model` and `params.kv_cache_dir` are readable, and `params.progress` callable with `params.progress_user_data` on any thread while the
 /// engine is being opened.
 unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, Failure> {
     if params.model.data.is_null() {
@@ -264,6 +290,13 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     options.context_tokens = unless_zero(params.context_tokens);
     options.kv_bytes = unless_zero(params.kv_bytes);
     options.memory_limit_bytes = unless_zero(params.memory_limit_bytes);
+    options.kv_host_bytes = params.kv_host_bytes;
+    // SAFETY: promised by the caller.
+    let directory = unsafe { read_text("kv_cache_dir", params.kv_cache_dir, MAX_PATH_BYTES) }?;
+    options.kv_cache_dir = (!directory.is_empty()).then(|| directory.into());
+    options.kv_disk_bytes = unless_zero(params.kv_disk_bytes).unwrap_or(options.kv_disk_bytes);
+    options.kv_load_budget_ms = unless_zero(params.kv_load_budget_ms).unwrap_or(options.kv_load_budget_ms);
+    options.kv_namespace_share = unless_zero(params.kv_namespace_share).unwrap_or(options.kv_namespace_share);
     options.response_cache.max_bytes = params.response_cache_bytes;
     options.response_cache.ttl_ms = unless_zero(params.response_ttl_ms).unwrap_or(options.response_cache.ttl_ms);
     let sizes = [

@@ -3,7 +3,7 @@
 //! What is loaded, what was done, and how many bytes it takes. The program gives a struct with its `struct_size` set, and
 //! finds it filled.
 
-use ns_llm_core::{MemoryUse, ModelInfo, Stats};
+use ns_llm_core::{KvTierStats, MemoryUse, ModelInfo, Stats};
 
 use crate::engine::{ENGINES, ns_llm_engine};
 use crate::failure::{Failure, boundary};
@@ -100,10 +100,63 @@ pub struct ns_llm_stats {
     pub steps_total: u64,
     /// Milliseconds since the engine was opened.
     pub uptime_ms: u64,
+    /// Of `prefix_cache_hits_total`, tokens whose KV was in the pool.
+    pub prefix_cache_pool_hits_total: u64,
+    /// Those that the pool had given away and host memory had kept.
+    pub prefix_cache_host_hits_total: u64,
+    /// Those that were read from disk.
+    pub prefix_cache_disk_hits_total: u64,
+    /// Those that came from a store that nodes share.
+    pub prefix_cache_remote_hits_total: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
 unsafe impl SizedStruct for ns_llm_stats {}
+
+/// A place beside the pool where an engine keeps KV blocks.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ns_llm_kv_tier {
+    /// Host memory: `kv_host_bytes`.
+    NS_LLM_KV_TIER_HOST = 0,
+    /// Files: `kv_cache_dir`.
+    NS_LLM_KV_TIER_DISK = 1,
+    /// A store that nodes share.
+    NS_LLM_KV_TIER_REMOTE = 2,
+}
+
+/// The names of `ns_llm_kv_tier` in the engine's reports, in their order.
+const TIER_NAMES: [&str; 3] = ["host", "disk", "remote"];
+
+/// What a tier holds and what became of what it was asked. All but `bytes` and `hit_bytes` count blocks; those named `_total`
+/// only grow.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ns_llm_kv_tier_stats {
+    /// `sizeof(ns_llm_kv_tier_stats)`.
+    pub struct_size: usize,
+    /// 1 if the engine has this tier; else everything here is 0.
+    pub is_there: u64,
+    /// Held now, as far as this engine knows.
+    pub blocks: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Asked for and given.
+    pub hits_total: u64,
+    /// Bytes of them.
+    pub hit_bytes_total: u64,
+    /// Asked for and not there.
+    pub misses_total: u64,
+    /// Taken in.
+    pub stored_total: u64,
+    /// Given up for others.
+    pub evictions_total: u64,
+    /// Calls that failed, damaged blocks included. Each was a miss and no more.
+    pub faults_total: u64,
+}
+
+// SAFETY: `repr(C)`, begins with a `usize`, all numbers.
+unsafe impl SizedStruct for ns_llm_kv_tier_stats {}
 
 /// Bytes that an engine holds.
 #[repr(C)]
@@ -165,6 +218,37 @@ pub unsafe extern "C" fn ns_llm_engine_stats(engine: ns_llm_engine, out_stats: *
         let live = ENGINES.get(engine)?;
         // SAFETY: promised by the caller.
         unsafe { write_struct("out_stats", out_stats, &live.engine.stats().into()) }
+    })
+}
+
+/// Says what one of the places beside the pool, a value of `ns_llm_kv_tier`, holds and has done, as of the last step.
+///
+/// Ownership:  `*out_stats` is the caller's.
+/// Threads:    any, also inside a callback.
+/// NULL:       `out_stats` must not be NULL.
+/// Returns:    NS_LLM_OK, also if the engine does not have this tier; NS_LLM_UNSUPPORTED if the library does not know it;
+///             NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT about
+///             `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: `*out_stats` is unchanged.
+///
+/// # Safety
+/// `out_stats` points to a `size_t` and to as many writable bytes as that says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ns_llm_engine_kv_tier(
+    engine: ns_llm_engine,
+    tier: u32,
+    out_stats: *mut ns_llm_kv_tier_stats,
+) -> ns_llm_status {
+    boundary(|| {
+        // SAFETY: promised by the caller.
+        unsafe { check_struct("out_stats", out_stats) }?;
+        let live = ENGINES.get(engine)?;
+        let name = TIER_NAMES.get(tier as usize);
+        let name = name.ok_or_else(|| Failure::Unsupported { argument: "tier", reason: format!("tier {tier}") })?;
+        let stats = live.engine.stats();
+        let found = stats.kv_tiers.iter().find(|stats| stats.name == *name);
+        // SAFETY: promised by the caller.
+        unsafe { write_struct("out_stats", out_stats, &found.into()) }
     })
 }
 
@@ -252,6 +336,28 @@ impl From<Stats> for ns_llm_stats {
             preemptions_total: stats.preemptions_total,
             steps_total: stats.steps_total,
             uptime_ms: stats.uptime_ms,
+            prefix_cache_pool_hits_total: stats.prefix_cache_hits_by_tier.pool as u64,
+            prefix_cache_host_hits_total: stats.prefix_cache_hits_by_tier.host as u64,
+            prefix_cache_disk_hits_total: stats.prefix_cache_hits_by_tier.disk as u64,
+            prefix_cache_remote_hits_total: stats.prefix_cache_hits_by_tier.remote as u64,
+        }
+    }
+}
+
+impl From<Option<&KvTierStats>> for ns_llm_kv_tier_stats {
+    fn from(found: Option<&KvTierStats>) -> Self {
+        let stats = found.copied().unwrap_or_default();
+        ns_llm_kv_tier_stats {
+            struct_size: size_of::<ns_llm_kv_tier_stats>(),
+            is_there: u64::from(found.is_some()),
+            blocks: stats.blocks,
+            bytes: stats.bytes,
+            hits_total: stats.hits,
+            hit_bytes_total: stats.hit_bytes,
+            misses_total: stats.misses,
+            stored_total: stats.stored,
+            evictions_total: stats.evictions,
+            faults_total: stats.faults,
         }
     }
 }

@@ -100,6 +100,8 @@ pub enum ns_llm_status {
     NS_LLM_OUT_OF_MEMORY = 400,
     /// The device that was asked for is not there.
     NS_LLM_DEVICE_UNAVAILABLE = 401,
+    /// A cache tier could not bring to its medium what it holds. Requests are not touched by it.
+    NS_LLM_STORAGE = 402,
 }
 
 use ns_llm_status::*;
@@ -147,6 +149,7 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
     (NS_LLM_NON_FINITE_WEIGHTS, c"non_finite_weights"),
     (NS_LLM_OUT_OF_MEMORY, c"out_of_memory"),
     (NS_LLM_DEVICE_UNAVAILABLE, c"device_unavailable"),
+    (NS_LLM_STORAGE, c"storage"),
 ];
 
 /// Longest text of ns_llm_last_error(), bytes; what is longer is cut at a character.

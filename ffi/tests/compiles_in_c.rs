@@ -99,6 +99,14 @@ fn answers_are_kept() {
     run("responses.c", Linkage::Shared, &[]);
 }
 
+/// KV is found again by the next engine over the same directory: `c/kv_cache.c`.
+#[test]
+fn kv_outlives_its_engine() {
+    let folder = std::env::temp_dir().join(format!("ns-llm-c-kv-{}", std::process::id()));
+    run("kv_cache.c", Linkage::Shared, &[folder.to_str().expect("UTF-8")]);
+    fs::remove_dir_all(&folder).expect("it was made");
+}
+
 /// Loading the shared library and using it writes nothing and changes nothing in the process: `c/loading.c` looks before
 /// and after; its output is its own word alone.
 #[test]

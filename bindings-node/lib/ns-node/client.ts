@@ -10,7 +10,7 @@ import { NsLlmError } from '../errors.js';
 import { ADDON } from '../native.js';
 import { describe } from '../request.js';
 import type { GenerateOptions, Message, Prompt } from '../request.js';
-import type { Completion } from '../stream.js';
+import type { CachedTokens, Completion } from '../stream.js';
 import { Deadline, readContextId, readOptions, readText } from './call_options.js';
 import type { CallOptions, GenerateCallOptions } from './call_options.js';
 import { rounded } from './distribution.js';
@@ -95,6 +95,8 @@ export interface GenerateResult {
   prompt_tokens: number;
   /** Tokens of the prompt that were not computed again. */
   cached_tokens: number;
+  /** The same by the place where their keys and values were. */
+  cached_by_tier: CachedTokens;
   /** `stop` or `length`. */
   finish_reason: string;
 }
@@ -365,6 +367,7 @@ function resultOf({ text, usage, finishReason }: Completion, model: InstalledMod
     latency_ms: rounded(clock() - startedAt),
     prompt_tokens: usage.promptTokens,
     cached_tokens: usage.cachedTokens,
+    cached_by_tier: usage.cachedByTier,
     finish_reason: finishReason,
   };
 }

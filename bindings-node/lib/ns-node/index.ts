@@ -37,7 +37,7 @@ export { PerformanceProfiler } from './performance_profiler.js';
 export type { Checkpoint, EndedProfile, PerformanceMetrics, ProcessMemory, Profile } from './performance_profiler.js';
 export { PROMETHEUS_CONTENT_TYPE, prometheusText } from './prometheus.js';
 export type { Bottleneck, BottleneckAnalysis, PerformanceReport, Recommendation } from './performance_report.js';
-export type { EngineSettings } from './shared_engines.js';
+export type { EngineSettings, TierUse } from './shared_engines.js';
 
 // `require('ns-llm/ns-node')` is the class itself as well, for callers that never learnt of default exports.
 module.exports = Object.assign(NsNodeClient, exports);

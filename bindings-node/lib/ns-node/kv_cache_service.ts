@@ -1,7 +1,7 @@
 /**
  * The cache that a server shows and manages. Its numbers are those of the engines' prefix cache, where keys and values of
- * prompts really are kept and found again, and of a response cache beside it (the engine's own kind, in native memory), for
- * callers that keep some. Everything is in memory; the engines' part needs no call.
+ * prompts really are kept and found again, in memory and, with `KV_CACHE_DIR`, on disk; and of a response cache beside it (the
+ * engine's own kind, in native memory), for callers that keep some. The engines' part needs no call.
  */
 
 import { createHash } from 'node:crypto';
@@ -10,12 +10,13 @@ import { NsLlmError, wrapErrors } from '../errors.js';
 import { native } from '../native.js';
 import type { NativeResponses } from '../native.js';
 import { describe } from '../request.js';
+import type { TierUse } from './shared_engines.js';
 import { state } from './shared_state.js';
 import { parse, stringify } from './typed_json.js';
 
 /** How to make the service. Everything is optional. */
 export interface KvCacheOptions {
-  /** Taken for the sake of callers that name one; nothing is written. */
+  /** Taken for the sake of callers that name one; the engines' directory is `KV_CACHE_DIR`, or an option of the client. */
   cacheDir?: string | undefined;
   /** Responses to keep, together with `maxDiskSize`. Default 10. */
   maxMemorySize?: number | undefined;
@@ -66,9 +67,9 @@ export interface KvCacheStats {
   evictions: number;
   stores: number;
   retrievals: number;
-  /** Always 0: nothing is read from disk. */
+  /** KV blocks that were read from disk. */
   diskReads: number;
-  /** Always 0. */
+  /** KV blocks that were written there. */
   diskWrites: number;
   /** Always 0: no peer is asked. */
   federatedQueries: number;
@@ -78,7 +79,7 @@ export interface KvCacheStats {
   hitRate: number;
   /** Responses and KV blocks that are kept in memory. */
   memorySize: number;
-  /** Always 0. */
+  /** KV blocks that are kept on disk. */
   diskSize: number;
   enabled: boolean;
   /** The engines' part of it. */
@@ -92,6 +93,8 @@ export interface KvCacheStats {
     totalBlocks: number;
     cachedBytes: number;
   };
+  /** The same by the place where blocks are kept, in the order in which they are asked. */
+  tiers: TierUse[];
   /** The part of the stored responses. */
   responses: { hits: number; misses: number; entries: number; bytes: number };
 }
@@ -173,13 +176,18 @@ export class KvCacheService {
   }
 
   /**
-   * Gives all responses up, makes what the engines have cached unfindable (its memory is used again as it is needed),
-   * and begins all counts anew.
+   * Gives all responses up, makes what the engines have cached unfindable (its place is used again as it is needed,
+   * here and after a restart), and begins all counts anew.
    */
   async clear(): Promise<void> {
     this.#store = this.#open();
     this.#counts = { hits: 0, misses: 0, stores: 0, retrievals: 0 };
-    state.engines.clearPrefixCache();
+    await state.engines.clearPrefixCache();
+  }
+
+  /** Waits until the KV that was computed so far is on disk, if it goes there; before a server ends, for one. */
+  async flush(): Promise<void> {
+    await state.engines.flush();
   }
 
   /** Gives up responses that are too old: how many that were. */
@@ -188,7 +196,9 @@ export class KvCacheService {
   }
 
   getStats(): KvCacheStats {
-    const { hitBlocks, missedBlocks, ...tokensAndBlocks } = state.engines.prefixCacheUse();
+    const { hitBlocks, missedBlocks, tiers, ...tokensAndBlocks } = state.engines.prefixCacheUse();
+    const total = (source: TierUse['source'], count: 'entries' | 'reads' | 'writes'): number =>
+      tiers.filter((tier) => tier.source === source).reduce((sum, tier) => sum + tier[count], 0);
     const { stores, retrievals, ...counts } = this.#counts;
     const { evictions, expired, entries, bytes } = wrapErrors(() => this.#store.stats());
     const hits = counts.hits + hitBlocks;
@@ -200,15 +210,16 @@ export class KvCacheService {
       evictions: evictions + expired,
       stores,
       retrievals,
-      diskReads: 0,
-      diskWrites: 0,
+      diskReads: total('disk', 'reads'),
+      diskWrites: total('disk', 'writes'),
       federatedQueries: 0,
       totalRequests,
       hitRate: totalRequests > 0 ? Math.round((hits / totalRequests) * 1e4) / 1e2 : 0,
-      memorySize: entries + tokensAndBlocks.cachedBlocks,
-      diskSize: 0,
+      memorySize: entries + total('memory', 'entries'),
+      diskSize: total('disk', 'entries'),
       enabled: this.enabled,
       prefix: { hitBlocks, missedBlocks, ...tokensAndBlocks },
+      tiers,
       responses: { ...counts, entries, bytes },
     };
   }

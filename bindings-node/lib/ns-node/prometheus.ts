@@ -3,7 +3,7 @@
  * vLLM's dashboards know, with `ns_llm:` for `vllm:`; four gauges keep the names that the server's own alerts use.
  */
 
-import type { Engine, Stats } from '../engine.js';
+import type { Engine, KvTierStats, Stats } from '../engine.js';
 import type { Histogram } from './histogram.js';
 import { state } from './shared_state.js';
 
@@ -14,6 +14,7 @@ const PREFIX = 'ns_llm:';
 
 type Kind = 'counter' | 'gauge' | 'histogram';
 type Family = readonly [name: string, kind: Kind, help: string, value: (stats: Stats) => number];
+type TierFamily = readonly [name: string, kind: Kind, help: string, value: (tier: KvTierStats) => number];
 
 /** Of each model that is loaded. */
 const OF_MODELS: readonly Family[] = [
@@ -28,6 +29,20 @@ const OF_MODELS: readonly Family[] = [
   ['request_success_total', 'counter', 'Requests that ended by themselves.', (stats) => stats.requestsFinished],
 ];
 
+/** Of each place beside the pool where a model's engine keeps KV blocks. */
+const OF_TIERS: readonly TierFamily[] = [
+  ['kv_cache_tier_blocks', 'gauge', 'KV blocks that are kept there.', (tier) => tier.blocks],
+  ['kv_cache_tier_bytes', 'gauge', 'Bytes of them.', (tier) => tier.bytes],
+  ['kv_cache_tier_hits_total', 'counter', 'KV blocks that were asked for and given.', (tier) => tier.hits],
+  ['kv_cache_tier_hit_bytes_total', 'counter', 'Bytes of them.', (tier) => tier.hitBytes],
+  ['kv_cache_tier_misses_total', 'counter', 'KV blocks that were asked for and not there.', (tier) => tier.misses],
+  ['kv_cache_tier_stored_total', 'counter', 'KV blocks that were taken in.', (tier) => tier.stored],
+  ['kv_cache_tier_evictions_total', 'counter', 'KV blocks that were given up for others.', (tier) => tier.evictions],
+  ['kv_cache_tier_faults_total', 'counter', 'Calls that failed, damaged blocks included.', (tier) => tier.faults],
+];
+/** The pool and all that can be beside it. */
+const TIERS = ['pool', 'host', 'disk', 'remote'] as const;
+
 /** The text for a route such as `/metrics`; to be sent as it is, not as JSON. */
 export function prometheusText(): string {
   const { engines, operations, gpus } = state;
@@ -41,6 +56,7 @@ export function prometheusText(): string {
       lines.push(`${PREFIX}${name}{model_name="${escaped(model)}"} ${sum(stats.map(value))}`);
     }
   }
+  lines.push(...tiers(models));
   const { timeToFirstToken, interToken, endToEnd } = operations.seconds;
   lines.push(...histogram('time_to_first_token_seconds', 'From the start of a generation to its first token.', timeToFirstToken));
   lines.push(...histogram('inter_token_latency_seconds', 'Mean time between two tokens of a generation.', interToken));
@@ -66,6 +82,29 @@ function byName(engines: readonly Engine[]): [string, Stats[]][] {
     models.set(name, [...(models.get(name) ?? []), engine.stats()]);
   }
   return [...models];
+}
+
+/** What was found where, of all models; and what each place that is there holds and did. */
+function tiers(models: readonly [string, Stats[]][]): string[] {
+  const hits = `${PREFIX}prefix_cache_tier_hits_total`;
+  const lines = head(hits, 'counter', 'Prompt tokens that were found in the prefix cache, by the place where they were.');
+  for (const [model, stats] of models) {
+    for (const tier of TIERS) {
+      const tokens = sum(stats.map(({ prefixCacheHitsByTier }) => prefixCacheHitsByTier[tier]));
+      lines.push(`${hits}{model_name="${escaped(model)}",tier="${tier}"} ${tokens}`);
+    }
+  }
+  for (const [name, kind, help, value] of OF_TIERS) {
+    lines.push(...head(PREFIX + name, kind, help));
+    for (const [model, stats] of models) {
+      const all = stats.flatMap(({ kvTiers }) => kvTiers);
+      for (const tier of TIERS.filter((tierName) => all.some((found) => found.name === tierName))) {
+        const total = sum(all.filter((found) => found.name === tier).map(value));
+        lines.push(`${PREFIX}${name}{model_name="${escaped(model)}",tier="${tier}"} ${total}`);
+      }
+    }
+  }
+  return lines;
 }
 
 function histogram(name: string, help: string, values: Histogram): string[] {

@@ -27,6 +27,7 @@ pub(super) fn replay(sender: EventSender, answer: CachedAnswer, seed: Option<u64
             cached_tokens: prompt_tokens,
             preemptions: 0,
             cached_by_tier: CachedTokens::default(),
+            prefix_miss: None,
         },
         timings: Timings { queue_ms: total_ms, first_token_ms: total_ms, total_ms, ..Timings::default() },
         seed: seed.unwrap_or(answer.seed),

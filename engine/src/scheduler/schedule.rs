@@ -204,10 +204,8 @@ impl Scheduler {
             return;
         }
         self.counters.prefix_hit_tokens += found.total() as u64;
-        seq.cached.pool += found.pool;
-        seq.cached.host += found.host;
-        seq.cached.disk += found.disk;
-        seq.cached.remote += found.remote;
+        self.counters.prefix_hits_by_tier += found;
+        seq.cached += found;
     }
 
     /// Shares the budget among the prompts that run: by rank, then by admission; the one that has run longest gets

@@ -31,6 +31,8 @@ impl Tally {
     /// Both together.
     pub fn add(self, other: &Tally) -> Tally {
         let (a, b) = (self.counters, other.counters);
+        let mut prefix_hits_by_tier = a.prefix_hits_by_tier;
+        prefix_hits_by_tier += b.prefix_hits_by_tier;
         let counters = Counters {
             requests: a.requests + b.requests,
             accepted: a.accepted + b.accepted,
@@ -41,6 +43,7 @@ impl Tally {
             prompt_tokens: a.prompt_tokens + b.prompt_tokens,
             prefix_query_tokens: a.prefix_query_tokens + b.prefix_query_tokens,
             prefix_hit_tokens: a.prefix_hit_tokens + b.prefix_hit_tokens,
+            prefix_hits_by_tier,
             resume_hit_tokens: a.resume_hit_tokens + b.resume_hit_tokens,
             restored_tokens: a.restored_tokens + b.restored_tokens,
             computed_tokens: a.computed_tokens + b.computed_tokens,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use super::disk::Damage;
+use crate::request::CacheTier;
 use crate::sequence::BlockKey;
 
 /// Hash of what a block's bytes mean: number format, shape, order. A tier holds bytes and knows no more of them.
@@ -117,9 +118,13 @@ pub enum TierId {
 impl TierId {
     /// Name as in reports.
     pub fn name(self) -> &'static str {
+        self.place().as_str()
+    }
+    /// The same among all places.
+    pub fn place(self) -> CacheTier {
         match self {
-            TierId::Disk => "disk",
-            TierId::Remote => "remote",
+            TierId::Disk => CacheTier::Disk,
+            TierId::Remote => CacheTier::Remote,
         }
     }
 }
