@@ -471,6 +471,16 @@ typedef struct ns_llm_engine_params {
     uint64_t response_cache_bytes;
     /** How long an answer is kept, milliseconds, at most a year. 0: one hour. */
     uint64_t response_ttl_ms;
+    /**
+     * Store of KV blocks that nodes share, `redis://[[user]:password@]host[:port][/database]`; the way to it is not encrypted.
+     * NULL: none.
+     */
+    ns_llm_text kv_remote_url;
+    /**
+     * What all nodes know and the store does not, 16 to 1,024 bytes: records that are not authenticated with it are not used.
+     * NULL: the store is trusted not to make records up.
+     */
+    ns_llm_text kv_remote_secret;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */

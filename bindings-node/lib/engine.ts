@@ -42,6 +42,23 @@ export type WeightForm =
   | 'q8_0' | 'q6_k' | 'q5_k' | 'q4_k' | 'q3_k' | 'q2_k'
   | 'q5_1' | 'q5_0' | 'q4_1' | 'q4_0' | 'iq4_nl' | 'mxfp4';
 
+/** A store of KV blocks that nodes share and that speaks Redis's protocol. The way to it is not encrypted. */
+export interface KvRemoteOptions {
+  /** `redis://[[user]:password@]host[:port][/database]` */
+  url: string;
+  /**
+   * What all nodes know and the store does not, 16 to 1,024 bytes: records that are not authenticated with it are not used.
+   * Unset: the store is trusted not to make records up; damage is found all the same.
+   */
+  secret?: string | undefined;
+  /** How long a block is kept that nobody stores again, seconds. Default one day. */
+  ttlS?: number | undefined;
+  /** What all names in the store begin with. Default `ns-llm`. */
+  prefix?: string | undefined;
+  /** How long one call may take, milliseconds. Default 500. */
+  timeoutMs?: number | undefined;
+}
+
 /** How to open a model. Everything is optional. */
 export interface OpenOptions {
   /** The model: its folder (`config.json`, safetensors, `tokenizer.json`) or a GGUF file. Default: the one that ships. */
@@ -97,6 +114,8 @@ export interface OpenOptions {
    * to 1. Default 1: all of it.
    */
   kvNamespaceShare?: number | undefined;
+  /** A store of KV that nodes share, beyond the disk. Default: none. */
+  kvRemote?: KvRemoteOptions | undefined;
   /**
    * Whole answers that are kept and given again, without computing a token, to requests for the same. Off unless `maxBytes` is
    * given.

@@ -16,6 +16,7 @@ export type {
   LoadProgress,
   MemoryUse,
   ModelInfo,
+  KvRemoteOptions,
   OpenOptions,
   Stats,
   TokenizeOptions,

@@ -7,8 +7,8 @@ use ns_llm::config::{
     MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_RESPONSE_TAGS, MAX_STOP_STRINGS,
 };
 use ns_llm::{
-    CacheUse, Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, PutOptions,
-    QuantType, Request, ResponseCacheOptions, SamplingOptions, ThreadPriority, WeightFormat,
+    CacheUse, Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, KvRemoteOptions, Message, Priority,
+    Prompt, PutOptions, QuantType, Request, ResponseCacheOptions, SamplingOptions, ThreadPriority, WeightFormat,
 };
 
 use crate::error::{Result, from_napi, invalid, to_js};
@@ -71,11 +71,15 @@ const ENGINE_FIELDS: &[&str] = &[
     "kvDiskBytes",
     "kvLoadBudgetMs",
     "kvNamespaceShare",
+    "kvRemote",
     "responseCache",
 ];
 
 /// Every name that [`read_response_cache_options`] knows.
 const RESPONSE_CACHE_FIELDS: &[&str] = &["maxBytes", "maxEntries", "ttlMs", "adaptiveTtl", "version"];
+
+/// Every name that [`read_remote_options`] knows.
+const REMOTE_FIELDS: &[&str] = &["url", "secret", "ttlS", "prefix", "timeoutMs"];
 
 /// Every name that [`read_put_options`] knows.
 const PUT_FIELDS: &[&str] = &["ttlMs", "tags"];
@@ -150,6 +154,9 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         }
         options.kv_cache_dir = Some(directory.into());
     }
+    if let Some(remote) = fields.object("kvRemote", "an object of options")? {
+        options.kv_remote = Some(read_remote_options(&remote)?);
+    }
     options.kv_disk_bytes = fields.integer("kvDiskBytes")?.unwrap_or(options.kv_disk_bytes);
     options.kv_load_budget_ms = fields.integer("kvLoadBudgetMs")?.unwrap_or(options.kv_load_budget_ms);
     options.kv_namespace_share =
@@ -170,6 +177,18 @@ pub(crate) fn read_response_cache_options(object: &Object) -> Result<ResponseCac
     options.adaptive_ttl = fields.boolean("adaptiveTtl")?.unwrap_or(options.adaptive_ttl);
     options.version = fields.integer("version")?.unwrap_or(options.version);
     Ok(options)
+}
+
+/// A store that nodes share, from one plain object.
+fn read_remote_options(object: &Object) -> Result<KvRemoteOptions> {
+    let fields = Fields::of(object, REMOTE_FIELDS)?;
+    let url = fields.string("url")?.ok_or_else(|| to_js(&invalid("kvRemote.url", "missing", "the URL of a store")))?;
+    let mut remote = KvRemoteOptions::new(url);
+    remote.secret = fields.string("secret")?;
+    remote.ttl_s = fields.integer("ttlS")?.unwrap_or(remote.ttl_s);
+    remote.prefix = fields.string("prefix")?.unwrap_or(remote.prefix);
+    remote.timeout_ms = fields.integer("timeoutMs")?.unwrap_or(remote.timeout_ms);
+    Ok(remote)
 }
 
 /// How a caller's value is kept, from one plain object.

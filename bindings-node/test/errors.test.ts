@@ -56,7 +56,8 @@ const OPEN_NAMES = [
   'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
   'blockTokens',
   'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'kvHostBytes',
-  'kvCacheDir', 'kvDiskBytes', 'kvLoadBudgetMs', 'kvNamespaceShare', 'responseCache', 'signal', 'onProgress',
+  'kvCacheDir', 'kvDiskBytes', 'kvLoadBudgetMs', 'kvNamespaceShare', 'kvRemote', 'responseCache', 'signal',
+  'onProgress',
 ];
 
 /** Calls something that may succeed or fail, but only with an error of this package. Tells which. */

@@ -69,7 +69,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
         .map(str::parse)
         .collect::<Result<_, _>>()?;
     let longest = counts.iter().max().copied().unwrap_or(1);
-    let mut engine_options = options.model.engine_options();
+    let mut engine_options = options.model.engine_options()?;
     let keeps_kv = engine_options.kv_cache_dir.is_some() || engine_options.kv_host_bytes > 0;
     engine_options.prefix_cache = keeps_kv;
     engine_options.response_cache = ResponseCacheOptions::default();

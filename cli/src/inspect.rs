@@ -20,7 +20,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: Options) -> CommandResult {
-    let engine_options = options.model.engine_options();
+    let engine_options = options.model.engine_options()?;
     let inspection = inspect(&engine_options)?;
     let tiers = tiers(&engine_options);
     if options.json {

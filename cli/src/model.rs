@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use ns_llm::{
-    Device, Engine, EngineOptions, KvDtype, KvTierStats, ProgressCallback, Result, ThreadPriority, WeightFormat,
+    Device, Engine, EngineOptions, Error, KvDtype, KvRemoteOptions, KvTierStats, ProgressCallback, Result,
+    ThreadPriority, WeightFormat,
 };
 use serde_json::{Value, json};
 
@@ -47,9 +48,15 @@ pub(crate) struct ModelOptions {
     /// Host memory for keys and values that the KV pool gives away (MiB; default: 0)
     #[arg(long, value_name = "MIB")]
     pub(crate) kv_host_mib: Option<u64>,
-    /// Keep whole answers in so many bytes, and give them again to requests for the same (0: none)
-    #[arg(long, value_name = "BYTES", default_value_t = 0)]
-    pub(crate) response_cache_bytes: u64,
+    /// Store of keys and values that nodes share: redis://[[user]:password@]host[:port][/database]
+    #[arg(long, value_name = "URL")]
+    pub(crate) kv_remote_url: Option<String>,
+    /// File with what all nodes know and the store does not: records that it does not authenticate are not used
+    #[arg(long, value_name = "FILE", requires = "kv_remote_url")]
+    pub(crate) kv_remote_secret_file: Option<PathBuf>,
+    /// Keep whole answers in so much memory, and give them again to requests for the same (MiB; default: 0)
+    #[arg(long, value_name = "MIB")]
+    pub(crate) response_cache_mib: Option<u64>,
     /// How long an answer is kept (milliseconds; default: one hour)
     #[arg(long, value_name = "MS")]
     pub(crate) response_ttl_ms: Option<u64>,
@@ -75,7 +82,7 @@ pub(crate) enum KvDtypeName {
 
 impl ModelOptions {
     /// The engine's options; a command may change them before [`open`].
-    pub(crate) fn engine_options(&self) -> EngineOptions {
+    pub(crate) fn engine_options(&self) -> Result<EngineOptions> {
         let mut options = EngineOptions::new(&self.model);
         options.threads = self.threads;
         options.thread_priority = ThreadPriority::Normal;
@@ -99,9 +106,20 @@ impl ModelOptions {
         options.kv_cache_dir = self.kv_cache_dir.clone();
         options.kv_disk_bytes = bytes(self.kv_disk_mib).unwrap_or(options.kv_disk_bytes);
         options.kv_host_bytes = bytes(self.kv_host_mib).unwrap_or(options.kv_host_bytes);
-        options.response_cache.max_bytes = self.response_cache_bytes;
+        options.kv_remote = self.kv_remote()?;
+        options.response_cache.max_bytes = bytes(self.response_cache_mib).unwrap_or(0);
         options.response_cache.ttl_ms = self.response_ttl_ms.unwrap_or(options.response_cache.ttl_ms);
-        options
+        Ok(options)
+    }
+
+    /// The secret comes from a file: arguments are seen by everyone on the machine.
+    fn kv_remote(&self) -> Result<Option<KvRemoteOptions>> {
+        let Some(url) = &self.kv_remote_url else { return Ok(None) };
+        let remote = KvRemoteOptions::new(url);
+        let Some(path) = &self.kv_remote_secret_file else { return Ok(Some(remote)) };
+        let secret = std::fs::read_to_string(path)
+            .map_err(|error| Error::Io { path: path.clone(), reason: error.to_string() })?;
+        Ok(Some(remote.secret(secret.trim_end_matches(['\r', '\n']))))
     }
 }
 
@@ -163,5 +181,5 @@ pub(crate) fn kv_tiers(engine: &Engine) -> Value {
 
 /// Opens a model with the options as they are.
 pub(crate) fn open_default(options: &ModelOptions) -> Result<Engine> {
-    open(options.engine_options())
+    open(options.engine_options()?)
 }

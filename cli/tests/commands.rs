@@ -54,7 +54,7 @@ fn generate_streams_and_reports() {
     let text = succeed("generate", &[&PROMPT[..], &["--max-tokens", "24"]].concat());
     let report = json("generate", &[&PROMPT[..], &["--max-tokens", "24", "--json"]].concat());
     assert_eq!(text.strip_suffix('\n'), report["text"].as_str());
-    let keeping = ["--max-tokens", "24", "--json", "--response-cache-bytes", "1000000"];
+    let keeping = ["--max-tokens", "24", "--json", "--response-cache-mib", "1"];
     let kept = json("generate", &[&PROMPT[..], &keeping].concat());
     assert_eq!((&kept["text"], &kept["from_response_cache"]), (&report["text"], &false.into()));
     assert_eq!((&report["finish_reason"], &report["usage"]["completion_tokens"]), (&"length".into(), &24.into()));
@@ -250,7 +250,7 @@ fn faults_are_one_line() {
     assert!(code == Some(1) && text.contains("temperature") && text.lines().count() == 1, "{text}");
     let (code, text) = fault("embed", &["--text", "x", "--dimensions", "100000"]);
     assert!(code == Some(1) && text.contains("dimensions"), "{text}");
-    let (code, text) = fault("generate", &["--prompt", "x", "--response-cache-bytes", "9", "--response-ttl-ms", "0"]);
+    let (code, text) = fault("generate", &["--prompt", "x", "--response-cache-mib", "1", "--response-ttl-ms", "0"]);
     assert!(code == Some(1) && text.contains("response_cache.ttl_ms"), "{text}");
     let (code, _) = fault("generate", &["--no-such-option"]);
     assert_eq!(code, Some(2));

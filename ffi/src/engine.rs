@@ -6,8 +6,10 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use ns_llm_core::config::MAX_THREADS;
-use ns_llm_core::{Device, Engine, EngineOptions, KvDtype, LoadProgress, QuantType, ThreadPriority, WeightFormat};
+use ns_llm_core::config::{MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_URL_BYTES, MAX_THREADS};
+use ns_llm_core::{
+    Device, Engine, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, QuantType, ThreadPriority, WeightFormat,
+};
 
 use crate::callback::{UserData, as_callback};
 use crate::dispatcher::Dispatcher;
@@ -167,6 +169,12 @@ pub struct ns_llm_engine_params {
     pub response_cache_bytes: u64,
     /// How long an answer is kept, milliseconds, at most a year. 0: one hour.
     pub response_ttl_ms: u64,
+    /// Store of KV blocks that nodes share, `redis://[[user]:password@]host[:port][/database]`; the way to it is not encrypted.
+    /// NULL: none.
+    pub kv_remote_url: ns_llm_text,
+    /// What all nodes know and the store does not, 16 to 1,024 bytes: records that are not authenticated with it are not used.
+    /// NULL: the store is trusted not to make records up.
+    pub kv_remote_secret: ns_llm_text,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -299,6 +307,14 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     options.kv_namespace_share = unless_zero(params.kv_namespace_share).unwrap_or(options.kv_namespace_share);
     options.response_cache.max_bytes = params.response_cache_bytes;
     options.response_cache.ttl_ms = unless_zero(params.response_ttl_ms).unwrap_or(options.response_cache.ttl_ms);
+    // SAFETY: promised by the caller.
+    let url = unsafe { read_text("kv_remote_url", params.kv_remote_url, MAX_REMOTE_URL_BYTES) }?;
+    // SAFETY: promised by the caller.
+    let secret = unsafe { read_text("kv_remote_secret", params.kv_remote_secret, MAX_REMOTE_SECRET_BYTES) }?;
+    options.kv_remote = (!url.is_empty()).then(|| KvRemoteOptions::new(url));
+    if let Some(remote) = options.kv_remote.as_mut().filter(|_| !secret.is_empty()) {
+        remote.secret = Some(secret);
+    }
     let sizes = [
         (&mut options.block_tokens, params.block_tokens),
         (&mut options.max_running_sequences, params.max_running_sequences),

@@ -8,6 +8,7 @@ import { mkdir, readFile, rename, writeFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 
 import { NsLlmError } from '../errors.js';
+import type { KvRemoteOptions } from '../engine.js';
 import type { EngineSettings } from './shared_engines.js';
 
 /** Options of one engine, and the folder that its directory lies in. */
@@ -16,9 +17,13 @@ export interface CacheOptions {
   kvCacheDir?: string;
   kvDiskBytes?: number;
   kvHostBytes?: number;
+  kvRemote?: KvRemoteOptions;
 }
 
-/** Where a model's engine keeps KV: as its settings say, else the environment: `KV_CACHE_DIR`, `KV_DISK_BYTES`, `KV_HOST_BYTES`. */
+/**
+ * Where a model's engine keeps KV: as its settings say, else the environment: `KV_CACHE_DIR`, `KV_DISK_BYTES`, `KV_HOST_BYTES`,
+ * `KV_REMOTE_URL`, `KV_REMOTE_SECRET`.
+ */
 export function cacheOptions(model: string, settings: EngineSettings): CacheOptions {
   const options: CacheOptions = {};
   const root = settings.kvCacheDir ?? process.env['KV_CACHE_DIR'];
@@ -35,6 +40,11 @@ export function cacheOptions(model: string, settings: EngineSettings): CacheOpti
   }
   if (hostBytes !== undefined) {
     options.kvHostBytes = hostBytes;
+  }
+  const url = process.env['KV_REMOTE_URL'];
+  const remote = settings.kvRemote ?? (url ? { url, secret: process.env['KV_REMOTE_SECRET'] || undefined } : undefined);
+  if (remote !== undefined) {
+    options.kvRemote = remote;
   }
   return options;
 }
