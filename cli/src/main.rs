@@ -2,6 +2,7 @@
 //! behind a progress bar, and the rule that standard output carries only the result.
 
 mod bench;
+mod cache;
 mod chat;
 mod embed;
 mod eval;
@@ -39,6 +40,8 @@ enum Command {
     Quantize(quantize::Options),
     /// Measure quality: perplexity of a text, exact match of tasks.
     Eval(eval::Options),
+    /// Look after a directory of KV blocks: stat, verify, prune, clear.
+    Cache(cache::Options),
 }
 
 /// What a command can fail with: an engine's error, or one of reading and writing files.
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Inspect(options) => inspect::run(options),
         Command::Quantize(options) => quantize::run(options),
         Command::Eval(options) => eval::run(options),
+        Command::Cache(options) => cache::run(options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -32,6 +32,7 @@ mod engine;
 mod error;
 pub mod inspect;
 mod intake;
+pub mod kv_cache_directory;
 pub mod quantize;
 mod request;
 mod responses;

@@ -96,6 +96,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     // The core: numbers only.
     ("scheduler", &["batch", "kv_cache", "request", "sequence"]),
     ("kv_cache", &["request", "sequence"]),
+    ("kv_cache_directory", &["kv_cache"]),
     ("batch", &["request", "sequence"]),
     ("sequence", &["request"]),
     // Compute.

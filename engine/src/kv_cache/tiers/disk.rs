@@ -16,6 +16,7 @@
 
 mod directory;
 mod record;
+mod survey;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -26,9 +27,10 @@ use sha2::{Digest, Sha256};
 use super::{Fault, Job, Outcome, StoredKey, TierId, TierStats, TierStore};
 use crate::config::{DISK_MIN_SEGMENTS, DISK_SEGMENT_BYTES, MAX_DISK_ENTRIES, MAX_DISK_SEGMENTS};
 use crate::error::Error;
-pub use directory::{Access, Directory, SegmentFile, SegmentFiles, draw_seed};
+pub use directory::{Access, Directory, SegmentFile, SegmentFiles, draw_seed, file_name};
 pub use record::{Damage, FORMAT_VERSION, Nonce, PAGE_BYTES, record_bytes};
 use record::{Expected, HEADER_BYTES, RecordHeader, parse_segment_page, segment_page};
+pub use survey::{DamagedPlace, Survey, survey};
 
 /// Sizes of a disk tier; fixed for its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

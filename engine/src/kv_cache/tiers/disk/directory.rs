@@ -15,6 +15,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use lru::LruCache;
 
@@ -66,30 +67,84 @@ pub enum Access {
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
-    /// Held, never read: the lock ends with it.
-    _lock: File,
+    /// Held, never read: the lock ends with it. `None`: this one only looks.
+    _lock: Option<File>,
     open: LruCache<u64, File>,
     access: Access,
 }
 
 /// Name of the lock.
 const LOCK: &str = "lock";
+/// How often the lock is tried for, and how long is waited between.
+const LOCK_ATTEMPTS: u32 = 3;
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 impl Directory {
     /// Makes or enters the directory, and takes its lock unless another has it.
     pub fn open(path: &Path) -> Result<Self> {
-        let failed = |error: io::Error| Error::Io { path: path.to_path_buf(), reason: error.to_string() };
+        let failed = |error: io::Error| failed(path, &error);
         make_private(path).map_err(failed)?;
         let lock_path = path.join(LOCK);
         refuse_unless_file(&lock_path).or_else(missing_is_fine).map_err(failed)?;
         let lock = options().read(true).write(true).create(true).truncate(false).open(&lock_path).map_err(failed)?;
-        let access = match lock.try_lock() {
-            Ok(()) => Access::Write,
-            Err(fs::TryLockError::WouldBlock) => Access::Read,
-            Err(fs::TryLockError::Error(error)) => return Err(failed(error)),
+        let access = match take(&lock).map_err(failed)? {
+            true => Access::Write,
+            false => Access::Read,
         };
+        Ok(Directory::new(path, Some(lock), access))
+    }
+
+    /// Enters a directory that is a tier's already, to read. Makes nothing, changes nothing and takes no lock.
+    pub fn look(path: &Path) -> Result<Self> {
+        refuse_unless_cache(path).map_err(|error| failed(path, &error))?;
+        Ok(Directory::new(path, None, Access::Read))
+    }
+
+    /// Enters a directory that is a tier's already, to remove what is in it. Fails when another process writes to it.
+    pub fn seize(path: &Path) -> Result<Self> {
+        refuse_unless_cache(path).map_err(|error| failed(path, &error))?;
+        let directory = Directory::open(path)?;
+        match directory.access {
+            Access::Write => Ok(directory),
+            Access::Read => Err(Error::Io {
+                path: path.to_path_buf(),
+                reason: "another process writes to this KV cache; end it first".to_string(),
+            }),
+        }
+    }
+
+    /// Whether a process writes to this directory now. Holds the lock for the moment of looking.
+    pub fn has_writer(&self) -> Result<bool> {
+        let lock_path = self.path.join(LOCK);
+        let look = || match refuse_unless_file(&lock_path) {
+            Ok(()) => Ok(!take(&options().read(true).write(true).open(&lock_path)?)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        };
+        look().map_err(|error| failed(&lock_path, &error))
+    }
+
+    /// When a segment was written last.
+    pub fn modified(&self, segment: u64) -> io::Result<SystemTime> {
+        fs::symlink_metadata(self.path_of(segment))?.modified()
+    }
+
+    /// Removes the segment files of all versions of the format, and nothing else. Gives their number and bytes.
+    pub fn remove_all(&mut self) -> io::Result<(u64, u64)> {
+        let (mut removed, mut removed_bytes) = (0, 0);
+        for SegmentFile { version, segment, bytes } in self.list()? {
+            self.open.pop(&segment);
+            fs::remove_file(self.path.join(versioned_name(version, segment)))?;
+            removed += 1;
+            removed_bytes += bytes;
+        }
+        self.sync_directory()?;
+        Ok((removed, removed_bytes))
+    }
+
+    fn new(path: &Path, lock: Option<File>, access: Access) -> Self {
         let max_open = NonZeroUsize::new(MAX_OPEN_SEGMENTS).expect("not zero");
-        Ok(Directory { path: path.to_path_buf(), _lock: lock, open: LruCache::new(max_open), access })
+        Directory { path: path.to_path_buf(), _lock: lock, open: LruCache::new(max_open), access }
     }
 
     /// What this process may do here.
@@ -177,8 +232,13 @@ pub fn draw_seed() -> [u8; 16] {
     seed
 }
 
-fn file_name(segment: u64) -> String {
-    format!("v{FORMAT_VERSION}-{segment:016x}.segment")
+/// Name of a segment file of this format.
+pub fn file_name(segment: u64) -> String {
+    versioned_name(FORMAT_VERSION, segment)
+}
+
+fn versioned_name(version: u32, segment: u64) -> String {
+    format!("v{version}-{segment:016x}.segment")
 }
 
 /// Version and number in a segment's name; `None`: it is not one.
@@ -231,6 +291,47 @@ fn make_private(path: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Takes the lock; false: another has it. Who only looks whether somebody has it ([`Directory::has_writer`]) has it for a
+/// moment, and must not make a reader of one who comes to write: so it is tried again.
+fn take(lock: &File) -> io::Result<bool> {
+    for attempt in 0..LOCK_ATTEMPTS {
+        if attempt > 0 {
+            std::thread::sleep(LOCK_PAUSE);
+        }
+        match lock.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(fs::TryLockError::WouldBlock) => {}
+            Err(fs::TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    Ok(false)
+}
+
+/// `path` is a directory, no link to one, and looks like that of a tier: it has segments, or a lock and nothing else.
+fn refuse_unless_cache(path: &Path) -> io::Result<()> {
+    if !fs::symlink_metadata(path)?.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::NotADirectory, "not a directory, or a link to one"));
+    }
+    let (mut has_segments, mut has_lock, mut has_others) = (false, false, false);
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        let is_file = entry.file_type()?.is_file();
+        match entry.file_name().to_str() {
+            Some(LOCK) if is_file => has_lock = true,
+            Some(name) if is_file && parse_name(name).is_some() => has_segments = true,
+            _ => has_others = true,
+        }
+    }
+    match has_segments || has_lock && !has_others {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "no KV cache is in this directory")),
+    }
+}
+
+fn failed(path: &Path, error: &io::Error) -> Error {
+    Error::Io { path: path.to_path_buf(), reason: error.to_string() }
 }
 
 /// Nothing but the tier's own files is in `path`: its mode may be changed.
