@@ -251,7 +251,7 @@ fn prune_removes_the_oldest() {
     let found: Vec<u64> = (0..num_blocks).filter(|&name| tier.contains(&key(name))).collect();
     assert!(!found.contains(&0) && found.contains(&(num_blocks - 1)) && found.len() > 20, "{found:?}");
     for name in found {
-        assert_eq!(tier.get(&key(name)), Ok(Some(payload(name))));
+        assert_eq!(tier.get(&key(name)), Ok(Some(payload(name).into())));
     }
     drop(tier);
 
