@@ -55,7 +55,7 @@ fn count_right(bytes: &[u8], what: &str) -> usize {
         let mut tier = open(&disk_of(bytes), access).expect("always opens");
         for name in 0..BLOCKS.len() as u64 {
             if let Ok(Some(found)) = tier.get(&key(name)) {
-                assert!(found == payload(name), "{what}: block {name} is wrong");
+                assert!(*found == *payload(name), "{what}: block {name} is wrong");
                 right += 1;
             }
         }
