@@ -1,12 +1,19 @@
 // `npm start [-- "a prompt"]`: builds what is missing, then lets the model that ships tell a story, in this process.
+// `npm start -- serve [options]`: builds the command line, and answers over HTTP until it is told to end.
 
 import { build } from './build.mjs';
+import { run } from './process.mjs';
 
 const DEFAULT_PROMPT = 'Once upon a time';
 
+const [first, ...rest] = process.argv.slice(2);
 try {
-  await build();
-  await tell(process.argv.slice(2).join(' ') || DEFAULT_PROMPT);
+  if (first === 'serve') {
+    process.exitCode = await run('cargo', ['run', '--release', '--package', 'ns-llm-cli', '--', first, ...rest]);
+  } else {
+    await build();
+    await tell(process.argv.slice(2).join(' ') || DEFAULT_PROMPT);
+  }
 } catch (error) {
   console.error(`npm start failed: ${error.message}`);
   process.exitCode = 1;

@@ -11,7 +11,10 @@ import { build } from './build.mjs';
 import { ROOT, run } from './process.mjs';
 
 const NODE_TESTS = join(ROOT, 'bindings-node', 'dist', 'test');
-const SCRIPT_TESTS = [join(ROOT, 'benches', 'peers', 'peers.test.mjs')];
+const SCRIPT_TESTS = [
+  join(ROOT, 'benches', 'peers', 'peers.test.mjs'),
+  join(ROOT, 'server', 'clients', 'clients.test.mjs'),
+];
 
 const total = { passed: 0, failed: 0, skipped: 0 };
 for (const suite of [rustTests, nodeTests]) {

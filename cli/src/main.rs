@@ -10,6 +10,7 @@ mod generate;
 mod inspect;
 mod model;
 mod quantize;
+mod serve;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ enum Command {
     Chat(chat::Options),
     /// Turn texts into vectors.
     Embed(embed::Options),
+    /// Answer over HTTP: OpenAI's routes, Ollama's, and ns-node's.
+    Serve(serve::Options),
     /// Measure speed: one prompt, one stream, many streams.
     Bench(bench::Options),
     /// Show what a model consists of and the memory it needs.
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Generate(options) => generate::run(options),
         Command::Chat(options) => chat::run(options),
         Command::Embed(options) => embed::run(options),
+        Command::Serve(options) => serve::run(options),
         Command::Bench(options) => bench::run(options),
         Command::Inspect(options) => inspect::run(options),
         Command::Quantize(options) => quantize::run(options),

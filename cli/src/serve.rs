@@ -1,0 +1,137 @@
+//! `ns-llm serve`: the model behind HTTP routes, until the process is told to end.
+
+use std::future::poll_fn;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::task::Poll;
+use std::time::Duration;
+
+use clap::Args;
+use ns_llm_server::{ApiKey, Model, Server, ServerOptions};
+
+use crate::CommandResult;
+use crate::model::{ModelOptions, open_default};
+
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Address to listen at; one that others can reach needs an API key
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    host: IpAddr,
+    /// Port to listen at (0: any that is free)
+    #[arg(long, value_name = "PORT", default_value_t = 8080)]
+    port: u16,
+    /// A key that callers must have (may be repeated). Other users of the machine can see a command line: better give it in
+    /// the environment variable NS_LLM_API_KEY, or in a file
+    #[arg(long, value_name = "SECRET")]
+    api_key: Vec<String>,
+    /// Keys from a file: lines of NAME SECRET, then requests_per_minute=N, tokens_per_minute=N, priority=high|normal|background
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Name of the model in lists and answers (default: that of its folder or file)
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Another name by which the model may be asked for (may be repeated)
+    #[arg(long, value_name = "NAME")]
+    alias: Vec<String>,
+    /// Take any model name for this one
+    #[arg(long)]
+    any_model: bool,
+    /// A host name by which the server is reached (may be repeated; "*": any)
+    #[arg(long, value_name = "NAME")]
+    allowed_host: Vec<String>,
+    /// Origin of web pages that may ask, such as https://app.example (may be repeated)
+    #[arg(long, value_name = "ORIGIN")]
+    cors_origin: Vec<String>,
+    /// Let /health and /ready be asked without a key
+    #[arg(long)]
+    public_probes: bool,
+    /// Call metrics as vLLM calls its own
+    #[arg(long)]
+    vllm_metric_names: bool,
+    /// Longest body of a request (MiB)
+    #[arg(long, value_name = "MIB", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    max_body_mib: u16,
+    /// Connections at once
+    #[arg(long, value_name = "N", default_value_t = ns_llm_server::options::MAX_CONNECTIONS)]
+    max_connections: usize,
+    /// Requests that the engine is given at once; more wait in turn
+    #[arg(long, value_name = "N", default_value_t = ns_llm_server::options::MAX_RUNNING_REQUESTS)]
+    max_running: usize,
+    /// Requests that may wait; more are refused
+    #[arg(long, value_name = "N", default_value_t = ns_llm_server::options::MAX_WAITING_REQUESTS)]
+    max_waiting: usize,
+    /// Longest time of a request, waiting and answering (seconds)
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    request_timeout: u64,
+    /// Time that running requests get to finish in when the server is told to end (seconds)
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    grace: u64,
+}
+
+pub(crate) fn run(options: Options) -> CommandResult {
+    let address = SocketAddr::new(options.host, options.port);
+    let server_options = server_options(&options)?;
+    // Before the model is loaded, which takes its time.
+    server_options.check_address(address.ip())?;
+    let engine = open_default(&options.model)?;
+    let name = options.name.unwrap_or_else(|| engine.info().name.clone());
+    let server = Server::new(vec![Model { engine: engine.clone(), name, aliases: options.alias }], server_options)?;
+    let listener = server.bind(address)?;
+    let (info, address) = (engine.info(), listener.local_addr()?);
+    eprintln!("{} on {} ({}), listening at http://{address}", info.name, info.device, info.isa);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let served = runtime.block_on(async { server.serve(listener, told_to_end()?).await });
+    engine.close();
+    served?;
+    Ok(())
+}
+
+fn server_options(options: &Options) -> Result<ServerOptions, Box<dyn std::error::Error>> {
+    let mut server = ServerOptions::default();
+    let in_environment = std::env::var("NS_LLM_API_KEY").ok().filter(|secret| !secret.is_empty());
+    let secrets = options.api_key.iter().chain(&in_environment);
+    server.api_keys = secrets.map(|secret| ApiKey::unnamed(secret)).collect::<Result<_, _>>()?;
+    if let Some(path) = &options.api_key_file {
+        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        server.api_keys.extend(ApiKey::parse_file(&text)?);
+    }
+    server.allowed_hosts.extend(options.allowed_host.iter().map(|host| host.to_ascii_lowercase()));
+    if !options.host.is_unspecified() {
+        server.allowed_hosts.push(match options.host {
+            IpAddr::V4(address) => address.to_string(),
+            IpAddr::V6(address) => format!("[{address}]"),
+        });
+    }
+    server.cors_origins = options.cors_origin.clone();
+    server.public_probes = options.public_probes;
+    server.any_model = options.any_model;
+    server.vllm_metric_names = options.vllm_metric_names;
+    server.max_body_bytes = usize::from(options.max_body_mib) << 20;
+    server.max_connections = options.max_connections;
+    server.max_running_requests = options.max_running;
+    server.max_waiting_requests = options.max_waiting;
+    server.request_timeout = Duration::from_secs(options.request_timeout);
+    server.grace = Duration::from_secs(options.grace);
+    server.timer = Some(Server::tokio_timer());
+    Ok(server)
+}
+
+/// Ready when the process gets SIGTERM or is interrupted. The second time the system's own answer follows: it ends at once.
+#[cfg(unix)]
+fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(poll_fn(move |cx| {
+        let is_told = terminate.poll_recv(cx).is_ready() || interrupt.poll_recv(cx).is_ready();
+        if is_told { Poll::Ready(()) } else { Poll::Pending }
+    }))
+}
+
+#[cfg(not(unix))]
+fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
+    Ok(async {
+        let _ = tokio::signal::ctrl_c().await;
+    })
+}

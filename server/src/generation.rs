@@ -1,0 +1,251 @@
+//! A request on its way through the engine, as the server sees it: it waits for its place, is submitted, read without
+//! blocking, counted and paid for; and it is cancelled when nobody wants it any more, by being dropped.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use ns_llm::{Canceller, Embedding, EmbeddingRequest, Error, Event, FinishReason, Priority, Request, RequestStream};
+use ns_llm::{Summary, TokenLogprobs};
+
+use crate::admission::Place;
+use crate::app::{App, Served};
+use crate::error::{ApiError, ApiResult};
+use crate::keys::Caller;
+use crate::metrics::{Kind, Operation, Outcome, millis};
+
+/// What is asked of the engine.
+pub(crate) enum Work {
+    Generate(Request),
+    Embed(EmbeddingRequest),
+}
+
+/// A request that the engine has. Dropping it cancels it.
+pub(crate) struct Generation {
+    stream: RequestStream,
+    ticket: Ticket,
+}
+
+/// What is to be settled when a request ends, however it does.
+struct Ticket {
+    app: Arc<App>,
+    caller: Caller,
+    model: usize,
+    kind: Kind,
+    /// Given back with the last ticket that shares it.
+    _place: Arc<Place>,
+    /// In the server's list of what can be cancelled.
+    number: u64,
+    arrived: Instant,
+    waited: Duration,
+    first_token: Option<Instant>,
+    num_tokens: usize,
+    reasons: Vec<FinishReason>,
+    settled: bool,
+}
+
+/// One finished choice.
+#[derive(Default)]
+pub(crate) struct Choice {
+    pub(crate) text: String,
+    pub(crate) token_ids: Vec<u32>,
+    pub(crate) logprobs: Vec<TokenLogprobs>,
+    pub(crate) reason: Option<FinishReason>,
+}
+
+impl Work {
+    fn priority(&mut self) -> &mut Priority {
+        match self {
+            Work::Generate(request) => &mut request.priority,
+            Work::Embed(request) => &mut request.priority,
+        }
+    }
+
+    fn timeout_ms(&mut self) -> &mut Option<u64> {
+        match self {
+            Work::Generate(request) => &mut request.timeout_ms,
+            Work::Embed(request) => &mut request.timeout_ms,
+        }
+    }
+
+    /// Ranges are told before anything waits.
+    fn validate(&self) -> ApiResult<()> {
+        match self {
+            Work::Generate(request) => request.validate()?,
+            Work::Embed(request) => request.validate()?,
+        }
+        Ok(())
+    }
+}
+
+impl Generation {
+    /// Waits for a place and submits.
+    pub(crate) async fn start(app: &Arc<App>, caller: &Caller, model: &Served, work: Work) -> ApiResult<Generation> {
+        let mut all = Generation::start_all(app, caller, model, vec![work]).await?;
+        all.pop().ok_or_else(|| Error::Closed.into())
+    }
+
+    /// Waits for one place and submits everything that one caller asks for at once. If one part is refused, all are.
+    pub(crate) async fn start_all(
+        app: &Arc<App>,
+        caller: &Caller,
+        model: &Served,
+        mut works: Vec<Work>,
+    ) -> ApiResult<Vec<Generation>> {
+        let arrived = Instant::now();
+        let most_ms = app.options.request_timeout.as_millis() as u64;
+        let (mut priority, mut timeout_ms) = (Priority::Background, most_ms);
+        for work in &mut works {
+            work.validate()?;
+            // A caller gets no better class than its key has.
+            *work.priority() = (*work.priority()).max(caller.best_priority());
+            priority = priority.min(*work.priority());
+            timeout_ms = work.timeout_ms().map_or(timeout_ms, |wanted| wanted.min(timeout_ms));
+        }
+        let entering = app.admission.enter(caller.name(), priority);
+        let place = app.within(Duration::from_millis(timeout_ms), entering).await;
+        let place = Arc::new(place.ok_or_else(|| ApiError::deadline(timeout_ms))??);
+        if app.is_stopping() {
+            return Err(ApiError::stopping());
+        }
+        let waited = arrived.elapsed();
+        // What the queue has taken is not left for the engine; a request whose time is over is never computed.
+        let left_ms = timeout_ms.saturating_sub(waited.as_millis() as u64);
+        if left_ms == 0 {
+            return Err(ApiError::deadline(timeout_ms));
+        }
+        let submit = |mut work: Work| {
+            *work.timeout_ms() = Some(left_ms);
+            let (kind, stream) = match work {
+                Work::Generate(request) => (Kind::Generate, model.engine.submit(request)?),
+                Work::Embed(request) => (Kind::Embed, model.engine.submit_embedding(request)?),
+            };
+            app.metrics.begin();
+            let ticket = Ticket {
+                number: app.register(stream.canceller()),
+                app: app.clone(),
+                caller: caller.clone(),
+                model: model.idx,
+                kind,
+                _place: place.clone(),
+                arrived,
+                waited,
+                first_token: None,
+                num_tokens: 0,
+                reasons: Vec::new(),
+                settled: false,
+            };
+            Ok(Generation { stream, ticket })
+        };
+        works.into_iter().map(submit).collect()
+    }
+
+    /// A handle that cancels it from anywhere.
+    pub(crate) fn canceller(&self) -> Canceller {
+        self.stream.canceller()
+    }
+
+    /// The next event; `None` after the last one.
+    pub(crate) fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<ApiResult<Event>>> {
+        let event = ready!(self.stream.poll_next(cx));
+        Poll::Ready(event.map(|event| self.ticket.see(event)))
+    }
+
+    /// Everything about a generation of `n` choices. The reader is woken once, at its end.
+    pub(crate) async fn finish(mut self, n: usize) -> ApiResult<(Vec<Choice>, Summary)> {
+        poll_fn(|cx| self.stream.poll_ended(cx)).await;
+        let mut choices: Vec<Choice> = (0..n).map(|_| Choice::default()).collect();
+        loop {
+            match poll_fn(|cx| self.poll_event(cx)).await.transpose()? {
+                Some(Event::Delta(delta)) => {
+                    let choice = &mut choices[delta.choice];
+                    choice.text.push_str(&delta.text);
+                    choice.token_ids.extend(delta.token_ids);
+                    choice.logprobs.extend(delta.logprobs);
+                }
+                Some(Event::Finished { choice, reason }) => choices[choice].reason = Some(reason),
+                Some(Event::Done(summary)) => return Ok((choices, summary)),
+                Some(_) => {}
+                None => return Err(Error::Closed.into()),
+            }
+        }
+    }
+
+    /// Everything about an embedding request of `n` inputs.
+    pub(crate) async fn finish_embedding(mut self, n: usize) -> ApiResult<(Vec<Embedding>, Summary)> {
+        poll_fn(|cx| self.stream.poll_ended(cx)).await;
+        let mut embeddings = vec![Embedding::default(); n];
+        loop {
+            match poll_fn(|cx| self.poll_event(cx)).await.transpose()? {
+                Some(Event::Embedding { input, embedding }) => embeddings[input] = embedding,
+                Some(Event::Done(summary)) => return Ok((embeddings, summary)),
+                Some(_) => {}
+                None => return Err(Error::Closed.into()),
+            }
+        }
+    }
+}
+
+impl Ticket {
+    /// Looks at an event on its way to the reader.
+    fn see(&mut self, event: ns_llm::Result<Event>) -> ApiResult<Event> {
+        match event {
+            Ok(event) => {
+                match &event {
+                    Event::Delta(delta) => {
+                        self.first_token.get_or_insert_with(Instant::now);
+                        self.num_tokens += delta.token_ids.len();
+                    }
+                    Event::Finished { reason, .. } => self.reasons.push(*reason),
+                    Event::Done(summary) => self.settle(Outcome::Success, Some(summary)),
+                    _ => {}
+                }
+                Ok(event)
+            }
+            Err(error) => {
+                let is_cancelled = error == Error::Cancelled;
+                self.settle(if is_cancelled { Outcome::Cancelled } else { Outcome::Failed }, None);
+                match is_cancelled && self.app.is_stopping() {
+                    true => Err(ApiError::stopping()),
+                    false => Err(error.into()),
+                }
+            }
+        }
+    }
+
+    /// Counts and pays, once.
+    fn settle(&mut self, outcome: Outcome, summary: Option<&Summary>) {
+        if std::mem::replace(&mut self.settled, true) {
+            return;
+        }
+        let now = Instant::now();
+        let usage = summary.map(|summary| summary.usage).unwrap_or_default();
+        let tokens = if summary.is_some() { usage.completion_tokens } else { self.num_tokens };
+        let since_arrival = |moment: Instant| millis(moment.saturating_duration_since(self.arrived));
+        let first_token_ms = match summary {
+            Some(summary) if usage.completion_tokens > 0 => Some(millis(self.waited) + summary.timings.first_token_ms),
+            Some(_) => None,
+            None => self.first_token.map(since_arrival),
+        };
+        let operation = Operation {
+            kind: self.kind,
+            outcome,
+            started: self.arrived,
+            ended: now,
+            tokens,
+            cached_tokens: usage.cached_tokens,
+            first_token_ms,
+        };
+        let success = summary.map(|summary| (summary, self.reasons.as_slice()));
+        self.app.metrics.end(self.model, operation, self.waited, success);
+        self.caller.charge_tokens(usage.prompt_tokens + tokens, now);
+        self.app.forget(self.number);
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.settle(Outcome::Cancelled, None);
+    }
+}

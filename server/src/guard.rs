@@ -1,0 +1,214 @@
+//! What every request passes before its route, whichever that is: its id, its size, the host it was sent to, the page it
+//! comes from, its key, that key's rate, and its body, read whole and in time. Routes added later are behind it too.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::{Body, to_bytes};
+use axum::extract::{Request, State};
+use axum::http::header::{
+    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD, CONNECTION, CONTENT_ENCODING,
+    CONTENT_LENGTH, HOST, ORIGIN, VARY,
+};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri};
+use axum::middleware::Next;
+use axum::response::IntoResponse;
+
+use crate::app::App;
+use crate::error::{ApiError, ApiResult, PlainError};
+use crate::options::{MAX_HEAD_BYTES, MAX_HEADERS, MAX_REQUEST_ID_BYTES, MAX_URI_BYTES};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Paths of probes, which may be open to all.
+const PROBES: [&str; 2] = ["/health", "/ready"];
+
+/// The layer around all routes.
+pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response<Body> {
+    let id = request_id(&app, request.headers());
+    let has_plain_errors = request.uri().path().starts_with("/api/");
+    let origin = allowed_origin(&app, request.headers());
+    let result = match check(&app, request).await {
+        Ok(Checked::Route(request)) => Ok(next.run(request).await),
+        Ok(Checked::Preflight) => Ok(preflight()),
+        Err(error) => Err(error),
+    };
+    let mut response = result.unwrap_or_else(|error| match has_plain_errors {
+        true => PlainError(error).into_response(),
+        false => error.into_response(),
+    });
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, id);
+    if app.is_stopping() {
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    if let Some(origin) = origin {
+        headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("x-request-id, retry-after"));
+        headers.append(VARY, HeaderValue::from_static("origin"));
+    }
+    response
+}
+
+enum Checked {
+    /// It may go to its route.
+    Route(Request),
+    /// A browser asks whether it may ask.
+    Preflight,
+}
+
+async fn check(app: &Arc<App>, request: Request) -> ApiResult<Checked> {
+    check_head(request.uri(), request.headers())?;
+    check_host(app, request.uri(), request.headers())?;
+    check_origin(app, request.headers())?;
+    if request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
+        // Carries no key, and does nothing. Without a page that may ask, `check_origin` has refused it.
+        return Ok(Checked::Preflight);
+    }
+    let is_open = app.options.public_probes && PROBES.contains(&request.uri().path());
+    if is_open {
+        return Ok(Checked::Route(request));
+    }
+    let caller = app.keys.caller(request.headers())?;
+    let is_work = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    if is_work {
+        if app.is_stopping() {
+            return Err(ApiError::stopping());
+        }
+        caller.take_request(Instant::now())?;
+    }
+    let (mut parts, body) = request.into_parts();
+    parts.extensions.insert(caller);
+    let body = read_body(app, &parts.headers, body).await?;
+    Ok(Checked::Route(Request::from_parts(parts, body)))
+}
+
+/// The client's id of the request when it can be repeated, else a new one.
+fn request_id(app: &App, headers: &HeaderMap) -> HeaderValue {
+    let is_fit = |id: &&HeaderValue| {
+        let bytes = id.as_bytes();
+        (1..=MAX_REQUEST_ID_BYTES).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    };
+    match headers.get(REQUEST_ID).filter(is_fit) {
+        Some(id) => id.clone(),
+        None => HeaderValue::from_str(&app.new_id("req_")).unwrap_or(HeaderValue::from_static("req_unknown")),
+    }
+}
+
+fn check_head(uri: &Uri, headers: &HeaderMap) -> ApiResult<()> {
+    let uri_bytes = uri.path_and_query().map_or(0, |target| target.as_str().len());
+    if uri_bytes > MAX_URI_BYTES {
+        let message = format!("the target has {uri_bytes} bytes, at most {MAX_URI_BYTES} are allowed");
+        return Err(ApiError::new(StatusCode::URI_TOO_LONG, "uri_too_long", message));
+    }
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if headers.len() > MAX_HEADERS || bytes > MAX_HEAD_BYTES {
+        let message = format!(
+            "the request has {} headers of {bytes} bytes, at most {MAX_HEADERS} of {MAX_HEAD_BYTES} are allowed",
+            headers.len()
+        );
+        return Err(ApiError::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", message));
+    }
+    Ok(())
+}
+
+/// The name by which the server was asked for must be one of its own: a page whose name was made to point here is not.
+fn check_host(app: &App, uri: &Uri, headers: &HeaderMap) -> ApiResult<()> {
+    let allowed = &app.options.allowed_hosts;
+    if allowed.iter().any(|host| host == "*") {
+        return Ok(());
+    }
+    let mut hosts = headers.get_all(HOST).iter();
+    let (host, second) = (hosts.next(), hosts.next());
+    let (Some(host), None) = (host.and_then(|host| host.to_str().ok()), second) else {
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "invalid_host", "exactly one Host header is needed"));
+    };
+    let named = [Some(host), uri.authority().map(|authority| authority.as_str())];
+    let is_own = |name: &str| allowed.iter().any(|host| host.eq_ignore_ascii_case(without_port(name)));
+    match named.into_iter().flatten().all(is_own) {
+        true => Ok(()),
+        false => Err(ApiError::new(StatusCode::MISDIRECTED_REQUEST, "invalid_host", "this host is not served here")),
+    }
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    }
+}
+
+/// Pages of other sites are refused, also where a browser would send their request without asking first.
+fn check_origin(app: &App, headers: &HeaderMap) -> ApiResult<()> {
+    let Some(origin) = headers.get(ORIGIN) else { return Ok(()) };
+    let is_own_page = || {
+        let (origin, host) = (origin.to_str().ok()?, headers.get(HOST)?.to_str().ok()?);
+        let (_, site) = origin.split_once("://")?;
+        Some(site.eq_ignore_ascii_case(host))
+    };
+    match allowed_origin(app, headers).is_some() || is_own_page() == Some(true) {
+        true => Ok(()),
+        false => {
+            Err(ApiError::new(StatusCode::FORBIDDEN, "origin_not_allowed", "pages of this origin may not ask here"))
+        }
+    }
+}
+
+/// The page that may read the answer.
+fn allowed_origin(app: &App, headers: &HeaderMap) -> Option<HeaderValue> {
+    let origin = headers.get(ORIGIN)?;
+    app.options.cors_origins.iter().any(|allowed| allowed.as_bytes() == origin.as_bytes()).then(|| origin.clone())
+}
+
+fn preflight() -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE"));
+    let allowed = HeaderValue::from_static("authorization, content-type, x-api-key, x-request-id");
+    headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, allowed);
+    headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    response
+}
+
+/// The body, whole. What announces itself as too long is refused unread.
+async fn read_body(app: &App, headers: &HeaderMap, body: Body) -> ApiResult<Body> {
+    let limit = app.options.max_body_bytes;
+    let too_large = || {
+        let message = format!("the body has more than {limit} bytes");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    };
+    if headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        let message = "a body must not be encoded";
+        return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "encoding_not_supported", message));
+    }
+    let announced = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|bytes| bytes > limit as u64) {
+        return Err(too_large());
+    }
+    match app.within(app.options.body_timeout, to_bytes(body, limit)).await {
+        Some(Ok(bytes)) => Ok(Body::from(bytes)),
+        Some(Err(error)) => match is_too_long(&error) {
+            true => Err(too_large()),
+            false => {
+                Err(ApiError::new(StatusCode::BAD_REQUEST, "body_unreadable", "the body ended early or is not framed"))
+            }
+        },
+        None => {
+            let message = format!("the body did not come within {:?}", app.options.body_timeout);
+            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message))
+        }
+    }
+}
+
+/// Whether reading ended at the limit: the type of that error belongs to a crate below axum, which names it so.
+fn is_too_long(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if error.to_string() == "length limit exceeded" {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}

@@ -1,0 +1,101 @@
+//! The HTTP face: OpenAI's routes, and what a server needs around them, over one or several [`ns_llm::Engine`]s. HTTP/1.1,
+//! no TLS of its own. [`Server::router`] is a `tower` service that needs no socket and no runtime, so that another server
+//! can mount it; [`Server::serve`] listens by itself, on tokio.
+//!
+//! ```no_run
+//! use ns_llm::{Engine, EngineOptions};
+//! use ns_llm_server::{Model, Server, ServerOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let engine = Engine::open(EngineOptions::new("models/demo"))?;
+//! let server = Server::new(vec![Model::new(engine)], ServerOptions::default())?;
+//! let listener = server.bind("127.0.0.1:8080".parse()?)?;
+//! let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+//! runtime.block_on(server.serve(listener, std::future::pending()))?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Invariants: every route is behind the [`guard`], which knows the caller; a request whose client is gone is cancelled,
+//! because its stream is dropped with its connection; nothing here blocks a connection's thread; everything that a client
+//! can make grow is bounded in [`options`].
+
+mod admission;
+mod app;
+mod clock;
+mod error;
+mod event_body;
+mod fields;
+mod generation;
+mod guard;
+mod helper;
+mod keys;
+mod listen;
+mod messages;
+mod metrics;
+mod ns_node;
+mod observe;
+mod ollama;
+mod openai;
+pub mod options;
+mod parameters;
+mod response;
+mod routes;
+mod stored;
+mod text;
+
+use std::future::Future;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+
+use axum::Router;
+use hyper_util::rt::TokioTimer;
+
+use app::App;
+pub use app::Model;
+pub use keys::ApiKey;
+pub use options::{OptionsError, ServerOptions};
+
+/// Engines behind HTTP routes. Cheap to clone.
+#[derive(Clone)]
+pub struct Server {
+    app: Arc<App>,
+    router: Router,
+}
+
+impl Server {
+    /// A server of `models`; the first one answers requests that name none.
+    pub fn new(models: Vec<Model>, options: ServerOptions) -> Result<Server, OptionsError> {
+        let app = Arc::new(App::new(models, options)?);
+        let router = routes::router(&app);
+        Ok(Server { app, router })
+    }
+
+    /// All routes, as a service that takes requests and gives answers. It runs anywhere; where nothing sleeps for it (see
+    /// [`ServerOptions::timer`]) it sends no pings.
+    pub fn router(&self) -> Router {
+        self.router.clone()
+    }
+
+    /// Method and path of every route.
+    pub fn routes() -> Vec<(&'static str, &'static str)> {
+        routes::table().into_iter().map(|route| (route.method, route.path)).collect()
+    }
+
+    /// A listener at `address`, which must be a loopback one unless there are keys.
+    pub fn bind(&self, address: SocketAddr) -> io::Result<TcpListener> {
+        listen::bind(&self.app, address)
+    }
+
+    /// Answers connections, on a tokio runtime, until `stop` is ready; then lets running requests finish within
+    /// [`ServerOptions::grace`], and refuses new ones.
+    pub async fn serve(&self, listener: TcpListener, stop: impl Future<Output = ()>) -> io::Result<()> {
+        listen::serve(&self.app, &self.router, listener, stop).await
+    }
+
+    /// A timer for [`ServerOptions::timer`], where a tokio runtime is.
+    pub fn tokio_timer() -> Arc<dyn hyper::rt::Timer + Send + Sync> {
+        Arc::new(TokioTimer::new())
+    }
+}

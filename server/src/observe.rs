@@ -1,0 +1,185 @@
+//! `GET /health`, `/ready` and `/metrics`: for those who watch the server.
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{Response, StatusCode};
+use ns_llm::Stats;
+use serde_json::json;
+
+use crate::app::{App, Served};
+use crate::metrics::{Histogram, ModelMetrics};
+use crate::ns_node::gpu::mean_utilization;
+use crate::response::{json_with_status, typed};
+
+/// The `Content-Type` of [`metrics`].
+const PROMETHEUS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Whether the process does what it is for, or should be started anew: an engine that has ended does not come back.
+pub(crate) async fn health(State(app): State<Arc<App>>) -> Response<Body> {
+    let is_healthy = app.models.iter().all(|model| model.engine.health().is_ok());
+    let (status, word) = match is_healthy {
+        true => (StatusCode::OK, "ok"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "unhealthy"),
+    };
+    json_with_status(status, &json!({ "status": word, "uptime_seconds": app.started.elapsed().as_secs() }))
+}
+
+/// Whether new requests should be sent here, and if not, why: engines, their last step, the queue, the device.
+pub(crate) async fn ready(State(app): State<Arc<App>>) -> Response<Body> {
+    let now = Instant::now();
+    let (running, waiting) = app.admission.counts();
+    let mut reason = None;
+    let mut models = Vec::new();
+    for model in &app.models {
+        let trouble = model.trouble(now);
+        reason = reason.or(trouble);
+        let stats = model.engine.stats();
+        models.push(json!({
+            "id": model.name,
+            "device": model.engine.info().device,
+            "ready": trouble.is_none(),
+            "reason": trouble,
+            "steps_total": stats.steps_total,
+            "requests_running": stats.num_requests_running,
+            "requests_waiting": stats.num_requests_waiting,
+        }));
+    }
+    if waiting >= app.options.max_waiting_requests && waiting > 0 {
+        reason = reason.or(Some("the queue of requests is full"));
+    }
+    if app.is_stopping() {
+        reason = Some("the server is stopping");
+    }
+    let status = if reason.is_none() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let queue = json!({ "running": running, "waiting": waiting, "max_waiting": app.options.max_waiting_requests });
+    json_with_status(status, &json!({ "ready": reason.is_none(), "reason": reason, "queue": queue, "models": models }))
+}
+
+type Family = (&'static str, &'static str, &'static str, fn(&Stats) -> f64);
+
+/// Of each model: its engine's own counts.
+const OF_ENGINES: &[Family] = &[
+    ("num_requests_running", "gauge", "Sequences that are being computed.", |s| s.num_requests_running as f64),
+    ("num_requests_waiting", "gauge", "Sequences that wait.", |s| s.num_requests_waiting as f64),
+    ("kv_cache_usage_perc", "gauge", "Share of the KV blocks that live sequences hold, 0 to 1.", kv_usage),
+    ("prompt_tokens_total", "counter", "Prompt tokens of admitted requests.", |s| s.prompt_tokens_total as f64),
+    ("generation_tokens_total", "counter", "Tokens produced.", |s| s.generation_tokens_total as f64),
+    ("prefix_cache_queries_total", "counter", "Prompt tokens that were looked for in the prefix cache.", |s| {
+        s.prefix_cache_queries_total as f64
+    }),
+    ("prefix_cache_hits_total", "counter", "Prompt tokens that were found there.", |s| {
+        s.prefix_cache_hits_total as f64
+    }),
+    ("num_preemptions_total", "counter", "Sequences that lost their blocks and were computed again.", |s| {
+        s.preemptions_total as f64
+    }),
+    ("iterations_total", "counter", "Steps run.", |s| s.steps_total as f64),
+    ("embedding_tokens_total", "counter", "Tokens of inputs that were turned into vectors.", |s| {
+        s.embedding_tokens_total as f64
+    }),
+];
+
+type HistogramFamily = (&'static str, &'static str, fn(&ModelMetrics) -> &Histogram);
+
+/// Of each model: times and sizes of its generations through this server.
+const OF_REQUESTS: &[HistogramFamily] = &[
+    ("time_to_first_token_seconds", "From the start of a generation to its first token.", |m| &m.first_token),
+    ("inter_token_latency_seconds", "Mean time between two tokens of a generation.", |m| &m.inter_token),
+    ("e2e_request_latency_seconds", "From the start of a generation to its end.", |m| &m.end_to_end),
+    ("request_queue_time_seconds", "From the start of a generation to its first step.", |m| &m.queue),
+    ("request_prefill_time_seconds", "From its first step to its first token.", |m| &m.prefill),
+    ("request_decode_time_seconds", "From its first token to its last.", |m| &m.decode),
+    ("request_inference_time_seconds", "From its first step to its last token.", |m| &m.inference),
+    ("request_prompt_tokens", "Tokens of a prompt.", |m| &m.prompt_tokens),
+    ("request_generation_tokens", "Tokens of an answer.", |m| &m.generation_tokens),
+];
+
+/// Everything that is counted, as Prometheus reads it.
+pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response<Body> {
+    // A look at the devices may take its time. Without an answer there is none.
+    let utilization = app.helper.run(|| mean_utilization(&ns_llm::gpus())).await.unwrap_or(0.0);
+    typed(PROMETHEUS_CONTENT_TYPE, prometheus_text(&app, utilization))
+}
+
+fn prometheus_text(app: &App, gpu_utilization: f64) -> String {
+    let prefix = if app.options.vllm_metric_names { "vllm:" } else { "ns_llm:" };
+    let mut text = String::new();
+    let labels: Vec<String> =
+        app.models.iter().map(|model| format!("model_name=\"{}\"", escaped(&model.name))).collect();
+    let stats: Vec<Stats> = app.models.iter().map(|model| model.engine.stats()).collect();
+    for (name, kind, help, value) in OF_ENGINES {
+        head(&mut text, prefix, name, kind, help);
+        for (label, stats) in labels.iter().zip(&stats) {
+            line(&mut text, &format!("{prefix}{name}{{{label}}}"), value(stats));
+        }
+    }
+    let requests: Vec<ModelMetrics> = app.models.iter().map(|model| app.metrics.model(model.idx)).collect();
+    head(&mut text, prefix, "request_success_total", "counter", "Choices that ended, by why.");
+    for (label, metrics) in labels.iter().zip(&requests) {
+        let [stop, length] = metrics.finished;
+        let reasons = [("stop", stop), ("length", length), ("abort", metrics.aborted), ("error", metrics.failed)];
+        for (reason, count) in reasons {
+            let series = format!("{prefix}request_success_total{{{label},finished_reason=\"{reason}\"}}");
+            line(&mut text, &series, count as f64);
+        }
+    }
+    for (name, help, histogram) in OF_REQUESTS {
+        head(&mut text, prefix, name, "histogram", help);
+        for (label, metrics) in labels.iter().zip(&requests) {
+            histogram_lines(&mut text, &format!("{prefix}{name}"), label, histogram(metrics));
+        }
+    }
+    head(&mut text, prefix, "cache_config_info", "gauge", "How the KV cache is set up.");
+    for ((label, stats), model) in labels.iter().zip(&stats).zip(&app.models) {
+        let Served { engine, .. } = model;
+        let (blocks, dtype) = (stats.kv_blocks_total, engine.info().kv_dtype);
+        let series =
+            format!("{prefix}cache_config_info{{{label},num_gpu_blocks=\"{blocks}\",cache_dtype=\"{dtype}\"}}");
+        line(&mut text, &series, 1.0);
+    }
+    let (_, waiting) = app.admission.counts();
+    let waiting = waiting + stats.iter().map(|stats| stats.num_requests_waiting).sum::<usize>();
+    let gauges = [
+        ("request_queue_depth", "Requests that wait.", waiting as f64),
+        ("active_requests", "Operations that are going on.", app.metrics.num_active() as f64),
+        ("avg_latency_ms", "Mean time of all operations since the start.", app.metrics.average_ms()),
+        ("gpu_utilization", "Percent, the mean over all devices; 0 without one.", gpu_utilization),
+    ];
+    for (name, help, value) in gauges {
+        head(&mut text, "", name, "gauge", help);
+        line(&mut text, name, value);
+    }
+    text
+}
+
+fn head(text: &mut String, prefix: &str, name: &str, kind: &str, help: &str) {
+    // Writing to a string does not fail.
+    let _ = writeln!(text, "# HELP {prefix}{name} {help}\n# TYPE {prefix}{name} {kind}");
+}
+
+fn line(text: &mut String, series: &str, value: f64) {
+    let _ = writeln!(text, "{series} {value}");
+}
+
+fn histogram_lines(text: &mut String, name: &str, label: &str, histogram: &Histogram) {
+    let bounds = histogram.bounds.iter().map(f64::to_string).chain(["+Inf".to_string()]);
+    let mut total = 0;
+    for (bound, count) in bounds.zip(histogram.cumulative()) {
+        total = count;
+        line(text, &format!("{name}_bucket{{{label},le=\"{bound}\"}}"), count as f64);
+    }
+    line(text, &format!("{name}_sum{{{label}}}"), histogram.sum);
+    line(text, &format!("{name}_count{{{label}}}"), total as f64);
+}
+
+fn kv_usage(stats: &Stats) -> f64 {
+    if stats.kv_blocks_total == 0 { 0.0 } else { stats.kv_blocks_used as f64 / stats.kv_blocks_total as f64 }
+}
+
+fn escaped(label: &str) -> String {
+    label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}

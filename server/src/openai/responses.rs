@@ -1,0 +1,329 @@
+//! `/v1/responses`: an answer as an object that is kept for a while, can be asked for again, continued and cancelled; its
+//! stream is of named events.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, State};
+use axum::http::Response;
+use ns_llm::{Canceller, Event, FinishReason, Message, Request, Usage};
+use serde_json::{Value, json};
+
+use crate::app::{App, Served};
+use crate::clock::unix_seconds;
+use crate::error::{ApiError, ApiResult};
+use crate::event_body::{self, Dialect};
+use crate::fields::{Fields, shown};
+use crate::generation::{Generation, Work};
+use crate::keys::Caller;
+use crate::messages::read_messages;
+use crate::parameters::{is_text_type, read_shared};
+use crate::response::json_response;
+use crate::stored::StoredResponse;
+
+/// `POST /v1/responses`.
+pub(crate) async fn create(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> ApiResult<Response<Body>> {
+    let mut fields = Fields::parse(&body)?;
+    drop(body);
+    let model = app.model(fields.text("model")?.as_deref())?;
+    check_supported(&fields)?;
+    let mut draft = Draft::read(&app, &caller, model, &mut fields)?;
+    let instructions = draft.object["instructions"].as_str().map(|text| Message::new("system", text));
+    let mut request = Request::chat(instructions.into_iter().chain(draft.messages.clone()).collect::<Vec<_>>());
+    let is_stream = fields.bool("stream")?.unwrap_or(false);
+    let max_output_tokens = fields.count("max_output_tokens")?;
+    draft.object["max_output_tokens"] = json!(max_output_tokens);
+    for name in ["temperature", "top_p", "user"] {
+        draft.object[name] = fields.get(name).cloned().unwrap_or(Value::Null);
+    }
+    read_shared(&mut fields, &mut request, &caller)?;
+    if request.n != 1 {
+        return Err(ApiError::not_supported("n", request.n.to_string(), "1"));
+    }
+    request.max_tokens = Some(max_output_tokens.unwrap_or(model.engine.info().context_tokens));
+    let named = |error: ApiError| error.renamed("max_tokens", "max_output_tokens");
+    let generation = Generation::start(&app, &caller, model, Work::Generate(request)).await.map_err(named)?;
+    if is_stream {
+        let events = Events::new(draft, generation.canceller());
+        return event_body::stream(&app, vec![generation], events).await.map_err(named);
+    }
+    let (mut choices, summary) = generation.finish(1).await.map_err(named)?;
+    let choice = choices.pop().unwrap_or_default();
+    draft.finish(choice.text, choice.reason, summary.usage);
+    draft.save(None);
+    Ok(json_response(&draft.object))
+}
+
+/// `GET /v1/responses/{id}`.
+pub(crate) async fn get(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> ApiResult<Response<Body>> {
+    Ok(json_response(&find(&app, &caller, &id)?.object))
+}
+
+/// `DELETE /v1/responses/{id}`.
+pub(crate) async fn delete(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> ApiResult<Response<Body>> {
+    if !app.stored.remove(&id, caller.name()) {
+        return Err(not_found(&id));
+    }
+    Ok(json_response(&json!({ "id": id, "object": "response.deleted", "deleted": true })))
+}
+
+/// `POST /v1/responses/{id}/cancel`: ends one that is still growing; one that has ended stays what it is.
+pub(crate) async fn cancel(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> ApiResult<Response<Body>> {
+    let stored = app.stored.cancel(&id, caller.name()).ok_or_else(|| not_found(&id))?;
+    Ok(json_response(&stored.object))
+}
+
+fn find(app: &App, caller: &Caller, id: &str) -> ApiResult<StoredResponse> {
+    app.stored.get(id, caller.name()).ok_or_else(|| not_found(id))
+}
+
+fn not_found(id: &str) -> ApiError {
+    let shown: String = id.chars().take(64).collect();
+    ApiError::not_found("response_not_found", format!("response {shown:?} is not kept here"))
+}
+
+/// What only this route knows, and cannot be followed.
+fn check_supported(fields: &Fields) -> ApiResult<()> {
+    let format_is_text =
+        |text: &Value| text.get("format").is_none_or(|format| format.is_null() || is_text_type(format));
+    let no_effort =
+        |reasoning: &Value| reasoning.get("effort").is_none_or(|effort| effort.is_null() || effort == "none");
+    let checks: [(&str, &dyn Fn(&Value) -> bool, &str); 5] = [
+        ("text", &format_is_text, "{\"format\": {\"type\": \"text\"}}"),
+        ("reasoning", &no_effort, "without effort"),
+        ("truncation", &|value| value == "disabled", "\"disabled\""),
+        ("conversation", &|_| false, "unset"),
+        ("prompt", &|_| false, "unset"),
+    ];
+    for (name, is_neutral, expected) in checks {
+        match fields.get(name) {
+            Some(value) if !is_neutral(value) => return Err(ApiError::not_supported(name, shown(value), expected)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// A response on its way.
+struct Draft {
+    app: Arc<App>,
+    owner: Option<String>,
+    is_stored: bool,
+    message_id: String,
+    /// OpenAI's object, as far as it has come.
+    object: Value,
+    /// The conversation, without instructions, which belong to one answer alone.
+    messages: Vec<Message>,
+}
+
+impl Draft {
+    fn read(app: &Arc<App>, caller: &Caller, model: &Served, fields: &mut Fields) -> ApiResult<Draft> {
+        let previous = fields.text("previous_response_id")?;
+        let mut messages = match &previous {
+            Some(id) => find(app, caller, id)?.messages,
+            None => Vec::new(),
+        };
+        messages.extend(read_input(fields.require("input", "a string or an array of messages")?)?);
+        let is_stored = fields.bool("store")?.unwrap_or(true);
+        let object = json!({
+            "id": app.new_id("resp_"),
+            "object": "response",
+            "created_at": unix_seconds(),
+            "status": "in_progress",
+            "error": null,
+            "incomplete_details": null,
+            "instructions": fields.text("instructions")?,
+            "metadata": fields.take("metadata").unwrap_or(json!({})),
+            "model": model.name,
+            "output": [],
+            "parallel_tool_calls": true,
+            "previous_response_id": previous,
+            "reasoning": { "effort": null, "summary": null },
+            "store": is_stored,
+            "text": { "format": { "type": "text" } },
+            "tool_choice": "auto",
+            "tools": [],
+            "truncation": "disabled",
+            "usage": null,
+        });
+        let (app, owner) = (app.clone(), caller.name().map(str::to_string));
+        let message_id = app.new_id("msg_");
+        Ok(Draft { app, owner, is_stored, message_id, object, messages })
+    }
+
+    fn part(text: &str) -> Value {
+        json!({ "type": "output_text", "text": text, "annotations": [], "logprobs": [] })
+    }
+
+    fn item(&self, text: Option<&str>, status: &str) -> Value {
+        let content = text.map_or(json!([]), |text| json!([Draft::part(text)]));
+        json!({ "id": self.message_id, "type": "message", "status": status, "role": "assistant", "content": content })
+    }
+
+    /// Complete, or as complete as its limit let it be.
+    fn finish(&mut self, text: String, reason: Option<FinishReason>, usage: Usage) {
+        let is_whole = reason != Some(FinishReason::Length);
+        let status = if is_whole { "completed" } else { "incomplete" };
+        self.object["status"] = json!(status);
+        if !is_whole {
+            self.object["incomplete_details"] = json!({ "reason": "max_output_tokens" });
+        }
+        self.object["output"] = json!([self.item(Some(&text), status)]);
+        self.object["usage"] = json!({
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": { "cached_tokens": usage.cached_tokens },
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": { "reasoning_tokens": 0 },
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        });
+        self.messages.push(Message::new("assistant", text));
+    }
+
+    /// Keeps it as it is now.
+    fn save(&self, canceller: Option<Canceller>) {
+        if self.is_stored {
+            self.app.stored.put(StoredResponse {
+                id: self.object["id"].as_str().unwrap_or_default().to_string(),
+                owner: self.owner.clone(),
+                object: self.object.clone(),
+                messages: self.messages.clone(),
+                canceller,
+            });
+        }
+    }
+}
+
+/// A text, or messages; items of other kinds are of tools.
+fn read_input(value: Value) -> ApiResult<Vec<Message>> {
+    let Value::Array(items) = value else {
+        return match value {
+            Value::String(text) => Ok(vec![Message::new("user", text)]),
+            other => Err(ApiError::invalid("input", shown(&other), "a string or an array of messages")),
+        };
+    };
+    for (idx, item) in items.iter().enumerate() {
+        match item.get("type") {
+            None | Some(Value::Null) => {}
+            Some(kind) if kind == "message" => {}
+            Some(kind) => {
+                return Err(ApiError::not_supported(format!("input[{idx}].type"), shown(kind), "\"message\""));
+            }
+        }
+    }
+    read_messages(Value::Array(items), "input")
+}
+
+/// The stream of a response: what begins, each piece of text, and what has ended, numbered.
+struct Events {
+    draft: Draft,
+    text: String,
+    reason: Option<FinishReason>,
+    has_begun: bool,
+    has_ended: bool,
+    sequence_number: u64,
+}
+
+impl Events {
+    fn new(draft: Draft, canceller: Canceller) -> Events {
+        draft.save(Some(canceller));
+        Events { draft, text: String::new(), reason: None, has_begun: false, has_ended: false, sequence_number: 0 }
+    }
+
+    fn write(&mut self, out: &mut String, name: &str, mut data: Value) {
+        data["type"] = json!(name);
+        data["sequence_number"] = json!(self.sequence_number);
+        self.sequence_number += 1;
+        out.push_str(&format!("event: {name}\ndata: {data}\n\n"));
+    }
+
+    /// About the one text of the one message.
+    fn write_part(&mut self, out: &mut String, name: &str, mut data: Value) {
+        data["item_id"] = json!(self.draft.message_id);
+        (data["output_index"], data["content_index"]) = (json!(0), json!(0));
+        self.write(out, name, data);
+    }
+
+    fn begin(&mut self, out: &mut String) {
+        if std::mem::replace(&mut self.has_begun, true) {
+            return;
+        }
+        let response = self.draft.object.clone();
+        self.write(out, "response.created", json!({ "response": response }));
+        self.write(out, "response.in_progress", json!({ "response": response }));
+        let item = self.draft.item(None, "in_progress");
+        self.write(out, "response.output_item.added", json!({ "output_index": 0, "item": item }));
+        self.write_part(out, "response.content_part.added", json!({ "part": Draft::part("") }));
+    }
+
+    fn finish(&mut self, usage: Usage, out: &mut String) {
+        let text = std::mem::take(&mut self.text);
+        self.write_part(out, "response.output_text.done", json!({ "text": text, "logprobs": [] }));
+        self.write_part(out, "response.content_part.done", json!({ "part": Draft::part(&text) }));
+        self.draft.finish(text, self.reason, usage);
+        let item = self.draft.object["output"][0].clone();
+        self.write(out, "response.output_item.done", json!({ "output_index": 0, "item": item }));
+        let response = self.draft.object.clone();
+        let name = if response["status"] == "completed" { "response.completed" } else { "response.incomplete" };
+        self.write(out, name, json!({ "response": response }));
+        self.end_as_it_is();
+    }
+
+    fn end_as_it_is(&mut self) {
+        self.has_ended = true;
+        self.draft.save(None);
+    }
+}
+
+impl Dialect for Events {
+    fn event(&mut self, _source: usize, event: Event, out: &mut String) {
+        self.begin(out);
+        match event {
+            Event::Delta(delta) if !delta.text.is_empty() => {
+                self.text.push_str(&delta.text);
+                self.write_part(out, "response.output_text.delta", json!({ "delta": delta.text, "logprobs": [] }));
+            }
+            Event::Finished { reason, .. } => self.reason = Some(reason),
+            Event::Done(summary) => self.finish(summary.usage, out),
+            _ => {}
+        }
+    }
+
+    fn end(&mut self, _out: &mut String) {}
+
+    fn error(&mut self, error: &ApiError, out: &mut String) {
+        self.begin(out);
+        let status = if error.code == "cancelled" { "cancelled" } else { "failed" };
+        self.draft.object["status"] = json!(status);
+        self.draft.object["error"] = json!({ "code": error.code, "message": error.message });
+        let response = self.draft.object.clone();
+        self.write(out, "response.failed", json!({ "response": response }));
+        self.end_as_it_is();
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        // Its client has gone, and the answer with it.
+        if !self.has_ended {
+            self.draft.object["status"] = json!("cancelled");
+            self.end_as_it_is();
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Every limit and default of the HTTP face, each with its unit and what happens beyond it; and the options with which a
+//! server is made. What the engine limits (prompts, stop strings, choices) is limited there.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::rt::Timer;
+use thiserror::Error;
+
+use crate::keys::ApiKey;
+
+/// Body of a request, bytes; beyond it 413. The engine's longest prompt is 4 MiB of text, which JSON may write longer.
+pub const MAX_BODY_BYTES: usize = 8 << 20;
+/// Target of a request line, bytes; beyond it 414.
+pub const MAX_URI_BYTES: usize = 8 << 10;
+/// Request line and headers together, bytes; beyond it 431.
+pub const MAX_HEAD_BYTES: usize = 16 << 10;
+/// Headers of a request; beyond it 431.
+pub const MAX_HEADERS: usize = 64;
+/// Connections at once; the next ones wait to be accepted.
+pub const MAX_CONNECTIONS: usize = 4_096;
+/// Requests that the engine is given at once: as many as it runs by default. The rest waits in a fair queue.
+pub const MAX_RUNNING_REQUESTS: usize = ns_llm::config::DEFAULT_MAX_RUNNING_SEQUENCES;
+/// Requests in that queue; the next one is told 503 and when to try again.
+pub const MAX_WAITING_REQUESTS: usize = ns_llm::config::MAX_WAITING_REQUESTS;
+/// From a connection's start, or its last answer, to the last byte of the next head. An idle connection ends with it.
+pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// From a head to the last byte of its body; beyond it 408.
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// A client that takes nothing of its answer for so long is hung up, and its request cancelled.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Comments keep a silent stream open this often.
+pub const PING_INTERVAL: Duration = Duration::from_secs(15);
+/// What running requests get to finish in when the server stops.
+pub const GRACE: Duration = Duration::from_secs(30);
+/// A request's time in the engine and in the queue before it, when it names none; beyond it 408.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(600);
+/// Work without a step of the engine for so long makes the server not ready.
+pub const STEP_STALL: Duration = Duration::from_secs(10);
+/// Prompts of one `/v1/completions` request.
+pub const MAX_PROMPTS: usize = 64;
+/// Stored answers of `/v1/responses`; beyond it the oldest is forgotten.
+pub const MAX_STORED_RESPONSES: usize = 1_024;
+/// Bytes of all their texts; beyond it the oldest is forgotten.
+pub const MAX_STORED_RESPONSE_BYTES: usize = 64 << 20;
+/// Operations whose times the performance routes look at.
+pub const MAX_OPERATIONS: usize = 10_000;
+/// `X-Request-Id` of a client, bytes; a longer one is replaced.
+pub const MAX_REQUEST_ID_BYTES: usize = 128;
+/// Name of an API key, bytes.
+pub const MAX_KEY_NAME_BYTES: usize = 64;
+/// `cache_salt` of a request, bytes.
+pub const MAX_CACHE_SALT_BYTES: usize = 256;
+/// An API key's secret has at least so many bytes.
+pub const MIN_SECRET_BYTES: usize = 16;
+
+/// Why a server cannot be made like this.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum OptionsError {
+    /// There is nothing to serve.
+    #[error("no model is given")]
+    NoModel,
+    /// Two models have one name.
+    #[error("two models are called {name}")]
+    DuplicateModel {
+        /// The name.
+        name: String,
+    },
+    /// A key's name or secret is not one.
+    #[error("API key {name}: {reason}")]
+    ApiKey {
+        /// The name.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A line of a file of keys is not one.
+    #[error("file of API keys, line {line}: {reason}")]
+    ApiKeyFile {
+        /// From 1.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Others could reach the server, and nothing would keep them out.
+    #[error("address {address} can be reached from outside: an API key is needed, or a loopback address")]
+    OpenToAll {
+        /// Where it was to listen.
+        address: IpAddr,
+    },
+    /// A limit is outside its range.
+    #[error("{field} is {value}, must be {expected}")]
+    OutOfRange {
+        /// Name of the option.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
+}
+
+/// How to serve. Every field has a default that suits a server on its own machine.
+#[derive(Clone)]
+pub struct ServerOptions {
+    /// Who may call; empty: everybody who reaches the server.
+    pub api_keys: Vec<ApiKey>,
+    /// Values of `Host` that are answered, without port and in lower case; one that is `*` allows all. A page of another
+    /// site that has its own name point at this machine is told 421.
+    pub allowed_hosts: Vec<String>,
+    /// Web pages that may read answers: exact origins such as `https://app.example`. Pages of other sites are refused.
+    pub cors_origins: Vec<String>,
+    /// Whether `/health` and `/ready` need no key.
+    pub public_probes: bool,
+    /// Whether any model name is taken for the first model; otherwise an unknown one is 404.
+    pub any_model: bool,
+    /// Whether metrics are named as vLLM names its own, for dashboards that cannot be changed.
+    pub vllm_metric_names: bool,
+    /// See [`MAX_BODY_BYTES`].
+    pub max_body_bytes: usize,
+    /// See [`MAX_CONNECTIONS`].
+    pub max_connections: usize,
+    /// See [`MAX_RUNNING_REQUESTS`].
+    pub max_running_requests: usize,
+    /// See [`MAX_WAITING_REQUESTS`].
+    pub max_waiting_requests: usize,
+    /// See [`HEAD_TIMEOUT`].
+    pub head_timeout: Duration,
+    /// See [`BODY_TIMEOUT`].
+    pub body_timeout: Duration,
+    /// See [`STALL_TIMEOUT`].
+    pub stall_timeout: Duration,
+    /// See [`PING_INTERVAL`].
+    pub ping_interval: Duration,
+    /// See [`REQUEST_TIMEOUT`].
+    pub request_timeout: Duration,
+    /// See [`GRACE`].
+    pub grace: Duration,
+    /// What sleeps; without one there are no pings, and a deadline is seen only when something else happens.
+    pub timer: Option<Arc<dyn Timer + Send + Sync>>,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        ServerOptions {
+            api_keys: Vec::new(),
+            allowed_hosts: ["localhost", "127.0.0.1", "[::1]"].map(str::to_string).to_vec(),
+            cors_origins: Vec::new(),
+            public_probes: false,
+            any_model: false,
+            vllm_metric_names: false,
+            max_body_bytes: MAX_BODY_BYTES,
+            max_connections: MAX_CONNECTIONS,
+            max_running_requests: MAX_RUNNING_REQUESTS,
+            max_waiting_requests: MAX_WAITING_REQUESTS,
+            head_timeout: HEAD_TIMEOUT,
+            body_timeout: BODY_TIMEOUT,
+            stall_timeout: STALL_TIMEOUT,
+            ping_interval: PING_INTERVAL,
+            request_timeout: REQUEST_TIMEOUT,
+            grace: GRACE,
+            timer: None,
+        }
+    }
+}
+
+impl ServerOptions {
+    /// Checks every range.
+    pub(crate) fn validate(&self) -> Result<(), OptionsError> {
+        let counts = [
+            ("max_body_bytes", self.max_body_bytes),
+            ("max_connections", self.max_connections),
+            ("max_running_requests", self.max_running_requests),
+        ];
+        for (field, value) in counts {
+            if value == 0 {
+                return Err(OptionsError::OutOfRange { field, value: "0".to_string(), expected: "at least 1" });
+            }
+        }
+        let times = [
+            ("head_timeout", self.head_timeout),
+            ("body_timeout", self.body_timeout),
+            ("stall_timeout", self.stall_timeout),
+            ("ping_interval", self.ping_interval),
+            ("request_timeout", self.request_timeout),
+        ];
+        for (field, value) in times {
+            let longest = Duration::from_millis(ns_llm::config::MAX_TIMEOUT_MS);
+            if value < Duration::from_millis(1) || value > longest {
+                let value = format!("{value:?}");
+                return Err(OptionsError::OutOfRange { field, value, expected: "one millisecond to one day" });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a server with these options may listen at `address`.
+    pub fn check_address(&self, address: IpAddr) -> Result<(), OptionsError> {
+        match address.is_loopback() || !self.api_keys.is_empty() {
+            true => Ok(()),
+            false => Err(OptionsError::OpenToAll { address }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without a key only loopback addresses may be listened at.
+    #[test]
+    fn other_addresses_need_a_key() {
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let mut options = ServerOptions::default();
+        for loopback in ["127.0.0.1", "127.3.4.5", "::1"] {
+            assert_eq!(options.check_address(address(loopback)), Ok(()));
+        }
+        for open in ["0.0.0.0", "::", "192.168.1.2", "8.8.8.8"] {
+            let error = options.check_address(address(open)).expect_err("open to all").to_string();
+            assert!(error.contains(open) && error.contains("API key"), "{error}");
+        }
+        options.api_keys = vec![ApiKey::unnamed("a-secret-of-some-length").expect("valid")];
+        assert_eq!(options.check_address(address("0.0.0.0")), Ok(()));
+    }
+
+    /// Limits that would stop everything are refused by name.
+    #[test]
+    fn options_have_ranges() {
+        assert_eq!(ServerOptions::default().validate(), Ok(()));
+        let none = ServerOptions { max_running_requests: 0, ..ServerOptions::default() };
+        let never = ServerOptions { body_timeout: Duration::ZERO, ..ServerOptions::default() };
+        for (options, name) in [(none, "max_running_requests"), (never, "body_timeout")] {
+            let error = options.validate().expect_err("out of range");
+            assert!(matches!(error, OptionsError::OutOfRange { field, .. } if field == name), "{error}");
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! `POST /tokenize` and `/detokenize`: text to token ids and back, in the names of vLLM and of llama.cpp's server.
+
+use std::sync::Arc;
+
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::Response;
+use ns_llm::config::MAX_PROMPT_BYTES;
+use serde_json::json;
+
+use crate::app::App;
+use crate::error::{ApiError, ApiResult};
+use crate::fields::Fields;
+use crate::response::json_response;
+
+/// Text to ids.
+pub(crate) async fn tokenize(State(app): State<Arc<App>>, body: Bytes) -> ApiResult<Response<Body>> {
+    let mut fields = Fields::parse(&body)?;
+    let model = app.model(fields.text("model")?.as_deref())?;
+    let text = match fields.text("prompt")? {
+        Some(prompt) => Some(prompt),
+        None => fields.text("content")?,
+    };
+    let text = text.ok_or_else(|| ApiError::invalid("prompt", "missing", "a string"))?;
+    if text.len() > MAX_PROMPT_BYTES {
+        let value = format!("{} bytes", text.len());
+        return Err(ApiError::invalid("prompt", value, format!("at most {MAX_PROMPT_BYTES} bytes")));
+    }
+    let add_special = match fields.bool("add_special_tokens")? {
+        Some(add_special) => add_special,
+        None => fields.bool("add_special")?.unwrap_or(true),
+    };
+    let engine = model.engine.clone();
+    let ids = app.helper.run(move || engine.tokenize(&text, add_special)).await??;
+    Ok(json_response(
+        &json!({ "count": ids.len(), "max_model_len": model.engine.info().context_tokens, "tokens": ids }),
+    ))
+}
+
+/// Ids to text.
+pub(crate) async fn detokenize(State(app): State<Arc<App>>, body: Bytes) -> ApiResult<Response<Body>> {
+    let mut fields = Fields::parse(&body)?;
+    let model = app.model(fields.text("model")?.as_deref())?;
+    if !fields.has("tokens") {
+        return Err(ApiError::invalid("tokens", "missing", "an array of token ids"));
+    }
+    let ids = fields.token_ids("tokens")?;
+    let engine = model.engine.clone();
+    let text = app.helper.run(move || engine.detokenize(&ids)).await?;
+    let text = text.map_err(|error| ApiError::from(error).renamed("ids", "tokens"))?;
+    Ok(json_response(&json!({ "prompt": text, "content": text })))
+}

@@ -1,0 +1,143 @@
+//! Limits of a request: sizes, times, framing. Each is answered for what it is, or hung up.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use ns_llm_server::ServerOptions;
+use serde_json::json;
+
+use crate::client::{Answer, Running, request};
+
+/// Heads beyond their limits are refused, within them accepted.
+#[test]
+fn heads_are_bounded() {
+    let running = Running::start();
+    let with = |headers: Vec<String>| {
+        let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
+        running.send("GET", "/health", &headers, "").status
+    };
+    let many = |n: usize| (0..n).map(|idx| format!("X-Header-{idx}: x")).collect::<Vec<_>>();
+    assert_eq!((with(many(60)), with(many(70))), (200, 431));
+    assert_eq!(
+        (with(vec![format!("X-Large: {}", "x".repeat(8_000))]), with(vec![format!("X-Large: {}", "x".repeat(40_000))])),
+        (200, 431)
+    );
+    let target = |n: usize| running.get(&format!("/health?{}", "x".repeat(n))).status;
+    assert_eq!((target(8_000), target(9_000)), (200, 414));
+}
+
+/// A body that announces too much is refused unread; one that says nothing is cut off where the limit is.
+#[test]
+fn bodies_are_bounded() {
+    let running = Running::with(ServerOptions { max_body_bytes: 1_000, ..ServerOptions::default() });
+    let fits = json!({ "prompt": "x".repeat(900) });
+    assert_eq!(running.post("/tokenize", &fits).status, 200);
+    let announced =
+        "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 99999999999\r\n\r\n";
+    let answer = running.raw(announced.as_bytes());
+    assert_eq!((answer.status, &answer.json()["error"]["code"]), (413, &json!("body_too_large")));
+    let chunk = format!("200\r\n{}\r\n", "x".repeat(0x200));
+    let chunked =
+        "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let answer = running.raw(format!("{chunked}{chunk}{chunk}{chunk}0\r\n\r\n").as_bytes());
+    assert_eq!((answer.status, &answer.json()["error"]["code"]), (413, &json!("body_too_large")));
+}
+
+/// What is not HTTP, or frames its body in two ways, never gets to a route.
+#[test]
+fn malformed_requests_are_refused() {
+    let running = Running::start();
+    let body = r#"{"prompt": "x"}"#;
+    let cases = [
+        "nonsense\r\n\r\n".to_string(),
+        "GET /health\r\n\r\n".to_string(),
+        "GET /health HTTP/3.0\r\n\r\n".to_string(),
+        "GET /hea lth HTTP/1.1\r\nHost: localhost\r\n\r\n".to_string(),
+        "GET /health HTTP/1.1\r\nHost localhost\r\n\r\n".to_string(),
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nA\0B: x\r\n\r\n".to_string(),
+        "\u{16}\u{3}\u{1}\u{2}\0\u{1}\0\u{1}\r\n\r\n".to_string(),
+        format!("POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\nContent-Length: 16\r\n\r\n{body}"),
+        format!("POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: +15\r\n\r\n{body}"),
+        "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: identity\r\n\r\n".to_string(),
+        "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".to_string(),
+        "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\nx"
+            .to_string(),
+    ];
+    for case in cases {
+        let answer = running.raw(case.as_bytes());
+        assert!(answer.status == 400 || answer.status == 0, "{case:?}: {answer:?}");
+    }
+    // Both framings: the length must not smuggle a second request.
+    let both = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    let mut stream = running.connect();
+    stream.write_all(both.as_bytes()).expect("sent");
+    let mut all = String::new();
+    let _ = stream.read_to_string(&mut all);
+    assert!(!all.contains("uptime_seconds") || all.matches("HTTP/1.1 ").count() == 2, "{all}");
+    assert_eq!(running.get("/health").status, 200);
+}
+
+/// A head that does not come is hung up; a body that does not come is told so; neither delays anybody else.
+#[test]
+fn slow_clients_are_hung_up() {
+    let times = ServerOptions {
+        head_timeout: Duration::from_secs(2),
+        body_timeout: Duration::from_millis(200),
+        ..ServerOptions::default()
+    };
+    let running = Running::with(times);
+    for beginning in ["", "GET /health HTTP/1.1\r\nHost: loc"] {
+        let mut stream = running.connect();
+        stream.write_all(beginning.as_bytes()).expect("sent");
+        assert_eq!(running.get("/health").status, 200, "others are served meanwhile");
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+        assert!(rest.is_empty() || rest.starts_with(b"HTTP/1.1 408"), "{beginning:?}");
+    }
+    let answer = running.raw(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{\"pro");
+    assert_eq!((answer.status, &answer.json()["error"]["code"]), (408, &json!("body_timeout")));
+}
+
+/// A reader that takes nothing of its stream is hung up after its time, and its request cancelled.
+#[test]
+fn stalled_readers_are_hung_up() {
+    let running =
+        Running::with(ServerOptions { stall_timeout: Duration::from_millis(200), ..ServerOptions::default() });
+    // The system takes some megabytes on the reader's behalf: the answer has to be longer than that.
+    let body = json!({
+        "prompt": "Once", "stream": true, "ignore_eos": true, "max_tokens": 1_900, "n": 8, "logprobs": 20,
+    });
+    let mut stalled = running.connect();
+    stalled.write_all(request("POST", "/v1/completions", &[], &body.to_string()).as_bytes()).expect("sent");
+    let stats = loop {
+        let stats = running.engine.stats();
+        if stats.requests_cancelled + stats.requests_finished > 0 {
+            break stats;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!((stats.requests_cancelled, stats.kv_blocks_used), (1, 0), "it was hung up: {stats:?}");
+    drop(stalled);
+    assert_eq!(running.get("/health").status, 200);
+}
+
+/// A connection that is kept open serves one request after the other.
+#[test]
+fn connections_are_kept() {
+    let running = Running::start();
+    let mut stream = running.connect();
+    for number in 0..3 {
+        let close = if number == 2 { "Connection: close\r\n" } else { "" };
+        stream.write_all(format!("GET /health HTTP/1.1\r\nHost: localhost\r\n{close}\r\n").as_bytes()).expect("sent");
+        if number < 2 {
+            let mut bytes = Vec::new();
+            while !bytes.ends_with(b"}") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).expect("an answer");
+                bytes.push(byte[0]);
+            }
+            assert_eq!(Answer::parse(&bytes).status, 200);
+        }
+    }
+    assert_eq!(Answer::read(&mut stream).status, 200);
+}

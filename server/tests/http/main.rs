@@ -1,0 +1,19 @@
+//! The HTTP face as its clients meet it: bytes through a socket in, bytes out, with the model that ships. One file per
+//! promise.
+
+mod access;
+mod bad_input;
+mod chat;
+mod client;
+mod completions;
+mod disconnect;
+mod embeddings;
+mod limits;
+mod load;
+mod mounted;
+mod ns_node;
+mod observe;
+mod ollama;
+mod responses;
+mod stop;
+mod text;
