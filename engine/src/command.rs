@@ -9,6 +9,7 @@ use crate::config::MAX_PENDING_PROMPT_BYTES;
 use crate::embedding::EmbeddingRequest;
 use crate::error::{Error, Result};
 use crate::request::{Prompt, Request};
+use crate::responses::Recorder;
 use crate::sequence::{EncodeSpec, SequenceSpec};
 use crate::stream::EventSender;
 use crate::tokenizer::StopStrings;
@@ -31,7 +32,7 @@ pub(crate) enum Command {
 
 /// What a user asks for.
 pub(crate) enum Work {
-    Generate(Request),
+    Generate(Box<Request>),
     Embed(EmbeddingRequest),
 }
 
@@ -69,8 +70,8 @@ pub(crate) struct Prepared {
 
 /// The sequences of a request.
 pub(crate) enum PreparedWork {
-    /// One per choice.
-    Generate { specs: Vec<SequenceSpec>, stop: StopStrings, seed: u64 },
+    /// One per choice. `recorder` keeps the answer when it is complete.
+    Generate { specs: Vec<SequenceSpec>, stop: StopStrings, seed: u64, recorder: Option<Box<Recorder>> },
     /// One per input.
     Embed(Vec<PreparedInput>, VectorForm),
 }
@@ -143,12 +144,12 @@ mod tests {
     #[test]
     fn slots_are_bounded_and_come_back() {
         let pending = Pending::new(2);
-        let small = Work::Generate(Request::prompt("x"));
+        let small = Work::Generate(Request::prompt("x").into());
         let first = pending.take(&small).expect("empty");
         let second = pending.take(&small).expect("one of two");
         assert!(matches!(pending.take(&small), Err(Error::Overloaded { waiting: 2, limit: 2, .. })));
         drop(first);
-        let large = Work::Generate(Request::prompt("y".repeat(MAX_PENDING_PROMPT_BYTES)));
+        let large = Work::Generate(Request::prompt("y".repeat(MAX_PENDING_PROMPT_BYTES)).into());
         assert!(matches!(pending.take(&large), Err(Error::Overloaded { limit: MAX_PENDING_PROMPT_BYTES, .. })));
         drop(second);
         let alone = pending.take(&large).expect("one request always fits");

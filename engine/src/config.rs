@@ -37,6 +37,25 @@ pub const MAX_QUARANTINED_BLOCKS: usize = 1_024;
 /// Segment files that are held open at once.
 pub const MAX_OPEN_SEGMENTS: usize = 64;
 
+/// How long the response cache finds an entry unless told otherwise, milliseconds (one hour).
+pub const DEFAULT_RESPONSE_TTL_MS: u64 = 3_600_000;
+/// Longest time that the response cache may be told to find an entry, milliseconds (one year).
+pub const MAX_RESPONSE_TTL_MS: u64 = 31_536_000_000;
+/// Largest budget of a response cache, bytes.
+pub const MAX_RESPONSE_CACHE_BYTES: u64 = 1 << 40;
+/// Largest answer or value in the response cache, bytes; what is larger is not kept.
+pub const MAX_RESPONSE_BYTES: usize = 2 << 20;
+/// Name of a value that a caller keeps in the response cache, bytes.
+pub const MAX_RESPONSE_KEY_BYTES: usize = 4_096;
+/// Tags of one entry of the response cache.
+pub const MAX_RESPONSE_TAGS: usize = 16;
+/// What an entry of the response cache counts for beside its value and tags, bytes: its places in the maps.
+pub const RESPONSE_ENTRY_BYTES: u64 = 512;
+/// What a tag of an entry counts for beside its text, bytes.
+pub const RESPONSE_TAG_BYTES: u64 = 128;
+/// Invalidated tags that the response cache remembers; an answer whose computation began before the oldest is not kept.
+pub const MAX_REMEMBERED_INVALIDATIONS: usize = 1_024;
+
 /// Requests that may wait; the next one is [`Error::Overloaded`](crate::Error::Overloaded).
 pub const MAX_WAITING_REQUESTS: usize = 1_000;
 /// Prompt tokens that may wait in all, beyond the first request.
@@ -251,6 +270,48 @@ impl LoadProgress {
 /// Called while a model loads; returning `false` cancels the load with [`Error::Cancelled`](crate::Error::Cancelled).
 pub type ProgressCallback = Box<dyn FnMut(LoadProgress) -> bool + Send>;
 
+/// Sizes and times of a response cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ResponseCacheOptions {
+    /// Bytes of all entries, their places in the maps included; 0: nothing is kept.
+    pub max_bytes: u64,
+    /// Entries at most.
+    pub max_entries: u64,
+    /// How long an entry is found after it was stored, milliseconds.
+    pub ttl_ms: u64,
+    /// Whether an entry's time follows its use: from a sixth of `ttl_ms` to twice as long, once it was found.
+    pub adaptive_ttl: bool,
+    /// Part of every key: entries of another version are not found.
+    pub version: u64,
+}
+
+impl Default for ResponseCacheOptions {
+    fn default() -> Self {
+        let ttl_ms = DEFAULT_RESPONSE_TTL_MS;
+        ResponseCacheOptions { max_bytes: 0, max_entries: u64::MAX, ttl_ms, adaptive_ttl: false, version: 0 }
+    }
+}
+
+impl ResponseCacheOptions {
+    /// A cache of so many bytes.
+    pub fn new(max_bytes: u64) -> Self {
+        ResponseCacheOptions { max_bytes, ..ResponseCacheOptions::default() }
+    }
+
+    /// Checks every range.
+    pub fn validate(&self) -> Result<()> {
+        let check = |field: &'static str, value: u64, min: u64, max: u64| match (min..=max).contains(&value) {
+            true => Ok(()),
+            false => {
+                Err(Error::InvalidArgument { field, value: value.to_string(), expected: format!("{min} to {max}") })
+            }
+        };
+        check("response_cache.max_bytes", self.max_bytes, 0, MAX_RESPONSE_CACHE_BYTES)?;
+        check("response_cache.ttl_ms", self.ttl_ms, 1, MAX_RESPONSE_TTL_MS)
+    }
+}
+
 /// How to open an engine. Build it with [`EngineOptions::new`] and the methods below; [`Engine::open`] checks it.
 ///
 /// [`Engine::open`]: crate::Engine::open
@@ -288,6 +349,8 @@ pub struct EngineOptions {
     pub max_waiting_requests: usize,
     /// Whether KV of earlier prompts may be used again.
     pub prefix_cache: bool,
+    /// Whole answers that are kept and given again; off by default.
+    pub response_cache: ResponseCacheOptions,
     /// Hears how far loading is.
     pub on_progress: Option<ProgressCallback>,
 }
@@ -311,6 +374,7 @@ impl EngineOptions {
             mixed_budget_tokens: MIXED_BUDGET_TOKENS,
             max_waiting_requests: MAX_WAITING_REQUESTS,
             prefix_cache: true,
+            response_cache: ResponseCacheOptions::default(),
             on_progress: None,
         }
     }
@@ -336,7 +400,8 @@ impl EngineOptions {
         check("max_running_sequences", self.max_running_sequences, 1, MAX_RUNNING_SEQUENCES)?;
         check("prefill_budget_tokens", self.prefill_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
         check("mixed_budget_tokens", self.mixed_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
-        check("max_waiting_requests", self.max_waiting_requests, 1, MAX_WAITING_REQUESTS_LIMIT)
+        check("max_waiting_requests", self.max_waiting_requests, 1, MAX_WAITING_REQUESTS_LIMIT)?;
+        self.response_cache.validate()
     }
 
     /// Sets the number of compute threads.
@@ -367,6 +432,11 @@ impl EngineOptions {
     /// Sets what weights and KV pool may take together.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
         self.memory_limit_bytes = Some(bytes);
+        self
+    }
+    /// Keeps whole answers in so many bytes.
+    pub fn response_cache_bytes(mut self, bytes: u64) -> Self {
+        self.response_cache.max_bytes = bytes;
         self
     }
     /// Sets who hears how far loading is.
@@ -413,6 +483,24 @@ mod tests {
                     }
                     Err(other) => panic!("{other}"),
                 }
+            }
+        }
+        let responses: [(&str, ResponseCacheOptions, bool); 4] = [
+            ("response_cache.ttl_ms", ResponseCacheOptions { ttl_ms: 0, ..ResponseCacheOptions::default() }, false),
+            (
+                "response_cache.ttl_ms",
+                ResponseCacheOptions { ttl_ms: MAX_RESPONSE_TTL_MS + 1, ..Default::default() },
+                false,
+            ),
+            ("response_cache.max_bytes", ResponseCacheOptions::new(MAX_RESPONSE_CACHE_BYTES), true),
+            ("response_cache.max_bytes", ResponseCacheOptions::new(MAX_RESPONSE_CACHE_BYTES + 1), false),
+        ];
+        for (name, response_cache, is_good) in responses {
+            let mut options = EngineOptions::new("");
+            options.response_cache = response_cache;
+            match options.validate() {
+                Err(Error::InvalidArgument { field, .. }) => assert!(field == name && !is_good, "{field}"),
+                other => assert!(other.is_ok() && is_good, "{name}: {other:?}"),
             }
         }
         let mut odd = EngineOptions::new("");

@@ -15,6 +15,7 @@ use crate::intake::{check_embedding_request, check_request_token_ids};
 use crate::memory_plan::MemoryPlan;
 use crate::open::{self, return_free_memory};
 use crate::request::{Embedding, Event, FinishReason, Request, Summary, TokenLogprobs};
+use crate::responses::Responses;
 use crate::sampler::check_token_ids;
 use crate::stats::{MemoryUse, ModelInfo, Stats};
 use crate::stream::{RequestStream, channel};
@@ -33,6 +34,7 @@ struct Inner {
     /// `None` once closed. Locked for a `try_send`; callers of any thread.
     submissions: Mutex<Option<SyncSender<Submission>>>,
     text: Arc<TextModel>,
+    responses: Responses,
     info: ModelInfo,
     plan: MemoryPlan,
     /// Written by the worker after each turn of its loop.
@@ -83,6 +85,7 @@ impl Engine {
             thread_ids: [running.worker.thread().id(), running.intake.thread().id()],
             threads: Mutex::new(vec![running.worker, running.intake]),
             text: running.text,
+            responses: running.responses,
             info: running.info,
             plan: running.plan,
             stats: running.stats,
@@ -109,7 +112,7 @@ impl Engine {
         if !info.can_generate {
             return Err(Error::NotSupported { feature: "generate text", architecture: info.architecture.clone() });
         }
-        self.submit_work(Work::Generate(request))
+        self.submit_work(Work::Generate(Box::new(request)))
     }
 
     /// Submits inputs to be turned into vectors, without waiting. Each comes as an [`Event::Embedding`], in any order.
@@ -199,7 +202,17 @@ impl Engine {
 
     /// What was done so far.
     pub fn stats(&self) -> Stats {
-        self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let mut stats = self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // The worker never hears of requests that the response cache answers.
+        let answered = self.inner.responses.answers();
+        stats.requests_total += answered;
+        stats.requests_finished += answered;
+        stats
+    }
+
+    /// The response cache: what it holds, what is to be forgotten, and values of the caller's own.
+    pub fn responses(&self) -> &Responses {
+        &self.inner.responses
     }
 
     /// Whether it takes requests; the error is what the next one would get, such as the defect that ended the worker.
@@ -238,6 +251,7 @@ impl Engine {
             // They catch panics; their results say nothing more.
             let _ = handle.join();
         }
+        self.inner.responses.close();
         return_free_memory();
     }
 }

@@ -2,6 +2,8 @@
 //! checks all that needs the vocabulary. Runs on its own bounded thread, so that neither an event loop nor the step
 //! loop ever waits for a template or a tokenizer.
 
+mod replay;
+
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -17,15 +19,27 @@ use crate::config::{DEFAULT_MAX_TOKENS, TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN,
 use crate::embedding::{EmbeddingInput, EmbeddingRequest};
 use crate::error::{Error, Result, panic_text};
 use crate::request::{Prompt, Request, SamplingParams};
+use crate::response_cache::CachedAnswer;
+use crate::responses::{LookUp, Question, Responses};
 use crate::sampler::{check_token_ids, choice_seed};
 use crate::sequence::{EncodeSpec, NamespaceKey, SequenceSpec};
 use crate::text_model::TextModel;
 use crate::tokenizer::StopStrings;
+use replay::replay;
+
+/// What becomes of a submission.
+enum Intake {
+    /// It goes to the worker.
+    Run(PreparedWork),
+    /// Its answer is known. The seed is the one that was asked for.
+    Answered(CachedAnswer, Option<u64>),
+}
 
 /// The intake thread: prepares submissions in order until their channel closes. Once the engine `is_closing`, what is
 /// left in the channel is only told so.
 pub(crate) fn run(
     text: &TextModel,
+    responses: &Responses,
     epoch: Instant,
     submissions: &Receiver<Submission>,
     worker: &Sender<Command>,
@@ -41,16 +55,21 @@ pub(crate) fn run(
         // A defect in a template engine or a tokenizer ends this request, and nobody else's.
         let prepared = given_up.map_or_else(
             || {
-                catch_unwind(AssertUnwindSafe(|| prepare(text, &work, since_epoch)))
+                catch_unwind(AssertUnwindSafe(|| prepare(text, responses, &work, since_epoch)))
                     .unwrap_or_else(|panic| Err(Error::Internal { reason: panic_text(panic.as_ref()) }))
             },
             Err,
         );
         match prepared {
-            Ok(work) => {
+            Ok(Intake::Run(work)) => {
                 let prepared = Prepared { id, work, sender, submitted, slot };
                 // A worker that is gone drops the request, which ends its stream as closed.
                 let _ = worker.send(Command::Run(Box::new(prepared)));
+            }
+            Ok(Intake::Answered(answer, seed)) => {
+                // First: whoever has seen the last event may submit again.
+                drop(slot);
+                replay(sender, answer, seed, submitted);
             }
             Err(error) => {
                 sender.end(Err(error));
@@ -61,15 +80,20 @@ pub(crate) fn run(
 }
 
 /// `submitted`: time since the worker's epoch.
-fn prepare(text: &TextModel, work: &Work, submitted: Duration) -> Result<PreparedWork> {
+fn prepare(text: &TextModel, responses: &Responses, work: &Work, submitted: Duration) -> Result<Intake> {
     match work {
-        Work::Generate(request) => prepare_generation(text, request, submitted),
-        Work::Embed(request) => prepare_embedding(text, request, submitted),
+        Work::Generate(request) => prepare_generation(text, responses, request, submitted),
+        Work::Embed(request) => prepare_embedding(text, request, submitted).map(Intake::Run),
     }
 }
 
-/// One spec per choice.
-fn prepare_generation(text: &TextModel, request: &Request, submitted: Duration) -> Result<PreparedWork> {
+/// One spec per choice, unless the response cache has the answer.
+fn prepare_generation(
+    text: &TextModel,
+    responses: &Responses,
+    request: &Request,
+    submitted: Duration,
+) -> Result<Intake> {
     let prompt: Arc<[u32]> = encode(text, &request.prompt)?.into();
     let seed = request.sampling.seed.unwrap_or_else(draw_seed);
     let mut stop_token_ids = request.stop_token_ids.clone();
@@ -78,15 +102,31 @@ fn prepare_generation(text: &TextModel, request: &Request, submitted: Duration) 
     }
     let stop_token_ids: Arc<[u32]> = stop_token_ids.into();
     let params = SamplingParams::resolve(&request.sampling, &text.sampling_defaults, seed);
+    let max_new_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    let namespace = namespace_key(request.namespace.as_deref());
+    let recorder = match responses.look_up(&Question {
+        request,
+        identity: &text.identity,
+        namespace: &namespace,
+        prompt: &prompt,
+        stop_token_ids: &stop_token_ids,
+        sampling: &params,
+        max_tokens: max_new_tokens,
+        vocab_size: text.vocab_size,
+    }) {
+        LookUp::Off => None,
+        LookUp::Found(answer) => return Ok(Intake::Answered(answer, request.sampling.seed)),
+        LookUp::Missing(recorder) => recorder,
+    };
     let specs = (0..request.n)
         .map(|choice| SequenceSpec {
             priority: request.priority,
             prompt: prompt.clone(),
-            max_new_tokens: request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
+            max_new_tokens,
             stop_token_ids: stop_token_ids.clone(),
             deadline_ms: deadline_ms(request.timeout_ms, submitted),
             timeout_ms: request.timeout_ms.unwrap_or_default(),
-            namespace: namespace_key(request.namespace.as_deref()),
+            namespace,
             read_prefix_cache: request.prefix_cache,
             // The choices share their prompt; its logprobs are reported once.
             prompt_logprobs: (request.prompt_logprobs && choice == 0).then(|| request.logprobs.unwrap_or(0)),
@@ -94,7 +134,7 @@ fn prepare_generation(text: &TextModel, request: &Request, submitted: Duration) 
             sampling: Arc::new(SamplingParams { seed: choice_seed(seed, choice), ..params.clone() }),
         })
         .collect();
-    Ok(PreparedWork::Generate { specs, stop: StopStrings::new(&request.stop), seed })
+    Ok(Intake::Run(PreparedWork::Generate { specs, stop: StopStrings::new(&request.stop), seed, recorder }))
 }
 
 /// One spec per input, each cut to what the model takes at once if the request allows it.

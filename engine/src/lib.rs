@@ -34,6 +34,7 @@ pub mod inspect;
 mod intake;
 pub mod quantize;
 mod request;
+mod responses;
 mod stats;
 mod stream;
 mod worker;
@@ -58,6 +59,8 @@ pub mod model;
 #[doc(hidden)]
 pub mod open;
 #[doc(hidden)]
+pub mod response_cache;
+#[doc(hidden)]
 pub mod sampler;
 #[doc(hidden)]
 pub mod scheduler;
@@ -70,7 +73,9 @@ pub mod text_model;
 #[doc(hidden)]
 pub mod tokenizer;
 
-pub use config::{Device, EngineOptions, KvDtype, LoadProgress, ProgressCallback, ThreadPriority, WeightFormat};
+pub use config::{
+    Device, EngineOptions, KvDtype, LoadProgress, ProgressCallback, ResponseCacheOptions, ThreadPriority, WeightFormat,
+};
 pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
 pub use engine::{Choice, Completion, Engine};
 #[doc(hidden)]
@@ -79,8 +84,10 @@ pub use error::{Error, Result};
 pub use ns_llm_kernels::host::gpu::{Gpu, GpuVendor, gpus};
 pub use ns_llm_kernels::quant::QuantType;
 pub use request::{
-    Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request, SamplingDefaults,
-    SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
+    Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request, ResponseCacheUse,
+    SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
 };
-pub use stats::{MemoryUse, ModelInfo, Stats};
+pub use response_cache::EntryUse;
+pub use responses::{PutOptions, Responses};
+pub use stats::{MemoryUse, ModelInfo, ResponseCacheStats, Stats};
 pub use stream::{Canceller, RequestStream};

@@ -33,6 +33,7 @@ use crate::memory_plan::MemoryPlan;
 use crate::model;
 use crate::model::config::ModelConfig;
 use crate::request::SamplingDefaults;
+use crate::responses::Responses;
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::{ModelInfo, Stats};
 use crate::tensor::{DType, Encoding};
@@ -72,6 +73,7 @@ pub(crate) struct Running {
     /// Why the worker ended; set by it.
     pub(crate) ended: Arc<OnceLock<Error>>,
     pub(crate) text: Arc<TextModel>,
+    pub(crate) responses: Responses,
     pub(crate) info: ModelInfo,
     pub(crate) plan: MemoryPlan,
 }
@@ -87,6 +89,7 @@ struct Ready {
 pub(crate) fn start(options: EngineOptions) -> Result<Running> {
     options.validate()?;
     let epoch = Instant::now();
+    let responses = Responses::new(options.response_cache)?;
     let max_waiting_requests = options.max_waiting_requests;
     let (command_sender, commands) = channel();
     let (ready_sender, ready) = sync_channel(1);
@@ -115,10 +118,11 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
     let is_closing = Arc::new(AtomicBool::new(false));
     let intake = {
         let (text, commands, is_closing) = (text.clone(), command_sender.clone(), is_closing.clone());
-        spawn("ns-llm-intake", move || intake::run(&text, epoch, &submissions, &commands, &is_closing))?
+        let responses = responses.clone();
+        spawn("ns-llm-intake", move || intake::run(&text, &responses, epoch, &submissions, &commands, &is_closing))?
     };
     let (commands, submissions) = (command_sender, submission_sender);
-    Ok(Running { commands, submissions, worker, intake, is_closing, stats, ended, text, info, plan })
+    Ok(Running { commands, submissions, worker, intake, is_closing, stats, ended, text, responses, info, plan })
 }
 
 /// Loads, or reports why not; a panic while loading is a typed error like any other.
@@ -372,6 +376,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         weights: wanted,
     })?;
     let identity = kv_identity(&files, wanted, &layout, &backend);
+    let answer_identity = answer_identity(&identity, plan.context_tokens);
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
     let weights = files.weights;
@@ -407,6 +412,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         context_tokens: plan.context_tokens,
         max_embedding_tokens,
         embedding_dimensions: config.hidden_size,
+        identity: answer_identity,
     });
     let encode_layout = KvLayout { dtype: encode_kv_dtype(layout.dtype, format), ..layout };
     let encode_kv = encode_kv_layout(&options, &encode_layout, max_embedding_tokens);
@@ -478,6 +484,11 @@ fn kv_identity(files: &ModelFiles, weights: WeightFormat, layout: &KvLayout, bac
         numerics_id: format!("cpu {} v{CPU_NUMERICS_VERSION} weights {}", backend.isa_name(), weights.name()),
         adapter: String::new(),
     }
+}
+
+/// What the engine's answers depend on. They do not leave the process either.
+fn answer_identity(identity: &KvIdentity, context_tokens: usize) -> [u8; 32] {
+    Sha256::digest(format!("answers of {identity:?} within {context_tokens}")).into()
 }
 
 /// Last component of the path as the caller gave it, links resolved.

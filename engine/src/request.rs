@@ -69,6 +69,18 @@ pub struct SamplingOptions {
     pub seed: Option<u64>,
 }
 
+/// What part the response cache has in a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ResponseCacheUse {
+    /// None.
+    Off,
+    /// A cached answer is given; a computed one is not kept.
+    Read,
+    /// A cached answer is given, and a computed one is kept.
+    ReadWrite,
+}
+
 /// One request, with every option. Build it with [`Request::prompt`], [`Request::tokens`] or [`Request::chat`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -101,6 +113,14 @@ pub struct Request {
     pub namespace: Option<String>,
     /// Whether this request may use KV of earlier prompts.
     pub prefix_cache: bool,
+    /// What part the response cache has in it, if the engine has one. `None`: [`ResponseCacheUse::ReadWrite`] where the
+    /// answer is the same each time (greedy, or with a seed), else none. A request that draws without a seed takes part
+    /// when it says so here, and then shares its answer with all such requests of its namespace.
+    pub response_cache: Option<ResponseCacheUse>,
+    /// Names under which its kept answer can be made invalid.
+    pub response_tags: Vec<String>,
+    /// How long its kept answer is found, milliseconds; `None`: as the engine's options say.
+    pub response_ttl_ms: Option<u64>,
 }
 
 impl Request {
@@ -119,6 +139,9 @@ impl Request {
             timeout_ms: None,
             namespace: None,
             prefix_cache: true,
+            response_cache: None,
+            response_tags: Vec::new(),
+            response_ttl_ms: None,
         }
     }
     /// A request that continues `text`.
@@ -188,6 +211,8 @@ impl Request {
         if let Some(namespace) = &self.namespace {
             at_most("namespace (bytes)", namespace.len(), MAX_NAME_BYTES)?;
         }
+        check_response_tags("response_tags", &self.response_tags)?;
+        check_response_ttl("response_ttl_ms", self.response_ttl_ms)?;
         match &self.prompt {
             Prompt::Text(text) => at_most("prompt (bytes)", text.len(), MAX_PROMPT_BYTES),
             Prompt::Tokens(ids) => at_most("prompt (bytes)", ids.len().saturating_mul(4), MAX_PROMPT_BYTES),
@@ -222,6 +247,25 @@ pub(crate) fn check_timeout(timeout_ms: Option<u64>) -> Result<()> {
     match timeout_ms {
         Some(timeout_ms) if timeout_ms == 0 || timeout_ms > MAX_TIMEOUT_MS => {
             Err(invalid("timeout_ms", timeout_ms, format!("1 to {MAX_TIMEOUT_MS}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn check_response_tags(field: &'static str, tags: &[String]) -> Result<()> {
+    at_most(field, tags.len(), MAX_RESPONSE_TAGS)?;
+    match tags.iter().find(|tag| tag.is_empty() || tag.len() > MAX_NAME_BYTES) {
+        Some(tag) => {
+            Err(invalid(field, format!("a tag of {} bytes", tag.len()), format!("1 to {MAX_NAME_BYTES} bytes")))
+        }
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn check_response_ttl(field: &'static str, ttl_ms: Option<u64>) -> Result<()> {
+    match ttl_ms {
+        Some(ttl_ms) if ttl_ms == 0 || ttl_ms > MAX_RESPONSE_TTL_MS => {
+            Err(invalid(field, ttl_ms, format!("1 to {MAX_RESPONSE_TTL_MS}")))
         }
         _ => Ok(()),
     }
@@ -325,6 +369,8 @@ pub struct Summary {
     pub seed: u64,
     /// For each prompt token from the second on, when asked for.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Whether the answer was kept from an earlier request: nothing was computed.
+    pub from_response_cache: bool,
 }
 
 /// Token counts of a request.
@@ -334,7 +380,8 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Tokens of all answers, stop tokens included.
     pub completion_tokens: usize,
-    /// Tokens of the prompt whose KV was found in the cache (of the first choice).
+    /// Tokens of the prompt that were not computed: their KV was found in the cache (of the first choice), or the whole
+    /// answer was kept.
     pub cached_tokens: usize,
     /// How often a sequence of this request was preempted.
     pub preemptions: usize,

@@ -58,6 +58,37 @@ pub struct MemoryUse {
     pub kv_cached_bytes: u64,
 }
 
+/// What a response cache has done and holds. Counters only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ResponseCacheStats {
+    /// Requests that were answered from it.
+    pub answers: u64,
+    /// Look-ups, of requests and by name, that found something.
+    pub hits: u64,
+    /// Look-ups that did not.
+    pub misses: u64,
+    /// Entries stored.
+    pub stores: u64,
+    /// Entries given up for want of room.
+    pub evictions: u64,
+    /// Entries given up because their time was over.
+    pub expired: u64,
+    /// Entries given up by tag, by version, or all at once.
+    pub invalidated: u64,
+    /// Answers not stored because they had become invalid while they were computed.
+    pub outdated: u64,
+    /// Answers and values not stored because they were too large.
+    pub too_large: u64,
+    /// Entries held.
+    pub entries: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// The budget.
+    pub max_bytes: u64,
+    /// The version that every key holds.
+    pub version: u64,
+}
+
 /// What is loaded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelInfo {

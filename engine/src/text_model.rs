@@ -22,4 +22,6 @@ pub struct TextModel {
     pub max_embedding_tokens: usize,
     /// Elements of a vector.
     pub embedding_dimensions: usize,
+    /// Hash of all that the engine's answers depend on besides a request.
+    pub identity: [u8; 32],
 }

@@ -220,14 +220,14 @@ impl<E: Executor> Worker<E> {
             return;
         }
         match work {
-            PreparedWork::Generate { specs, stop, seed } => {
+            PreparedWork::Generate { specs, stop, seed, recorder } => {
                 let usage = Usage { prompt_tokens: specs[0].prompt.len(), ..Usage::default() };
                 let stop_token_ids = specs[0].stop_token_ids.clone();
                 let Some((sender, seqs)) = self.accept(sender, |scheduler, now_ms| scheduler.add(specs, now_ms)) else {
                     return;
                 };
                 let summary = Summary { usage, seed, ..Summary::default() };
-                let mut answer = Answer::new(sender, submitted, summary, stop_token_ids);
+                let mut answer = Answer::new(sender, submitted, summary, stop_token_ids).recorded_by(recorder);
                 for (choice, seq) in seqs.into_iter().enumerate() {
                     self.owners.insert(seq, (id, choice));
                     let text = TextStream::new(&self.text.tokenizer, TextStart::Continuation, stop.clone());

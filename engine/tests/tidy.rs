@@ -19,6 +19,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "memory_plan",
             "open",
             "request",
+            "responses",
             "sampler",
             "stats",
             "stream",
@@ -40,6 +41,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "memory_plan",
             "model",
             "request",
+            "responses",
             "scheduler",
             "stats",
             "tensor",
@@ -49,7 +51,22 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     // The threads.
-    ("intake", &["chat", "command", "embedding", "request", "sampler", "sequence", "text_model", "tokenizer"]),
+    (
+        "intake",
+        &[
+            "chat",
+            "command",
+            "embedding",
+            "request",
+            "response_cache",
+            "responses",
+            "sampler",
+            "sequence",
+            "stream",
+            "text_model",
+            "tokenizer",
+        ],
+    ),
     (
         "worker",
         &[
@@ -57,6 +74,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "command",
             "executor",
             "request",
+            "responses",
             "scheduler",
             "sequence",
             "stats",
@@ -65,9 +83,12 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "tokenizer",
         ],
     ),
-    ("command", &["embedding", "request", "sequence", "stream", "tokenizer"]),
+    ("command", &["embedding", "request", "responses", "sequence", "stream", "tokenizer"]),
     ("stream", &["request"]),
     ("text_model", &["chat", "request", "tokenizer"]),
+    // Whole answers: as they are shared, and as plain state.
+    ("responses", &["request", "response_cache", "stats"]),
+    ("response_cache", &["request", "stats"]),
     // The core: numbers only.
     ("scheduler", &["batch", "kv_cache", "request", "sequence"]),
     ("kv_cache", &["sequence"]),

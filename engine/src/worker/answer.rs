@@ -8,6 +8,7 @@ use crate::batch::SeqId;
 use crate::command::VectorForm;
 use crate::error::Error;
 use crate::request::{Delta, Embedding, Event, FinishReason, Summary, Timings, TokenLogprobs, Usage};
+use crate::responses::Recorder;
 use crate::stream::EventSender;
 use crate::tokenizer::{TextStream, Tokenizer};
 
@@ -24,6 +25,8 @@ pub(super) struct Answer {
     started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
+    /// Of a generation that the response cache is to keep.
+    recorder: Option<Box<Recorder>>,
 }
 
 struct Choice {
@@ -62,7 +65,14 @@ impl Answer {
             started: None,
             first_token: None,
             last_token: None,
+            recorder: None,
         }
+    }
+
+    /// Everything that its reader hears is also told to `recorder`.
+    pub(super) fn recorded_by(mut self, recorder: Option<Box<Recorder>>) -> Self {
+        self.recorder = recorder;
+        self
     }
 
     pub(super) fn add_choice(&mut self, seq: SeqId, text: TextStream) {
@@ -102,7 +112,7 @@ impl Answer {
         }
         let has_stopped = choice.has_stopped;
         let delta = Delta { choice: idx, text, token_ids: vec![token_id], logprobs: logprobs.into_iter().collect() };
-        self.sender.send(Event::Delta(delta));
+        self.send(delta);
         if has_stopped { AfterToken::StopFound } else { AfterToken::Continue }
     }
 
@@ -118,13 +128,23 @@ impl Answer {
         choice.has_stopped |= choice.text.finish(&mut text);
         let reason = if choice.has_stopped { FinishReason::Stop } else { reason };
         if !text.is_empty() {
-            self.sender.send(Event::Delta(Delta { choice: idx, text, ..Delta::default() }));
+            self.send(Delta { choice: idx, text, ..Delta::default() });
         }
         if idx == 0 {
             self.summary.usage.cached_tokens = usage.cached_tokens;
         }
         self.summary.usage.preemptions += usage.preemptions;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.finish(idx, reason);
+        }
         self.sender.send(Event::Finished { choice: idx, reason });
+    }
+
+    fn send(&mut self, delta: Delta) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.push(&delta);
+        }
+        self.sender.send(Event::Delta(delta));
     }
 
     /// The vector of input `idx`, as the model gives it.
@@ -157,6 +177,10 @@ impl Answer {
             total_ms: ms(self.submitted, now),
         };
         let summary = std::mem::take(&mut self.summary);
+        // Before the last event: whoever has seen it finds the answer kept.
+        if let Some(recorder) = self.recorder.take() {
+            recorder.store(&summary);
+        }
         self.sender.end(Ok(Event::Done(summary)));
     }
 

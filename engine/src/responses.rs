@@ -1,0 +1,368 @@
+//! The response cache as its users share it: one store behind one lock, with a clock. Intake asks it before a request goes
+//! to the worker, the worker gives it what is finished, and callers keep values of their own in the same budget.
+//!
+//! The lock is held for a look-up or an insertion, never while something is encoded or freed; callers of any thread.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crate::config::{MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions};
+use crate::error::Result;
+use crate::request::{
+    Delta, FinishReason, Request, ResponseCacheUse, Summary, at_most, check_response_tags, check_response_ttl,
+};
+use crate::response_cache::{
+    CachedAnswer, EntryOptions, EntryUse, KeyContext, ResponseKey, ResponseStore, Ticket, answer_key, value_key,
+};
+use crate::stats::ResponseCacheStats;
+
+/// Finished answers, and values that callers keep beside them: cheap to clone, `Send + Sync`. Of an engine
+/// ([`Engine::responses`](crate::Engine::responses)), or on its own.
+#[derive(Clone)]
+pub struct Responses {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Mutex<ResponseStore>,
+    /// Requests that were answered from it.
+    answers: AtomicU64,
+    /// Milliseconds since 1970 when this was made, and that moment: together a clock that never goes back.
+    made_unix_ms: u64,
+    made: Instant,
+}
+
+/// How a value is kept.
+#[derive(Debug, Clone, Default)]
+pub struct PutOptions {
+    /// How long it is found, milliseconds; `None`: as long as the cache's entries are.
+    pub ttl_ms: Option<u64>,
+    /// Names under which it can be made invalid, at most [`MAX_RESPONSE_TAGS`](crate::config::MAX_RESPONSE_TAGS).
+    pub tags: Vec<String>,
+}
+
+impl Responses {
+    /// An empty cache.
+    pub fn new(options: ResponseCacheOptions) -> Result<Responses> {
+        options.validate()?;
+        let made_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        let store = Mutex::new(ResponseStore::new(options));
+        let inner = Inner { store, answers: AtomicU64::new(0), made_unix_ms, made: Instant::now() };
+        Ok(Responses { inner: Arc::new(inner) })
+    }
+
+    /// Keeps a value under a key of the caller's own. False when it is not kept: the cache is off or closed, or the value is
+    /// larger than the whole of it or than [`MAX_RESPONSE_BYTES`]. An error when key or options are out of their ranges.
+    pub fn put(&self, key: &str, value: &[u8], options: &PutOptions) -> Result<bool> {
+        check_key(key)?;
+        check_response_ttl("ttl_ms", options.ttl_ms)?;
+        check_response_tags("tags", &options.tags)?;
+        if value.len() > MAX_RESPONSE_BYTES {
+            self.lock().refuse_too_large();
+            return Ok(false);
+        }
+        let entry = EntryOptions { tags: shared(&options.tags), ttl_ms: options.ttl_ms };
+        let (value, now_ms): (Arc<[u8]>, _) = (value.into(), self.now_ms());
+        let mut store = self.lock();
+        if !store.is_on() {
+            return Ok(false);
+        }
+        let (key, ticket) = (value_key(store.version(), key), store.ticket());
+        Ok(store.put(key, value, entry, ticket, now_ms))
+    }
+
+    /// The value of a key, when it is there and not too old.
+    pub fn get(&self, key: &str) -> Option<Arc<[u8]>> {
+        self.get_with_use(key).map(|(value, _)| value)
+    }
+
+    /// The same, and how it was used, this time included.
+    pub fn get_with_use(&self, key: &str) -> Option<(Arc<[u8]>, EntryUse)> {
+        let now_ms = self.now_ms();
+        let mut store = self.lock();
+        let key = value_key(store.version(), key);
+        if store.is_on() { store.get(&key, now_ms) } else { None }
+    }
+
+    /// Whether [`Responses::get`] would find a value. Counts as no use.
+    pub fn contains(&self, key: &str) -> bool {
+        let now_ms = self.now_ms();
+        let store = self.lock();
+        store.contains(&value_key(store.version(), key), now_ms)
+    }
+
+    /// Gives a value up; whether it was there.
+    pub fn remove(&self, key: &str) -> bool {
+        let mut store = self.lock();
+        let key = value_key(store.version(), key);
+        store.remove(&key)
+    }
+
+    /// Gives up every answer and value with this tag, in all namespaces, and those that are just being computed with it; how
+    /// many were there.
+    pub fn invalidate(&self, tag: &str) -> usize {
+        self.lock().invalidate(tag)
+    }
+
+    /// Moves to another version, which is part of every key: nothing of the one before is found any more. For what answers
+    /// depend on and the engine does not know, such as documents that prompts are made of.
+    pub fn set_version(&self, version: u64) {
+        let old = self.lock().set_version(version);
+        drop(old);
+    }
+
+    /// Moves to the next version, and says which that is.
+    pub fn bump_version(&self) -> u64 {
+        let mut store = self.lock();
+        let version = store.version().wrapping_add(1);
+        let old = store.set_version(version);
+        drop(store);
+        drop(old);
+        version
+    }
+
+    /// Gives everything up.
+    pub fn clear(&self) {
+        let old = self.lock().clear();
+        drop(old);
+    }
+
+    /// Gives up what is too old, which otherwise happens when it is asked for or when room is needed; how many that were.
+    pub fn prune(&self) -> usize {
+        let now_ms = self.now_ms();
+        self.lock().prune(now_ms)
+    }
+
+    /// Counts since it was made, and what it holds.
+    pub fn stats(&self) -> ResponseCacheStats {
+        ResponseCacheStats { answers: self.answers(), ..self.lock().stats() }
+    }
+
+    /// Requests that were answered from it.
+    pub(crate) fn answers(&self) -> u64 {
+        self.inner.answers.load(Ordering::Acquire)
+    }
+
+    /// Gives everything up and keeps nothing any more.
+    pub(crate) fn close(&self) {
+        let old = self.lock().close();
+        drop(old);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ResponseStore> {
+        // Every change of the store is whole before anything in it can panic.
+        self.inner.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.inner.made_unix_ms.saturating_add(self.inner.made.elapsed().as_millis() as u64)
+    }
+}
+
+/// What the response cache has for a request.
+pub(crate) enum LookUp {
+    /// The cache has no part in it.
+    Off,
+    /// The answer.
+    Found(CachedAnswer),
+    /// Nothing; what is computed may be kept.
+    Missing(Option<Box<Recorder>>),
+}
+
+/// A request as intake sees it once it is tokens.
+pub(crate) struct Question<'a> {
+    pub(crate) request: &'a Request,
+    pub(crate) identity: &'a [u8; 32],
+    pub(crate) namespace: &'a [u8; 32],
+    pub(crate) prompt: &'a [u32],
+    pub(crate) stop_token_ids: &'a [u32],
+    pub(crate) sampling: &'a crate::request::SamplingParams,
+    pub(crate) max_tokens: usize,
+    pub(crate) vocab_size: usize,
+}
+
+impl Responses {
+    /// Looks for the answer to a request.
+    pub(crate) fn look_up(&self, question: &Question<'_>) -> LookUp {
+        let &Question { request, identity, namespace, prompt, stop_token_ids, sampling, .. } = question;
+        let Some(cache_use) = cache_use(question) else { return LookUp::Off };
+        let (version, ticket) = {
+            let store = self.lock();
+            if !store.is_on() {
+                return LookUp::Off;
+            }
+            (store.version(), store.ticket())
+        };
+        let context = KeyContext { identity, version, namespace, prompt, stop_token_ids, sampling };
+        let key = answer_key(request, &context);
+        let now_ms = self.now_ms();
+        let bytes = self.lock().get(&key, now_ms);
+        let answer = bytes.and_then(|(bytes, _)| CachedAnswer::decode(&bytes).ok());
+        match answer.filter(|a| a.fits(request, prompt.len(), question.max_tokens, question.vocab_size)) {
+            Some(answer) => {
+                // Before its events: whoever has seen the last one finds the request counted.
+                self.inner.answers.fetch_add(1, Ordering::AcqRel);
+                LookUp::Found(answer)
+            }
+            None => LookUp::Missing((cache_use == ResponseCacheUse::ReadWrite).then(|| {
+                let entry = EntryOptions { tags: shared(&request.response_tags), ttl_ms: request.response_ttl_ms };
+                let (responses, answer) = (self.clone(), CachedAnswer::begin(request.n));
+                Box::new(Recorder { responses, key, ticket, entry, answer, bytes: 0 })
+            })),
+        }
+    }
+}
+
+/// What part the cache has in a request; `None`: none.
+fn cache_use(question: &Question<'_>) -> Option<ResponseCacheUse> {
+    let Question { request, sampling, .. } = question;
+    // Such a request is there to fill the prefix cache, not to be answered.
+    if question.max_tokens == 0 && !request.prompt_logprobs {
+        return None;
+    }
+    let is_repeatable = sampling.temperature == 0.0 || request.sampling.seed.is_some();
+    match request.response_cache {
+        Some(ResponseCacheUse::Off) => None,
+        Some(named) => Some(named),
+        None => is_repeatable.then_some(ResponseCacheUse::ReadWrite),
+    }
+}
+
+/// Collects an answer while it is made, and gives it to the cache when it is complete. One that ends otherwise is dropped with
+/// this.
+pub(crate) struct Recorder {
+    responses: Responses,
+    key: ResponseKey,
+    ticket: Ticket,
+    entry: EntryOptions,
+    answer: CachedAnswer,
+    /// Of its texts, tokens and logprobs so far; beyond the limit nothing is collected any more, nor stored.
+    bytes: usize,
+}
+
+impl Recorder {
+    /// New tokens and text.
+    pub(crate) fn push(&mut self, delta: &Delta) {
+        let logprobs: usize = delta.logprobs.iter().map(|entry| 12 + 8 * entry.top.len()).sum();
+        self.bytes = self.bytes.saturating_add(delta.text.len() + 4 * delta.token_ids.len() + logprobs);
+        if self.bytes > MAX_RESPONSE_BYTES {
+            self.answer.choices = Vec::new();
+        }
+        if let Some(choice) = self.answer.choices.get_mut(delta.choice) {
+            choice.text.push_str(&delta.text);
+            choice.token_ids.extend(&delta.token_ids);
+            choice.logprobs.extend(delta.logprobs.iter().cloned());
+        }
+    }
+
+    /// A choice has ended.
+    pub(crate) fn finish(&mut self, choice: usize, reason: FinishReason) {
+        if let Some(choice) = self.answer.choices.get_mut(choice) {
+            choice.reason = reason;
+        }
+    }
+
+    /// The request has ended as it should.
+    pub(crate) fn store(self, summary: &Summary) {
+        let Recorder { responses, key, ticket, entry, mut answer, bytes } = self;
+        if bytes > MAX_RESPONSE_BYTES {
+            responses.lock().refuse_too_large();
+            return;
+        }
+        answer.seed = summary.seed;
+        answer.prompt_tokens = summary.usage.prompt_tokens as u32;
+        answer.completion_tokens = summary.usage.completion_tokens as u32;
+        answer.prompt_logprobs = summary.prompt_logprobs.clone();
+        let (value, now_ms) = (answer.encode(), responses.now_ms());
+        responses.lock().put(key, value, entry, ticket, now_ms);
+    }
+}
+
+fn check_key(key: &str) -> Result<()> {
+    at_most("key (bytes)", key.len(), MAX_RESPONSE_KEY_BYTES)
+}
+
+fn shared(tags: &[String]) -> Arc<[Arc<str>]> {
+    tags.iter().map(|tag| tag.as_str().into()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{MAX_NAME_BYTES, MAX_RESPONSE_TAGS};
+
+    fn responses(max_bytes: u64) -> Responses {
+        Responses::new(ResponseCacheOptions { max_bytes, ..ResponseCacheOptions::default() }).expect("in range")
+    }
+
+    /// Values come back by name, go by name, tag, version and all at once, and one that is off keeps nothing.
+    #[test]
+    fn values_are_kept_by_name() {
+        let responses = responses(1 << 20);
+        let tagged = PutOptions { tags: vec!["t".into()], ..PutOptions::default() };
+        for name in ["", "a", "../b", "\0"] {
+            assert_eq!(responses.put(name, name.as_bytes(), &tagged), Ok(true));
+        }
+        assert_eq!(responses.get("../b").as_deref(), Some(b"../b".as_slice()));
+        assert!(responses.contains("a") && responses.remove("a") && !responses.remove("a") && !responses.contains("a"));
+        assert_eq!((responses.invalidate("t"), responses.get("")), (3, None));
+        responses.put("a", b"1", &PutOptions::default()).expect("in range");
+        assert_eq!((responses.bump_version(), responses.get("a")), (1, None));
+        responses.put("a", b"2", &PutOptions::default()).expect("in range");
+        responses.clear();
+        assert_eq!((responses.get("a"), responses.stats().entries), (None, 0));
+        let off = self::responses(0);
+        assert_eq!((off.put("a", b"1", &PutOptions::default()), off.get("a")), (Ok(false), None));
+        assert_eq!(off.stats(), ResponseCacheStats::default(), "nothing was counted");
+    }
+
+    /// An answer that grows beyond what may be kept is dropped while it grows, and counted; a smaller one is stored.
+    #[test]
+    fn answers_that_grow_too_large_are_dropped() {
+        let responses = responses(1 << 30);
+        let recorder = |key: u8| {
+            Box::new(Recorder {
+                responses: responses.clone(),
+                key: ResponseKey([key; 32]),
+                ticket: responses.lock().ticket(),
+                entry: EntryOptions::default(),
+                answer: CachedAnswer::begin(2),
+                bytes: 0,
+            })
+        };
+        let delta = |bytes: usize| Delta { choice: 1, text: "x".repeat(bytes), ..Delta::default() };
+        for (key, last, stores, too_large) in [(0, 1, 1, 0), (1, MAX_RESPONSE_BYTES, 1, 1)] {
+            let mut recorder = recorder(key);
+            recorder.push(&delta(10));
+            recorder.push(&delta(last));
+            recorder.push(&delta(1));
+            assert!(recorder.answer.choices.iter().map(|choice| choice.text.len()).sum::<usize>() < 20);
+            recorder.finish(1, FinishReason::Stop);
+            recorder.store(&Summary::default());
+            let stats = responses.stats();
+            assert_eq!((stats.stores, stats.too_large), (stores, too_large), "{key}");
+        }
+    }
+
+    /// What is out of range is refused by name.
+    #[test]
+    fn ranges_are_checked() {
+        let responses = responses(1 << 30);
+        let field = |name: &str, value: &[u8], ttl_ms, tags: Vec<String>| match responses.put(
+            name,
+            value,
+            &PutOptions { ttl_ms, tags },
+        ) {
+            Err(crate::Error::InvalidArgument { field, .. }) => field,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(field(&"x".repeat(MAX_RESPONSE_KEY_BYTES + 1), b"", None, vec![]), "key (bytes)");
+        assert_eq!(field("", b"", Some(0), vec![]), "ttl_ms");
+        assert_eq!(field("", b"", None, vec!["x".into(); MAX_RESPONSE_TAGS + 1]), "tags");
+        assert_eq!(field("", b"", None, vec![String::new()]), "tags");
+        assert_eq!(field("", b"", None, vec!["x".repeat(MAX_NAME_BYTES + 1)]), "tags");
+        assert_eq!(responses.put("", &vec![0; MAX_RESPONSE_BYTES + 1], &PutOptions::default()), Ok(false));
+        assert_eq!(responses.stats(), ResponseCacheStats { too_large: 1, max_bytes: 1 << 30, ..Default::default() });
+    }
+}
