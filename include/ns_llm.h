@@ -326,6 +326,12 @@ typedef void (*ns_llm_log_callback)(enum ns_llm_log_level level, const char *lin
  */
 #define NS_LLM_ENGINE_NORMAL_PRIORITY 2
 
+/**
+ * A flag of `ns_llm_engine_params`: a kept answer's time follows its use, from a sixth of `response_ttl_ms` to twice as
+ * long.
+ */
+#define NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL 4
+
 /** Where an engine computes. */
 typedef enum ns_llm_device {
     /** The best that is there. */
@@ -442,6 +448,10 @@ typedef struct ns_llm_engine_params {
      * the smallest needs in the text. 0: what is available.
      */
     uint64_t memory_limit_bytes;
+    /** Bytes of answers that are kept, to be given again without computing a token to requests for the same. 0: none are. */
+    uint64_t response_cache_bytes;
+    /** How long an answer is kept, milliseconds, at most a year. 0: one hour. */
+    uint64_t response_ttl_ms;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */
@@ -646,6 +656,87 @@ ns_llm_status ns_llm_engine_memory(ns_llm_engine engine, struct ns_llm_memory_us
 ns_llm_status ns_llm_engine_health(ns_llm_engine engine);
 
 /*
+ * Response cache ------------------------------------------------------------------------------------------------
+ *
+ * Whole answers, given again without computing a token to requests for the same: `response_cache_bytes` of
+ * `ns_llm_engine_params` turns it on, `response_cache` of `ns_llm_request_params` says what part it has in a request. This is
+ * to forget and to count.
+ */
+
+/** What the response cache of an engine has done and holds. Those named `_total` only grow. */
+typedef struct ns_llm_response_cache_stats {
+    /** `sizeof(ns_llm_response_cache_stats)`. */
+    size_t struct_size;
+    /** Requests that were answered from it. */
+    uint64_t answers_total;
+    /** Look-ups that found something. */
+    uint64_t hits_total;
+    /** Look-ups that did not. */
+    uint64_t misses_total;
+    /** Entries stored. */
+    uint64_t stores_total;
+    /** Entries given up for want of room. */
+    uint64_t evictions_total;
+    /** Entries given up because their time was over. */
+    uint64_t expired_total;
+    /** Entries given up by tag, or all at once. */
+    uint64_t invalidated_total;
+    /** Answers not stored because they had become invalid while they were computed. */
+    uint64_t outdated_total;
+    /** Answers not stored because they were too large. */
+    uint64_t too_large_total;
+    /** Entries held. */
+    uint64_t entries;
+    /** Bytes of these. */
+    uint64_t bytes;
+    /** The budget. */
+    uint64_t max_bytes;
+} ns_llm_response_cache_stats;
+
+/**
+ * Says what the response cache of an engine has done and holds.
+ *
+ * Ownership:  `*out_stats` is the caller's.
+ * Threads:    any, also inside a callback.
+ * NULL:       `out_stats` must not be NULL.
+ * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT
+ *             about `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `*out_stats` is unchanged.
+ *
+ * The caller promises:
+ * `out_stats` points to a `size_t` and to as many writable bytes as that says.
+ */
+ns_llm_status ns_llm_responses_stats(ns_llm_engine engine, struct ns_llm_response_cache_stats *out_stats);
+
+/**
+ * Forgets every kept answer whose request had this tag, in all namespaces. Answers with it that are just being computed are
+ * not kept either.
+ *
+ * Ownership:  `tag` is the caller's.
+ * Threads:    any, also inside a callback.
+ * NULL:       `tag` may be NULL if `tag_size` is 0; `out_num` must not be NULL.
+ * Returns:    NS_LLM_OK, also if no answer had it; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
+ *             NS_LLM_INVALID_UTF8; NS_LLM_INVALID_ARGUMENT if the tag has more than 512 bytes; NS_LLM_FORKED_PROCESS;
+ *             NS_LLM_INTERNAL.
+ * On failure: nothing is forgotten, and `*out_num` is 0; else it is the number of answers that were.
+ *
+ * The caller promises:
+ * `tag` points to `tag_size` readable bytes, `out_num` to a writable `size_t`.
+ */
+ns_llm_status ns_llm_responses_invalidate(ns_llm_engine engine,
+                                          const char *tag,
+                                          size_t tag_size,
+                                          size_t *out_num);
+
+/**
+ * Forgets every kept answer, and does not keep those that are just being computed.
+ *
+ * Threads:    any, also inside a callback.
+ * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE (also for 0); NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ */
+ns_llm_status ns_llm_responses_clear(ns_llm_engine engine);
+
+/*
  * Events --------------------------------------------------------------------------------------------------------
  *
  * What a request has to say arrives as a sequence of events. A generation tells any number of DELTA, one FINISHED for
@@ -697,7 +788,7 @@ typedef struct ns_llm_summary {
     uint64_t prompt_tokens;
     /** Tokens of all choices, stop tokens included. */
     uint64_t completion_tokens;
-    /** Tokens of the prompt that were found in the prefix cache and not computed. */
+    /** Tokens of the prompt that were not computed: found in the prefix cache, or the whole answer was kept. */
     uint64_t cached_tokens;
     /** How often the request lost its KV to others and was computed again (its tokens are the same). */
     uint64_t preemptions;
@@ -713,6 +804,8 @@ typedef struct ns_llm_summary {
     double decode_ms;
     /** From submission to the end. */
     double total_ms;
+    /** 1 if the answer was kept from an earlier request and nothing was computed, else 0. */
+    uint64_t from_response_cache;
 } ns_llm_summary;
 
 /** A token and the natural logarithm of its probability under the model: before temperature, penalties and truncation. */
@@ -861,6 +954,21 @@ typedef enum ns_llm_priority {
     NS_LLM_PRIORITY_BACKGROUND = 2,
 } ns_llm_priority;
 
+/** What part the engine's response cache has in a request. */
+typedef enum ns_llm_response_cache {
+    /** As READ_WRITE where the answer is the same each time (greedy, or with a seed), else OFF. */
+    NS_LLM_RESPONSE_CACHE_AUTO = 0,
+    /** None. */
+    NS_LLM_RESPONSE_CACHE_OFF = 1,
+    /** A kept answer is given; a computed one is not kept. */
+    NS_LLM_RESPONSE_CACHE_READ = 2,
+    /**
+     * A kept answer is given, and a computed one is kept; also if it is drawn without a seed, so that all such requests of a
+     * namespace get the same.
+     */
+    NS_LLM_RESPONSE_CACHE_READ_WRITE = 3,
+} ns_llm_response_cache;
+
 /** One turn of a conversation. */
 typedef struct ns_llm_message {
     /** "system", "user", "assistant", or what the model's chat template knows. */
@@ -954,6 +1062,16 @@ typedef struct ns_llm_request_params {
      * alone. Unset: no logprobs.
      */
     size_t logprobs;
+    /** A value of `ns_llm_response_cache`. */
+    uint32_t response_cache;
+    /** 0. */
+    uint32_t reserved;
+    /** How long the kept answer is given, milliseconds. 0: as the engine's parameters say. */
+    uint64_t response_ttl_ms;
+    /** Names under which the kept answer can be forgotten: see ns_llm_responses_invalidate(). */
+    const ns_llm_text *response_tags;
+    /** Number of `response_tags`; at most 16, of at most 512 bytes each. */
+    size_t num_response_tags;
 } ns_llm_request_params;
 
 /**

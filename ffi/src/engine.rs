@@ -94,6 +94,9 @@ pub const NS_LLM_ENGINE_NO_PREFIX_CACHE: u32 = 1;
 /// A flag of `ns_llm_engine_params`: compute threads get the same priority as the program's own threads, not a lower
 /// one.
 pub const NS_LLM_ENGINE_NORMAL_PRIORITY: u32 = 2;
+/// A flag of `ns_llm_engine_params`: a kept answer's time follows its use, from a sixth of `response_ttl_ms` to twice as
+/// long.
+pub const NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL: u32 = 4;
 
 /// Hears how far loading is; both sizes are bytes of weights. Called by ns_llm_engine_open(), one call at a time, on
 /// the calling thread or on a loading thread, and never after it has returned. Returns `true` to go on, `false` to
@@ -147,6 +150,10 @@ pub struct ns_llm_engine_params {
     /// the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what
     /// the smallest needs in the text. 0: what is available.
     pub memory_limit_bytes: u64,
+    /// Bytes of answers that are kept, to be given again without computing a token to requests for the same. 0: none are.
+    pub response_cache_bytes: u64,
+    /// How long an answer is kept, milliseconds, at most a year. 0: one hour.
+    pub response_ttl_ms: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -257,6 +264,8 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     options.context_tokens = unless_zero(params.context_tokens);
     options.kv_bytes = unless_zero(params.kv_bytes);
     options.memory_limit_bytes = unless_zero(params.memory_limit_bytes);
+    options.response_cache.max_bytes = params.response_cache_bytes;
+    options.response_cache.ttl_ms = unless_zero(params.response_ttl_ms).unwrap_or(options.response_cache.ttl_ms);
     let sizes = [
         (&mut options.block_tokens, params.block_tokens),
         (&mut options.max_running_sequences, params.max_running_sequences),
@@ -339,11 +348,12 @@ fn kv_dtype(value: u32) -> Result<Option<KvDtype>, Failure> {
 }
 
 fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {
-    let known = NS_LLM_ENGINE_NO_PREFIX_CACHE | NS_LLM_ENGINE_NORMAL_PRIORITY;
+    let known = NS_LLM_ENGINE_NO_PREFIX_CACHE | NS_LLM_ENGINE_NORMAL_PRIORITY | NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL;
     if flags & !known != 0 {
         return Err(Failure::Unsupported { argument: "params", reason: format!("flags {:#x}", flags & !known) });
     }
     options.prefix_cache = flags & NS_LLM_ENGINE_NO_PREFIX_CACHE == 0;
+    options.response_cache.adaptive_ttl = flags & NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL != 0;
     if flags & NS_LLM_ENGINE_NORMAL_PRIORITY != 0 {
         options.thread_priority = ThreadPriority::Normal;
     }

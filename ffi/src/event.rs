@@ -62,7 +62,7 @@ pub struct ns_llm_summary {
     pub prompt_tokens: u64,
     /// Tokens of all choices, stop tokens included.
     pub completion_tokens: u64,
-    /// Tokens of the prompt that were found in the prefix cache and not computed.
+    /// Tokens of the prompt that were not computed: found in the prefix cache, or the whole answer was kept.
     pub cached_tokens: u64,
     /// How often the request lost its KV to others and was computed again (its tokens are the same).
     pub preemptions: u64,
@@ -78,6 +78,8 @@ pub struct ns_llm_summary {
     pub decode_ms: f64,
     /// From submission to the end.
     pub total_ms: f64,
+    /// 1 if the answer was kept from an earlier request and nothing was computed, else 0.
+    pub from_response_cache: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
@@ -338,6 +340,7 @@ impl From<&Summary> for ns_llm_summary {
             first_token_ms: timings.first_token_ms,
             decode_ms: timings.decode_ms,
             total_ms: timings.total_ms,
+            from_response_cache: u64::from(summary.from_response_cache),
         }
     }
 }

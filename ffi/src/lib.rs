@@ -6,7 +6,7 @@
 //! back ([`dispatcher`], [`callback`]), and a request that waits for its reader ([`live_request`]).
 //!
 //! The chapters of the header are [`version`], [`status`], [`text`], [`log`], [`engine`](mod@engine), [`figures`],
-//! [`event`], [`request`], [`embedding`] and [`tokenizer`], in this order; their doc comments are the manual, so they speak
+//! [`responses`], [`event`], [`request`], [`embedding`] and [`tokenizer`], in this order; their doc comments are the manual, so they speak
 //! to a C programmer. Types and constants that C sees carry their C names here too, so that one search finds both sides.
 //!
 //! Who may name whom goes one way, from the last of these to the first: `panic`, `status`, `failure`, `text` and `params`,
@@ -30,6 +30,7 @@ pub mod event;
 pub mod figures;
 pub mod log;
 pub mod request;
+pub mod responses;
 pub mod status;
 pub mod text;
 pub mod tokenizer;

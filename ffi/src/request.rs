@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ns_llm_core::config::{
-    MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_NAME_BYTES, MAX_PROMPT_BYTES, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS,
-    MAX_STOP_TOKENS,
+    MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_NAME_BYTES, MAX_PROMPT_BYTES, MAX_RESPONSE_TAGS, MAX_STOP_STRING_BYTES,
+    MAX_STOP_STRINGS, MAX_STOP_TOKENS,
 };
-use ns_llm_core::{Message, Priority, Prompt, Request, RequestStream, SamplingOptions};
+use ns_llm_core::{Message, Priority, Prompt, Request, RequestStream, ResponseCacheUse, SamplingOptions};
 
 use crate::callback::{UserData, in_callback};
 use crate::dispatcher::Watched;
@@ -53,6 +53,21 @@ pub enum ns_llm_priority {
     NS_LLM_PRIORITY_HIGH = 1,
     /// When there is room.
     NS_LLM_PRIORITY_BACKGROUND = 2,
+}
+
+/// What part the engine's response cache has in a request.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ns_llm_response_cache {
+    /// As READ_WRITE where the answer is the same each time (greedy, or with a seed), else OFF.
+    NS_LLM_RESPONSE_CACHE_AUTO = 0,
+    /// None.
+    NS_LLM_RESPONSE_CACHE_OFF = 1,
+    /// A kept answer is given; a computed one is not kept.
+    NS_LLM_RESPONSE_CACHE_READ = 2,
+    /// A kept answer is given, and a computed one is kept; also if it is drawn without a seed, so that all such requests of a
+    /// namespace get the same.
+    NS_LLM_RESPONSE_CACHE_READ_WRITE = 3,
 }
 
 /// A bit of `ns_llm_request_params.set`: `max_tokens` holds a value.
@@ -158,6 +173,16 @@ pub struct ns_llm_request_params {
     /// How many of the likeliest tokens to report in each new token's place, 0 to 20; with 0, the chosen one's logprob
     /// alone. Unset: no logprobs.
     pub logprobs: usize,
+    /// A value of `ns_llm_response_cache`.
+    pub response_cache: u32,
+    /// 0.
+    pub reserved: u32,
+    /// How long the kept answer is given, milliseconds. 0: as the engine's parameters say.
+    pub response_ttl_ms: u64,
+    /// Names under which the kept answer can be forgotten: see ns_llm_responses_invalidate().
+    pub response_tags: *const ns_llm_text,
+    /// Number of `response_tags`; at most 16, of at most 512 bytes each.
+    pub num_response_tags: usize,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers and raw pointers.
@@ -376,7 +401,8 @@ unsafe fn read_request(params: &ns_llm_request_params) -> Result<Request, Failur
     // SAFETY: promised by the caller.
     request.sampling = unsafe { read_sampling(params) }?;
     // SAFETY: promised by the caller.
-    request.stop = unsafe { read_stops(params) }?;
+    request.stop =
+        unsafe { read_texts("stop", params.stop, params.num_stop, MAX_STOP_STRINGS, MAX_STOP_STRING_BYTES) }?;
     // SAFETY: promised by the caller.
     request.stop_token_ids =
         unsafe { read_array("stop_token_ids", params.stop_token_ids, params.num_stop_token_ids, MAX_STOP_TOKENS) }?;
@@ -391,6 +417,15 @@ unsafe fn read_request(params: &ns_llm_request_params) -> Result<Request, Failur
         // SAFETY: promised by the caller.
         request.namespace = Some(unsafe { read_text("cache_namespace", params.cache_namespace, MAX_NAME_BYTES) }?);
     }
+    if params.reserved != 0 {
+        return Err(Failure::invalid("reserved", params.reserved, "0"));
+    }
+    request.response_cache = response_cache(params.response_cache)?;
+    request.response_ttl_ms = (params.response_ttl_ms != 0).then_some(params.response_ttl_ms);
+    // SAFETY: promised by the caller.
+    request.response_tags = unsafe {
+        read_texts("response_tags", params.response_tags, params.num_response_tags, MAX_RESPONSE_TAGS, MAX_NAME_BYTES)
+    }?;
     Ok(request)
 }
 
@@ -461,12 +496,28 @@ unsafe fn read_sampling(params: &ns_llm_request_params) -> Result<SamplingOption
 }
 
 /// # Safety
-/// The array of stop texts and the texts are readable.
-unsafe fn read_stops(params: &ns_llm_request_params) -> Result<Vec<String>, Failure> {
+/// `texts` points to `num` texts, and they are readable.
+unsafe fn read_texts(
+    field: &'static str,
+    texts: *const ns_llm_text,
+    num: usize,
+    max_num: usize,
+    max_bytes: usize,
+) -> Result<Vec<String>, Failure> {
     // SAFETY: promised by the caller.
-    let stops = unsafe { read_array("stop", params.stop, params.num_stop, MAX_STOP_STRINGS) }?;
+    let texts = unsafe { read_array(field, texts, num, max_num) }?;
     // SAFETY: promised by the caller.
-    stops.into_iter().map(|stop| unsafe { read_text("stop[]", stop, MAX_STOP_STRING_BYTES) }).collect()
+    texts.into_iter().map(|text| unsafe { read_text(field, text, max_bytes) }).collect()
+}
+
+fn response_cache(value: u32) -> Result<Option<ResponseCacheUse>, Failure> {
+    match value {
+        0 => Ok(None),
+        1 => Ok(Some(ResponseCacheUse::Off)),
+        2 => Ok(Some(ResponseCacheUse::Read)),
+        3 => Ok(Some(ResponseCacheUse::ReadWrite)),
+        _ => Err(Failure::invalid("response_cache", value, "a value of ns_llm_response_cache")),
+    }
 }
 
 /// A field with a bit in `set`. A value without its bit is refused: the caller meant something by it.

@@ -93,6 +93,12 @@ fn engines_give_their_figures() {
     run("figures.c", Linkage::Shared, &[]);
 }
 
+/// Answers that are kept and given again: `c/responses.c`.
+#[test]
+fn answers_are_kept() {
+    run("responses.c", Linkage::Shared, &[]);
+}
+
 /// Loading the shared library and using it writes nothing and changes nothing in the process: `c/loading.c` looks before
 /// and after; its output is its own word alone.
 #[test]

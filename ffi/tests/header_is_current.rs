@@ -15,8 +15,19 @@ use std::path::Path;
 use support::{crate_dir, header_path};
 
 /// Source files whose public items C sees, in reading order.
-const CHAPTERS: &[&str] =
-    &["version", "status", "text", "log", "engine", "figures", "event", "request", "embedding", "tokenizer"];
+const CHAPTERS: &[&str] = &[
+    "version",
+    "status",
+    "text",
+    "log",
+    "engine",
+    "figures",
+    "responses",
+    "event",
+    "request",
+    "embedding",
+    "tokenizer",
+];
 
 const FRONT_PAGE: &str = include_str!("../header/front_page.txt");
 
