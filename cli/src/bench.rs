@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use clap::Args;
-use ns_llm::{Engine, Event, Request, Result};
+use ns_llm::{Engine, Event, Request, ResponseCacheOptions, Result};
 use serde_json::{Value, json};
 
 use crate::model::{ModelOptions, open};
@@ -71,6 +71,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
     let longest = counts.iter().max().copied().unwrap_or(1);
     let mut engine_options = options.model.engine_options();
     engine_options.prefix_cache = false;
+    engine_options.response_cache = ResponseCacheOptions::default();
     engine_options.mixed_budget_tokens = engine_options.prefill_budget_tokens;
     engine_options.max_running_sequences = longest.max(1);
     let block_tokens = engine_options.block_tokens;

@@ -109,6 +109,7 @@ fn to_json(completion: &Completion, info: &ModelInfo) -> serde_json::Value {
         "token_ids": choice.token_ids,
         "finish_reason": choice.finish_reason.as_str(),
         "seed": completion.summary.seed,
+        "from_response_cache": completion.summary.from_response_cache,
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,

@@ -35,6 +35,12 @@ pub(crate) struct ModelOptions {
     /// What weights and KV pool may take together (MiB); weights that are too large are rounded to the best form that fits
     #[arg(long, value_name = "MIB")]
     pub(crate) memory_limit_mib: Option<u64>,
+    /// Keep whole answers in so many bytes, and give them again to requests for the same (0: none)
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub(crate) response_cache_bytes: u64,
+    /// How long an answer is kept (milliseconds; default: one hour)
+    #[arg(long, value_name = "MS")]
+    pub(crate) response_ttl_ms: Option<u64>,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -77,6 +83,8 @@ impl ModelOptions {
         options.context_tokens = self.context;
         options.kv_bytes = self.kv_mib.map(|mib| mib.saturating_mul(1 << 20));
         options.memory_limit_bytes = self.memory_limit_mib.map(|mib| mib.saturating_mul(1 << 20));
+        options.response_cache.max_bytes = self.response_cache_bytes;
+        options.response_cache.ttl_ms = self.response_ttl_ms.unwrap_or(options.response_cache.ttl_ms);
         options
     }
 }

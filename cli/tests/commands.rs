@@ -54,6 +54,9 @@ fn generate_streams_and_reports() {
     let text = succeed("generate", &[&PROMPT[..], &["--max-tokens", "24"]].concat());
     let report = json("generate", &[&PROMPT[..], &["--max-tokens", "24", "--json"]].concat());
     assert_eq!(text.strip_suffix('\n'), report["text"].as_str());
+    let keeping = ["--max-tokens", "24", "--json", "--response-cache-bytes", "1000000"];
+    let kept = json("generate", &[&PROMPT[..], &keeping].concat());
+    assert_eq!((&kept["text"], &kept["from_response_cache"]), (&report["text"], &false.into()));
     assert_eq!((&report["finish_reason"], &report["usage"]["completion_tokens"]), (&"length".into(), &24.into()));
     assert_eq!(report["token_ids"].as_array().map(Vec::len), Some(24));
     for time in ["load_ms", "queue_ms", "prompt_ms", "first_token_ms", "decode_ms"] {
@@ -202,6 +205,8 @@ fn faults_are_one_line() {
     assert!(code == Some(1) && text.contains("temperature") && text.lines().count() == 1, "{text}");
     let (code, text) = fault("embed", &["--text", "x", "--dimensions", "100000"]);
     assert!(code == Some(1) && text.contains("dimensions"), "{text}");
+    let (code, text) = fault("generate", &["--prompt", "x", "--response-cache-bytes", "9", "--response-ttl-ms", "0"]);
+    assert!(code == Some(1) && text.contains("response_cache.ttl_ms"), "{text}");
     let (code, _) = fault("generate", &["--no-such-option"]);
     assert_eq!(code, Some(2));
     let nowhere = Command::new(env!("CARGO_BIN_EXE_ns-llm")).args(["inspect", "--model", "/nowhere"]).output();
