@@ -13,6 +13,8 @@ import { Chat } from './openai/chat.js';
 import { EmbeddingResource } from './openai/embeddings.js';
 import { abortSignal, describe, plainObject, toNativeRequest, toTokenIds } from './request.js';
 import type { GenerateOptions, Prompt, TokenIds } from './request.js';
+import { ResponseCache } from './response_cache.js';
+import type { ResponseCacheOptions } from './response_cache.js';
 import { ResponseStream } from './stream.js';
 import type { Completion, ReadMode } from './stream.js';
 import type { MemoryUse, ModelInfo, Stats } from '../native.js';
@@ -77,6 +79,11 @@ export interface OpenOptions {
   maxWaitingRequests?: number | undefined;
   /** Whether KV of earlier prompts may be used again. Default true. */
   prefixCache?: boolean | undefined;
+  /**
+   * Whole answers that are kept and given again, without computing a token, to requests for the same. Off unless `maxBytes` is
+   * given.
+   */
+  responseCache?: ResponseCacheOptions | undefined;
   /** Aborts loading; `open` rejects with an {@link AbortError} whose `cause` is the signal's reason. */
   signal?: AbortSignal | undefined;
   /** Hears how far loading is. What it throws ends loading, and `open` rejects with it. */
@@ -97,6 +104,8 @@ export class Engine {
   readonly chat: Chat;
   /** OpenAI's embedding interface: `engine.embeddings.create({ input })`. */
   readonly embeddings: EmbeddingResource;
+  /** The response cache: what is kept, what is to be forgotten, and values of your own. */
+  readonly responses: ResponseCache;
   readonly #native: NativeEngine;
   #closing: Promise<void> | undefined;
 
@@ -106,6 +115,7 @@ export class Engine {
     }
     this.#native = engine;
     this.info = Object.freeze(engine.info());
+    this.responses = new ResponseCache(engine.responses());
     this.chat = new Chat({
       info: this.info,
       generate: (prompt, options) => this.generate(prompt, options),

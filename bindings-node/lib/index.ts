@@ -20,5 +20,11 @@ export type { Chat, ChatCompletions } from './openai/chat.js';
 export type { EmbeddingResource } from './openai/embeddings.js';
 export type * from './openai/types.js';
 export type { GenerateOptions, Message, Prompt, TokenIds } from './request.js';
+export type {
+  ResponseCache,
+  ResponseCacheOptions,
+  ResponseCacheStats,
+  ResponsePutOptions,
+} from './response_cache.js';
 export { ResponseStream } from './stream.js';
 export type { Choice, Chunk, Completion, FinishReason, Logprob, Timings, TokenLogprobs, Usage } from './stream.js';

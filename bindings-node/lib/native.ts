@@ -14,6 +14,7 @@ export type {
   NativeEmbeddings,
   NativeEngine,
   NativeOpening,
+  NativeResponses,
   NativeStream,
   NativeSummary,
 } from '../native.js';

@@ -65,6 +65,16 @@ export interface GenerateOptions {
   namespace?: string | undefined;
   /** Whether this request may use KV of earlier prompts. Default true. */
   prefixCache?: boolean | undefined;
+  /**
+   * What part the engine's response cache has in this request: a kept answer is given (`read`), and a computed one is kept
+   * too (`read-write`). Default: `read-write` where the answer is the same each time (greedy, or with a `seed`), else `off`.
+   * To name `read` or `read-write` for a request that draws without a seed is to want the same answer each time.
+   */
+  responseCache?: 'off' | 'read' | 'read-write' | undefined;
+  /** Names under which the kept answer can be made invalid (`engine.responses.invalidate`); at most 16, of 512 bytes. */
+  responseTags?: string | readonly string[] | undefined;
+  /** How long the kept answer is found, milliseconds. Default: as the engine's options say. */
+  responseTtlMs?: number | undefined;
   /** Aborts the request; what waits for it rejects with an {@link AbortError} whose `cause` is the signal's reason. */
   signal?: AbortSignal | undefined;
 }

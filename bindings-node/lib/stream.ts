@@ -54,6 +54,8 @@ export interface Completion extends Choice {
   seed: number | bigint;
   /** For each prompt token from the second on, when asked for. */
   promptLogprobs?: TokenLogprobs[];
+  /** Whether the answer was kept from an earlier request (see `responseCache`): nothing was computed. */
+  fromResponseCache: boolean;
 }
 
 /** How the native side is read: chunk by chunk, or in one piece when nobody looks at chunks. */
@@ -272,9 +274,9 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
     return this.#choices[index]!;
   }
 
-  #finish({ usage, timings, seed, promptLogprobs }: NativeSummary): void {
+  #finish({ promptLogprobs, ...summary }: NativeSummary): void {
     this.#settle('finished');
-    const completion: Completion = { ...this.#choice(0), choices: this.#choices, usage, timings, seed };
+    const completion: Completion = { ...this.#choice(0), choices: this.#choices, ...summary };
     if (promptLogprobs.length > 0) {
       completion.promptLogprobs = promptLogprobs;
     }

@@ -18,6 +18,7 @@ use crate::error::{Result, from_napi, to_js};
 use crate::event_loop::promise;
 use crate::offload::{caught, lock, on_own_thread, on_text_thread};
 use crate::request::{read_embedding_request, read_engine_options, read_request, read_text};
+use crate::responses::NativeResponses;
 use crate::stats::{MemoryUse, ModelInfo, Stats};
 use crate::stream::NativeStream;
 
@@ -210,6 +211,12 @@ impl NativeEngine {
     pub fn token_bytes(&self, ids: Uint32ArraySlice) -> Result<Vec<Vec<u8>>> {
         let engine = self.open_engine()?;
         Ok(ids.iter().map(|&id| engine.token_bytes(id).to_vec()).collect())
+    }
+
+    /// The engine's response cache. It stays when the engine is closed, and then keeps nothing.
+    #[napi(catch_unwind)]
+    pub fn responses(&self) -> Result<NativeResponses> {
+        Ok(NativeResponses::of(self.open_engine()?.responses().clone()))
     }
 
     /// What is loaded.

@@ -13,5 +13,6 @@ mod event_loop;
 mod gpu;
 mod offload;
 mod request;
+mod responses;
 mod stats;
 mod stream;

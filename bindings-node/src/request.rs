@@ -3,10 +3,12 @@
 
 use napi::bindgen_prelude::{BigInt, FromNapiValue, JsObjectValue, Object, Uint32ArraySlice, Unknown};
 use napi::{JsString, JsValue, ValueType};
-use ns_llm::config::{MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
+use ns_llm::config::{
+    MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_RESPONSE_TAGS, MAX_STOP_STRINGS,
+};
 use ns_llm::{
-    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, QuantType, Request,
-    SamplingOptions, ThreadPriority, WeightFormat,
+    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, PutOptions, QuantType,
+    Request, ResponseCacheOptions, ResponseCacheUse, SamplingOptions, ThreadPriority, WeightFormat,
 };
 
 use crate::error::{Result, from_napi, invalid, to_js};
@@ -39,6 +41,9 @@ const REQUEST_FIELDS: &[&str] = &[
     "timeoutMs",
     "namespace",
     "prefixCache",
+    "responseCache",
+    "responseTags",
+    "responseTtlMs",
 ];
 
 /// Every name that [`read_embedding_request`] knows.
@@ -61,7 +66,14 @@ const ENGINE_FIELDS: &[&str] = &[
     "mixedBudgetTokens",
     "maxWaitingRequests",
     "prefixCache",
+    "responseCache",
 ];
+
+/// Every name that [`read_response_cache_options`] knows.
+const RESPONSE_CACHE_FIELDS: &[&str] = &["maxBytes", "maxEntries", "ttlMs", "adaptiveTtl", "version"];
+
+/// Every name that [`read_put_options`] knows.
+const PUT_FIELDS: &[&str] = &["ttlMs", "tags"];
 
 /// One request from one plain object.
 pub(crate) fn read_request(object: &Object) -> Result<Request> {
@@ -73,7 +85,7 @@ pub(crate) fn read_request(object: &Object) -> Result<Request> {
     };
     request.max_tokens = fields.integer("maxTokens")?.map(as_usize);
     request.sampling = read_sampling(&fields)?;
-    request.stop = fields.strings("stop")?;
+    request.stop = fields.strings("stop", MAX_STOP_STRINGS)?;
     request.stop_token_ids = fields.token_ids("stopTokenIds")?.unwrap_or_default();
     request.ignore_eos = fields.boolean("ignoreEos")?.unwrap_or(request.ignore_eos);
     request.n = fields.integer("n")?.map_or(request.n, as_usize);
@@ -83,6 +95,9 @@ pub(crate) fn read_request(object: &Object) -> Result<Request> {
     request.timeout_ms = fields.integer("timeoutMs")?;
     request.namespace = fields.string("namespace")?;
     request.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(request.prefix_cache);
+    request.response_cache = fields.one_of("responseCache", RESPONSE_CACHE_USES)?;
+    request.response_tags = fields.strings("responseTags", MAX_RESPONSE_TAGS)?;
+    request.response_ttl_ms = fields.integer("responseTtlMs")?;
     Ok(request)
 }
 
@@ -123,11 +138,34 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         *size = fields.integer(name)?.map_or(*size, as_usize);
     }
     options.prefix_cache = fields.boolean("prefixCache")?.unwrap_or(options.prefix_cache);
+    if let Some(response_cache) = fields.object("responseCache", "an object of options")? {
+        options.response_cache = read_response_cache_options(&response_cache)?;
+    }
     Ok(options)
+}
+
+/// The options of a response cache from one plain object.
+pub(crate) fn read_response_cache_options(object: &Object) -> Result<ResponseCacheOptions> {
+    let fields = Fields::of(object, RESPONSE_CACHE_FIELDS)?;
+    let mut options = ResponseCacheOptions::default();
+    options.max_bytes = fields.integer("maxBytes")?.unwrap_or(options.max_bytes);
+    options.max_entries = fields.integer("maxEntries")?.unwrap_or(options.max_entries);
+    options.ttl_ms = fields.integer("ttlMs")?.unwrap_or(options.ttl_ms);
+    options.adaptive_ttl = fields.boolean("adaptiveTtl")?.unwrap_or(options.adaptive_ttl);
+    options.version = fields.integer("version")?.unwrap_or(options.version);
+    Ok(options)
+}
+
+/// How a caller's value is kept, from one plain object.
+pub(crate) fn read_put_options(object: &Object) -> Result<PutOptions> {
+    let fields = Fields::of(object, PUT_FIELDS)?;
+    Ok(PutOptions { ttl_ms: fields.integer("ttlMs")?, tags: fields.strings("tags", MAX_RESPONSE_TAGS)? })
 }
 
 const PRIORITIES: &[(&str, Priority)] =
     &[("high", Priority::High), ("normal", Priority::Normal), ("background", Priority::Background)];
+const RESPONSE_CACHE_USES: &[(&str, ResponseCacheUse)] =
+    &[("off", ResponseCacheUse::Off), ("read", ResponseCacheUse::Read), ("read-write", ResponseCacheUse::ReadWrite)];
 const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
 const WEIGHTS: &[(&str, WeightFormat)] = &[
     ("auto", WeightFormat::Auto),
@@ -209,6 +247,10 @@ impl<'a, 'env> Fields<'a, 'env> {
         Ok(value.filter(|value| !matches!(value.get_type(), Ok(ValueType::Undefined | ValueType::Null))))
     }
 
+    fn object(&self, name: &'static str, expected: &str) -> Result<Option<Object<'env>>> {
+        self.get(name)?.map(|value| object(name, value, expected)).transpose()
+    }
+
     fn boolean(&self, name: &'static str) -> Result<Option<bool>> {
         self.get(name)?.map(|value| cast(name, value, ValueType::Boolean, "true or false")).transpose()
     }
@@ -234,13 +276,13 @@ impl<'a, 'env> Fields<'a, 'env> {
         self.get(name)?.map(|value| read_text(name, value)).transpose()
     }
 
-    /// A string or an array of strings.
-    fn strings(&self, name: &'static str) -> Result<Vec<String>> {
+    /// A string, or an array of at most `max` strings.
+    fn strings(&self, name: &'static str, max: usize) -> Result<Vec<String>> {
         let Some(value) = self.get(name)? else { return Ok(Vec::new()) };
         if matches!(value.get_type(), Ok(ValueType::String)) {
             return Ok(vec![read_text(name, value)?]);
         }
-        elements(name, value, MAX_STOP_STRINGS, "a string or an array of strings")?
+        elements(name, value, max, "a string or an array of strings")?
             .into_iter()
             .map(|element| read_text(name, element))
             .collect()

@@ -233,7 +233,8 @@ pub struct Usage {
     pub prompt_tokens: f64,
     /// Tokens of all answers, stop tokens included.
     pub completion_tokens: f64,
-    /// Tokens of the prompt whose KV was found in the cache (of the first choice).
+    /// Tokens of the prompt that were not computed: their KV was found in the cache (of the first choice), or the whole
+    /// answer was kept.
     pub cached_tokens: f64,
     /// How often a sequence of this request was preempted.
     pub preemptions: f64,
@@ -288,6 +289,8 @@ pub struct NativeSummary {
     pub seed: Either<f64, BigInt>,
     /// For each prompt token from the second on; empty when not asked for.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Whether the answer was kept from an earlier request.
+    pub from_response_cache: bool,
 }
 
 impl From<ns_llm::Summary> for NativeSummary {
@@ -298,6 +301,7 @@ impl From<ns_llm::Summary> for NativeSummary {
             timings: summary.timings.into(),
             seed: if seed <= MAX_SAFE_INTEGER as u64 { Either::A(seed as f64) } else { Either::B(BigInt::from(seed)) },
             prompt_logprobs: summary.prompt_logprobs.iter().map(TokenLogprobs::from).collect(),
+            from_response_cache: summary.from_response_cache,
         }
     }
 }

@@ -37,7 +37,7 @@ const ODD_VALUES: readonly unknown[] = [
 const OPTION_NAMES = [
   'maxTokens', 'temperature', 'topK', 'topP', 'minP', 'repetitionPenalty', 'presencePenalty', 'frequencyPenalty',
   'logitBias', 'seed', 'stop', 'stopTokenIds', 'ignoreEos', 'n', 'logprobs', 'promptLogprobs', 'priority', 'timeoutMs',
-  'namespace', 'prefixCache', 'signal',
+  'namespace', 'prefixCache', 'responseCache', 'responseTags', 'responseTtlMs', 'signal',
 ];
 
 const EMBED_NAMES = ['dimensions', 'truncate', 'normalize', 'priority', 'timeoutMs', 'signal'];
@@ -55,8 +55,8 @@ const messages = [{ role: 'user', content: STORY }];
 const OPEN_NAMES = [
   'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
   'blockTokens',
-  'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'signal',
-  'onProgress',
+  'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'responseCache',
+  'signal', 'onProgress',
 ];
 
 /** Calls something that may succeed or fail, but only with an error of this package. Tells which. */

@@ -9,7 +9,6 @@ import { GpuResourceManager, KvCacheService, NsNodeClient, PerformanceProfiler }
 import type { Distribution } from '../lib/ns-node/distribution.js';
 import type { GpuReader } from '../lib/ns-node/gpu_watch.js';
 import { bottlenecksOf, reportOf } from '../lib/ns-node/performance_report.js';
-import { ResponseStore } from '../lib/ns-node/response_store.js';
 import { assertPlain, LONG_PROMPT, SETTINGS } from './ns_node_support.js';
 import { runScript, STORY, withCode } from './support.js';
 
@@ -113,26 +112,34 @@ test('serialized values keep every typed array, and a stranger\'s text makes pla
   assert.throws(() => stranger('{'), withCode('invalid_argument', /no serialized value/));
 });
 
-test('the store is bounded in entries and bytes, forgets the least recently used, and serves nothing too old', () => {
-  let now = 0;
-  const store = new ResponseStore({ maxEntries: 3, maxBytes: 100, ttlMs: 50 }, () => now);
+test('stored responses are bounded in entries and bytes, the least recently used goes, and none is served too old', async () => {
+  const small = new KvCacheService({ maxMemorySize: 2, maxDiskSize: 1 });
+  const held = (cache: KvCacheService): Promise<boolean[]> =>
+    Promise.all(['a', 'b', 'c', 'd'].map((key) => cache.has(key)));
   for (const key of ['a', 'b', 'c']) {
-    assert.ok(store.set(key, 'x'.repeat(9)));
+    assert.ok(await small.store(key, key));
   }
-  store.get('a');
-  store.set('d', 'x'.repeat(9));
-  assert.deepEqual(['a', 'b', 'c', 'd'].map((key) => store.has(key)), [true, false, true, true]);
-  assert.deepEqual([store.bytes, store.evictions], [30, 1]);
-  assert.ok(store.set('e', 'é'.repeat(44)));
-  assert.deepEqual([store.bytes <= 100, store.has('e'), store.has('c')], [true, true, false]);
-  assert.equal(store.set('f', 'x'.repeat(100)), false);
-  assert.equal(store.has('f'), false);
-  now = 49;
-  assert.ok(store.has('e'));
-  now = 50;
-  assert.equal(store.get('e'), undefined);
-  store.prune();
-  assert.deepEqual([store.size, store.bytes], [0, 0]);
+  const { metadata } = (await small.retrieve('a'))!;
+  assert.ok(metadata.lastAccessed >= metadata.storedAt && Math.abs(Date.now() - metadata.storedAt) < 3_600_000);
+  await small.store('d', 'd');
+  assert.deepEqual(await held(small), [true, false, true, true]);
+  const { evictions, responses } = small.getStats();
+  assert.deepEqual([evictions, responses.entries], [1, 3]);
+  await small.clear();
+  assert.deepEqual([await held(small), small.getStats().responses.bytes], [[false, false, false, false], 0]);
+
+  const tight = new KvCacheService({ maxBytes: 4_000 });
+  assert.deepEqual([await tight.store('a', 'x'.repeat(3_000)), await tight.store('b', 'x'.repeat(1_000))], [true, true]);
+  assert.deepEqual(await held(tight), [false, true, false, false]);
+  assert.deepEqual([await tight.store('b', 'x'.repeat(4_000)), await tight.has('b')], [false, false]);
+  assert.ok(tight.getStats().responses.bytes <= 4_000);
+
+  const brief = new KvCacheService({ ttlMs: 1 });
+  await brief.store('a', 1);
+  await brief.store('b', 1);
+  await sleep(5);
+  assert.deepEqual([await brief.retrieve('a'), await brief.prune(), brief.getStats().responses.entries], [null, 1, 0]);
+  assert.throws(() => new KvCacheService({ ttlMs: 0 }), withCode('invalid_argument', /ttlMs is 0/));
 });
 
 test('an idle profiler has finite numbers and no grade', () => {

@@ -1,15 +1,15 @@
 /**
  * The cache that a server shows and manages. Its numbers are those of the engines' prefix cache, where keys and values of
- * prompts really are kept and found again, and of a store of finished responses beside it, for callers that keep some.
- * Everything is in memory; the engines' part needs no call.
+ * prompts really are kept and found again, and of a response cache beside it (the engine's own kind, in native memory), for
+ * callers that keep some. Everything is in memory; the engines' part needs no call.
  */
 
 import { createHash } from 'node:crypto';
 
-import { NsLlmError } from '../errors.js';
+import { NsLlmError, wrapErrors } from '../errors.js';
+import { native } from '../native.js';
+import type { NativeResponses } from '../native.js';
 import { describe } from '../request.js';
-import { ResponseStore } from './response_store.js';
-import type { EntryUse } from './response_store.js';
 import { state } from './shared_state.js';
 import { parse, stringify } from './typed_json.js';
 
@@ -39,6 +39,13 @@ export interface CacheContext {
   seed?: number | bigint | undefined;
   /** The system prompt. */
   system?: string | undefined;
+}
+
+/** When a response was stored and found, milliseconds of the wall clock. */
+export interface EntryUse {
+  readonly storedAt: number;
+  readonly accessCount: number;
+  readonly lastAccessed: number;
 }
 
 /** A response that was found. */
@@ -99,14 +106,20 @@ const MAX_KEY_LENGTH = 1_024;
 /** Any number of services may be made; each has responses of its own, and all tell of the same engines. */
 export class KvCacheService {
   readonly enabled: boolean;
-  readonly #store: ResponseStore;
+  readonly #limits: { maxEntries: number; maxBytes: number; ttlMs: number };
+  #store: NativeResponses;
   #counts = { hits: 0, misses: 0, stores: 0, retrievals: 0 };
 
   constructor(options: KvCacheOptions = {}) {
     const { maxMemorySize = DEFAULT_MEMORY_ENTRIES, maxDiskSize = DEFAULT_DISK_ENTRIES } = options;
     const { maxBytes = DEFAULT_BYTES, ttlMs = DEFAULT_TTL_MS, enabled = true } = options;
     this.enabled = enabled;
-    this.#store = new ResponseStore({ maxEntries: maxMemorySize + maxDiskSize, maxBytes, ttlMs });
+    this.#limits = { maxEntries: maxMemorySize + maxDiskSize, maxBytes, ttlMs };
+    this.#store = this.#open();
+  }
+
+  #open(): NativeResponses {
+    return wrapErrors(() => new native.NativeResponses(this.#limits));
   }
 
   /** Nothing has to be prepared. */
@@ -126,7 +139,8 @@ export class KvCacheService {
       return false;
     }
     this.#counts.stores += 1;
-    return this.#store.set(key, stringify({ data, metadata }));
+    const value = Buffer.from(stringify({ data, metadata }));
+    return wrapErrors(() => this.#store.put(key, value, {}));
   }
 
   /** A response, when it is there and not too old. */
@@ -136,25 +150,26 @@ export class KvCacheService {
       return null;
     }
     this.#counts.retrievals += 1;
-    const found = this.#store.get(key);
+    const found = wrapErrors(() => this.#store.getWithUse(key));
     this.#counts[found ? 'hits' : 'misses'] += 1;
     if (!found) {
       return null;
     }
-    const { data, metadata } = parse(found.text) as { data: unknown; metadata: Record<string, unknown> };
-    return { data, metadata: { ...metadata, ...found.use }, source: 'memory' };
+    const { value, ...use } = found;
+    const { data, metadata } = parse(value.toString()) as { data: unknown; metadata: Record<string, unknown> };
+    return { data, metadata: { ...metadata, ...use }, source: 'memory' };
   }
 
   /** Whether a response is there. Counts as no retrieval. */
   async has(key: string): Promise<boolean> {
     checkKey(key);
-    return this.#store.has(key);
+    return wrapErrors(() => this.#store.contains(key));
   }
 
   /** Gives a response up: whether it was there. */
   async delete(key: string): Promise<boolean> {
     checkKey(key);
-    return this.#store.delete(key);
+    return wrapErrors(() => this.#store.remove(key));
   }
 
   /**
@@ -162,27 +177,27 @@ export class KvCacheService {
    * and begins all counts anew.
    */
   async clear(): Promise<void> {
-    this.#store.clear();
-    this.#store.evictions = 0;
+    this.#store = this.#open();
     this.#counts = { hits: 0, misses: 0, stores: 0, retrievals: 0 };
     state.engines.clearPrefixCache();
   }
 
   /** Gives up responses that are too old: how many that were. */
   async prune(): Promise<number> {
-    return this.#store.prune();
+    return wrapErrors(() => this.#store.prune());
   }
 
   getStats(): KvCacheStats {
     const { hitBlocks, missedBlocks, ...tokensAndBlocks } = state.engines.prefixCacheUse();
     const { stores, retrievals, ...counts } = this.#counts;
+    const { evictions, expired, entries, bytes } = wrapErrors(() => this.#store.stats());
     const hits = counts.hits + hitBlocks;
     const misses = counts.misses + missedBlocks;
     const totalRequests = hits + misses;
     return {
       hits,
       misses,
-      evictions: this.#store.evictions,
+      evictions: evictions + expired,
       stores,
       retrievals,
       diskReads: 0,
@@ -190,11 +205,11 @@ export class KvCacheService {
       federatedQueries: 0,
       totalRequests,
       hitRate: totalRequests > 0 ? Math.round((hits / totalRequests) * 1e4) / 1e2 : 0,
-      memorySize: this.#store.size + tokensAndBlocks.cachedBlocks,
+      memorySize: entries + tokensAndBlocks.cachedBlocks,
       diskSize: 0,
       enabled: this.enabled,
       prefix: { hitBlocks, missedBlocks, ...tokensAndBlocks },
-      responses: { ...counts, entries: this.#store.size, bytes: this.#store.bytes },
+      responses: { ...counts, entries, bytes },
     };
   }
 
