@@ -110,15 +110,17 @@ impl Weights {
 /// One hash per chunk. The threads take chunks as they come free; which one hashes what reaches no result.
 fn hash_chunks(chunks: &[Chunk<'_>], num_threads: usize) -> Result<Vec<Hash>> {
     let (next, has_failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    // As they lie in the files: the system reads ahead.
+    let mut order: Vec<(usize, &Chunk<'_>)> = chunks.iter().enumerate().collect();
+    order.sort_by_key(|(_, chunk)| (chunk.file_name, chunk.offset));
     let longest = chunks.iter().map(|chunk| chunk.num_bytes).max().unwrap_or(0);
     let work = || -> Result<Vec<(usize, Hash)>> {
         let mut buffer = vec![0; longest as usize];
         let mut hashes = Vec::new();
         while !has_failed.load(Ordering::Relaxed) {
-            let idx = next.fetch_add(1, Ordering::Relaxed);
-            let Some(chunk) = chunks.get(idx) else { break };
+            let Some((idx, chunk)) = order.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
             match chunk.hash(&mut buffer) {
-                Ok(hash) => hashes.push((idx, hash)),
+                Ok(hash) => hashes.push((*idx, hash)),
                 Err(error) => {
                     has_failed.store(true, Ordering::Relaxed);
                     return Err(error);

@@ -37,10 +37,10 @@ impl ServerUrl {
         }
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         let (login, place) = match authority.rsplit_once('@') {
-            Some((login, place)) => (Some(parse_login(login).map_err(|reason| refuse(reason))?), place),
+            Some((login, place)) => (Some(parse_login(login).map_err(refuse)?), place),
             None => (None, authority),
         };
-        let (host, port) = parse_place(place).map_err(|reason| refuse(reason))?;
+        let (host, port) = parse_place(place).map_err(refuse)?;
         let database = match path {
             "" => 0,
             number => parse_number(number).ok_or_else(|| refuse("the database is a number"))?,
