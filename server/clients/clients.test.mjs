@@ -153,7 +153,7 @@ describe('ollama', { skip }, () => {
     }
     assert.equal(text, message.content);
     const { response, eval_count: count } = await ollama.generate({ model: 'demo', prompt: 'Once upon a time', options });
-    assert.ok(response.length > 0 && count === 8);
+    assert.ok(response.length > 0 && count > 0 && count <= 8);
   });
 
   test('vectors are made, and errors told', async () => {

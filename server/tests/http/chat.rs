@@ -6,11 +6,14 @@ use serde_json::{Value, json};
 use crate::client::Running;
 
 const MAX_TOKENS: usize = 24;
+/// Longer than a block of the prefix cache.
+const FOX: &str =
+    "Tell me a story about a fox and a hare who lived in a wood by the river, and of what they ate in winter.";
 
 fn body(extra: Value) -> Value {
     let mut body = json!({
         "model": "demo",
-        "messages": [{ "role": "user", "content": "Tell me a story about a fox." }],
+        "messages": [{ "role": "user", "content": FOX }],
         "max_tokens": MAX_TOKENS,
         "temperature": 0.8,
         "seed": 7,
@@ -32,7 +35,7 @@ fn text_of(chunks: &[Value], index: usize) -> String {
 fn an_answer_is_the_engines_own() {
     let running = Running::start();
     let answer = running.post("/v1/chat/completions", &body(json!({})));
-    let request = Request::chat([Message::new("user", "Tell me a story about a fox.")]);
+    let request = Request::chat([Message::new("user", FOX)]);
     let own = running.engine.complete(request.max_tokens(MAX_TOKENS).temperature(0.8).seed(7)).expect("it answers");
     let object = answer.ok();
     assert_eq!(answer.header("content-type"), Some("application/json"));

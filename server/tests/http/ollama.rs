@@ -28,19 +28,16 @@ fn names_are_listed() {
 fn answers_are_the_engines_own() {
     let running = Running::start();
     let own = |request: Request| {
-        running.engine.complete(request.max_tokens(10).temperature(0.0)).expect("it answers").choices[0].text.clone()
+        running.engine.complete(request.max_tokens(5).temperature(0.0)).expect("it answers").choices[0].text.clone()
     };
-    let options = json!({ "temperature": 0, "num_predict": 10 });
+    let options = json!({ "temperature": 0, "num_predict": 5 });
     let asked = own(Request::chat([Message::new("user", "A fox")]));
     let chat = json!({ "model": "llama3.2", "messages": [{ "role": "user", "content": "A fox" }], "options": options });
     let streamed = lines(&running.post("/api/chat", &chat));
     let (last, pieces) = streamed.split_last().expect("lines");
     assert_eq!(pieces.iter().filter_map(|line| line["message"]["content"].as_str()).collect::<String>(), asked);
     assert!(pieces.iter().all(|line| line["done"] == false && line["model"] == "llama3.2"));
-    assert_eq!(
-        (&last["done"], &last["done_reason"], &last["eval_count"]),
-        (&json!(true), &json!("length"), &json!(10))
-    );
+    assert_eq!((&last["done"], &last["done_reason"], &last["eval_count"]), (&json!(true), &json!("length"), &json!(5)));
     assert!(last["total_duration"].as_u64().is_some_and(|nanos| nanos > 0));
     let whole = |path: &str, mut body: Value| {
         body["stream"] = json!(false);

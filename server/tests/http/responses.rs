@@ -29,28 +29,28 @@ fn text(response: &Value) -> &str {
 #[test]
 fn responses_are_kept_and_continued() {
     let running = Running::start();
-    let ask = json!({ "model": "demo", "input": "Tell me of a fox.", "temperature": 0, "max_output_tokens": 12 });
+    let ask = json!({ "model": "demo", "input": "Tell me of a fox.", "temperature": 0, "max_output_tokens": 4 });
     let first = running.post("/v1/responses", &ask).ok();
     let own = running
         .engine
-        .complete(Request::chat([Message::new("user", "Tell me of a fox.")]).max_tokens(12).temperature(0.0));
+        .complete(Request::chat([Message::new("user", "Tell me of a fox.")]).max_tokens(4).temperature(0.0));
     let own = own.expect("it answers");
     assert_eq!((text(&first), &first["object"]), (own.choices[0].text.as_str(), &json!("response")));
     assert_eq!(
         (&first["status"], &first["incomplete_details"]["reason"]),
         (&json!("incomplete"), &json!("max_output_tokens"))
     );
-    assert_eq!(first["usage"]["output_tokens"], 12);
+    assert_eq!(first["usage"]["output_tokens"], 4);
     let id = first["id"].as_str().expect("an id");
     let path = format!("/v1/responses/{id}");
     assert_eq!(running.get(&path).ok(), first);
     let next = json!({ "input": [{ "role": "user", "content": [{ "type": "input_text", "text": "And then?" }] }],
-                       "previous_response_id": id, "temperature": 0, "max_output_tokens": 12, "instructions": "Be kind." });
+                       "previous_response_id": id, "temperature": 0, "max_output_tokens": 4, "instructions": "Be kind." });
     let second = running.post("/v1/responses", &next).ok();
     let said =
         [("system", "Be kind."), ("user", "Tell me of a fox."), ("assistant", text(&first)), ("user", "And then?")];
     let messages: Vec<Message> = said.into_iter().map(|(role, text)| Message::new(role, text)).collect();
-    let own = running.engine.complete(Request::chat(messages).max_tokens(12).temperature(0.0)).expect("it answers");
+    let own = running.engine.complete(Request::chat(messages).max_tokens(4).temperature(0.0)).expect("it answers");
     assert_eq!(text(&second), own.choices[0].text);
     assert_eq!(running.send("DELETE", &path, &[], "").ok()["deleted"], true);
     assert_eq!(running.get(&path).status, 404);
@@ -63,7 +63,7 @@ fn responses_are_kept_and_continued() {
 fn events_join_to_the_response() {
     let running = Running::start();
     let ask =
-        json!({ "input": "Tell me of a fox.", "stream": true, "max_output_tokens": 10, "seed": 1, "temperature": 0.9 });
+        json!({ "input": "Tell me of a fox.", "stream": true, "max_output_tokens": 4, "seed": 1, "temperature": 0.9 });
     let events = events(&running.post("/v1/responses", &ask));
     let names: Vec<&str> = events.iter().map(|event| event["type"].as_str().expect("a name")).collect();
     let begin =

@@ -13,15 +13,24 @@ fn stream_of(max_tokens: usize) -> String {
     request("POST", "/v1/completions", &[], &body.to_string())
 }
 
-/// Running streams finish whole; new work and the readiness probe are told 503 meanwhile; then the server ends.
+/// What has begun may finish: streams to their last token, a body that is on its way to its answer. Meanwhile new work and
+/// the readiness probe are told 503. Then the server ends, and not before.
 #[test]
 fn running_answers_finish() {
-    let mut running = Running::with(ServerOptions { grace: Duration::from_secs(600), ..ServerOptions::default() });
+    let long = Duration::from_secs(900);
+    let mut running = Running::with(ServerOptions { grace: long, body_timeout: long, ..ServerOptions::default() });
     let mut streams: Vec<_> = (0..4).map(|_| running.connect()).collect();
     for stream in &mut streams {
-        stream.write_all(stream_of(1_500).as_bytes()).expect("sent");
+        stream.write_all(stream_of(200).as_bytes()).expect("sent");
         stream.read_exact(&mut [0; 15]).expect("it runs");
     }
+    // Its body is asked for, and comes late: nothing ends while it is on its way.
+    let mut late = running.connect();
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\nExpect: 100-continue\r\n\r\n";
+    late.write_all(head.as_bytes()).expect("sent");
+    let mut go_on = [0; 25];
+    late.read_exact(&mut go_on).expect("it is asked for");
+    assert_eq!(&go_on, b"HTTP/1.1 100 Continue\r\n\r\n");
     running.begin_stop();
     let refused = loop {
         let answer = running.get("/ready");
@@ -43,9 +52,12 @@ fn running_answers_finish() {
         stream.read_to_string(&mut rest).expect("whole");
         assert!(rest.ends_with("data: [DONE]\n\n\r\n0\r\n\r\n") && rest.contains("\"length\""), "{rest}");
     }
+    assert!(!running.has_stopped(), "a request is still on its way");
+    late.write_all(br#"{"prompt": "A"}"#).expect("sent");
+    assert_eq!(Answer::read(&mut late).status, 503, "it had not begun to run");
     let start = Instant::now();
     while !running.has_stopped() {
-        assert!(start.elapsed() < Duration::from_secs(60), "it does not end");
+        assert!(start.elapsed() < Duration::from_secs(600), "it does not end");
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(running.idle_stats().requests_finished, 4);
@@ -72,7 +84,7 @@ fn the_deadline_ends_the_rest() {
     }
     let start = Instant::now();
     while !running.has_stopped() {
-        assert!(start.elapsed() < Duration::from_secs(60), "it does not end");
+        assert!(start.elapsed() < Duration::from_secs(600), "it does not end");
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(Answer::read(&mut idle).status, 0, "an idle connection is closed");
