@@ -70,18 +70,4 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
                  : "l"(source));
     return value;
 }
-
-/** Lets the next kernel of the stream start its prologue (programmatic dependent launch, sm_90 and later). */
-__device__ __forceinline__ void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-/** Waits for the kernel before to have ended and written its results (nothing to wait for where it was not launched so). */
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 #endif

@@ -139,8 +139,3 @@ inline uint4 load_streaming(const void* source) {
     memcpy(&value, source, sizeof value);
     return value;
 }
-
-/** Lets the next kernel of the stream start its prologue; nothing to do where kernels run one after the other. */
-inline void allow_next_kernel() {}
-/** Waits for the kernel before to have written its results. */
-inline void wait_for_previous_kernel() {}

@@ -5,5 +5,12 @@
 //! driver nor device. So launchers and kernels run in tests on a stream that executes kernels on the CPU
 //! (`kernels/shim/`), and nothing here but `device` and what follows it needs the feature `cuda`.
 
+pub mod activation;
+pub mod embedding;
+pub mod kv_blocks;
 pub mod launch;
+mod matmul;
+mod matvec;
 pub mod norm;
+pub mod product;
+pub mod rope;

@@ -120,6 +120,10 @@ impl<'a, T> Slice<'a, T> {
     pub fn argument(&self) -> Argument<'static> {
         Argument::Address(self.address)
     }
+    /// For a field of a kernel's parameter.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
 }
 
 impl<'a, T> SliceMut<'a, T> {
@@ -139,6 +143,10 @@ impl<'a, T> SliceMut<'a, T> {
     /// For a kernel's parameter.
     pub fn argument(&self) -> Argument<'static> {
         Argument::Address(self.address)
+    }
+    /// For a field of a kernel's parameter.
+    pub fn address(&self) -> u64 {
+        self.address
     }
 }
 

@@ -5,7 +5,10 @@
 //! that need it are counted as ignored.
 
 mod check;
+mod elementwise;
 mod norm;
+mod product;
+mod scalar;
 mod shim;
 
 use libtest_mimic::{Arguments, Trial};
@@ -15,7 +18,7 @@ type Test = (&'static str, fn());
 
 fn main() {
     let arguments = Arguments::from_args();
-    let on_shim: Vec<Test> = [norm::TESTS, shim::TESTS].concat();
+    let on_shim: Vec<Test> = [elementwise::TESTS, norm::TESTS, product::TESTS, shim::TESTS].concat();
     let missing = shim::missing();
     let trials = on_shim.into_iter().map(|(name, test)| trial(name, missing, test));
     libtest_mimic::run(&arguments, trials.collect()).exit();

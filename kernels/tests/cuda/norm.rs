@@ -1,15 +1,12 @@
 //! `norm.cu` against the portable norms of `cpu::norm`.
 
-use std::sync::Arc;
-
 use half::bf16;
 use ns_llm_kernels::cpu::linear::{Operand, OperandFormat};
-use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
-use ns_llm_kernels::cpu::{Cpu, Isa};
 use ns_llm_kernels::cuda::norm::{RmsNorm, add_rms_norm, rms_norm, rms_norm_rows};
 
 use crate::Test;
 use crate::check::{BF16, F32, Random, check, widened};
+use crate::scalar;
 use crate::shim::{Schedule, Shim, slice, slice_mut};
 
 /// The tests of this file.
@@ -22,15 +19,9 @@ pub(crate) const TESTS: &[Test] = &[
 const EPS: f32 = 1e-6;
 
 fn scalar_norm(x: &[f32], weight: &[f32]) -> Vec<f32> {
-    let pool = Pool::new(1, PoolPriority::Normal).expect("the caller's thread");
-    let cpu = Cpu::with_isa(Isa::Portable, Arc::new(pool)).expect("available everywhere");
     let mut out = Operand::zeros(OperandFormat::F32, x.len() / weight.len(), weight.len());
-    ns_llm_kernels::cpu::norm::rms_norm(&cpu, x, weight, EPS, &mut out).expect("sizes fit");
-    let mut rows = vec![0.0; x.len()];
-    for (i, row) in rows.chunks_exact_mut(weight.len()).enumerate() {
-        out.row_into(i, row);
-    }
-    rows
+    ns_llm_kernels::cpu::norm::rms_norm(&scalar::cpu(), x, weight, EPS, &mut out).expect("sizes fit");
+    scalar::rows_of(&out)
 }
 
 /// All three kernels over widths around a warp, a block and several vectors a thread, in every schedule.
