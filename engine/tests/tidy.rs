@@ -109,7 +109,7 @@ fn sources(extensions: &[&str]) -> Vec<Source> {
         for entry in std::fs::read_dir(&folder).expect("the tree is readable").flatten() {
             let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
             if path.is_dir() {
-                if !matches!(name.as_str(), "target" | "node_modules" | "dist" | ".git") {
+                if !matches!(name.as_str(), "target" | "node_modules" | "dist" | ".git" | ".cuda") {
                     folders.push(path);
                 }
             } else if extensions.iter().any(|extension| name.ends_with(extension)) {

@@ -97,4 +97,12 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
+    /// A kernel could not be launched, or broke a rule while it ran.
+    #[error("{kernel}: {reason}")]
+    Launch {
+        /// Name of the kernel.
+        kernel: &'static str,
+        /// What the device said.
+        reason: String,
+    },
 }

@@ -1,0 +1,16 @@
+//! Operations on CUDA devices: the mirror of [`cpu`](crate::cpu). A kernel is three files with one stem: `kernels/cuda/x.cu`,
+//! its only launcher `x.rs` here, and its test in `kernels/tests/cuda/`.
+//!
+//! A launcher checks sizes, chooses the grid and hands a [`launch::Launch`] to a [`launch::Stream`]; it knows neither
+//! driver nor device. So launchers and kernels run in tests on a stream that executes kernels on the CPU
+//! (`kernels/shim/`), and nothing here but `device` and what follows it needs the feature `cuda`.
+
+pub mod activation;
+pub mod embedding;
+pub mod kv_blocks;
+pub mod launch;
+mod matmul;
+mod matvec;
+pub mod norm;
+pub mod product;
+pub mod rope;
