@@ -58,7 +58,7 @@ struct AttentionSequence {
     uint32_t first_block;
 };
 
-/** Arguments of both kernels. */
+/** Arguments of both kernels. Mirrored by `AttentionArguments` in src/cuda/attention.rs. */
 struct AttentionArguments {
     /** `[rows, num_heads * head_dim]` of `q_type`, rows `q_stride` elements apart. */
     const void* q;
@@ -209,7 +209,11 @@ __device__ __forceinline__ void copy_tile(const AttentionArguments& args, const 
         const bool is_wanted = wanted.begin <= position && position < wanted.end;
         const uint16_t* source = head;
         if (is_wanted) {
+#ifdef PLANT_PAGE_OFF_BY_ONE
+            const int slot = (position + 1) & ((1 << args.block_shift) - 1);
+#else
             const int slot = position & ((1 << args.block_shift) - 1);
+#endif
             source += block_table[position >> args.block_shift] * args.block_stride + slot * head_dim + piece * 8;
         }
         cp_async_16(tile + key * kPitch<head_dim> + piece * 8, source, is_wanted ? 16 : 0);

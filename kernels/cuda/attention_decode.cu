@@ -25,11 +25,11 @@
 /** Keys or values of a tile in shared memory. */
 constexpr int kTileKeys = 32;
 
-/** Results of spans, for tiles that have more than one. A row is (row of `out`, query head). */
+/** Results of spans, for tiles that have more than one. */
 struct AttentionPartials {
-    /** `[rows * num_heads][gridDim.z][head_dim]` */
+    /** `[sequences][max_queries][num_heads][gridDim.z][head_dim]` */
     float* outputs;
-    /** `[rows * num_heads][gridDim.z]` */
+    /** `[sequences][max_queries][num_heads][gridDim.z]` */
     RowState* states;
     /** `[sequences][gridDim.y]`, zeros between launches. */
     uint32_t* arrivals;
@@ -122,7 +122,11 @@ __device__ __forceinline__ void attend_partition(const AttentionArguments& args,
 
     constexpr int kTileSteps = kTileKeys / 16;
     float outputs[head_dim / 16][2][4] = {};
+#ifdef PLANT_LOOSE_WAIT
+    cp_async_wait<2>();
+#else
     cp_async_wait<1>();
+#endif
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < head_dim / 16; i++) {
@@ -165,7 +169,8 @@ __device__ __forceinline__ void finish_pair(const AttentionArguments& args, cons
 }
 
 template <class Kv, int head_dim>
-__device__ __forceinline__ void attention_decode(const AttentionArguments& args, const AttentionPartials& partials) {
+__device__ __forceinline__ void attention_decode(const AttentionArguments& args, const AttentionPartials& partials,
+                                                 int max_queries) {
     DYNAMIC_SHARED(DecodeShared<head_dim>, shared);
     const DecodeTile tile = decode_tile(args);
     const int span = blockIdx.z, warp = threadIdx.x / kLanes;
@@ -181,11 +186,12 @@ __device__ __forceinline__ void attention_decode(const AttentionArguments& args,
     }
     __syncthreads();
 
-    // The span, by pairs of columns: each thread merges the partitions in order. Their rows begin in the row of `out`.
+    // The span, by pairs of columns: each thread merges the partitions in order.
     const int num_pairs = (tile.rows.end - tile.rows.first) * (head_dim / 2);
     const auto partial_row = [&](int row) {
-        const size_t start = row_offset(tile.sequence, tile.rows.first + row, tile.group, tile.kv_head, args.num_heads, 1);
-        return start * gridDim.z;
+        const int query = (tile.rows.first + row) / tile.group, head = (tile.rows.first + row) % tile.group;
+        const size_t query_idx = static_cast<size_t>(blockIdx.x) * max_queries + query;
+        return (query_idx * args.num_heads + tile.kv_head * tile.group + head) * gridDim.z;
     };
     for (int i = threadIdx.x; i < num_pairs; i += kAttentionThreads) {
         const int row = i / (head_dim / 2), d = i % (head_dim / 2) * 2;
@@ -215,7 +221,11 @@ __device__ __forceinline__ void attention_decode(const AttentionArguments& args,
     __syncthreads();
     if (threadIdx.x == 0) shared->arrived = atomicAdd(arrivals, 1u);
     __syncthreads();
+#ifdef PLANT_EARLY_MERGE
+    if (shared->arrived != static_cast<uint32_t>(tile.num_spans - 2)) return;
+#else
     if (shared->arrived != static_cast<uint32_t>(tile.num_spans - 1)) return;
+#endif
     __threadfence();
     if (threadIdx.x == 0) *arrivals = 0;
     for (int i = threadIdx.x; i < num_pairs; i += kAttentionThreads) {
@@ -230,19 +240,55 @@ __device__ __forceinline__ void attention_decode(const AttentionArguments& args,
     }
 }
 
-#define ATTENTION_DECODE(name, Kv, head_dim)                                                                        \
-    extern "C" __global__ void __launch_bounds__(kAttentionThreads) name(const __grid_constant__ AttentionArguments args, \
-                                                                         const __grid_constant__ AttentionPartials partials) { \
-        attention_decode<Kv, head_dim>(args, partials);                                                             \
-    }
+// The launcher (src/cuda/attention_decode.rs) gives this many bytes.
+static_assert(sizeof(DecodeShared<128>) == 512 * (128 + 9) + 32 * (128 + 8) + 4, "shared memory");
 
-ATTENTION_DECODE(attention_decode_f16_64, F16Kv, 64)
-ATTENTION_DECODE(attention_decode_f16_80, F16Kv, 80)
-ATTENTION_DECODE(attention_decode_f16_96, F16Kv, 96)
-ATTENTION_DECODE(attention_decode_f16_128, F16Kv, 128)
-ATTENTION_DECODE(attention_decode_f16_256, F16Kv, 256)
-ATTENTION_DECODE(attention_decode_bf16_64, Bf16Kv, 64)
-ATTENTION_DECODE(attention_decode_bf16_80, Bf16Kv, 80)
-ATTENTION_DECODE(attention_decode_bf16_96, Bf16Kv, 96)
-ATTENTION_DECODE(attention_decode_bf16_128, Bf16Kv, 128)
-ATTENTION_DECODE(attention_decode_bf16_256, Bf16Kv, 256)
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_f16_64(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<F16Kv, 64>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_f16_80(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<F16Kv, 80>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_f16_96(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<F16Kv, 96>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_f16_128(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<F16Kv, 128>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_f16_256(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<F16Kv, 256>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_bf16_64(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<Bf16Kv, 64>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_bf16_80(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<Bf16Kv, 80>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_bf16_96(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<Bf16Kv, 96>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_bf16_128(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<Bf16Kv, 128>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_bf16_256(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<Bf16Kv, 256>(args, partials, max_queries);
+}

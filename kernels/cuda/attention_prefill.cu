@@ -137,7 +137,9 @@ __device__ __forceinline__ void attention_prefill(const AttentionArguments& args
             cp_async_commit();
             float scores[kPartitionKeys / 8][4];
             if (sees) multiply_keys<Kv, head_dim, kPartitionKeys>(load_query, shared->keys, scores);
+#ifndef PLANT_MISSING_BARRIER
             __syncthreads();  // nobody reads the keys
+#endif
             if (partition + 1 < end_partition) copy(keys, partition + 1, shared->keys);
             cp_async_commit();
             RowState states[2];
@@ -170,17 +172,45 @@ __device__ __forceinline__ void attention_prefill(const AttentionArguments& args
     }
 }
 
-#define ATTENTION_PREFILL(name, Kv, head_dim)                                                                            \
-    extern "C" __global__ void __launch_bounds__(kAttentionThreads) name(const __grid_constant__ AttentionArguments args, \
-                                                                         const PrefillTile* __restrict__ tiles) {         \
-        attention_prefill<Kv, head_dim>(args, tiles);                                                                    \
-    }
+// The launcher (src/cuda/attention_prefill.rs) gives this many bytes.
+static_assert(sizeof(PrefillShared<128>) == 384 * (128 + 8) + 256 * 128, "shared memory");
 
-ATTENTION_PREFILL(attention_prefill_f16_64, F16Kv, 64)
-ATTENTION_PREFILL(attention_prefill_f16_80, F16Kv, 80)
-ATTENTION_PREFILL(attention_prefill_f16_96, F16Kv, 96)
-ATTENTION_PREFILL(attention_prefill_f16_128, F16Kv, 128)
-ATTENTION_PREFILL(attention_prefill_bf16_64, Bf16Kv, 64)
-ATTENTION_PREFILL(attention_prefill_bf16_80, Bf16Kv, 80)
-ATTENTION_PREFILL(attention_prefill_bf16_96, Bf16Kv, 96)
-ATTENTION_PREFILL(attention_prefill_bf16_128, Bf16Kv, 128)
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_f16_64(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<F16Kv, 64>(args, tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_f16_80(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<F16Kv, 80>(args, tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_f16_96(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<F16Kv, 96>(args, tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_f16_128(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<F16Kv, 128>(args, tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_bf16_64(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<Bf16Kv, 64>(args, tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_bf16_80(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<Bf16Kv, 80>(args, tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_bf16_96(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<Bf16Kv, 96>(args, tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_bf16_128(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<Bf16Kv, 128>(args, tiles);
+}

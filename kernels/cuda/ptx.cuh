@@ -70,4 +70,11 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
                  : "l"(source));
     return value;
 }
+
+/** `2^x` to about 2 units in the last place: 1 at 0, 0 at `-inf`, and 0 for results below the normal numbers. */
+__device__ __forceinline__ float exp2_approx(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
 #endif

@@ -69,11 +69,15 @@ template <class T>
 T atomicMax(T* target, T value) { T old = *target; *target = old > value ? old : value; return old; }
 template <class T>
 T atomicExch(T* target, T value) { T old = *target; *target = value; return old; }
+template <class T>
+T atomicOr(T* target, T value) { T old = *target; *target = old | value; return old; }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 template <class T>
 T __ldg(const T* source) { return *source; }
+template <class T>
+T __ldcg(const T* source) { return *source; }
 
 template <class To, class From>
 To shim_bit_cast(From from) {
@@ -91,6 +95,10 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
 /** `sum + a . b` over four signed bytes. */
 inline int __dp4a(int a, int b, int sum) {
     for (int byte = 0; byte < 4; byte++) {
@@ -101,6 +109,8 @@ inline int __dp4a(int a, int b, int sum) {
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }

@@ -139,3 +139,6 @@ inline uint4 load_streaming(const void* source) {
     memcpy(&value, source, sizeof value);
     return value;
 }
+
+/** `2^x`; a GPU's is off by about 2 units in the last place. Results below the normal numbers are 0. */
+inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }

@@ -6,6 +6,9 @@
 //! (`kernels/shim/`), and nothing here but `device` and what follows it needs the feature `cuda`.
 
 pub mod activation;
+pub mod attention;
+mod attention_decode;
+mod attention_prefill;
 pub mod embedding;
 pub mod kv_blocks;
 pub mod launch;
@@ -14,3 +17,4 @@ mod matvec;
 pub mod norm;
 pub mod product;
 pub mod rope;
+pub mod sampling;

@@ -4,6 +4,7 @@
 //! Own harness, because what is missing is known only when the tests run: without g++ or without the CUDA toolkit the tests
 //! that need it are counted as ignored.
 
+mod attention;
 mod check;
 mod elementwise;
 mod norm;
@@ -18,7 +19,7 @@ type Test = (&'static str, fn());
 
 fn main() {
     let arguments = Arguments::from_args();
-    let on_shim: Vec<Test> = [elementwise::TESTS, norm::TESTS, product::TESTS, shim::TESTS].concat();
+    let on_shim: Vec<Test> = [attention::TESTS, elementwise::TESTS, norm::TESTS, product::TESTS, shim::TESTS].concat();
     let missing = shim::missing();
     let trials = on_shim.into_iter().map(|(name, test)| trial(name, missing, test));
     libtest_mimic::run(&arguments, trials.collect()).exit();
