@@ -221,11 +221,7 @@ __device__ __forceinline__ void attention_decode(const AttentionArguments& args,
     __syncthreads();
     if (threadIdx.x == 0) shared->arrived = atomicAdd(arrivals, 1u);
     __syncthreads();
-#ifdef PLANT_EARLY_MERGE
-    if (shared->arrived != static_cast<uint32_t>(tile.num_spans - 2)) return;
-#else
     if (shared->arrived != static_cast<uint32_t>(tile.num_spans - 1)) return;
-#endif
     __threadfence();
     if (threadIdx.x == 0) *arrivals = 0;
     for (int i = threadIdx.x; i < num_pairs; i += kAttentionThreads) {

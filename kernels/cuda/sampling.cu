@@ -376,8 +376,8 @@ __device__ __forceinline__ uint32_t draw(const float* logits, int vocab_size, fl
         const bool is_tie = id < end && ordered == kept.ordered;
         const unsigned tied_lanes = __ballot_sync(kAllLanes, is_tie);
         const Weight tie_idx = ties_before + __popc(tied_lanes & ((1u << lane) - 1));
-#ifdef PLANT_ALL_TIES
-        const bool is_kept = ordered >= kept.ordered;
+#ifdef PLANT_ONE_TIE_MORE
+        const bool is_kept = is_tie ? tie_idx <= kept.ties : ordered > kept.ordered;
 #else
         const bool is_kept = is_tie ? tie_idx < kept.ties : ordered > kept.ordered;
 #endif

@@ -9,6 +9,8 @@ mod check;
 mod elementwise;
 mod norm;
 mod product;
+mod sampler;
+mod sampling;
 mod scalar;
 mod shim;
 
@@ -19,7 +21,8 @@ type Test = (&'static str, fn());
 
 fn main() {
     let arguments = Arguments::from_args();
-    let on_shim: Vec<Test> = [attention::TESTS, elementwise::TESTS, norm::TESTS, product::TESTS, shim::TESTS].concat();
+    let on_shim: Vec<Test> =
+        [attention::TESTS, elementwise::TESTS, norm::TESTS, product::TESTS, sampling::TESTS, shim::TESTS].concat();
     let missing = shim::missing();
     let trials = on_shim.into_iter().map(|(name, test)| trial(name, missing, test));
     libtest_mimic::run(&arguments, trials.collect()).exit();
