@@ -18,8 +18,8 @@
  *
  *  Expected on an H200 (4.3 TB/s), head_dim 128, f16: 4 KiB of keys and values per token and 8 kv heads. 256 sequences at 768
  *  tokens: 805 MB, 187 us; partial results add 3 %. One sequence at 1024 tokens: 4.2 MB in 32 blocks; bound by latency, about
- *  4 us. 69 KiB of shared memory: 3 blocks, 12 warps an SM, whose 48 KiB and more under way are what the latency of memory asks
- *  for (36 GB/s an SM times about 1 us). */
+ *  4 us. 73 KiB of shared memory (head_dim 128): 3 blocks, 12 warps an SM, each with 8 to 16 KiB under way, where the latency of
+ *  memory asks for 36 KiB an SM (4.8 TB/s over 132 of them times 1 us). 100 registers. */
 #include "attention.cuh"
 
 /** Keys or values of a tile in shared memory. */
@@ -82,22 +82,22 @@ __device__ __forceinline__ DecodeTile decode_tile(const AttentionArguments& args
     return tile;
 }
 
-/** One partition, by one warp: the results of its rows to shared memory. */
+/** Starts copying keys or values `32 * half..` of the warp's partition, which begins at position `start`. */
+template <int head_dim>
+__device__ __forceinline__ void copy_half(const AttentionArguments& args, const DecodeTile& tile, bool values, int start, int half,
+                                          typename DecodeShared<head_dim>::Warp& shared) {
+    const uint32_t* block_table = args.block_tables + tile.sequence.first_block;
+    const uint16_t* head = args.kv + static_cast<size_t>(tile.kv_head) * args.head_stride + (values ? args.head_stride / 2 : 0);
+    copy_tile<head_dim, kTileKeys>(args, block_table, head, start + half * kTileKeys, tile.keys, shared.tiles[half],
+                                   threadIdx.x % kLanes, kLanes);
+    cp_async_commit();
+}
+
+/** One partition, by one warp, whose keys are on their way: the results of its rows to shared memory. */
 template <class Kv, int head_dim>
 __device__ __forceinline__ void attend_partition(const AttentionArguments& args, const DecodeTile& tile, int start,
                                                  const uint16_t* queries, typename DecodeShared<head_dim>::Warp& shared) {
     const int lane = threadIdx.x % kLanes;
-    const uint32_t* block_table = args.block_tables + tile.sequence.first_block;
-    const uint16_t* keys = args.kv + static_cast<size_t>(tile.kv_head) * args.head_stride;
-    const uint16_t* values = keys + args.head_stride / 2;
-    const auto copy = [&](const uint16_t* head, int i) {
-        copy_tile<head_dim, kTileKeys>(args, block_table, head, start + i * kTileKeys, tile.keys, shared.tiles[i], lane, kLanes);
-        cp_async_commit();
-    };
-    copy(keys, 0);
-    copy(keys, 1);
-    // The block's queries are on their way since before.
-    __syncthreads();
     float scores[kPartitionKeys / 8][4];
     const auto load_query = [&](uint32_t (&a)[4], int step) { load_query_words<head_dim>(a, queries, step); };
 #pragma unroll
@@ -107,7 +107,7 @@ __device__ __forceinline__ void attend_partition(const AttentionArguments& args,
         __syncwarp();
         multiply_keys<Kv, head_dim, kTileKeys>(load_query, shared.tiles[i], half);
         __syncwarp();  // all lanes have read the keys that the values replace
-        copy(values, i);
+        copy_half<head_dim>(args, tile, true, start, i, shared);
     }
     Positions visible[2];
 #pragma unroll
@@ -175,14 +175,19 @@ __device__ __forceinline__ void attention_decode(const AttentionArguments& args,
     const DecodeTile tile = decode_tile(args);
     const int span = blockIdx.z, warp = threadIdx.x / kLanes;
     if (span >= tile.num_spans) return;
-    load_queries<Kv, head_dim>(args, tile.sequence, tile.rows, kTileRows, tile.kv_head, shared->queries);
     const int start = (tile.first_span + span) * kSpanKeys + warp * kPartitionKeys;
-    if (start < tile.keys.end && tile.keys.begin < start + kPartitionKeys) {
-        attend_partition<Kv, head_dim>(args, tile, start, shared->queries, shared->warps[warp]);
-    } else {
-        __syncthreads();  // the one that the other warps wait at for the queries
-        const int lane = threadIdx.x % kLanes;
-        if (lane < kTileRows) shared->warps[warp].states[lane] = empty_row();
+    const bool sees = start < tile.keys.end && tile.keys.begin < start + kPartitionKeys;
+    typename DecodeShared<head_dim>::Warp& own = shared->warps[warp];
+    if (sees) {
+        copy_half<head_dim>(args, tile, false, start, 0, own);
+        copy_half<head_dim>(args, tile, false, start, 1, own);
+    }
+    load_queries<Kv, head_dim>(args, tile.sequence, tile.rows, kTileRows, tile.kv_head, shared->queries);
+    __syncthreads();  // the queries are there
+    if (sees) {
+        attend_partition<Kv, head_dim>(args, tile, start, shared->queries, own);
+    } else if (threadIdx.x % kLanes < kTileRows) {
+        own.states[threadIdx.x % kLanes] = empty_row();
     }
     __syncthreads();
 

@@ -167,32 +167,28 @@ __device__ __forceinline__ Weight sum_up_to_lane(Weight value) {
     return value;
 }
 
-/** The best token of a row: its logit's ordered bits, and the lowest of its ids, turned around so that the largest number wins. */
-struct Best {
-    Weight key;
-    __device__ __forceinline__ uint32_t token_id() const { return ~static_cast<uint32_t>(key); }
-    __device__ __forceinline__ float logit() const { return from_ordered_bits(static_cast<uint32_t>(key >> 32)); }
+/** What one pass over a row finds. */
+struct RowScan {
+    /** The best token: its logit's ordered bits, and the lowest of its ids, turned around so that the largest number wins. */
+    Weight best;
+    /** Whether the row holds no NaN, no `+inf`, and more than `-inf`. */
+    bool is_finite;
+    __device__ __forceinline__ uint32_t token_id() const { return ~static_cast<uint32_t>(best); }
+    __device__ __forceinline__ float max() const { return from_ordered_bits(static_cast<uint32_t>(best >> 32)); }
 };
 
-__device__ __forceinline__ Best best_token(const float* logits, int vocab_size, SamplingShared& shared) {
-    Weight best = 0;
-    for (int id = threadIdx.x; id < vocab_size; id += kSamplingThreads) {
-        const Weight key = static_cast<Weight>(ordered_bits(logits[id])) << 32 | ~static_cast<uint32_t>(id);
-        best = key > best ? key : best;
-    }
-    return {max_over_block(best, shared.of_warps)};
-}
-
-/** Whether the row holds a NaN or `+inf`, or nothing but `-inf`. */
-__device__ __forceinline__ bool is_not_finite(const float* logits, int vocab_size, SamplingShared& shared) {
-    // Bit 0: a number that ends the row; bit 1: one that can be chosen.
-    Weight found = 0;
+__device__ __forceinline__ RowScan scan_row(const float* logits, int vocab_size, SamplingShared& shared) {
+    Weight best = 0, bad = 0;
     for (int id = threadIdx.x; id < vocab_size; id += kSamplingThreads) {
         const float logit = logits[id];
-        found |= !(logit < INFINITY) ? 1 : logit > -INFINITY ? 2 : 0;
+        bad |= logit < INFINITY ? 0 : 1;  // NaN is not below anything
+        const Weight key = static_cast<Weight>(ordered_bits(logit)) << 32 | ~static_cast<uint32_t>(id);
+        best = key > best ? key : best;
     }
-    const Weight bad = max_over_block(found & 1, shared.of_warps), good = max_over_block(found & 2, shared.of_warps);
-    return bad != 0 || good == 0;
+    RowScan scan;
+    scan.best = max_over_block(best, shared.of_warps);
+    scan.is_finite = max_over_block(bad, shared.of_warps) == 0 && scan.max() > -INFINITY;
+    return scan;
 }
 
 /** A logit after a change: what is masked stays so, an overflow becomes the largest finite number of its sign. */
@@ -400,17 +396,18 @@ extern "C" __global__ void __launch_bounds__(kSamplingThreads) sample_rows(
     const size_t start = static_cast<size_t>(blockIdx.x) * vocab_size;
     logits += start;
     if (threadIdx.x == 0) tokens[blockIdx.x] = kNoToken;
+    RowScan scan = scan_row(logits, vocab_size, shared);
     // Before bias and penalties, which make infinity finite.
-    if (is_not_finite(logits, vocab_size, shared)) return;
+    if (!scan.is_finite) return;
     if (row.num_bias > 0) apply_bias(logits, row, bias);
     if (row.num_history > 0) apply_penalties(logits, row, history, occurrences + start);
-    const Best best = best_token(logits, vocab_size, shared);
+    if (row.num_bias > 0 || row.num_history > 0) scan = scan_row(logits, vocab_size, shared);
     if (row.temperature == 0.0f) {
-        if (threadIdx.x == 0) tokens[blockIdx.x] = best.token_id();
+        if (threadIdx.x == 0) tokens[blockIdx.x] = scan.token_id();
         return;
     }
-    const Kept kept = truncate(logits, vocab_size, best.logit(), row, shared);
-    const uint32_t token_id = draw(logits, vocab_size, best.logit(), row, kept, shared);
+    const Kept kept = truncate(logits, vocab_size, scan.max(), row, shared);
+    const uint32_t token_id = draw(logits, vocab_size, scan.max(), row, kept, shared);
     // One warp found it.
     if (threadIdx.x % kLanes == 0 && token_id != kNoToken) tokens[blockIdx.x] = token_id;
 }

@@ -1,11 +1,8 @@
 //! The engine's sampler as an oracle: its files that know numbers only are compiled in here, because this crate cannot depend on
 //! the engine.
 
-#![allow(
-    dead_code,
-    unused_imports,
-    reason = "not all is asked for here, and the unit tests of these files run in the engine"
-)]
+// Not all is asked for here, and the unit tests of these files run in the engine.
+#![allow(dead_code, unreachable_pub, unused_imports)]
 
 #[path = "../../../engine/src/sampler/rng.rs"]
 mod rng;
