@@ -22,7 +22,6 @@
  *  and group against 6 KiB of shared memory: both about 50 cycles, so 400 TFLOP/s if both overlap well. 2048 x 4096 x 1024 (17 GFLOP): 43 us,
  *  512 blocks on 132 SMs are 3.9 waves. One block of 128 an SM by registers (2 x 64 sums a lane), four of 64 by shared memory. */
 #include "product.cuh"
-#include "reduce.cuh"
 
 constexpr int kStageGroups = 2;
 constexpr int kStageColumns = kStageGroups * kGroupColumns;

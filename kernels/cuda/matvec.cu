@@ -21,7 +21,6 @@
  *  with launch and tail; 151,936 x 1024 (311 MB): 75 us, 97 % of the ceiling is the aim. The activations of 16 rows come from the
  *  L2 cache twice as often as weights from memory: at 16 rows that is the bound to watch. */
 #include "product.cuh"
-#include "reduce.cuh"
 
 /** Loads a slice of the weights of a lane's feature: columns `column + 8 (lane % 4) + 32 i`. Behind the last column and behind
  *  the last feature (`row` is null) they are zeros. */
@@ -49,7 +48,7 @@ template <int matrices>
 __device__ __forceinline__ void compute_slices(const bf16* x, const bf16* const (&weights)[matrices], float4* slice_sums,
                                                int rows, int columns) {
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, num_warps = blockDim.x / kLanes;
-    const int num_slices = (columns + kSliceColumns - 1) / kSliceColumns;
+    const int num_slices = count_slices(columns);
     for (int slice = warp; slice < num_slices; slice += num_warps) {
         const int column = slice * kSliceColumns + lane % 4 * kBf16PerVector;
         uint4 words[matrices][kSliceGroups];
@@ -65,24 +64,11 @@ __device__ __forceinline__ void compute_slices(const bf16* x, const bf16* const 
             for (int m = 0; m < matrices; m++) multiply_group(sums[m], row_words, words[m][i]);
         }
 #pragma unroll
-        for (int m = 0; m < matrices; m++) {
-            const float4 values = make_float4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-            slice_sums[(slice * matrices + m) * kLanes + lane] = values;
-        }
+        for (int m = 0; m < matrices; m++) store_slice<matrices>(slice_sums, slice, m, sums[m]);
     }
 #ifndef PLANT_MISSING_BARRIER
     __syncthreads();
 #endif
-}
-
-/** Sum `i` of lane `element / 4`, all slices in order. */
-template <int matrices>
-__device__ __forceinline__ float add_slices(const float4* slice_sums, int matrix, int element, int columns) {
-    const float* sums = reinterpret_cast<const float*>(slice_sums) + matrix * 4 * kLanes + element;
-    const int num_slices = (columns + kSliceColumns - 1) / kSliceColumns;
-    float total = 0.0f;
-    for (int slice = 0; slice < num_slices; slice++) total += sums[slice * matrices * 4 * kLanes];
-    return total;
 }
 
 /** The row of a lane's feature, or null behind the last. */
@@ -98,11 +84,10 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec(
     const bf16* const weights[1] = {weight_row(weight, features, columns)};
     compute_slices<1>(x, weights, slice_sums, rows, columns);
     for (int element = threadIdx.x; element < 4 * kLanes; element += blockDim.x) {
-        const int row = row_of_sum(element / 4, element % 4);
-        const int feature = blockIdx.x * kTileFeatures + feature_of_sum(element / 4, element % 4);
-        if (row >= rows || feature >= features) continue;
-        const float sum = add_slices<1>(slice_sums, 0, element, columns);
-        finish_sum(sum, static_cast<size_t>(row) * features + feature, feature, bias, out, finish);
+        const BlockElement at(element);
+        if (!at.is_inside(rows, features)) continue;
+        const float sum = add_slices<1>(slice_sums, 0, element, count_slices(columns));
+        finish_sum(sum, at.index(features), at.feature, bias, out, finish);
     }
 }
 
@@ -114,11 +99,10 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec_swiglu(
     const bf16* const weights[2] = {weight_row(gate, features, columns), weight_row(up, features, columns)};
     compute_slices<2>(x, weights, slice_sums, rows, columns);
     for (int element = threadIdx.x; element < 4 * kLanes; element += blockDim.x) {
-        const int row = row_of_sum(element / 4, element % 4);
-        const int feature = blockIdx.x * kTileFeatures + feature_of_sum(element / 4, element % 4);
-        if (row >= rows || feature >= features) continue;
-        const float gate_sum = add_slices<2>(slice_sums, 0, element, columns);
-        const float up_sum = add_slices<2>(slice_sums, 1, element, columns);
-        finish_swiglu(gate_sum, up_sum, static_cast<size_t>(row) * features + feature, feature, gate_bias, up_bias, out);
+        const BlockElement at(element);
+        if (!at.is_inside(rows, features)) continue;
+        const float gate_sum = add_slices<2>(slice_sums, 0, element, count_slices(columns));
+        const float up_sum = add_slices<2>(slice_sums, 1, element, count_slices(columns));
+        finish_swiglu(gate_sum, up_sum, at.index(features), at.feature, gate_bias, up_bias, out);
     }
 }

@@ -28,6 +28,7 @@
 
 #include "math.cuh"
 #include "ptx.cuh"
+#include "reduce.cuh"
 #include "vec.cuh"
 
 /** Columns of one accumulator. */
@@ -63,6 +64,36 @@ __device__ __forceinline__ void multiply_group(float (&sums)[4], const RowWords&
 /** Row and feature, within a tile, of sum `i` of a lane. */
 __device__ __forceinline__ int row_of_sum(int lane, int i) { return lane / 4 + i / 2 * 8; }
 __device__ __forceinline__ int feature_of_sum(int lane, int i) { return 2 * (lane % 4) + i % 2; }
+
+/** Slices of so many columns. */
+__device__ __forceinline__ int count_slices(int columns) { return (columns + kSliceColumns - 1) / kSliceColumns; }
+
+/** Leaves a warp's sums of a slice in shared memory `[slices][matrices][lane][4]`. */
+template <int matrices>
+__device__ __forceinline__ void store_slice(float4* slice_sums, int slice, int matrix, const float (&sums)[4]) {
+    const float4 values = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    slice_sums[(slice * matrices + matrix) * kLanes + threadIdx.x % kLanes] = values;
+}
+
+/** Sum `element % 4` of lane `element / 4`, all slices in order. */
+template <int matrices>
+__device__ __forceinline__ float add_slices(const float4* slice_sums, int matrix, int element, int num_slices) {
+    const float* sums = reinterpret_cast<const float*>(slice_sums) + matrix * 4 * kLanes + element;
+    float total = 0.0f;
+    for (int slice = 0; slice < num_slices; slice++) total += sums[slice * matrices * 4 * kLanes];
+    return total;
+}
+
+/** Where sum `element % 4` of lane `element / 4` belongs, in a block that has 16 rows and the features from
+ *  `8 * blockIdx.x` on. */
+struct BlockElement {
+    int row, feature;
+    __device__ __forceinline__ explicit BlockElement(int element)
+        : row(row_of_sum(element / 4, element % 4)),
+          feature(blockIdx.x * kTileFeatures + feature_of_sum(element / 4, element % 4)) {}
+    __device__ __forceinline__ bool is_inside(int rows, int features) const { return row < rows && feature < features; }
+    __device__ __forceinline__ size_t index(int features) const { return static_cast<size_t>(row) * features + feature; }
+};
 
 /** Gives a sum with its bias (or null) its place in `out` `[rows, features]`. */
 __device__ __forceinline__ void finish_sum(float sum, size_t index, int feature, const float* bias, void* out,

@@ -31,6 +31,14 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/** `d = a b` on a tensor core: a `[16, 32]`, b `[32, 8]` of signed bytes, d `[16, 8]` of 32-bit integers. */
+__device__ __forceinline__ void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(0));
+}
+
 /** Four matrices of 8 x 8 16-bit numbers from shared memory, row `lane % 8` of matrix `lane / 8` at `row`. */
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -67,6 +75,15 @@ __device__ __forceinline__ uint4 load_streaming(const void* source) {
     uint4 value;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(source));
+    return value;
+}
+
+/** The same of 8 bytes. */
+__device__ __forceinline__ uint2 load_streaming_8(const void* source) {
+    uint2 value;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(value.x), "=r"(value.y)
                  : "l"(source));
     return value;
 }

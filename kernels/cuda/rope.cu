@@ -90,7 +90,11 @@ __device__ __forceinline__ void rope_and_store(const RopeArguments& args) {
         const size_t angle = static_cast<size_t>(position) * half;
         if (half > 0) rotate_head(x, args.cosines + angle, args.sines + angle, half);
     }
+#ifdef PLANT_ROW_BEHIND_THE_END
+    const uint32_t slot = args.slots[token + 1];
+#else
     const uint32_t slot = args.slots[token];
+#endif
     if (is_q || slot >= args.num_slots) return;
     const int kv_head = is_v ? head - args.num_heads - args.num_kv_heads : head - args.num_heads;
 #ifdef PLANT_PAGE_OFF_BY_ONE

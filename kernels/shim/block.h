@@ -217,7 +217,9 @@ std::string launch(dim3 grid, dim3 size, size_t shared_bytes, Schedule schedule,
     const int num_threads = size.x * size.y * size.z;
     unsigned char* stacks = stacks_for(num_threads);
     // Not rounded up: a sanitizer sees the byte behind the end.
-    unsigned char* shared = static_cast<unsigned char*>(aligned_alloc(128, std::max(shared_bytes, size_t{1})));
+    void* shared_memory = nullptr;
+    if (posix_memalign(&shared_memory, 128, std::max(shared_bytes, size_t{1})) != 0) return "no shared memory";
+    unsigned char* shared = static_cast<unsigned char*>(shared_memory);
     std::mt19937 random(schedule.seed);
     const std::function<void()> body = kernel;
     std::string error;

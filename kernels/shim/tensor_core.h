@@ -77,6 +77,36 @@ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32
     cpu::mma_m16n8k16(d, a, b, [](uint16_t bits) { return __half2float(__ushort_as_half(bits)); });
 }
 
+/** `d = a b` of signed bytes: a `[16, 32]`, b `[32, 8]`, in the lanes as PTX ISA 9.7.14.5.10 draws them; exact. */
+inline void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    struct In { uint32_t a[4], b[2]; };
+    struct Out { int d[4]; };
+    In in;
+    memcpy(in.a, a, sizeof in.a);
+    memcpy(in.b, b, sizeof in.b);
+    const Out result = cpu::collective<In, Out>(~0u, in, [](In* in, Out* out) {
+        int8_t a[16][32], b[32][8];
+        for (int lane = 0; lane < 32; lane++) {
+            const int group = lane / 4, t = lane % 4;
+            for (int i = 0; i < 4; i++) memcpy(&a[group + i % 2 * 8][4 * t + i / 2 * 16], &in[lane].a[i], 4);
+            for (int i = 0; i < 2; i++) {
+                int8_t bytes[4];
+                memcpy(bytes, &in[lane].b[i], 4);
+                for (int j = 0; j < 4; j++) b[4 * t + i * 16 + j][group] = bytes[j];
+            }
+        }
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 4; i++) {
+                const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+                int sum = 0;
+                for (int k = 0; k < 32; k++) sum += a[row][k] * b[k][column];
+                out[lane].d[i] = sum;
+            }
+        }
+    });
+    memcpy(d, result.d, sizeof result.d);
+}
+
 namespace cpu {
 
 struct MatrixRows { uint32_t words[4]; };
@@ -136,6 +166,14 @@ inline void cp_async_wait() { cpu::land_copies(allowed); }
 inline uint4 load_streaming(const void* source) {
     if (reinterpret_cast<uintptr_t>(source) % 16 != 0) cpu::fail("a load from an address that is no multiple of 16");
     uint4 value;
+    memcpy(&value, source, sizeof value);
+    return value;
+}
+
+/** The same of 8 bytes. */
+inline uint2 load_streaming_8(const void* source) {
+    if (reinterpret_cast<uintptr_t>(source) % 8 != 0) cpu::fail("a load from an address that is no multiple of 8");
+    uint2 value;
     memcpy(&value, source, sizeof value);
     return value;
 }

@@ -3,17 +3,27 @@
 //!
 //! A launcher checks sizes, chooses the grid and hands a [`launch::Launch`] to a [`launch::Stream`]; it knows neither
 //! driver nor device. So launchers and kernels run in tests on a stream that executes kernels on the CPU
-//! (`kernels/shim/`), and nothing here but `device` and what follows it needs the feature `cuda`.
+//! (`kernels/shim/`), and only what speaks to the driver (`device`,
+//! `module`, `buffer`, `graph`) needs the feature `cuda`.
 
 pub mod activation;
 pub mod attention;
 mod attention_decode;
 mod attention_prefill;
+#[cfg(feature = "cuda")]
+pub mod buffer;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod embedding;
+#[cfg(feature = "cuda")]
+pub mod graph;
 pub mod kv_blocks;
 pub mod launch;
 mod matmul;
+pub mod matmul_quant;
 mod matvec;
+#[cfg(feature = "cuda")]
+mod module;
 pub mod norm;
 pub mod product;
 pub mod rope;

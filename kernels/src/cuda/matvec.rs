@@ -1,17 +1,13 @@
 //! Launches `matvec.cu`: products of at most 16 rows.
 
 use super::launch::{Argument, Launch, Sizes, Stream};
-use super::product::{MAX_MATVEC_ROWS, Product, SLICE_COLUMNS};
+use super::product::{MAX_MATVEC_ROWS, MAX_MATVEC_SHARED_BYTES, Product, SLICE_BYTES, SLICE_COLUMNS};
 use crate::error::Result;
 
 /// Features of a block.
 const TILE_FEATURES: usize = 8;
 /// Warps of a block at most. With as many slices in flight two blocks fill a multiprocessor.
 const MAX_WARPS: usize = 8;
-/// Sums of a slice of 16 rows and 8 features.
-const SLICE_BYTES: usize = 16 * TILE_FEATURES * size_of::<f32>();
-/// What every device since sm_80 gives a block that asks for it, less 1 KiB that the system takes.
-const MAX_SHARED_BYTES: usize = 98 << 10;
 
 /// Launches `product`, whose sizes fit together.
 pub(crate) fn launch(stream: &impl Stream, sizes: Sizes, product: &Product, arguments: &[Argument<'_>]) -> Result<()> {
@@ -19,7 +15,7 @@ pub(crate) fn launch(stream: &impl Stream, sizes: Sizes, product: &Product, argu
     let num_slices = product.columns.div_ceil(SLICE_COLUMNS);
     let shared_bytes = num_slices * product.matrices * SLICE_BYTES;
     let expected = "at most 50,176, or half as many for gate and up";
-    sizes.require("columns", product.columns, shared_bytes <= MAX_SHARED_BYTES, expected)?;
+    sizes.require("columns", product.columns, shared_bytes <= MAX_MATVEC_SHARED_BYTES, expected)?;
     stream.launch(&Launch {
         file: "matvec",
         kernel: if product.matrices == 2 { "matvec_swiglu" } else { "matvec" },

@@ -14,6 +14,11 @@ const VECTOR: usize = 8;
 /// Columns of one accumulator; as in `product.cuh`.
 pub(crate) const SLICE_COLUMNS: usize = 256;
 
+/// Sums of a slice of 16 rows and 8 features in shared memory.
+pub(crate) const SLICE_BYTES: usize = 16 * 8 * size_of::<f32>();
+/// What every device since sm_80 gives a block that asks for it, less 1 KiB that the system takes.
+pub(crate) const MAX_MATVEC_SHARED_BYTES: usize = 98 << 10;
+
 /// A weight matrix as the checkpoint has it.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a> {

@@ -8,13 +8,19 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
-use ns_llm_kernels::cuda::launch::{Argument, Launch, Slice, SliceMut, Stream};
+use ns_llm_kernels::cuda::launch::{Argument, Launch, Stream};
 use ns_llm_kernels::error::{Error, Result};
 
 use crate::Test;
+pub(crate) use crate::mirror::{slice, slice_mut};
 
 /// The tests of this file.
 pub(crate) const TESTS: &[Test] = &[("the shim refuses what is no call of a kernel", refuses_wrong_calls)];
+
+/// Environment variable with which kernels are compiled with the sanitizers.
+pub(crate) const SANITIZE_VARIABLE: &str = "NS_LLM_SHIM_SANITIZE";
+/// Environment variable that names a bug to plant into all kernels.
+pub(crate) const PLANT_VARIABLE: &str = "NS_LLM_SHIM_PLANT";
 
 /// Who runs when, and when copies land: `Order` and `Landing` of `block.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,13 +34,15 @@ impl Schedule {
     /// Threads by index, copies at once: the tamest.
     pub(crate) const TAME: Schedule = Schedule { order: 0, landing: 0, seed: 0 };
 
-    /// Every order with every landing.
+    /// Every order with every landing. The sanitizers look at addresses, for which one order is as good as another; a GPU
+    /// has an order of its own.
     pub(crate) fn all() -> impl Iterator<Item = Schedule> {
-        (0..8).map(|i| Schedule { order: i % 4, landing: i / 4, seed: 7 * i })
+        let all = (0..8).map(|i| Schedule { order: i % 4, landing: i / 4, seed: 7 * i });
+        all.take(if crate::on_gpu() || sanitized() { 1 } else { 8 })
     }
 }
 
-/// A stream that runs each kernel at once.
+/// A stream that runs each kernel at once: on the CPU, or where the tests run on a GPU, there.
 pub(crate) struct Shim {
     schedule: Schedule,
     /// Macro with which the kernels are compiled: a planted bug.
@@ -42,26 +50,15 @@ pub(crate) struct Shim {
 }
 
 impl Shim {
-    /// The kernels as they are.
+    /// The kernels as they are, but for what [`PLANT_VARIABLE`] says.
     pub(crate) fn new(schedule: Schedule) -> Shim {
-        Shim { schedule, plant: None }
+        static PLANT: OnceLock<Option<String>> = OnceLock::new();
+        Shim { schedule, plant: PLANT.get_or_init(|| std::env::var(PLANT_VARIABLE).ok()).as_deref() }
     }
     /// The kernels with a bug that their source has under this macro.
     pub(crate) fn with_planted(schedule: Schedule, plant: &'static str) -> Shim {
         Shim { schedule, plant: Some(plant) }
     }
-}
-
-/// Numbers for kernels to read.
-pub(crate) fn slice<T>(values: &[T]) -> Slice<'_, T> {
-    // SAFETY: the shim's kernels run inside the call that launches them, on the host's memory.
-    unsafe { Slice::from_raw(values.as_ptr() as u64, values.len()) }
-}
-
-/// Numbers for kernels to write.
-pub(crate) fn slice_mut<T>(values: &mut [T]) -> SliceMut<'_, T> {
-    // SAFETY: as above, and the borrow is exclusive.
-    unsafe { SliceMut::from_raw(values.as_mut_ptr() as u64, values.len()) }
 }
 
 /// What this machine lacks to run kernels on the CPU.
@@ -110,6 +107,17 @@ struct Library {
 
 impl Stream for Shim {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = crate::gpu::Gpu::wanted() {
+            return gpu.launch_with_copies(launch);
+        }
+        self.launch_here(launch)
+    }
+}
+
+impl Shim {
+    /// Runs a kernel on the CPU, on memory as it is.
+    pub(crate) fn launch_here(&self, launch: &Launch<'_>) -> Result<()> {
         let failed = |reason| Error::Launch { kernel: launch.kernel, reason };
         let arguments: Vec<SizedArgument> = launch
             .arguments
@@ -243,7 +251,7 @@ fn compile(file: &str, plant: Option<&str>) -> std::result::Result<PathBuf, Stri
 
 /// Whether kernels are compiled with the sanitizers.
 pub(crate) fn sanitized() -> bool {
-    std::env::var_os("NS_LLM_SHIM_SANITIZE").is_some()
+    std::env::var_os(SANITIZE_VARIABLE).is_some()
 }
 
 /// Of all that goes into a library.
