@@ -17,6 +17,7 @@ use crate::shim::{Schedule, Shim};
 pub(crate) const TESTS: &[Test] = &[
     ("attention is that of f64, in every schedule", attention_is_exact),
     ("a row's attention has the same bits in any chunk and kernel", chunks_and_kernels_agree),
+    ("a NaN stays with its sequence", a_nan_stays_with_its_sequence),
     ("attention refuses sizes that do not fit", sizes_are_checked),
 ];
 /// Those that need the shim.
@@ -93,9 +94,8 @@ impl Case {
         };
         let elements = vec![0xffff; layout.num_blocks * layout.block_len()];
         let mut case = Case { heads, layout, elements, block_tables, sequences, queries: Vec::new() };
-        for sequence in 0..tokens.len() {
-            for (position, kv_head) in (0..tokens[sequence]).flat_map(|p| (0..heads.num_kv_heads).map(move |h| (p, h)))
-            {
+        for (sequence, &tokens) in tokens.iter().enumerate() {
+            for (position, kv_head) in (0..tokens).flat_map(|p| (0..heads.num_kv_heads).map(move |h| (p, h))) {
                 let key = case.key_start(sequence, position, kv_head);
                 for start in [key, key + layout.head_len() / 2] {
                     let numbers = random.floats(heads.head_dim);
@@ -103,7 +103,7 @@ impl Case {
                     case.elements.splice(start..start + heads.head_dim, bits);
                 }
             }
-            case.queries.push(random.floats(tokens[sequence] * heads.width()).iter().map(|x| 2.0 * x).collect());
+            case.queries.push(random.floats(tokens * heads.width()).iter().map(|x| 2.0 * x).collect());
         }
         case
     }
@@ -267,6 +267,28 @@ fn chunks_and_kernels_agree() {
                 let (got, want) = (&got[row * width..][..width], &whole[position * width..][..width]);
                 assert!(bits(got) == bits(want), "position {position} in chunks of {chunk}");
             }
+        }
+    }
+}
+
+/// A NaN among the values of one head of a sequence makes that head NaN in every later row, whichever kernel has it, and no bit of
+/// another sequence, of another kv head or of a chunk before it differs.
+fn a_nan_stays_with_its_sequence() {
+    let mut case = Case::new(Heads::new(4, 2, 64, KvDtype::F16), &[300, 290]);
+    let width = case.heads.width();
+    // Rows 0..100 before it, a decoded row and 40 rows behind it, and the other sequence.
+    let chunks = [(0, 0..100), (0, 199..200), (0, 260..300), (1, 280..290)];
+    let before = case.run(&Shim::new(Schedule::TAME), &chunks).expect("sizes fit");
+    let start = case.key_start(0, 150, 1) + case.layout.head_len() / 2;
+    case.elements[start + 5] = f16::NAN.to_bits();
+    let after = case.run(&Shim::new(Schedule::TAME), &chunks).expect("sizes fit");
+    for (row, (before, after)) in before.chunks_exact(width).zip(after.chunks_exact(width)).enumerate() {
+        let behind = (100..141).contains(&row);
+        for (column, (before, after)) in before.iter().zip(after).enumerate() {
+            // Two query heads share the second kv head.
+            let hit = behind && column >= width / 2 && column % 64 == 5;
+            assert_eq!(after.is_nan(), hit, "row {row}, column {column}");
+            assert!(hit || before.to_bits() == after.to_bits(), "row {row}, column {column}");
         }
     }
 }
