@@ -220,8 +220,8 @@ __device__ __forceinline__ void copy_tile(const AttentionArguments& args, const 
     }
 }
 
-/** Scores of 16 rows against `num_keys` keys in shared memory. `load_query(a, step)` gives the rows' numbers `16 step..` as the left
- *  side of a product. Of `scores[i]`, a lane has row `lane / 4` (0, 1) and 8 rows on (2, 3) at keys `8 i + lane % 4 * 2` and the
+/** Scores of 16 rows against `num_keys` keys in shared memory. `load_query(a, step)` gives the rows' numbers `16 step..` as
+ *  the left side of a product. Of `scores[i]`, a lane has row `lane / 4` (0, 1) and 8 rows on (2, 3) at keys `8 i + lane % 4 * 2` and the
  *  next. */
 template <class Kv, int head_dim, int num_keys, class LoadQuery>
 __device__ __forceinline__ void multiply_keys(LoadQuery load_query, const uint16_t* keys, float (&scores)[num_keys / 8][4]) {
@@ -329,8 +329,8 @@ __device__ __forceinline__ void softmax_partition(float (&scores)[kPartitionKeys
     }
 }
 
-/** `output += weights values` for 16 columns: `values` points to the first of them of the first of `16 num_steps` keys in shared memory.
- *  Of `output[i]`, a lane has row `lane / 4` (0, 1) and 8 rows on (2, 3) at columns `8 i + lane % 4 * 2` and the next. */
+/** `output += weights values` for 16 columns: `values` points to the first of them, of the first of `16 num_steps` keys in
+ *  shared memory. Of `output[i]`, a lane has row `lane / 4` (0, 1) and 8 rows on (2, 3) at columns `8 i + lane % 4 * 2` and the next. */
 template <class Kv, int head_dim, int num_steps>
 __device__ __forceinline__ void multiply_values(const uint32_t (*weights)[4], const uint16_t* values, float (&output)[2][4]) {
     const int lane = threadIdx.x % kLanes;

@@ -1,5 +1,5 @@
-/** Paged attention of many queries per sequence: prefill in chunks, behind a prefix that lies in blocks. FlashAttention-2 (Dao 2023,
- *  arXiv:2307.08691) with mma.sync. The arithmetic, and why it gives the bits of attention_decode.cu, is in attention.cuh.
+/** Paged attention of many queries per sequence: prefill in chunks, behind a prefix that lies in blocks. FlashAttention-2
+ *  (Dao 2023, arXiv:2307.08691) with mma.sync. The arithmetic, and why it gives the bits of attention_decode.cu, is in attention.cuh.
  *
  *      grid (tile of 64 rows, kv head)        block: 4 warps, 16 rows (query x head of the group) each
  *
@@ -11,13 +11,13 @@
  *  `tiles` says which 64 rows of which sequence a block has: sequences are ragged, and a grid of (sequence, tile) would be mostly
  *  empty. The order of tiles does not show in the result; the longest first ends soonest.
  *
- *  Limits: see attention.cuh. No head_dim of 256: its outputs and scores do not fit the registers; attention_decode.cu takes any number
- *  of queries.
+ *  Limits: see attention.cuh. No head_dim of 256: its outputs and scores do not fit the registers; attention_decode.cu takes
+ *  any number of queries.
  *
  *  Expected on an H200: 2048 queries of one sequence, 32 heads, 8 kv heads of 128: 34 GFLOP causal. Shared memory is the bound:
  *  a warp reads 32 KiB for 128 products, 256 cycles of the SM's 128 B; four warps 1024 cycles against 830 for the products at the
- *  60 % of the peak that mma.sync reaches on Hopper. That is 270 TFLOP/s, 130 us. 83 KiB of shared memory and 255 registers: two blocks
- *  an SM. 32 rows a warp would halve the reads, and give the same bits. */
+ *  60 % of the peak that mma.sync reaches on Hopper. That is 270 TFLOP/s, 130 us.
+ *  83 KiB of shared memory and 255 registers: two blocks an SM. 32 rows a warp would halve the reads, and give the same bits. */
 #include "attention.cuh"
 
 /** Rows of a block. */

@@ -3,13 +3,13 @@
  *
  *      grid (row)        block: 1024 threads over the row's vocabulary
  *
- *  That the results are equal rests on integers. A weight is `exp((logit - max) / temperature)` in fixed point with 40 fraction bits,
- *  by the same sequence of roundings as on the CPU (intrinsics, because a fused multiply-add would round once less); sums of
+ *  That the results are equal rests on integers. A weight is `exp((logit - max) / temperature)` in fixed point with 40
+ *  fraction bits, by the same sequence of roundings as on the CPU (intrinsics, because a fused multiply-add would round once less); sums of
  *  weights are exact in 64 bits, so neither their order nor that of the atomics shows.
  *
  *  Nothing is sorted. What top-k and top-p keep is a head of one order, logits descending and equal ones by ascending id. Its
- *  last logit is found by radix selection: three histograms of 11, 11 and 10 bits of the logit as an ordered integer, with the number
- *  and the weight of the tokens in each bin. Tokens with equal logits weigh the same, so how many of them belong to the head
+ *  last logit is found by radix selection: three histograms of 11, 11 and 10 bits of the logit as an ordered integer, with
+ *  the number and the weight of the tokens in each bin. Tokens with equal logits weigh the same, so how many of them belong to the head
  *  is a division. The draw walks along the ids: each warp sums up its part of the vocabulary, and the one in which the drawn
  *  weight lies looks for the token.
  *
@@ -18,9 +18,10 @@
  *
  *  Limits: token ids of bias and history are below vocab_size (checked at admission); 2^23 tokens, so that sums of weights fit.
  *
- *  Expected on an H200, vocabulary 151,936 (608 KB a row, in the L2 cache since the product): an SM reads about 110 GB/s from there, so
- *  a pass is 5.5 us. Greedy 1 pass; with temperature 2; top-p 3 more and one for the sum; top-k 3 more: 6 to 50 us a row, 132 rows (one
- *  block of 24 KiB and 1024 threads an SM) at the same time. To be gained at batch 1: several blocks a row. */
+ *  Expected on an H200, vocabulary 151,936 (608 KB a row, in the L2 cache since the product): an SM reads about 110 GB/s from
+ *  there, so a pass is 5.5 us. Greedy takes 1 pass, 2 with bias or penalties; a draw 1 more; top-p 3 more and one for the sum;
+ *  top-k 3 more: 6 to 50 us a row, 132 rows at the same time (one block of 1024 threads, 25 KiB and 56 registers an SM). To be
+ *  gained at batch 1: several blocks a row. */
 #include <math.h>
 #include <stdint.h>
 
@@ -80,7 +81,8 @@ struct SamplingShared {
     uint32_t bin;
 };
 
-/** The tokens that may be drawn: those above `ordered`, and the first `ties` ids of those equal to it; of these what weighs `least`. */
+/** The tokens that may be drawn: those above `ordered`, and the first `ties` ids of those equal to it; of all these, what weighs
+ *  at least `least`. */
 struct Kept {
     uint32_t ordered;
     Weight ties;
@@ -386,8 +388,8 @@ __device__ __forceinline__ uint32_t draw(const float* logits, int vocab_size, fl
     return kNoToken;
 }
 
-/** `logits` `[rows, vocab_size]` are overwritten where a row has bias or penalties; `tokens` `[rows]`; `occurrences` `[rows, vocab_size]`,
- *  zeros between launches, is read for rows with a history only. */
+/** `logits` `[rows, vocab_size]` are overwritten where a row has bias or penalties; `tokens` `[rows]`; `occurrences`
+ *  `[rows, vocab_size]`, zeros between launches, is used for rows with a history only. */
 extern "C" __global__ void __launch_bounds__(kSamplingThreads) sample_rows(
     float* __restrict__ logits, int vocab_size, const SamplingRow* __restrict__ rows, const LogitBias* __restrict__ bias,
     const uint32_t* __restrict__ history, uint32_t* __restrict__ occurrences, uint32_t* __restrict__ tokens) {
