@@ -1,5 +1,5 @@
-/** Products of up to 16 rows with weights that stay quantized, Q8_0 and Q4_K: decoding. Bound by the bytes of the weights, 1.06 and
- *  0.56 a number. Activations are rounded to 8 bits group by group of their own row, as on the CPU (src/cpu/linear/int8.rs).
+/** Products with weights that stay quantized, Q8_0 and Q4_K: made for decoding, right for any number of rows. Up to 16 rows are
+ *  bound by the bytes of the weights, 1.06 and 0.56 a number; more read them again for every 16. Activations are rounded to 8 bits group by group of their own row, as on the CPU (src/cpu/linear/int8.rs).
  *
  *  | kernel | reads | writes |
  *  | --- | --- | --- |
@@ -16,8 +16,9 @@
  *      total  slices of 256 columns in order      product.cuh
  *
  *  The parts have the bits of the CPU's; integers are exact, so a kernel for many rows may take them in other tiles and give the
- *  same bits. Blocks and warps are those of matvec.cu: 8 features a block, slices shared by its warps, 8 loads of 8 bytes
- *  a lane in flight (Q4_K: 4 and the header). A lane's 8 bytes are columns 8 t .. 8 t + 7 of a group, its part of one instruction.
+ *  same bits. Warps are those of matvec.cu: a block has 16 rows (`blockIdx.x`, so that blocks that run together share weights) and 8
+ *  features (`blockIdx.y`), its warps share the slices, with 8 loads of 8 bytes a lane in flight (Q4_K: 4 and the header). A lane's 8
+ *  bytes are columns 8 t .. 8 t + 7 of a group, its part of one instruction.
  *
  *  Limits: columns are a multiple of 32 (Q8_0) or 256 (Q4_K); rows are aligned to 16 bytes.
  *
@@ -74,7 +75,7 @@ struct QuantRows {
 
 /** `dots[16 rows, 8 features]` of one group; `weights` are the codes of feature `lane / 4`. */
 __device__ __forceinline__ void multiply_codes(const QuantRows& x, int group, uint2 weights, int (&dots)[4]) {
-    const int lane = threadIdx.x % kLanes, row = lane / 4;
+    const int lane = threadIdx.x % kLanes, row = blockIdx.x * kTileRows + lane / 4;
     const int8_t* codes = x.codes + static_cast<size_t>(row) * x.columns + group * kGroupColumns + lane % 4 * kBytesPerLoad;
     uint2 low = make_uint2(0, 0), high = make_uint2(0, 0);
     if (row < x.rows) low = *reinterpret_cast<const uint2*>(codes);
@@ -94,7 +95,7 @@ __device__ __forceinline__ void finish_block(const float4* slice_sums, const Qua
                                              int features, int finish) {
     __syncthreads();
     for (int element = threadIdx.x; element < 4 * kLanes; element += blockDim.x) {
-        const BlockElement at(element);
+        const TileElement at(element, blockIdx.x, blockIdx.y);
         if (!at.is_inside(x.rows, features)) continue;
         const float sum = add_slices<1>(slice_sums, 0, element, count_slices(x.columns));
         finish_sum(sum, at.index(features), at.feature, bias, out, finish);
@@ -108,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec_q8_0(
     DYNAMIC_SHARED(float4, slice_sums);
     const QuantRows x = {x_codes, x_scales, nullptr, rows, columns};
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, groups = columns / kGroupColumns;
-    const int feature = blockIdx.x * kTileFeatures + lane / 4;
+    const int feature = blockIdx.y * kTileFeatures + lane / 4;
     const int8_t* row = codes + static_cast<size_t>(feature) * columns + lane % 4 * kBytesPerLoad;
     for (int slice = warp; slice < count_slices(columns); slice += blockDim.x / kLanes) {
         const int first = slice * kSliceGroups;
@@ -126,11 +127,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec_q8_0(
             multiply_codes(x, first + i, words[i], dots);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const int sum_feature = blockIdx.x * kTileFeatures + feature_of_sum(lane, j);
+                const int sum_feature = blockIdx.y * kTileFeatures + feature_of_sum(lane, j);
                 const float d = sum_feature < features
                                     ? __half2float(scales[static_cast<size_t>(sum_feature) * groups + first + i])
                                     : 0.0f;
-                const float x_scale = of_row(x.scales, x, row_of_sum(lane, j), first + i);
+                const float x_scale = of_row(x.scales, x, blockIdx.x * kTileRows + row_of_sum(lane, j), first + i);
                 sums[j] = fmaf(d * static_cast<float>(dots[j]), x_scale, sums[j]);
             }
         }
@@ -177,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec_q4_k(
     DYNAMIC_SHARED(float4, slice_sums);
     const QuantRows x = {x_codes, x_scales, x_sums, rows, columns};
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, num_slices = columns / kSliceColumns;
-    const int feature = blockIdx.x * kTileFeatures + lane / 4;
+    const int feature = blockIdx.y * kTileFeatures + lane / 4;
     for (int slice = warp; slice < num_slices; slice += blockDim.x / kLanes) {
         uint4 header = make_uint4(0, 0, 0, 0);
         // A plane of 32 bytes has two groups: the first in the lower halves of its bytes, the second in the upper.
@@ -204,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec_q4_k(
             for (int j = 0; j < 4; j++) {
                 const uint4 of_feature = headers[j % 2];
                 const GroupScale group_scale(of_feature, i);
-                const int row = row_of_sum(lane, j);
+                const int row = blockIdx.x * kTileRows + row_of_sum(lane, j);
                 const float dot = static_cast<float>(group_scale.scale * dots[j]);
                 const float min = static_cast<float>(group_scale.min * of_row(x.sums, x, row, group));
                 const float part = fmaf(half_of(of_feature.x, 0), dot, -(half_of(of_feature.x, 1) * min));

@@ -59,6 +59,9 @@ __device__ __forceinline__ void compute_slices(const bf16* x, const bf16* const 
         for (int i = 0; i < kSliceGroups; i++) {
             // The same for all lanes: groups behind the last column are left out, as in matmul.cu.
             if (slice * kSliceColumns + i * kGroupColumns >= columns) break;
+#ifdef PLANT_DIVERGENT_GROUP
+            if (lane < kLanes / 2) break;
+#endif
             const RowWords row_words = load_rows(x, lane / 4, rows, column + i * kGroupColumns, columns);
 #pragma unroll
             for (int m = 0; m < matrices; m++) multiply_group(sums[m], row_words, words[m][i]);
@@ -84,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec(
     const bf16* const weights[1] = {weight_row(weight, features, columns)};
     compute_slices<1>(x, weights, slice_sums, rows, columns);
     for (int element = threadIdx.x; element < 4 * kLanes; element += blockDim.x) {
-        const BlockElement at(element);
+        const TileElement at(element, 0, blockIdx.x);
         if (!at.is_inside(rows, features)) continue;
         const float sum = add_slices<1>(slice_sums, 0, element, count_slices(columns));
         finish_sum(sum, at.index(features), at.feature, bias, out, finish);
@@ -99,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec_swiglu(
     const bf16* const weights[2] = {weight_row(gate, features, columns), weight_row(up, features, columns)};
     compute_slices<2>(x, weights, slice_sums, rows, columns);
     for (int element = threadIdx.x; element < 4 * kLanes; element += blockDim.x) {
-        const BlockElement at(element);
+        const TileElement at(element, 0, blockIdx.x);
         if (!at.is_inside(rows, features)) continue;
         const float gate_sum = add_slices<2>(slice_sums, 0, element, count_slices(columns));
         const float up_sum = add_slices<2>(slice_sums, 1, element, count_slices(columns));

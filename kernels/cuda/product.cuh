@@ -84,13 +84,12 @@ __device__ __forceinline__ float add_slices(const float4* slice_sums, int matrix
     return total;
 }
 
-/** Where sum `element % 4` of lane `element / 4` belongs, in a block that has 16 rows and the features from
- *  `8 * blockIdx.x` on. */
-struct BlockElement {
+/** Where sum `element % 4` of lane `element / 4` belongs, in a tile of 16 rows and 8 features. */
+struct TileElement {
     int row, feature;
-    __device__ __forceinline__ explicit BlockElement(int element)
-        : row(row_of_sum(element / 4, element % 4)),
-          feature(blockIdx.x * kTileFeatures + feature_of_sum(element / 4, element % 4)) {}
+    __device__ __forceinline__ TileElement(int element, int row_tile, int feature_tile)
+        : row(row_tile * kTileRows + row_of_sum(element / 4, element % 4)),
+          feature(feature_tile * kTileFeatures + feature_of_sum(element / 4, element % 4)) {}
     __device__ __forceinline__ bool is_inside(int rows, int features) const { return row < rows && feature < features; }
     __device__ __forceinline__ size_t index(int features) const { return static_cast<size_t>(row) * features + feature; }
 };

@@ -68,6 +68,7 @@ constexpr size_t kSlotBytes = 64;
 struct Warp {
     uint32_t live = 0, arrived = 0;
     uint32_t generation = 0;  // collectives completed
+    const void* kind = nullptr;  // of the collective that lanes have arrived in
     alignas(16) unsigned char in[kWarpLanes][kSlotBytes];
     alignas(16) unsigned char out[kWarpLanes][kSlotBytes];
 };
@@ -140,6 +141,9 @@ Out collective(uint32_t mask, const In& in, Compute compute) {
     Thread* me = B->current;
     Warp& warp = B->warps[me->warp];
     const uint32_t generation = warp.generation;
+    static const char kind = 0;  // one for each collective
+    if (warp.arrived != 0 && warp.kind != &kind) fail("lanes of a warp are in different collectives");
+    warp.kind = &kind;
     memcpy(warp.in[me->lane], &in, sizeof(In));
     warp.arrived |= 1u << me->lane;
     B->events++;

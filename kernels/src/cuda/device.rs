@@ -61,7 +61,10 @@ impl Device {
         let status = unsafe { sys::cuDriverGetVersion(&mut version) };
         status.result().map_err(failed("cuDriverGetVersion"))?;
         check_driver(version)?;
-        result::init().map_err(failed("cuInit"))?;
+        match result::init() {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(0),
+            initialized => initialized.map_err(failed("cuInit"))?,
+        }
         let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
         Ok(usize::try_from(count).unwrap_or(0))
     }

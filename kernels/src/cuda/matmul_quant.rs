@@ -1,16 +1,16 @@
-//! Launches `matmul_quant.cu`: activations rounded to 8 bits, and products of few such rows with weights that stay
-//! quantized.
+//! Launches `matmul_quant.cu`: activations rounded to 8 bits, and products of such rows with weights that stay quantized.
 
 use half::f16;
 
-use super::launch::{Argument, Launch, Sizes, Slice, SliceMut, Stream};
-use super::product::{MAX_MATVEC_ROWS, MAX_MATVEC_SHARED_BYTES, SLICE_BYTES, SLICE_COLUMNS};
+use super::launch::{Argument, Launch, MAX_GRID_YZ, Sizes, Slice, SliceMut, Stream};
+use super::product::{MAX_MATVEC_SHARED_BYTES, SLICE_BYTES, SLICE_COLUMNS};
 use crate::error::Result;
 use crate::quant::{BlockQ8_0, QuantType};
 
 /// Columns that have one scale.
 pub const GROUP_COLUMNS: usize = 32;
-/// Features of a block.
+/// Rows and features of a block.
+const TILE_ROWS: usize = 16;
 const TILE_FEATURES: usize = 8;
 /// Warps of a block at most, of products and of rounding.
 const MAX_WARPS: usize = 8;
@@ -114,7 +114,7 @@ pub fn quantize_rows(
     })
 }
 
-/// Computes `x W^T + bias` of at most 16 rows, and with it what `output` says.
+/// Computes `x W^T + bias`, and with it what `output` says. Every 16 rows read the weights once.
 pub fn multiply_quant(
     stream: &impl Stream,
     x: &QuantRows<'_>,
@@ -126,6 +126,8 @@ pub fn multiply_quant(
     let rows = check_product(sizes, x, matrix)?;
     let shared_bytes = num_slices * SLICE_BYTES;
     sizes.require("columns", columns, shared_bytes <= MAX_MATVEC_SHARED_BYTES, "at most 50,176")?;
+    let feature_tiles = features.div_ceil(TILE_FEATURES);
+    sizes.require("features", features, feature_tiles <= MAX_GRID_YZ, "at most 524,280")?;
     let (out, out_len, finish) = match &output {
         QuantOutput::Store(out) => (out.argument(), out.len(), 0),
         QuantOutput::Add(out) => (out.argument(), out.len(), 1),
@@ -150,7 +152,7 @@ pub fn multiply_quant(
     stream.launch(&Launch {
         file: "matmul_quant",
         kernel,
-        grid: [sizes.blocks("features", features.div_ceil(TILE_FEATURES))?, 1, 1],
+        grid: [sizes.blocks("rows", rows.div_ceil(TILE_ROWS))?, feature_tiles as u32, 1],
         threads: 32 * num_slices.min(MAX_WARPS) as u32,
         shared_bytes: shared_bytes as u32,
         arguments: &arguments,
@@ -179,6 +181,5 @@ fn check_product(sizes: Sizes, x: &QuantRows<'_>, matrix: &QuantMatrix<'_>) -> R
     sizes.equal("codes of x", rows * columns, x.codes.len())?;
     sizes.equal("scales of x", rows * columns / GROUP_COLUMNS, x.scales.len())?;
     sizes.equal("sums of x", rows * columns / GROUP_COLUMNS, x.sums.len())?;
-    sizes.require("rows", rows, rows <= MAX_MATVEC_ROWS, "at most 16")?;
     Ok(rows)
 }

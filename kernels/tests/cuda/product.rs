@@ -23,6 +23,7 @@ pub(crate) const PLANTED: &[Test] = &[
     ("a missing barrier in matvec shows", matvec_shows_a_missing_barrier),
     ("a missing barrier in matmul shows", matmul_shows_a_missing_barrier),
     ("a wait that allows too many copies in flight shows", matmul_shows_a_loose_wait),
+    ("lanes that leave their warp are a deadlock", matvec_shows_divergent_lanes),
 ];
 
 fn random_weights(random: &mut Random, features: usize, columns: usize, has_bias: bool) -> Weights {
@@ -150,6 +151,19 @@ fn matmul_shows_a_missing_barrier() {
 /// One group too many in flight, and a stage is read before its copies have arrived.
 fn matmul_shows_a_loose_wait() {
     shows("PLANT_LOOSE_WAIT", Form::Tile64, (64, 64, 512));
+}
+
+/// Lanes that skip a warp's instruction leave the others waiting: told, in every schedule, not waited for.
+fn matvec_shows_divergent_lanes() {
+    let weights = random_weights(&mut Random(6), 8, 512, false);
+    let (matrix, x) = (matrix(&weights), vec![bf16::ONE; 512]);
+    for schedule in Schedule::all() {
+        let (shim, mut out) = (Shim::with_planted(schedule, "PLANT_DIVERGENT_GROUP"), vec![0.0; 8]);
+        let output = Output::Store(&mut slice_mut(&mut out));
+        let error = multiply(&shim, Form::Matvec, slice(&x), &matrix, output).expect_err("a deadlock").to_string();
+        let want = "matvec: deadlock in block (0, 0, 0): 32 of 64 live threads wait at a barrier";
+        assert_eq!(error, want, "{schedule:?}");
+    }
 }
 
 /// Sizes that do not fit, or that a kernel does not take, are refused by name.
