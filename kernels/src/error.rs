@@ -97,4 +97,49 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
+    /// A kernel could not be launched, or broke a rule while it ran.
+    #[error("{kernel}: {reason}")]
+    Launch {
+        /// Name of the kernel.
+        kernel: &'static str,
+        /// What the device said.
+        reason: String,
+    },
+    /// No CUDA driver is installed.
+    #[error("no CUDA driver is installed (libcuda.so.1 could not be loaded)")]
+    NoCudaDriver,
+    /// The driver cannot run the embedded kernels.
+    #[error("the CUDA driver supports CUDA {found}, needed is {needed} (driver 580 or later)")]
+    CudaDriverTooOld {
+        /// Newest CUDA version of the driver.
+        found: String,
+        /// That of the kernels.
+        needed: String,
+    },
+    /// There is no such device.
+    #[error("there is no CUDA device {ordinal} (devices: {count})")]
+    NoCudaDevice {
+        /// Which was asked for, from 0.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The device is older than the kernels.
+    #[error("device `{name}` has compute capability {found}, needed is {needed}")]
+    UnsupportedCudaDevice {
+        /// As the driver calls it.
+        name: String,
+        /// What it has.
+        found: String,
+        /// What the kernels were compiled for.
+        needed: String,
+    },
+    /// A call of the CUDA driver failed.
+    #[error("{call}: {reason}")]
+    CudaDriver {
+        /// Which function.
+        call: &'static str,
+        /// What the driver said.
+        reason: String,
+    },
 }

@@ -4,6 +4,7 @@
 //! only on its own row, never on the number of rows, on the tile it was computed in, or on the number of threads.
 
 pub mod cpu;
+pub mod cuda;
 pub mod dtype;
 pub mod error;
 pub mod host;

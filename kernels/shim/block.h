@@ -1,0 +1,277 @@
+/** Runs a grid: blocks one after the other, the threads of a block as fibers in one of several hostile orders. Barriers and
+ *  warp collectives are rendezvous; a block in which nobody can go on is reported, not waited for. */
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "vector_types.h"
+
+/** The shared variables of this library; without any, the section is missing and both are null. */
+extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_shim_shared[];
+extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __stop_shim_shared[];
+
+namespace cpu {
+
+constexpr int kWarpLanes = 32;
+/** What unwritten memory reads as: NaN in every floating-point format, -1 as an integer. */
+constexpr int kPoison = 0xff;
+
+/** Who runs next. */
+enum Order {
+    FORWARD,      // threads by index
+    REVERSE,      // the last one first
+    RANDOM,       // shuffled each round
+    WARP_GREEDY,  // one warp until it can go no further, then the next, in random order: shows missing barriers
+    NUM_ORDERS,
+};
+
+/** When an asynchronous copy arrives, both of which a GPU may do. */
+enum Landing {
+    AT_ONCE,          // shows a buffer that is filled while others still read it
+    WHEN_WAITED_FOR,  // until then its target is poison: shows a wait that is missing or allows too many in flight
+    NUM_LANDINGS,
+};
+
+struct Schedule {
+    Order order;
+    Landing landing;
+    unsigned seed;
+};
+
+/** A copy of 16 bytes that was issued; `bytes` of them come from `source`, the rest are zeros. */
+struct AsyncCopy {
+    void* target;
+    const void* source;
+    int bytes;
+};
+
+struct Thread {
+    void* stack_pointer;
+    dim3 index;
+    int lane, warp;
+    bool done, at_barrier;
+    std::vector<AsyncCopy> copies;    // issued and not landed, in order
+    std::vector<size_t> group_ends;  // committed groups: how many copies each and those before it have
+};
+
+/** Bytes that a lane brings to a collective, or takes from it. */
+constexpr size_t kSlotBytes = 64;
+
+struct Warp {
+    uint32_t live = 0, arrived = 0;
+    uint32_t generation = 0;  // collectives completed
+    const void* kind = nullptr;  // of the collective that lanes have arrived in
+    alignas(16) unsigned char in[kWarpLanes][kSlotBytes];
+    alignas(16) unsigned char out[kWarpLanes][kSlotBytes];
+};
+
+struct Block {
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    dim3 index, size, grid;
+    int live = 0, at_barrier = 0;
+    int votes = 0;  // of __syncthreads_or
+    uint32_t barrier_generation = 0;
+    uint64_t events = 0;  // arrivals and ends: a round without any is a deadlock
+    Thread* current = nullptr;
+    void* scheduler_stack_pointer = nullptr;
+    const std::function<void()>* body = nullptr;
+    unsigned char* dynamic_shared = nullptr;
+    Landing landing = AT_ONCE;
+    std::string error;  // a broken rule; ends the launch
+};
+
+/** The block that is running. One launch at a time: shared variables are the library's. */
+inline Block* B = nullptr;
+
+inline void yield() {
+    Thread* me = B->current;
+    shim_switch_fiber(&me->stack_pointer, B->scheduler_stack_pointer);
+}
+
+/** Ends the launch with a message; the fiber does not come back. */
+[[noreturn]] inline void fail(const std::string& message) {
+    if (B->error.empty()) B->error = message;
+    for (;;) yield();
+}
+
+inline void thread_entry() {
+    (*B->body)();
+    Thread* me = B->current;
+    me->done = true;
+    B->live--;
+    B->warps[me->warp].live &= ~(1u << me->lane);
+    B->events++;
+    for (;;) yield();
+}
+
+inline void barrier() {
+    Thread* me = B->current;
+    const uint32_t generation = B->barrier_generation;
+    me->at_barrier = true;
+    B->at_barrier++;
+    B->events++;
+    // Threads that have ended no longer count, so the last one may also be released by an end.
+    while (B->barrier_generation == generation) {
+        if (B->at_barrier == B->live) {
+            B->at_barrier = 0;
+            B->barrier_generation++;
+            B->events++;
+            break;
+        }
+        yield();
+    }
+    me->at_barrier = false;
+}
+
+/** Every lane of the warp brings an `In`; when all have come, `compute(in, out)` runs once over `In[32]` and `Out[32]`;
+ *  every lane takes its `Out`. Lanes that have ended bring zeros. */
+template <class In, class Out, class Compute>
+Out collective(uint32_t mask, const In& in, Compute compute) {
+    static_assert(sizeof(In) <= kSlotBytes && sizeof(Out) <= kSlotBytes, "larger than a slot");
+    if (mask != ~0u) fail("a warp collective without the full mask");
+    Thread* me = B->current;
+    Warp& warp = B->warps[me->warp];
+    const uint32_t generation = warp.generation;
+    static const char kind = 0;  // one for each collective
+    if (warp.arrived != 0 && warp.kind != &kind) fail("lanes of a warp are in different collectives");
+    warp.kind = &kind;
+    memcpy(warp.in[me->lane], &in, sizeof(In));
+    warp.arrived |= 1u << me->lane;
+    B->events++;
+    while (warp.generation == generation) {
+        if (warp.arrived == warp.live) {
+            static In ins[kWarpLanes];
+            static Out outs[kWarpLanes];
+            memset(static_cast<void*>(ins), 0, sizeof ins);
+            for (int lane = 0; lane < kWarpLanes; lane++) {
+                if (warp.live >> lane & 1) memcpy(static_cast<void*>(&ins[lane]), warp.in[lane], sizeof(In));
+            }
+            compute(ins, outs);
+            for (int lane = 0; lane < kWarpLanes; lane++) memcpy(warp.out[lane], &outs[lane], sizeof(Out));
+            warp.arrived = 0;
+            warp.generation++;
+            break;
+        }
+        yield();
+    }
+    Out out;
+    memcpy(static_cast<void*>(&out), warp.out[me->lane], sizeof(Out));
+    return out;
+}
+
+inline void resume(Thread& thread) {
+    if (thread.done || !B->error.empty()) return;
+    B->current = &thread;
+    shim_switch_fiber(&B->scheduler_stack_pointer, thread.stack_pointer);
+}
+
+/** Runs one warp until all of its threads have ended or wait for others. */
+inline void run_warp(int warp) {
+    const size_t first = warp * kWarpLanes, end = std::min(first + kWarpLanes, B->threads.size());
+    for (uint64_t before = ~uint64_t{0}; before != B->events;) {
+        before = B->events;
+        for (size_t i = first; i < end; i++) resume(B->threads[i]);
+    }
+}
+
+inline void run_round(Order order, std::vector<int>& sequence, std::mt19937& random) {
+    if (order == WARP_GREEDY || order == RANDOM) std::shuffle(sequence.begin(), sequence.end(), random);
+    for (int i : sequence) {
+        if (order == WARP_GREEDY) run_warp(i);
+        else resume(B->threads[i]);
+    }
+}
+
+inline std::string deadlock_message(const Block& block) {
+    char text[160];
+    snprintf(text, sizeof text, "deadlock in block (%u, %u, %u): %d of %d live threads wait at a barrier", block.index.x,
+             block.index.y, block.index.z, block.at_barrier, block.live);
+    return text;
+}
+
+__attribute__((no_sanitize_address)) inline void poison_shared() {
+    for (volatile unsigned char* byte = __start_shim_shared; byte != __stop_shim_shared; byte++) *byte = kPoison;
+}
+
+/** Stacks of a block, kept from launch to launch; pages are taken as they are used. */
+inline unsigned char* stacks_for(int num_threads) {
+    static unsigned char* stacks = nullptr;
+    static int have = 0;
+    if (have < num_threads) {
+        free(stacks);
+        stacks = static_cast<unsigned char*>(malloc(kStackBytes * num_threads));
+        have = num_threads;
+    }
+    return stacks;
+}
+
+/** Runs `kernel` (a closure over the arguments) as `grid` blocks of `size` threads with `shared_bytes` of dynamic shared
+ *  memory. Returns what went wrong; empty: nothing. */
+template <class Kernel>
+std::string launch(dim3 grid, dim3 size, size_t shared_bytes, Schedule schedule, Kernel&& kernel) {
+    const int num_threads = size.x * size.y * size.z;
+    unsigned char* stacks = stacks_for(num_threads);
+    // Not rounded up: a sanitizer sees the byte behind the end.
+    void* shared_memory = nullptr;
+    if (posix_memalign(&shared_memory, 128, std::max(shared_bytes, size_t{1})) != 0) return "no shared memory";
+    unsigned char* shared = static_cast<unsigned char*>(shared_memory);
+    std::mt19937 random(schedule.seed);
+    const std::function<void()> body = kernel;
+    std::string error;
+    for (unsigned z = 0; z < grid.z && error.empty(); z++)
+    for (unsigned y = 0; y < grid.y && error.empty(); y++)
+    for (unsigned x = 0; x < grid.x && error.empty(); x++) {
+        Block block;
+        B = &block;
+        block.index = dim3(x, y, z);
+        block.size = size;
+        block.grid = grid;
+        block.body = &body;
+        block.landing = schedule.landing;
+        block.dynamic_shared = shared;
+        block.live = num_threads;
+        block.threads.resize(num_threads);
+        block.warps.resize((num_threads + kWarpLanes - 1) / kWarpLanes);
+        memset(shared, kPoison, shared_bytes);
+        poison_shared();
+        for (int i = 0; i < num_threads; i++) {
+            Thread& thread = block.threads[i];
+            thread.stack_pointer = new_fiber(stacks + kStackBytes * i, thread_entry);
+            thread.index = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
+            thread.lane = i % kWarpLanes;
+            thread.warp = i / kWarpLanes;
+            block.warps[thread.warp].live |= 1u << thread.lane;
+        }
+        const int units = schedule.order == WARP_GREEDY ? static_cast<int>(block.warps.size()) : num_threads;
+        std::vector<int> sequence(units);
+        for (int i = 0; i < units; i++) sequence[i] = schedule.order == REVERSE ? units - 1 - i : i;
+        while (block.live > 0 && block.error.empty()) {
+            const uint64_t before = block.events;
+            run_round(schedule.order, sequence, random);
+            if (block.events == before && block.error.empty()) block.error = deadlock_message(block);
+        }
+        error = block.error;
+        B = nullptr;
+    }
+    free(shared);
+    return error;
+}
+
+}  // namespace cpu
+
+#define threadIdx (cpu::B->current->index)
+#define blockIdx (cpu::B->index)
+#define blockDim (cpu::B->size)
+#define gridDim (cpu::B->grid)
+#define __syncthreads() cpu::barrier()
+/** The dynamic shared memory of the block, as an array of `T` named `name`. */
+#define DYNAMIC_SHARED(T, name) T* const name = reinterpret_cast<T*>(cpu::B->dynamic_shared)

@@ -1,0 +1,30 @@
+//! Operations on CUDA devices: the mirror of [`cpu`](crate::cpu). A kernel is three files with one stem: `kernels/cuda/x.cu`,
+//! its only launcher `x.rs` here, and its test in `kernels/tests/cuda/`.
+//!
+//! A launcher checks sizes, chooses the grid and hands a [`launch::Launch`] to a [`launch::Stream`]; it knows neither
+//! driver nor device. So launchers and kernels run in tests on a stream that executes kernels on the CPU
+//! (`kernels/shim/`), and only what speaks to the driver (`device`,
+//! `module`, `buffer`, `graph`) needs the feature `cuda`.
+
+pub mod activation;
+pub mod attention;
+mod attention_decode;
+mod attention_prefill;
+#[cfg(feature = "cuda")]
+pub mod buffer;
+#[cfg(feature = "cuda")]
+pub mod device;
+pub mod embedding;
+#[cfg(feature = "cuda")]
+pub mod graph;
+pub mod kv_blocks;
+pub mod launch;
+mod matmul;
+pub mod matmul_quant;
+mod matvec;
+#[cfg(feature = "cuda")]
+mod module;
+pub mod norm;
+pub mod product;
+pub mod rope;
+pub mod sampling;

@@ -1,0 +1,52 @@
+//! Launches `activation.cu`: SwiGLU and GELU of a product that has neither fused.
+
+use half::bf16;
+
+use super::launch::{Argument, Launch, MAX_GRID_YZ, Sizes, Slice, SliceMut, Stream};
+use crate::cpu::linear::Gelu;
+use crate::error::Result;
+
+/// Numbers that a thread takes.
+const VECTOR: usize = 8;
+/// Any number of whole warps would do: threads know nothing of each other.
+const THREADS: usize = 256;
+
+/// `out = silu(gate) * up`: `gate_up` `[rows, 2 width]`, each row gate and then up; `out` `[rows, width]`.
+pub fn swiglu(stream: &impl Stream, gate_up: Slice<'_, f32>, width: usize, out: &mut SliceMut<'_, bf16>) -> Result<()> {
+    let sizes = Sizes { operation: "swiglu" };
+    sizes.require("width", width, width > 0 && width.is_multiple_of(VECTOR), "a positive multiple of 8")?;
+    let rows = out.len() / width;
+    sizes.equal("elements of out", rows * width, out.len())?;
+    sizes.equal("elements of gate and up", 2 * rows * width, gate_up.len())?;
+    sizes.require("rows", rows, rows <= MAX_GRID_YZ, "at most 65,535")?;
+    if rows == 0 {
+        return Ok(());
+    }
+    stream.launch(&Launch {
+        file: "activation",
+        kernel: "swiglu",
+        grid: [sizes.blocks("width", width.div_ceil(VECTOR * THREADS))?, rows as u32, 1],
+        threads: THREADS as u32,
+        shared_bytes: 0,
+        arguments: &[gate_up.argument(), out.argument(), Argument::Int(sizes.int("width", width)?)],
+    })
+}
+
+/// `out = gelu(x)`, number by number.
+pub fn gelu(stream: &impl Stream, form: Gelu, x: Slice<'_, f32>, out: &mut SliceMut<'_, bf16>) -> Result<()> {
+    let (sizes, elements) = (Sizes { operation: "gelu" }, x.len());
+    sizes.require("elements", elements, elements.is_multiple_of(VECTOR), "a multiple of 8")?;
+    sizes.equal("elements of out", elements, out.len())?;
+    if elements == 0 {
+        return Ok(());
+    }
+    let tanh_form = Argument::Int((form == Gelu::Tanh).into());
+    stream.launch(&Launch {
+        file: "activation",
+        kernel: "gelu",
+        grid: [sizes.blocks("elements", elements.div_ceil(VECTOR * THREADS))?, 1, 1],
+        threads: THREADS as u32,
+        shared_bytes: 0,
+        arguments: &[x.argument(), out.argument(), Argument::Int(sizes.int("elements", elements)?), tanh_form],
+    })
+}

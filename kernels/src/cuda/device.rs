@@ -1,0 +1,254 @@
+//! A CUDA device that is open: its context, its kernels, and the one stream on which they run. The driver's library is loaded
+//! when the first device is asked for; where there is none, or an old one, that is a typed error.
+//!
+//! Threads: a device may be used from any thread. Each call makes the device's context current on its thread first, because
+//! the driver keeps that per thread.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+
+use super::launch::{Launch, Stream};
+use super::module::Modules;
+use crate::error::{Error, Result};
+
+/// The driver that the embedded kernels need, as the driver counts: 13.0, which came with 580.
+const NEEDED_DRIVER: i32 = 13_000;
+/// Oldest compute capability that kernels are compiled for: `cp.async` and bf16 on tensor cores came with it.
+const NEEDED_CAPABILITY: (i32, i32) = (8, 0);
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// As the driver calls it.
+    pub name: String,
+    /// Major and minor number: (9, 0) is Hopper.
+    pub compute_capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub num_multiprocessors: i32,
+    /// All of its memory.
+    pub memory_bytes: u64,
+    /// Most shared memory that a block can have.
+    pub max_shared_bytes: i32,
+}
+
+/// An open device.
+pub struct Device {
+    handle: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    modules: Option<Modules>,
+    info: DeviceInfo,
+}
+
+// SAFETY: the driver's handles may be used from any thread once the context is current there, which `enter` sees to;
+// `Modules` has a lock of its own.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// How many devices there are. Refuses without a driver, and with one that is too old.
+    pub fn count() -> Result<usize> {
+        // SAFETY: looks for the library and calls nothing in it. Without this question the next call would panic.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::NoCudaDriver);
+        }
+        let mut version = 0;
+        // SAFETY: the library is there, and every driver has the function; it needs no context and writes one number.
+        let status = unsafe { sys::cuDriverGetVersion(&mut version) };
+        status.result().map_err(failed("cuDriverGetVersion"))?;
+        check_driver(version)?;
+        match result::init() {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(0),
+            initialized => initialized.map_err(failed("cuInit"))?,
+        }
+        let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    /// Opens device `ordinal` and loads its kernels.
+    pub fn open(ordinal: usize) -> Result<Arc<Device>> {
+        let count = Device::count()?;
+        if ordinal >= count {
+            return Err(Error::NoCudaDevice { ordinal, count });
+        }
+        let handle = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
+        let info = DeviceInfo::of(handle)?;
+        check_capability(&info)?;
+        // SAFETY: the handle is that of a device.
+        let context = unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        // From here on `drop` gives back what there is.
+        let mut device = Device { handle, context, stream: std::ptr::null_mut(), modules: None, info };
+        device.enter()?;
+        let kind = result::stream::StreamKind::NonBlocking;
+        device.stream = result::stream::create(kind).map_err(failed("cuStreamCreate"))?;
+        device.modules = Some(Modules::load(device.info.max_shared_bytes)?);
+        Ok(Arc::new(device))
+    }
+
+    /// What it is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// Bytes of its memory that are free now, whoever has the rest.
+    pub fn free_memory_bytes(&self) -> Result<u64> {
+        self.enter()?;
+        let (free, _) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
+        Ok(free as u64)
+    }
+
+    /// Waits until all that was enqueued has run.
+    pub fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream lives as long as the device.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("cuStreamSynchronize"))
+    }
+
+    /// Makes the context current on this thread.
+    pub(super) fn enter(&self) -> Result<()> {
+        // SAFETY: the context is retained until the device is dropped.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
+    }
+
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+}
+
+impl Stream for Device {
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        self.enter()?;
+        let modules = self.modules.as_ref().expect("a device that is open has its kernels");
+        let function = modules.function(launch.file, launch.kernel)?;
+        let mut values: Vec<*mut c_void> =
+            launch.arguments.iter().map(|argument| argument.value().cast_mut()).collect();
+        let [x, y, z] = launch.grid;
+        // SAFETY: the function is one of this context. The driver copies the arguments before it returns; that they are those
+        // of the kernel is shown by tests, which run each launcher against the kernel's own parameters. What the
+        // addresses point to is the promise of the slices they came from.
+        let status = unsafe {
+            let threads = (launch.threads, 1, 1);
+            result::launch_kernel(function, (x, y, z), threads, launch.shared_bytes, self.stream, &mut values)
+        };
+        status.map_err(|error| Error::Launch { kernel: launch.kernel, reason: describe(error) })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // A context that cannot be entered any more (the device was lost) has nothing left to give back.
+        if self.enter().is_err() {
+            return;
+        }
+        // SAFETY: this is their owner, and nothing runs on the stream any more once it is synchronized. Errors are those of
+        // kernels that ran before, which have been told to who waited for them.
+        unsafe {
+            if !self.stream.is_null() {
+                let _ = result::stream::synchronize(self.stream);
+                let _ = result::stream::destroy(self.stream);
+            }
+            self.modules = None;
+            let _ = result::primary_ctx::release(self.handle);
+        }
+    }
+}
+
+impl DeviceInfo {
+    fn of(handle: sys::CUdevice) -> Result<DeviceInfo> {
+        use sys::CUdevice_attribute_enum as Attribute;
+        let attribute = |attribute| {
+            // SAFETY: the handle is that of a device.
+            unsafe { result::device::get_attribute(handle, attribute) }.map_err(failed("cuDeviceGetAttribute"))
+        };
+        // SAFETY: as above.
+        let memory_bytes = unsafe { result::device::total_mem(handle) }.map_err(failed("cuDeviceTotalMem"))?;
+        Ok(DeviceInfo {
+            name: result::device::get_name(handle).map_err(failed("cuDeviceGetName"))?,
+            compute_capability: (
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            num_multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            memory_bytes: memory_bytes as u64,
+            max_shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        })
+    }
+}
+
+fn check_driver(found: i32) -> Result<()> {
+    match found >= NEEDED_DRIVER {
+        true => Ok(()),
+        false => Err(Error::CudaDriverTooOld { found: version_text(found), needed: version_text(NEEDED_DRIVER) }),
+    }
+}
+
+/// 12_080 is 12.8.
+fn version_text(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+fn check_capability(info: &DeviceInfo) -> Result<()> {
+    if info.compute_capability >= NEEDED_CAPABILITY {
+        return Ok(());
+    }
+    let text = |(major, minor): (i32, i32)| format!("{major}.{minor}");
+    let (found, needed) = (text(info.compute_capability), text(NEEDED_CAPABILITY));
+    Err(Error::UnsupportedCudaDevice { name: info.name.clone(), found, needed })
+}
+
+/// An error of the driver, for `map_err`.
+pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
+    move |error| Error::CudaDriver { call, reason: describe(error) }
+}
+
+/// The driver's name of an error and its sentence.
+fn describe(error: DriverError) -> String {
+    let text = |text: std::result::Result<&std::ffi::CStr, DriverError>| {
+        text.map_or_else(|_| format!("error {}", error.0 as u32), |text| text.to_string_lossy().into_owned())
+    };
+    format!("{}: {}", text(error.error_name()), text(error.error_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without a driver every entry is that error, not a panic; with one, a device that does not exist is refused by its number.
+    #[test]
+    fn a_machine_without_a_driver_is_told_so() {
+        // SAFETY: looks for the library and calls nothing in it.
+        if unsafe { sys::is_culib_present() } {
+            let error = Device::open(1000).err().expect("no machine has so many");
+            assert!(
+                matches!(error, Error::NoCudaDevice { ordinal: 1000, .. } | Error::CudaDriverTooOld { .. }),
+                "{error}"
+            );
+            return;
+        }
+        assert_eq!(Device::count(), Err(Error::NoCudaDriver));
+        assert_eq!(Device::open(0).err(), Some(Error::NoCudaDriver));
+        assert!(Error::NoCudaDriver.to_string().contains("libcuda"));
+    }
+
+    /// Drivers and devices below what the kernels are compiled for are refused with both numbers; the first that will do is not.
+    #[test]
+    fn old_drivers_and_devices_are_refused() {
+        assert_eq!(check_driver(NEEDED_DRIVER), Ok(()));
+        let error = check_driver(12_080).expect_err("too old").to_string();
+        assert_eq!(error, "the CUDA driver supports CUDA 12.8, needed is 13.0 (driver 580 or later)");
+        let device = |compute_capability| DeviceInfo {
+            name: "Old One".to_owned(),
+            compute_capability,
+            num_multiprocessors: 1,
+            memory_bytes: 0,
+            max_shared_bytes: 0,
+        };
+        assert_eq!(check_capability(&device((8, 0))), Ok(()));
+        let error = check_capability(&device((7, 5))).expect_err("too old").to_string();
+        assert_eq!(error, "device `Old One` has compute capability 7.5, needed is 8.0");
+    }
+}

@@ -1,0 +1,98 @@
+//! The embedded kernels, loaded into a device's context: by file, then by name.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::driver::{result, sys};
+
+use super::device::failed;
+use crate::error::{Error, Result};
+
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// All kernels of a context. Loaded at once: a first use in the middle of a captured step may not load anything.
+pub(super) struct Modules {
+    modules: BTreeMap<&'static str, sys::CUmodule>,
+    /// Entry points that were asked for; any thread may launch.
+    functions: Mutex<BTreeMap<(&'static str, &'static str), sys::CUfunction>>,
+    /// Most shared memory of a block on this device.
+    max_shared_bytes: i32,
+}
+
+impl Modules {
+    /// Loads every file. The context is current.
+    pub(super) fn load(max_shared_bytes: i32) -> Result<Modules> {
+        let mut loaded = Modules { modules: BTreeMap::new(), functions: Mutex::default(), max_shared_bytes };
+        for (file, fatbin) in FATBINS {
+            // SAFETY: nvcc wrote the image; its size is in its header.
+            let module = unsafe { result::module::load_data(fatbin.as_ptr().cast()) };
+            loaded.modules.insert(file, module.map_err(failed("cuModuleLoadData"))?);
+        }
+        Ok(loaded)
+    }
+
+    /// The entry point `kernel` of `cuda/FILE.cu`. The context is current.
+    pub(super) fn function(&self, file: &'static str, kernel: &'static str) -> Result<sys::CUfunction> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(&(file, kernel)) {
+            return Ok(*function);
+        }
+        let missing = || Error::Launch { kernel, reason: format!("no file `{file}` is embedded") };
+        let module = *self.modules.get(file).ok_or_else(missing)?;
+        let name = CString::new(kernel).expect("names have no zero byte");
+        // SAFETY: the module is loaded as long as `self` lives.
+        let function = unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
+        self.allow_all_shared_memory(function)?;
+        functions.insert((file, kernel), function);
+        Ok(function)
+    }
+
+    /// Lets a launch ask for more dynamic shared memory than the 48 KiB that need no question.
+    fn allow_all_shared_memory(&self, function: sys::CUfunction) -> Result<()> {
+        use sys::CUfunction_attribute_enum as Attribute;
+        // SAFETY: the function is one of a loaded module.
+        unsafe {
+            let static_bytes =
+                result::function::get_function_attribute(function, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
+                    .map_err(failed("cuFuncGetAttribute"))?;
+            result::function::set_function_attribute(
+                function,
+                Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                self.max_shared_bytes - static_bytes,
+            )
+            .map_err(failed("cuFuncSetAttribute"))
+        }
+    }
+}
+
+impl Drop for Modules {
+    fn drop(&mut self) {
+        for module in self.modules.values() {
+            // SAFETY: it was loaded and is unloaded once; the device has waited for its stream, so no kernel of it runs. There is
+            // nobody to tell an error to.
+            let _ = unsafe { result::module::unload(*module) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every kernel file of the tree is embedded, and as a fat binary.
+    #[test]
+    fn all_kernel_files_are_embedded() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
+        let paths = std::fs::read_dir(folder).expect("the folder is there").flatten().map(|entry| entry.path());
+        let mut stems: Vec<String> = paths
+            .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+            .map(|path| path.file_stem().expect("a name").to_string_lossy().into_owned())
+            .collect();
+        stems.sort();
+        assert_eq!(FATBINS.iter().map(|(stem, _)| *stem).collect::<Vec<_>>(), stems);
+        assert!(stems.contains(&"matmul".to_owned()));
+        // The magic number of a fat binary, 0xba55ed50.
+        assert!(FATBINS.iter().all(|(_, bytes)| bytes.starts_with(&[0x50, 0xed, 0x55, 0xba])));
+    }
+}

@@ -1,0 +1,173 @@
+//! Products of activations with bf16 weight matrices: `x W^T`, with bias, residual sum, SwiGLU or GELU fused behind it. Two
+//! kernels compute them, `matvec.cu` few rows and `matmul.cu` many, and give the same bits (`kernels/cuda/product.cuh` says
+//! how): the choice is one of speed.
+
+use half::bf16;
+
+use super::launch::{Argument, Sizes, Slice, SliceMut, Stream};
+use super::{matmul, matvec};
+pub use crate::cpu::linear::Gelu;
+use crate::error::Result;
+
+/// Numbers in the 16 bytes that kernels load: rows begin at multiples of them.
+const VECTOR: usize = 8;
+/// Columns of one accumulator; as in `product.cuh`.
+pub(crate) const SLICE_COLUMNS: usize = 256;
+
+/// Sums of a slice of 16 rows and 8 features in shared memory.
+pub(crate) const SLICE_BYTES: usize = 16 * 8 * size_of::<f32>();
+/// What every device since sm_80 gives a block that asks for it, less 1 KiB that the system takes.
+pub(crate) const MAX_MATVEC_SHARED_BYTES: usize = 98 << 10;
+
+/// A weight matrix as the checkpoint has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix<'a> {
+    /// `[features, columns]`
+    pub weight: Slice<'a, bf16>,
+    /// `[features]`
+    pub bias: Option<Slice<'a, f32>>,
+    /// Rows of the matrix: width of the result.
+    pub features: usize,
+    /// Width of the activations.
+    pub columns: usize,
+}
+
+/// What becomes of the sums, all `[rows, features]`.
+#[derive(Debug)]
+pub enum Output<'a, 'b> {
+    /// They are written.
+    Store(&'b mut SliceMut<'a, f32>),
+    /// They are added to what is there: the residual stream.
+    Add(&'b mut SliceMut<'a, f32>),
+    /// GELU of them is written.
+    Gelu(Gelu, &'b mut SliceMut<'a, bf16>),
+}
+
+/// Which kernel computes a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// `matvec.cu`: at most [`MAX_MATVEC_ROWS`].
+    Matvec,
+    /// `matmul.cu`, tiles of 64 x 64.
+    Tile64,
+    /// `matmul.cu`, tiles of 128 x 128.
+    Tile128,
+}
+
+/// Most rows of [`Form::Matvec`].
+pub const MAX_MATVEC_ROWS: usize = 16;
+/// Fewer tiles of 128 x 128 than this leave multiprocessors of a large device without work.
+const MIN_LARGE_TILES: usize = 128;
+
+impl Form {
+    /// The one that is expected to be fastest.
+    pub fn for_sizes(rows: usize, features: usize) -> Form {
+        match rows {
+            0..=MAX_MATVEC_ROWS => Form::Matvec,
+            _ if rows.div_ceil(128) * features.div_ceil(128) < MIN_LARGE_TILES => Form::Tile64,
+            _ => Form::Tile128,
+        }
+    }
+}
+
+/// Computes `x W^T + bias` of `x` `[rows, columns]`, and with it what `output` says.
+pub fn multiply(
+    stream: &impl Stream,
+    form: Form,
+    x: Slice<'_, bf16>,
+    matrix: &Matrix<'_>,
+    output: Output<'_, '_>,
+) -> Result<()> {
+    let (sizes, product) = Product::new("multiply", form, x, matrix)?;
+    let (out, out_len, finish) = match &output {
+        Output::Store(out) => (out.argument(), out.len(), 0),
+        Output::Add(out) => (out.argument(), out.len(), 1),
+        Output::Gelu(Gelu::Erf, out) => (out.argument(), out.len(), 2),
+        Output::Gelu(Gelu::Tanh, out) => (out.argument(), out.len(), 3),
+    };
+    sizes.equal("elements of out", product.rows * matrix.features, out_len)?;
+    let [rows, columns, features] = product.arguments(sizes)?;
+    let arguments =
+        [x.argument(), matrix.weight.argument(), bias(matrix), out, rows, columns, features, Argument::Int(finish)];
+    product.launch(stream, sizes, &arguments)
+}
+
+/// `out = silu(x W_gate^T + bias_gate) * (x W_up^T + bias_up)`: `x` `[rows, columns]`, `out` `[rows, features]`.
+pub fn multiply_swiglu(
+    stream: &impl Stream,
+    form: Form,
+    x: Slice<'_, bf16>,
+    [gate, up]: [&Matrix<'_>; 2],
+    out: &mut SliceMut<'_, bf16>,
+) -> Result<()> {
+    let (sizes, product) = Product::new("multiply_swiglu", form, x, gate)?;
+    Product::new("multiply_swiglu", form, x, up)?;
+    sizes.equal("features of up", gate.features, up.features)?;
+    sizes.equal("elements of out", product.rows * gate.features, out.len())?;
+    let [rows, columns, features] = product.arguments(sizes)?;
+    let product = Product { matrices: 2, ..product };
+    let weights = [gate.weight.argument(), up.weight.argument(), bias(gate), bias(up)];
+    let [first, second, first_bias, second_bias] = weights;
+    let arguments = [x.argument(), first, second, first_bias, second_bias, out.argument(), rows, columns, features];
+    product.launch(stream, sizes, &arguments)
+}
+
+fn bias(matrix: &Matrix<'_>) -> Argument<'static> {
+    matrix.bias.map_or(Argument::Address(0), |bias| bias.argument())
+}
+
+/// A product whose sizes fit together.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Product {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) features: usize,
+    /// Two for gate and up.
+    pub(crate) matrices: usize,
+    form: Form,
+}
+
+impl Product {
+    fn new(operation: &'static str, form: Form, x: Slice<'_, bf16>, matrix: &Matrix<'_>) -> Result<(Sizes, Product)> {
+        let (sizes, &Matrix { features, columns, .. }) = (Sizes { operation }, matrix);
+        let whole_vectors = columns > 0 && columns.is_multiple_of(VECTOR);
+        sizes.require("columns", columns, whole_vectors, "a positive multiple of 8")?;
+        sizes.require("features", features, features > 0, "at least 1")?;
+        sizes.equal("elements of weight", features * columns, matrix.weight.len())?;
+        sizes.equal("elements of bias", features, matrix.bias.map_or(features, |bias| bias.len()))?;
+        let rows = x.len() / columns;
+        sizes.equal("elements of x", rows * columns, x.len())?;
+        Ok((sizes, Product { rows, columns, features, matrices: 1, form }))
+    }
+
+    fn arguments(&self, sizes: Sizes) -> Result<[Argument<'static>; 3]> {
+        let rows = Argument::Int(sizes.int("rows", self.rows)?);
+        let columns = Argument::Int(sizes.int("columns", self.columns)?);
+        Ok([rows, columns, Argument::Int(sizes.int("features", self.features)?)])
+    }
+
+    fn launch(&self, stream: &impl Stream, sizes: Sizes, arguments: &[Argument<'_>]) -> Result<()> {
+        match self.form {
+            _ if self.rows == 0 => Ok(()),
+            Form::Matvec => matvec::launch(stream, sizes, self, arguments),
+            Form::Tile64 => matmul::launch(stream, sizes, self, matmul::Tile::Size64, arguments),
+            Form::Tile128 => matmul::launch(stream, sizes, self, matmul::Tile::Size128, arguments),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Few rows take the kernel for few; many rows of a wide matrix the large tiles.
+    #[test]
+    fn forms_follow_sizes() {
+        assert_eq!(Form::for_sizes(1, 4096), Form::Matvec);
+        assert_eq!(Form::for_sizes(16, 151_936), Form::Matvec);
+        assert_eq!(Form::for_sizes(17, 4096), Form::Tile64);
+        assert_eq!(Form::for_sizes(512, 1024), Form::Tile64);
+        assert_eq!(Form::for_sizes(512, 4096), Form::Tile128);
+        assert_eq!(Form::for_sizes(2048, 1024), Form::Tile128);
+    }
+}

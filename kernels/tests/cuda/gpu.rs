@@ -1,0 +1,57 @@
+//! The same tests on a GPU: with [`DEVICE_VARIABLE`] set, every launch goes to that device instead of the shim, its arguments
+//! through a mirror. `gpu/check` runs this where a GPU is.
+
+use std::sync::{Arc, OnceLock};
+
+use ns_llm_kernels::cuda::buffer::Buffer;
+use ns_llm_kernels::cuda::device::Device;
+use ns_llm_kernels::cuda::launch::{Launch, Stream};
+use ns_llm_kernels::error::Result;
+
+use crate::mirror::{Memory, launch_mirrored};
+
+/// Environment variable with the number of the device that the tests run on.
+const DEVICE_VARIABLE: &str = "NS_LLM_TEST_DEVICE";
+
+/// A device, and copies in its memory.
+pub(crate) struct Gpu(Arc<Device>);
+
+impl Gpu {
+    /// The device that the environment names. Panics when it cannot be opened: whoever asks for a GPU wants to hear that.
+    pub(crate) fn wanted() -> Option<&'static Gpu> {
+        static WANTED: OnceLock<Option<Gpu>> = OnceLock::new();
+        let open = || {
+            let ordinal = std::env::var(DEVICE_VARIABLE).ok()?;
+            let ordinal = ordinal.parse().unwrap_or_else(|_| panic!("{DEVICE_VARIABLE} is no number: {ordinal}"));
+            let device = Device::open(ordinal).unwrap_or_else(|error| panic!("device {ordinal}: {error}"));
+            eprintln!("tests run on {:?}", device.info());
+            Some(Gpu(device))
+        };
+        WANTED.get_or_init(open).as_ref()
+    }
+
+    /// Launches with arguments in the host's memory, and waits.
+    pub(crate) fn launch_with_copies(&self, launch: &Launch<'_>) -> Result<()> {
+        launch_mirrored(self, launch)?;
+        self.0.synchronize()
+    }
+}
+
+impl Stream for Gpu {
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        self.0.launch(launch)
+    }
+}
+
+impl Memory for Gpu {
+    type Copy = Buffer<u8>;
+    fn upload(&self, bytes: &[u8]) -> Result<Buffer<u8>> {
+        Buffer::from_slice(&self.0, "a test's numbers", bytes)
+    }
+    fn address(copy: &Buffer<u8>) -> u64 {
+        copy.slice(0..copy.len()).address()
+    }
+    fn download(&self, copy: &Buffer<u8>, bytes: &mut [u8]) -> Result<()> {
+        copy.read_into(bytes)
+    }
+}

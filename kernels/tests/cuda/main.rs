@@ -1,0 +1,72 @@
+//! The CUDA kernels without a GPU: every kernel, through its launcher, on the CPU shim (`kernels/shim/`) against the scalar
+//! operations of `cpu::`; and what the compiler says of their registers.
+//!
+//! Own harness, because what is missing is known only when the tests run: without g++ or without the CUDA toolkit the tests
+//! that need it are counted as ignored.
+
+mod attention;
+mod budget;
+mod check;
+mod elementwise;
+#[cfg(feature = "cuda")]
+mod gpu;
+mod mirror;
+mod norm;
+mod product;
+mod quant;
+mod sampler;
+mod sampling;
+mod sanitizers;
+mod scalar;
+mod shim;
+#[path = "../../toolkit.rs"]
+#[allow(dead_code, unreachable_pub, reason = "also a module of the build script")]
+mod toolkit;
+
+use libtest_mimic::{Arguments, Trial};
+
+/// Name of a test and its body, which panics when it fails.
+type Test = (&'static str, fn());
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let kernels =
+        [attention::TESTS, elementwise::TESTS, norm::TESTS, product::TESTS, quant::TESTS, sampling::TESTS].concat();
+    if on_gpu() {
+        libtest_mimic::run(&arguments, trials(&kernels, None)).exit();
+    }
+    let planted = [attention::PLANTED, elementwise::PLANTED, product::PLANTED, sampling::PLANTED].concat();
+    let on_shim = [&kernels[..], &planted, mirror::TESTS, shim::TESTS].concat();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("kernels/ has a parent");
+    let no_toolkit = toolkit::nvcc(root).is_none().then_some("the CUDA toolkit");
+    let mut all = trials(&on_shim, shim::missing());
+    all.extend(trials(budget::TESTS, no_toolkit));
+    all.extend(trials(budget::TESTS_OF_THE_RULE, None));
+    // These run the others.
+    if !shim::sanitized() {
+        all.extend(trials(sanitizers::TESTS, sanitizers::missing()));
+    }
+    libtest_mimic::run(&arguments, all).exit();
+}
+
+/// Whether the kernels run on a GPU instead of the shim, and with them only the tests that do not need the shim.
+fn on_gpu() -> bool {
+    #[cfg(feature = "cuda")]
+    return gpu::Gpu::wanted().is_some();
+    #[cfg(not(feature = "cuda"))]
+    false
+}
+
+fn trials(tests: &[Test], missing: Option<&str>) -> Vec<Trial> {
+    tests.iter().map(|(name, test)| trial(name, missing, *test)).collect()
+}
+
+/// A test that is ignored, and says so in its name, where something is missing.
+fn trial(name: &str, missing: Option<&str>, test: fn()) -> Trial {
+    let label = missing.map_or(name.to_owned(), |missing| format!("{name}, needs {missing}"));
+    let body = move || {
+        test();
+        Ok(())
+    };
+    Trial::test(label, body).with_ignored_flag(missing.is_some())
+}
