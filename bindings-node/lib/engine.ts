@@ -88,6 +88,13 @@ export interface OpenOptions {
   kvCacheDir?: string | undefined;
   /** Bytes that the files in `kvCacheDir` take at most. Default 8 GiB. */
   kvDiskBytes?: number | undefined;
+  /** How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. Default 50. */
+  kvLoadBudgetMs?: number | undefined;
+  /**
+   * Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above 0,
+   * to 1. Default 1: all of it.
+   */
+  kvNamespaceShare?: number | undefined;
   /** Aborts loading; `open` rejects with an {@link AbortError} whose `cause` is the signal's reason. */
   signal?: AbortSignal | undefined;
   /** Hears how far loading is. What it throws ends loading, and `open` rejects with it. */

@@ -64,6 +64,8 @@ const ENGINE_FIELDS: &[&str] = &[
     "kvHostBytes",
     "kvCacheDir",
     "kvDiskBytes",
+    "kvLoadBudgetMs",
+    "kvNamespaceShare",
 ];
 
 /// One request from one plain object.
@@ -134,6 +136,9 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         options.kv_cache_dir = Some(directory.into());
     }
     options.kv_disk_bytes = fields.integer("kvDiskBytes")?.unwrap_or(options.kv_disk_bytes);
+    options.kv_load_budget_ms = fields.integer("kvLoadBudgetMs")?.unwrap_or(options.kv_load_budget_ms);
+    options.kv_namespace_share =
+        fields.number("kvNamespaceShare")?.map(f64::from).unwrap_or(options.kv_namespace_share);
     Ok(options)
 }
 

@@ -56,7 +56,7 @@ const OPEN_NAMES = [
   'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
   'blockTokens',
   'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'kvHostBytes',
-  'kvCacheDir', 'kvDiskBytes', 'signal', 'onProgress',
+  'kvCacheDir', 'kvDiskBytes', 'kvLoadBudgetMs', 'kvNamespaceShare', 'signal', 'onProgress',
 ];
 
 /** Calls something that may succeed or fail, but only with an error of this package. Tells which. */

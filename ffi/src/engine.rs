@@ -155,6 +155,11 @@ pub struct ns_llm_engine_params {
     pub kv_cache_dir: ns_llm_text,
     /// Bytes that the files in `kv_cache_dir` take at most. 0: 8 GiB.
     pub kv_disk_bytes: u64,
+    /// How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. 0: 50.
+    pub kv_load_budget_ms: u64,
+    /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, to 1.
+    /// 0: 1, all of it.
+    pub kv_namespace_share: f64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -283,6 +288,8 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     let directory = unsafe { read_text("kv_cache_dir", params.kv_cache_dir, MAX_PATH_BYTES) }?;
     options.kv_cache_dir = (!directory.is_empty()).then(|| directory.into());
     options.kv_disk_bytes = unless_zero(params.kv_disk_bytes).unwrap_or(options.kv_disk_bytes);
+    options.kv_load_budget_ms = unless_zero(params.kv_load_budget_ms).unwrap_or(options.kv_load_budget_ms);
+    options.kv_namespace_share = unless_zero(params.kv_namespace_share).unwrap_or(options.kv_namespace_share);
     let sizes = [
         (&mut options.block_tokens, params.block_tokens),
         (&mut options.max_running_sequences, params.max_running_sequences),
