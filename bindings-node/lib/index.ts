@@ -37,6 +37,7 @@ export type {
   Completion,
   FinishReason,
   Logprob,
+  PrefixMiss,
   Timings,
   TokenLogprobs,
   Usage,

@@ -8,7 +8,7 @@ import { AbortError, fromNative, NsLlmError } from './errors.js';
 import type { NativeBatch, NativeStream, NativeSummary } from './native.js';
 import type { Timings, TokenLogprobs, Usage } from '../native.js';
 
-export type { CachedTokens, Logprob, Timings, TokenLogprobs, Usage } from '../native.js';
+export type { CachedTokens, Logprob, PrefixMiss, Timings, TokenLogprobs, Usage } from '../native.js';
 
 /** Why a choice ended: a stop string, stop token or end token; or `maxTokens` or the end of the context. */
 export type FinishReason = 'stop' | 'length';

@@ -240,6 +240,33 @@ pub struct Usage {
     pub cached_by_tier: CachedTokens,
     /// How often a sequence of this request was preempted.
     pub preemptions: f64,
+    /// Why the rest of the prompt was not found. Not there: everything was that can be, which is all full blocks but what the
+    /// last token needs.
+    pub prefix_miss: Option<PrefixMiss>,
+}
+
+/// Where a search for a prompt's KV ended, and why.
+#[napi(object, object_from_js = false)]
+pub struct PrefixMiss {
+    /// Position of the first prompt token that was not found: the first of a block.
+    pub token: f64,
+    /// Why: nobody has computed it in this namespace, as far as is known; it was given up for others; computing it was faster
+    /// than fetching it; its place failed; nothing arrived for too long; the cache was not read.
+    #[napi(ts_type = "'never_seen' | 'evicted' | 'slower' | 'fault' | 'gave_up' | 'disabled'")]
+    pub reason: String,
+    /// Who has given it up, when it was evicted.
+    #[napi(ts_type = "'pool' | 'host' | 'disk' | 'remote'")]
+    pub tier: Option<String>,
+}
+
+impl From<ns_llm::PrefixMiss> for PrefixMiss {
+    fn from(miss: ns_llm::PrefixMiss) -> Self {
+        PrefixMiss {
+            token: miss.token as f64,
+            reason: miss.reason.as_str().to_string(),
+            tier: miss.reason.tier().map(|tier| tier.as_str().to_string()),
+        }
+    }
 }
 
 impl From<ns_llm::Usage> for Usage {
@@ -250,6 +277,7 @@ impl From<ns_llm::Usage> for Usage {
             cached_tokens: usage.cached_tokens as f64,
             cached_by_tier: usage.cached_by_tier.into(),
             preemptions: usage.preemptions as f64,
+            prefix_miss: usage.prefix_miss.map(PrefixMiss::from),
         }
     }
 }

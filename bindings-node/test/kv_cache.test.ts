@@ -24,6 +24,7 @@ test('what an engine has computed, the next over the same directory finds on dis
   const first = await openDemo(options);
   const cold = await first.generate(LONG_PROMPT, ask);
   assert.deepEqual([cold.usage.cachedTokens, cold.usage.cachedByTier], [0, NOTHING]);
+  assert.deepEqual(cold.usage.prefixMiss, { token: 0, reason: 'never_seen' });
   await first.flush();
   const [host, disk] = first.stats().kvTiers;
   assert.deepEqual([host?.name, disk?.name], ['host', 'disk']);
@@ -34,7 +35,7 @@ test('what an engine has computed, the next over the same directory finds on dis
     const { cachedTokens, cachedByTier } = warm.usage;
     assert.ok(cachedTokens >= 48);
     assert.deepEqual(cachedByTier, { ...NOTHING, disk: cachedTokens });
-    assert.deepEqual(warm.tokenIds, cold.tokenIds);
+    assert.deepEqual([warm.tokenIds, warm.usage.prefixMiss], [cold.tokenIds, undefined]);
     const stats = second.stats();
     assert.deepEqual(stats.prefixCacheHitsByTier, cachedByTier);
     assert.equal(stats.kvTiers[1]!.hits, cachedTokens / 16);

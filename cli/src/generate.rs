@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use clap::Args;
-use ns_llm::{Completion, Delta, Event, Message, ModelInfo, Request};
+use ns_llm::{CacheTier, Completion, Delta, Event, Message, ModelInfo, Request};
 use serde_json::json;
 
 use crate::model::{ModelOptions, open_default};
@@ -122,6 +122,11 @@ fn to_json(completion: &Completion, info: &ModelInfo) -> serde_json::Value {
                 "disk": by_tier.disk,
                 "remote": by_tier.remote,
             },
+            "prefix_miss": usage.prefix_miss.map(|miss| json!({
+                "token": miss.token,
+                "reason": miss.reason.as_str(),
+                "tier": miss.reason.tier().map(CacheTier::as_str),
+            })),
         },
         "timings": {
             "load_ms": info.load_ms,

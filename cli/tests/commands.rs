@@ -85,6 +85,8 @@ fn kv_outlives_a_run() {
     assert!((pool, host, remote) == (0, 0, 0) && disk >= 32, "{second}");
     assert_eq!(second["usage"]["cached_tokens"].as_u64(), Some(disk));
     assert_eq!(first["token_ids"], second["token_ids"]);
+    let never_seen = serde_json::json!({ "token": 0, "reason": "never_seen", "tier": null });
+    assert_eq!((&first["usage"]["prefix_miss"], &second["usage"]["prefix_miss"]), (&never_seen, &Value::Null));
     let chat = ["--temperature", "0", "--kv-cache-dir", directory];
     assert!(feed("chat", &chat, "Count to 3.\n").status.success());
 

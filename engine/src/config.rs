@@ -51,6 +51,8 @@ pub const CLOSE_WRITES_MS: u64 = 5_000;
 pub const FLUSH_MS: u64 = 60_000;
 /// Bytes of the disk tier when a directory is given without a size.
 pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
+/// Blocks of which the KV cache remembers that it had them, and who gave them up: some 2 MiB.
+pub const MAX_LOST_BLOCKS: usize = 16_384;
 /// Most bytes that a tier of the KV cache may be told to keep.
 pub const MAX_KV_TIER_BYTES: u64 = 1 << 50;
 /// Smallest step that tells how fast prompts are computed, tokens.

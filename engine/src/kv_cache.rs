@@ -13,16 +13,20 @@ mod fair_lru;
 mod prefix_index;
 pub mod tiers;
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use lru::LruCache;
+
+use crate::config::MAX_LOST_BLOCKS;
 use crate::error::Result;
-use crate::request::{CacheUse, CachedTokens};
+use crate::request::{CacheTier, CacheUse, CachedTokens, MissReason, PrefixMiss};
 use crate::sequence::{BlockId, BlockKey, NamespaceKey, SeqId, Sequence};
 use block_pool::BlockPool;
 pub(crate) use block_pool::violated;
 pub use prefix_index::KvIdentity;
 use prefix_index::PrefixIndex;
-use tiers::{Source, TierId, TierStats, Tiers, TiersConfig};
+use tiers::{Begun, Source, TierId, TierStats, Tiers, TiersConfig};
 
 /// Sizes and identity of a pool.
 #[derive(Debug, Clone, PartialEq)]
@@ -114,6 +118,8 @@ pub struct KvCache {
     tiers: Option<Tiers>,
     transfers: Vec<BlockTransfer>,
     num_evictions: u64,
+    /// Blocks that were here or in a tier, and who gave them up last.
+    lost: LruCache<BlockKey, CacheTier>,
 }
 
 impl KvCache {
@@ -131,6 +137,7 @@ impl KvCache {
             transfers: Vec::new(),
             config,
             num_evictions: 0,
+            lost: LruCache::new(NonZeroUsize::new(MAX_LOST_BLOCKS).expect("not zero")),
         }
     }
 
@@ -225,6 +232,7 @@ impl KvCache {
             if let Some((key, namespace)) = evicted {
                 self.index.remove(&key);
                 self.num_evictions += 1;
+                self.lost.put(key, CacheTier::Pool);
                 self.note_keep(id, key, namespace, KeepReason::Evicted);
             }
             seq.blocks.push(id);
@@ -291,12 +299,49 @@ impl KvCache {
     /// Begins to fetch what follows the cached prefix of a sequence that was just admitted, as far as the tiers have it and
     /// that is faster than computing it. It is computed from where [`KvCache::advance_restore`] ends.
     pub fn begin_restore(&mut self, seq: &mut Sequence, now_us: u64) {
-        let Some(tiers) = &mut self.tiers else { return };
-        let shareable = seq.max_cached_tokens() / self.config.block_tokens;
-        let missing = seq.block_keys.get(seq.num_published..shareable).unwrap_or(&[]);
-        let missing: Vec<_> = missing.iter().map(|key| tiers.stored_key(*key)).collect();
-        seq.restore = tiers.begin(&missing, seq.spec.namespace, now_us);
-        seq.restored = seq.num_published..seq.num_published;
+        let mut begun = Begun::default();
+        if let Some(tiers) = &mut self.tiers {
+            let shareable = seq.max_cached_tokens() / self.config.block_tokens;
+            let missing = seq.block_keys.get(seq.num_published..shareable).unwrap_or(&[]);
+            let missing: Vec<_> = missing.iter().map(|key| tiers.stored_key(*key)).collect();
+            begun = tiers.begin(&missing, seq.spec.namespace, now_us);
+            seq.restore = begun.restore;
+            seq.restored = seq.num_published..seq.num_published;
+        }
+        if !seq.has_started {
+            seq.prefix_miss = self.first_miss(seq, &begun);
+        }
+    }
+
+    /// The first block of a prompt that is neither cached nor on its way, and why.
+    fn first_miss(&mut self, seq: &Sequence, begun: &Begun) -> Option<PrefixMiss> {
+        let block_tokens = self.config.block_tokens;
+        let idx = seq.num_published + begun.num_blocks;
+        // Of a prompt that is cached whole the last token is still computed.
+        if idx >= (seq.spec.prompt.len() - 1) / block_tokens {
+            return None;
+        }
+        let reason = match seq.block_keys.get(idx) {
+            Some(_) if begun.has_slower => MissReason::Slower,
+            Some(&key) if self.config.prefix_cache && idx < seq.max_cached_tokens() / block_tokens => {
+                self.why_missing(key)
+            }
+            _ => MissReason::Disabled,
+        };
+        Some(PrefixMiss { token: idx * block_tokens, reason })
+    }
+
+    /// Why a block is neither in the pool nor to be fetched.
+    fn why_missing(&mut self, key: BlockKey) -> MissReason {
+        if let Some(tiers) = &mut self.tiers {
+            for (key, tier) in tiers.take_lost() {
+                self.lost.put(key, tier);
+            }
+            if tiers.is_withheld(&tiers.stored_key(key)) {
+                return MissReason::Fault;
+            }
+        }
+        self.lost.peek(&key).map_or(MissReason::NeverSeen, |&tier| MissReason::Evicted(tier))
     }
 
     /// Takes over what has arrived of the prefix that a sequence waits for: it counts as computed and is shared with others
@@ -325,6 +370,15 @@ impl KvCache {
             *count += self.config.block_tokens;
         }
         seq.restored.end = seq.num_published;
+        if let Some(mut reason) = arrived.cut
+            && !seq.has_started
+        {
+            if reason == MissReason::NeverSeen {
+                // By that tier; another may have had it.
+                reason = self.why_missing(seq.block_keys[seq.num_published]);
+            }
+            seq.prefix_miss = Some(PrefixMiss { token: seq.num_published * self.config.block_tokens, reason });
+        }
         seq.num_computed += restored.total();
         seq.num_scheduled = seq.num_computed;
         restored

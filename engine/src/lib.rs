@@ -80,8 +80,9 @@ pub use error::{Error, Result};
 pub use ns_llm_kernels::host::gpu::{Gpu, GpuVendor, gpus};
 pub use ns_llm_kernels::quant::QuantType;
 pub use request::{
-    CacheUse, CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, Priority, Prompt, Request,
-    SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs, Usage,
+    CacheTier, CacheUse, CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, MissReason, PrefixMiss,
+    Priority, Prompt, Request, SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs,
+    Usage,
 };
 pub use stats::{KvTierStats, MemoryUse, ModelInfo, Stats};
 pub use stream::{Canceller, RequestStream};

@@ -352,6 +352,83 @@ pub struct Usage {
     pub cached_by_tier: CachedTokens,
     /// How often a sequence of this request was preempted.
     pub preemptions: usize,
+    /// Why the rest of the prompt was not found (for the first choice). `None`: everything was that can be, which is all full
+    /// blocks but what the last token needs.
+    pub prefix_miss: Option<PrefixMiss>,
+}
+
+/// Where a search for a prompt's KV ended, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefixMiss {
+    /// Position of the first prompt token that was not found: the first of a block.
+    pub token: usize,
+    /// Why.
+    pub reason: MissReason,
+}
+
+/// Why KV was not found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MissReason {
+    /// Nobody has computed it in this namespace, as far as is known. What other namespaces have computed is not told: it would
+    /// say what others ask.
+    NeverSeen,
+    /// It was there, and was given up for others: last by this place.
+    Evicted(CacheTier),
+    /// It is there, and computing it was estimated to be faster than fetching it.
+    Slower,
+    /// It is there, and the place failed or rests after failures; or it led to a failure and is not used again.
+    Fault,
+    /// It was being fetched, and nothing arrived for too long.
+    GaveUp,
+    /// The request does not read the cache, or not so far (for logprobs of its prompt), or the engine has none.
+    Disabled,
+}
+
+impl MissReason {
+    /// Stable name, in snake case.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MissReason::NeverSeen => "never_seen",
+            MissReason::Evicted(_) => "evicted",
+            MissReason::Slower => "slower",
+            MissReason::Fault => "fault",
+            MissReason::GaveUp => "gave_up",
+            MissReason::Disabled => "disabled",
+        }
+    }
+    /// Who has given it up.
+    pub fn tier(self) -> Option<CacheTier> {
+        match self {
+            MissReason::Evicted(tier) => Some(tier),
+            _ => None,
+        }
+    }
+}
+
+/// A place where KV is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheTier {
+    /// The KV pool.
+    Pool,
+    /// Host memory.
+    Host,
+    /// Disk.
+    Disk,
+    /// A store that nodes share.
+    Remote,
+}
+
+impl CacheTier {
+    /// Name as in reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            CacheTier::Pool => "pool",
+            CacheTier::Host => "host",
+            CacheTier::Disk => "disk",
+            CacheTier::Remote => "remote",
+        }
+    }
 }
 
 /// Prompt tokens whose KV did not have to be computed, by the place where it was.

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::request::{CacheUse, CachedTokens, Priority, SamplingParams, Usage};
+use crate::request::{CacheUse, CachedTokens, PrefixMiss, Priority, SamplingParams, Usage};
 
 /// Identity of one sequence (one choice of one request) for the life of an engine; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -139,6 +139,8 @@ pub struct Sequence {
     pub restored: Range<usize>,
     /// Prompt tokens found in the caches when it was first admitted, by place.
     pub cached: CachedTokens,
+    /// Why that was not all.
+    pub prefix_miss: Option<PrefixMiss>,
     /// Whether a step has computed any of it.
     pub has_started: bool,
     /// How often it lost its blocks.
@@ -170,6 +172,7 @@ impl Sequence {
             restore: None,
             restored: 0..0,
             cached: CachedTokens::default(),
+            prefix_miss: None,
             has_started: false,
             num_preemptions: 0,
             waited_for_prefix: false,
@@ -245,6 +248,7 @@ impl Sequence {
             cached_tokens: self.cached.total(),
             cached_by_tier: self.cached,
             preemptions: self.num_preemptions as usize,
+            prefix_miss: self.prefix_miss,
         }
     }
 }

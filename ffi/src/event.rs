@@ -13,7 +13,7 @@
 use std::ffi::c_void;
 use std::ptr;
 
-use ns_llm_core::{Error, Event, FinishReason, Logprob, Summary, TokenLogprobs};
+use ns_llm_core::{CacheTier, Error, Event, FinishReason, Logprob, MissReason, PrefixMiss, Summary, TokenLogprobs};
 
 use crate::callback::{UserData, as_callback};
 use crate::params::SizedStruct;
@@ -52,6 +52,34 @@ pub enum ns_llm_finish_reason {
     NS_LLM_FINISH_LENGTH = 2,
 }
 
+/// Why the prefix cache did not have all of a prompt.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ns_llm_prefix_miss {
+    /// It had all that can be found: all full blocks but what the last token needs.
+    NS_LLM_PREFIX_MISS_NONE = 0,
+    /// Nobody has computed it in this namespace, as far as is known. What other namespaces have computed is not told.
+    NS_LLM_PREFIX_MISS_NEVER_SEEN = 1,
+    /// It was there; the KV pool gave it up for others.
+    NS_LLM_PREFIX_MISS_EVICTED_FROM_POOL = 2,
+    /// It was there; host memory gave it up for others.
+    NS_LLM_PREFIX_MISS_EVICTED_FROM_HOST = 3,
+    /// It was there; the disk gave it up for others.
+    NS_LLM_PREFIX_MISS_EVICTED_FROM_DISK = 4,
+    /// It was there; the store that nodes share gave it up for others.
+    NS_LLM_PREFIX_MISS_EVICTED_FROM_REMOTE = 5,
+    /// It is there; computing it was estimated to be faster than fetching it.
+    NS_LLM_PREFIX_MISS_SLOWER = 6,
+    /// It is there; the place failed or rests after failures, or it led to a failure and is not used again.
+    NS_LLM_PREFIX_MISS_FAULT = 7,
+    /// It was being fetched; nothing arrived for too long.
+    NS_LLM_PREFIX_MISS_GAVE_UP = 8,
+    /// The request does not read the cache, or not so far, or the engine has none.
+    NS_LLM_PREFIX_MISS_DISABLED = 9,
+    /// A reason that is newer than this header.
+    NS_LLM_PREFIX_MISS_OTHER = 10,
+}
+
 /// Counts and times of a request that ended by itself. Times are milliseconds.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -86,6 +114,10 @@ pub struct ns_llm_summary {
     pub cached_disk_tokens: u64,
     /// Those that came from a store that nodes share.
     pub cached_remote_tokens: u64,
+    /// Why the rest of the prompt was not found: a value of `ns_llm_prefix_miss`. Ignore values that you do not know.
+    pub prefix_miss: u64,
+    /// Position of the first prompt token that was not found: the first of a block.
+    pub prefix_miss_token: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
@@ -323,6 +355,23 @@ impl Listener {
     }
 }
 
+fn prefix_miss(miss: Option<PrefixMiss>) -> ns_llm_prefix_miss {
+    use ns_llm_prefix_miss::*;
+    match miss.map(|miss| miss.reason) {
+        None => NS_LLM_PREFIX_MISS_NONE,
+        Some(MissReason::NeverSeen) => NS_LLM_PREFIX_MISS_NEVER_SEEN,
+        Some(MissReason::Evicted(CacheTier::Pool)) => NS_LLM_PREFIX_MISS_EVICTED_FROM_POOL,
+        Some(MissReason::Evicted(CacheTier::Host)) => NS_LLM_PREFIX_MISS_EVICTED_FROM_HOST,
+        Some(MissReason::Evicted(CacheTier::Disk)) => NS_LLM_PREFIX_MISS_EVICTED_FROM_DISK,
+        Some(MissReason::Evicted(CacheTier::Remote)) => NS_LLM_PREFIX_MISS_EVICTED_FROM_REMOTE,
+        Some(MissReason::Slower) => NS_LLM_PREFIX_MISS_SLOWER,
+        Some(MissReason::Fault) => NS_LLM_PREFIX_MISS_FAULT,
+        Some(MissReason::GaveUp) => NS_LLM_PREFIX_MISS_GAVE_UP,
+        Some(MissReason::Disabled) => NS_LLM_PREFIX_MISS_DISABLED,
+        Some(_) => NS_LLM_PREFIX_MISS_OTHER,
+    }
+}
+
 fn finish_reason(reason: FinishReason) -> ns_llm_finish_reason {
     match reason {
         FinishReason::Stop => ns_llm_finish_reason::NS_LLM_FINISH_STOP,
@@ -350,6 +399,8 @@ impl From<&Summary> for ns_llm_summary {
             cached_host_tokens: usage.cached_by_tier.host as u64,
             cached_disk_tokens: usage.cached_by_tier.disk as u64,
             cached_remote_tokens: usage.cached_by_tier.remote as u64,
+            prefix_miss: prefix_miss(usage.prefix_miss) as u64,
+            prefix_miss_token: usage.prefix_miss.map_or(0, |miss| miss.token as u64),
         }
     }
 }

@@ -18,6 +18,7 @@
 pub mod cost;
 pub mod disk;
 pub mod host;
+mod source;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
@@ -27,8 +28,9 @@ use std::sync::Arc;
 use lru::LruCache;
 use thiserror::Error;
 
-use crate::config::{MAX_QUARANTINED_BLOCKS, MAX_TIER_JOBS};
+use crate::config::{MAX_LOST_BLOCKS, MAX_QUARANTINED_BLOCKS, MAX_TIER_JOBS};
 use crate::error::Error as EngineError;
+use crate::request::{CacheTier, MissReason};
 use crate::sequence::{BlockKey, NamespaceKey, RestoreId};
 use cost::{Breaker, Rate};
 use disk::Damage;
@@ -126,9 +128,13 @@ pub enum TierId {
 impl TierId {
     /// Name as in reports.
     pub fn name(self) -> &'static str {
+        self.place().as_str()
+    }
+    /// The same among all places.
+    pub fn place(self) -> CacheTier {
         match self {
-            TierId::Disk => "disk",
-            TierId::Remote => "remote",
+            TierId::Disk => CacheTier::Disk,
+            TierId::Remote => CacheTier::Remote,
         }
     }
 }
@@ -203,6 +209,19 @@ pub struct Arrived {
     pub blocks: Vec<RestoredBlock>,
     /// Nothing more will come.
     pub has_ended: bool,
+    /// Why it ended before all had come.
+    pub cut: Option<MissReason>,
+}
+
+/// What a restore begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Begun {
+    /// `None`: nothing is fetched.
+    pub restore: Option<RestoreId>,
+    /// Blocks that are fetched.
+    pub num_blocks: usize,
+    /// Whether more are there, which are computed since that is faster.
+    pub has_slower: bool,
 }
 
 /// A job that was done.
@@ -272,6 +291,8 @@ struct Restore {
     num_given: usize,
     /// Nothing changed since, microseconds.
     progress_us: u64,
+    /// Why the keys are not all that were asked for.
+    cut: Option<MissReason>,
 }
 
 impl Restore {
@@ -279,9 +300,10 @@ impl Restore {
         self.num_given == self.keys.len()
     }
     /// The block at `idx` will not come: what follows is of no use.
-    fn cut(&mut self, idx: usize) {
+    fn cut(&mut self, idx: usize, reason: MissReason) {
         self.keys.truncate(idx);
         self.blocks.truncate(idx);
+        self.cut = Some(reason);
     }
 }
 
@@ -305,6 +327,8 @@ pub struct Tiers {
     /// Who waits for a block, and from which tier it comes.
     wanted: HashMap<StoredKey, Wanted>,
     quarantined: LruCache<StoredKey, ()>,
+    /// What tiers have given up and nobody has asked for yet, oldest first; bounded.
+    lost: VecDeque<(StoredKey, TierId)>,
     prefill_rate: Rate,
     next_restore: u64,
     counters: TiersCounters,
@@ -337,6 +361,7 @@ impl Tiers {
             restores: BTreeMap::new(),
             wanted: HashMap::new(),
             quarantined: LruCache::new(NonZeroUsize::new(MAX_QUARANTINED_BLOCKS).expect("not zero")),
+            lost: VecDeque::new(),
             prefill_rate: Rate::default(),
             next_restore: 0,
             counters: TiersCounters::default(),
@@ -355,10 +380,23 @@ impl Tiers {
     }
     /// What a tier has given up.
     pub fn lost(&mut self, id: TierId, keys: impl IntoIterator<Item = StoredKey>) {
-        let tier = self.tier_mut(id);
         for key in keys {
-            tier.stats.evictions += u64::from(tier.held.remove(&key));
+            let tier = self.tier_mut(id);
+            if tier.held.remove(&key) {
+                tier.stats.evictions += 1;
+                note_lost(&mut self.lost, (key, id));
+            }
         }
+    }
+    /// What was given up since the last call, and where; of very many the newest.
+    pub fn take_lost(&mut self) -> impl Iterator<Item = (BlockKey, CacheTier)> {
+        let below = self.lost.drain(..).map(|(key, id)| (key.block, id.place()));
+        self.host.take_lost().map(|key| (key.block, CacheTier::Host)).chain(below)
+    }
+    /// Whether a block that [`Tiers::begin`] has no source for is there all the same: in a tier that does not answer now, or
+    /// not to be used again.
+    pub fn is_withheld(&self, key: &StoredKey) -> bool {
+        self.quarantined.contains(key) || self.tiers.iter().any(|tier| tier.held.contains(key))
     }
     /// Prefill of `num_tokens` took `elapsed_us`.
     pub fn note_prefill(&mut self, num_tokens: u64, elapsed_us: u64, now_us: u64) {
@@ -425,8 +463,8 @@ impl Tiers {
         tier.num_writes_queued - tier.writing.len() as u64
     }
 
-    /// Begins to fetch the prefix `keys`, as far as it is somewhere and fetching is worth it. `None`: nothing of it.
-    pub fn begin(&mut self, keys: &[StoredKey], namespace: NamespaceKey, now_us: u64) -> Option<RestoreId> {
+    /// Begins to fetch the prefix `keys`, as far as it is somewhere and fetching is worth it.
+    pub fn begin(&mut self, keys: &[StoredKey], namespace: NamespaceKey, now_us: u64) -> Begun {
         let mut sources = Vec::new();
         for key in keys {
             match self.source(key, now_us) {
@@ -436,8 +474,9 @@ impl Tiers {
         }
         let num_worth = self.num_worth_fetching(&sources, now_us);
         self.counters.skipped_slower += (sources.len() - num_worth) as u64;
+        let has_slower = num_worth < sources.len();
         if num_worth == 0 {
-            return None;
+            return Begun { has_slower, ..Begun::default() };
         }
         let id = RestoreId(self.next_restore);
         self.next_restore += 1;
@@ -455,15 +494,15 @@ impl Tiers {
             });
         }
         let keys = keys[..num_worth].to_vec();
-        self.restores.insert(id, Restore { keys, blocks, num_given: 0, progress_us: now_us });
-        Some(id)
+        self.restores.insert(id, Restore { keys, blocks, num_given: 0, progress_us: now_us, cut: None });
+        Begun { restore: Some(id), num_blocks: num_worth, has_slower }
     }
 
     /// The blocks that have arrived since the last call, and whether that was all: because all came, because what follows
     /// cannot, or because nothing arrived for too long. A restore that is not known has ended.
     pub fn poll(&mut self, id: RestoreId, now_us: u64) -> Arrived {
         let Some(restore) = self.restores.get_mut(&id) else {
-            return Arrived { blocks: Vec::new(), has_ended: true };
+            return Arrived { blocks: Vec::new(), has_ended: true, cut: None };
         };
         let blocks: Vec<RestoredBlock> =
             restore.blocks[restore.num_given..].iter_mut().map_while(Option::take).collect();
@@ -471,11 +510,12 @@ impl Tiers {
         self.counters.restored += blocks.len() as u64;
         let is_complete = restore.is_complete();
         let gives_up = now_us >= restore.progress_us.saturating_add(self.config.load_budget_us);
+        let cut = if is_complete { restore.cut } else { gives_up.then_some(MissReason::GaveUp) };
         if is_complete || gives_up {
             self.restores.remove(&id);
             self.counters.gave_up += u64::from(!is_complete);
         }
-        Arrived { blocks, has_ended: is_complete || gives_up }
+        Arrived { blocks, has_ended: is_complete || gives_up, cut }
     }
 
     /// When the next restore gives up if nothing arrives.
@@ -492,7 +532,7 @@ impl Tiers {
     pub fn quarantine(&mut self, key: StoredKey) {
         self.quarantined.put(key, ());
         self.host.remove(&key);
-        self.fail_wanted(&key);
+        self.fail_wanted(&key, MissReason::Fault);
         for tier in &mut self.tiers {
             tier.held.remove(&key);
             // What waits to be written would stand behind the quarantine, and be found after a restart.
@@ -640,58 +680,6 @@ impl Tiers {
     }
 }
 
-// Where a block comes from, and whether that is worth it.
-impl Tiers {
-    /// Where a block is to be fetched. `None`: nowhere.
-    fn source(&self, key: &StoredKey, now_us: u64) -> Option<Source> {
-        if self.quarantined.contains(key) {
-            return None;
-        }
-        if self.host.contains(key) {
-            return Some(Source::Host);
-        }
-        let may_hold = |tier: &&Tier| tier.id == TierId::Remote || tier.held.contains(key);
-        let answers = |tier: &&Tier| {
-            let hangs = !tier.jobs.is_empty() && now_us >= tier.job_since_us.saturating_add(self.config.load_budget_us);
-            tier.breaker.allows(now_us) && !hangs
-        };
-        if let Some(wanted) = self.wanted.get(key) {
-            // It is being fetched already, and from there or not at all.
-            return Some(self.tier(wanted.tier)).filter(answers).map(|tier| Source::Tier(tier.id));
-        }
-        self.tiers.iter().filter(may_hold).find(answers).map(|tier| Source::Tier(tier.id))
-    }
-
-    /// How many of the first blocks are fetched: all, but from the first tier on that is slower than computing. What waits
-    /// in the tier's queue counts as its time.
-    fn num_worth_fetching(&self, sources: &[Source], now_us: u64) -> usize {
-        for tier in &self.tiers {
-            let Some(first) = sources.iter().position(|source| *source == Source::Tier(tier.id)) else { continue };
-            let num_blocks = sources.iter().filter(|source| **source == Source::Tier(tier.id)).count();
-            let load_bytes = ((num_blocks + tier.reads.len()) * self.config.block_bytes) as u64;
-            let compute_tokens = ((sources.len() - first) * self.config.block_tokens) as u64;
-            let load_us = tier.read_rate.estimate_us(load_bytes);
-            let compute_us = self.prefill_rate.estimate_us(compute_tokens);
-            let is_slower = load_us.zip(compute_us).is_some_and(|(load_us, compute_us)| load_us > compute_us);
-            if is_slower {
-                // One block now and then says whether it still is.
-                let is_trial = tier.read_rate.is_stale(now_us) && tier.reads.is_empty();
-                return first + usize::from(is_trial);
-            }
-        }
-        sources.len()
-    }
-
-    fn want(&mut self, key: StoredKey, tier: TierId, namespace: NamespaceKey, restore: RestoreId) {
-        let wanted = self.wanted.entry(key).or_insert_with(|| Wanted { tier, namespace, waiting: Vec::new() });
-        let is_new = wanted.waiting.is_empty();
-        wanted.waiting.push(restore);
-        if is_new {
-            self.tier_mut(tier).reads.push_back(key);
-        }
-    }
-}
-
 // Jobs.
 impl Tiers {
     /// The next read that somebody still waits for.
@@ -734,13 +722,14 @@ impl Tiers {
                 if let Fault::Damaged(_) = fault {
                     self.tier_mut(id).held.remove(&key);
                 }
-                self.fail_wanted(&key);
+                self.fail_wanted(&key, MissReason::Fault);
             }
             Outcome::Missing | Outcome::Stored => {
                 let tier = self.tier_mut(id);
                 tier.stats.misses += 1;
-                tier.held.remove(&key);
-                self.fail_wanted(&key);
+                let was_held = tier.held.remove(&key);
+                let reason = if was_held { MissReason::Evicted(id.place()) } else { MissReason::NeverSeen };
+                self.fail_wanted(&key, reason);
             }
         }
     }
@@ -766,13 +755,13 @@ impl Tiers {
     }
 
     /// A block will not come: who waits for it does with what is before it.
-    fn fail_wanted(&mut self, key: &StoredKey) {
+    fn fail_wanted(&mut self, key: &StoredKey, reason: MissReason) {
         let Some(Wanted { tier, waiting, .. }) = self.wanted.remove(key) else { return };
         self.tier_mut(tier).reads.retain(|other| other != key);
         for id in waiting {
             let Some(restore) = self.restores.get_mut(&id) else { continue };
             if let Some(idx) = restore.keys.iter().position(|other| other == key) {
-                restore.cut(idx);
+                restore.cut(idx, reason);
             }
         }
     }
@@ -780,7 +769,7 @@ impl Tiers {
     /// The tier is left alone: what waits for it does not come, what was to be written is not.
     fn drop_queues(&mut self, id: TierId) {
         let reads: Vec<StoredKey> = self.tier_mut(id).reads.drain(..).collect();
-        reads.iter().for_each(|key| self.fail_wanted(key));
+        reads.iter().for_each(|key| self.fail_wanted(key, MissReason::Fault));
         let tier = self.tier_mut(id);
         let writes = std::mem::take(&mut tier.writes);
         for (key, bytes) in &writes {
@@ -796,6 +785,14 @@ impl Tiers {
     fn tier_mut(&mut self, id: TierId) -> &mut Tier {
         self.tiers.iter_mut().find(|tier| tier.id == id).expect("only tiers of the configuration are named")
     }
+}
+
+/// Remembers what was given up, of too many the newest.
+fn note_lost<T>(lost: &mut VecDeque<T>, what: T) {
+    if lost.len() >= MAX_LOST_BLOCKS {
+        lost.pop_front();
+    }
+    lost.push_back(what);
 }
 
 #[cfg(test)]
@@ -879,8 +876,12 @@ mod tests {
         }
         assert_eq!((tiers.host_stats().entries, tiers.host_stats().evictions), (2, 3));
         assert_eq!(tiers.tier_stats(TierId::Disk).stored, 5);
-        let id = tiers.begin(&keys(0..9), NAMESPACE, now_us).expect("some of it is there");
-        assert_eq!(tiers.poll(id, now_us), Arrived { blocks: vec![], has_ended: false }, "the first three are on disk");
+        let id = tiers.begin(&keys(0..9), NAMESPACE, now_us).restore.expect("some of it is there");
+        assert_eq!(
+            tiers.poll(id, now_us),
+            Arrived { blocks: vec![], has_ended: false, cut: None },
+            "the first three are on disk"
+        );
         let job = tiers.next_job(TierId::Disk, now_us).expect("a read");
         tiers.complete(TierId::Disk, Done { outcome: works(&job), elapsed_us: 10 }, now_us);
         let first = tiers.poll(id, now_us);
@@ -892,7 +893,7 @@ mod tests {
         let disk = Source::Tier(TierId::Disk);
         assert_eq!(sources, [disk, disk, Source::Host, Source::Host]);
         assert_eq!(rest(&mut tiers, id, now_us), [], "handed out once");
-        assert_eq!(tiers.begin(&keys(20..22), NAMESPACE, now_us), None);
+        assert_eq!(tiers.begin(&keys(20..22), NAMESPACE, now_us).restore, None);
         assert_eq!((tiers.tier_stats(TierId::Disk).hits, tiers.counters().restored), (3, 5));
     }
 
@@ -909,7 +910,7 @@ mod tests {
             let mut tiers = machine(0, &[TierId::Disk]);
             let mut now_us = 0;
             tiers.found(TierId::Disk, keys(0..4));
-            let id = tiers.begin(&keys(0..4), NAMESPACE, now_us).expect("all is there");
+            let id = tiers.begin(&keys(0..4), NAMESPACE, now_us).restore.expect("all is there");
             let outcome = |job: &Job| if *job == Job::Read(key(2)) { lie() } else { works(job) };
             assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, outcome), 3, "what follows is not read");
             assert_eq!(rest(&mut tiers, id, now_us), keys(0..2), "lie {idx}");
@@ -928,16 +929,16 @@ mod tests {
         tiers.found(TierId::Disk, keys(0..100));
         // 16 tokens take 1,000 us.
         tiers.note_prefill(16_000, 1_000_000, now_us);
-        let id = tiers.begin(&keys(0..2), NAMESPACE, now_us).expect("never measured, so it is tried");
+        let id = tiers.begin(&keys(0..2), NAMESPACE, now_us).restore.expect("never measured, so it is tried");
         serve(&mut tiers, TierId::Disk, &mut now_us, 5_000, works);
         assert_eq!(rest(&mut tiers, id, now_us).len(), 2);
-        assert_eq!(tiers.begin(&keys(10..20), NAMESPACE, now_us), None, "5 ms instead of 1 ms a block");
+        assert_eq!(tiers.begin(&keys(10..20), NAMESPACE, now_us).restore, None, "5 ms instead of 1 ms a block");
         assert_eq!(tiers.counters().skipped_slower, 10);
         now_us += MAX_REST_US;
-        let id = tiers.begin(&keys(10..20), NAMESPACE, now_us).expect("a trial");
+        let id = tiers.begin(&keys(10..20), NAMESPACE, now_us).restore.expect("a trial");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 20, works), 1, "of one block");
         assert_eq!(rest(&mut tiers, id, now_us).len(), 1);
-        assert!(tiers.begin(&keys(20..30), NAMESPACE, now_us).is_some(), "it is fast now");
+        assert!(tiers.begin(&keys(20..30), NAMESPACE, now_us).restore.is_some(), "it is fast now");
     }
 
     /// A disk that hangs costs the load budget once; then nobody waits for it, and what it brings at last is kept.
@@ -945,19 +946,19 @@ mod tests {
     fn stalled_tier_costs_the_budget_once() {
         let mut tiers = machine(4, &[TierId::Disk]);
         tiers.found(TierId::Disk, keys(0..4));
-        let id = tiers.begin(&keys(0..4), NAMESPACE, 0).expect("all is there");
+        let id = tiers.begin(&keys(0..4), NAMESPACE, 0).restore.expect("all is there");
         assert_eq!(tiers.next_job(TierId::Disk, 0), Some(Job::Read(key(0))));
         assert_eq!(tiers.next_deadline_us(), Some(BUDGET_US));
         assert!(!tiers.poll(id, BUDGET_US - 1).has_ended);
         assert_eq!(rest(&mut tiers, id, BUDGET_US), []);
-        assert_eq!(tiers.begin(&keys(0..4), NAMESPACE, BUDGET_US), None, "it hangs");
+        assert_eq!(tiers.begin(&keys(0..4), NAMESPACE, BUDGET_US).restore, None, "it hangs");
         assert_eq!(tiers.next_job(TierId::Disk, BUDGET_US), None, "nobody waits for more");
         let done = Done { outcome: works(&Job::Read(key(0))), elapsed_us: 10_000_000 };
         tiers.complete(TierId::Disk, done, 10_000_000);
         let counters = tiers.counters();
         assert_eq!((counters.gave_up, counters.late, tiers.host_stats().entries), (1, 1, 1));
         assert_eq!(tiers.next_job(TierId::Disk, 10_000_000), None, "nobody waits for the rest");
-        let id = tiers.begin(&keys(0..1), NAMESPACE, 10_000_000).expect("in host memory");
+        let id = tiers.begin(&keys(0..1), NAMESPACE, 10_000_000).restore.expect("in host memory");
         assert_eq!(rest(&mut tiers, id, 10_000_000), keys(0..1));
         tiers.check_invariants().expect("sound");
     }
@@ -969,15 +970,15 @@ mod tests {
         let mut now_us = 0;
         tiers.found(TierId::Disk, keys(0..20));
         tiers.persist(key(50), block(&key(50)), now_us);
-        let ids: Vec<_> = (0..8).map(|i| tiers.begin(&[key(i)], NAMESPACE, now_us).expect("there")).collect();
+        let ids: Vec<_> = (0..8).map(|i| tiers.begin(&[key(i)], NAMESPACE, now_us).restore.expect("there")).collect();
         let num_jobs = serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
         assert_eq!((num_jobs, tiers.num_rests(TierId::Disk)), (MAX_FAULTS as usize, 1));
         assert!(ids.iter().all(|id| rest(&mut tiers, *id, now_us).is_empty()), "nobody waits for it");
-        assert_eq!(tiers.begin(&keys(10..12), NAMESPACE, now_us), None);
+        assert_eq!(tiers.begin(&keys(10..12), NAMESPACE, now_us).restore, None);
         tiers.persist(key(51), block(&key(51)), now_us);
         assert_eq!((tiers.counters().dropped_writes, tiers.next_job(TierId::Disk, now_us)), (2, None));
         now_us += FIRST_REST_US;
-        let id = tiers.begin(&keys(10..12), NAMESPACE, now_us).expect("a trial");
+        let id = tiers.begin(&keys(10..12), NAMESPACE, now_us).restore.expect("a trial");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
         assert_eq!(rest(&mut tiers, id, now_us), keys(10..12));
         assert_eq!(tiers.tier_stats(TierId::Disk).faults, u64::from(MAX_FAULTS));
@@ -993,14 +994,17 @@ mod tests {
             tiers.persist(key, block(&key), now_us);
         }
         assert!(tiers.counters().dropped_writes >= 6, "the queue holds four");
-        assert_eq!(tiers.begin(&keys(0..4), NAMESPACE, now_us), None, "queued is not stored");
+        assert_eq!(tiers.begin(&keys(0..4), NAMESPACE, now_us).restore, None, "queued is not stored");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 4);
         assert_eq!(tiers.tier_stats(TierId::Disk).entries, 4);
         tiers.persist(key(20), block(&key(20)), now_us);
         serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
         assert_eq!(tiers.tier_stats(TierId::Disk).entries, 4, "a write that failed stored nothing");
         tiers.lost(TierId::Disk, keys(0..2));
-        assert_eq!((tiers.begin(&keys(0..4), NAMESPACE, now_us), tiers.tier_stats(TierId::Disk).evictions), (None, 2));
+        assert_eq!(
+            (tiers.begin(&keys(0..4), NAMESPACE, now_us).restore, tiers.tier_stats(TierId::Disk).evictions),
+            (None, 2)
+        );
         tiers.persist(key(30), vec![0; 3].into(), now_us);
         assert_eq!(tiers.next_job(TierId::Disk, now_us), None, "not a block");
     }
@@ -1016,7 +1020,7 @@ mod tests {
         }
         tiers.quarantine(key(0));
         tiers.spill(key(0), block(&key(0)), NAMESPACE, now_us);
-        assert_eq!(tiers.begin(&keys(0..1), NAMESPACE, now_us), None);
+        assert_eq!(tiers.begin(&keys(0..1), NAMESPACE, now_us).restore, None);
         assert_eq!(tiers.next_job(TierId::Disk, now_us), Some(Job::Quarantine(key(0))));
         (1..3 * MAX_QUARANTINED_BLOCKS as u32).for_each(|name| tiers.quarantine(key(name)));
         assert!(tiers.tier(TierId::Disk).quarantines.len() <= MAX_QUARANTINED_BLOCKS);
@@ -1028,7 +1032,7 @@ mod tests {
     fn remote_block_is_asked_for_once_and_kept() {
         let mut tiers = machine(0, &[TierId::Disk, TierId::Remote]);
         let mut now_us = 0;
-        let ids = [0, 1].map(|_| tiers.begin(&keys(0..2), NAMESPACE, now_us).expect("may be there"));
+        let ids = [0, 1].map(|_| tiers.begin(&keys(0..2), NAMESPACE, now_us).restore.expect("may be there"));
         let outcome = |job: &Job| if *job == Job::Read(key(1)) { Outcome::Missing } else { works(job) };
         assert_eq!(serve(&mut tiers, TierId::Remote, &mut now_us, 10, outcome), 2, "each block once");
         for id in ids {
@@ -1072,7 +1076,7 @@ mod tests {
                     4 if draw(20) == 0 => tiers.quarantine(key(name)),
                     5 => {
                         let wanted = keys(name..name + draw(6) as u32);
-                        open.extend(tiers.begin(&wanted, NAMESPACE, now_us).map(|id| (id, wanted)));
+                        open.extend(tiers.begin(&wanted, NAMESPACE, now_us).restore.map(|id| (id, wanted)));
                     }
                     6 if draw(4) == 0 && !open.is_empty() => tiers.cancel(open.swap_remove(0).0),
                     _ if busy[tier].len() <= draw(3) as usize => {

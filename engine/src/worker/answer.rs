@@ -123,6 +123,7 @@ impl Answer {
         if idx == 0 {
             self.summary.usage.cached_tokens = usage.cached_tokens;
             self.summary.usage.cached_by_tier = usage.cached_by_tier;
+            self.summary.usage.prefix_miss = usage.prefix_miss;
         }
         self.summary.usage.preemptions += usage.preemptions;
         self.sender.send(Event::Finished { choice: idx, reason });

@@ -45,7 +45,8 @@ static ns_llm_kv_tier_stats tier(ns_llm_engine engine, ns_llm_kv_tier which) {
 static void kv_outlives_its_engine(void) {
     static heard first_heard, second_heard;
     ns_llm_engine engine = open_over(folder, 0);
-    CHECK(answer(engine, &first_heard).cached_tokens == 0);
+    ns_llm_summary cold = answer(engine, &first_heard);
+    CHECK(cold.cached_tokens == 0 && cold.prefix_miss == NS_LLM_PREFIX_MISS_NEVER_SEEN && cold.prefix_miss_token == 0);
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_flush(engine));
     ns_llm_kv_tier_stats disk = tier(engine, NS_LLM_KV_TIER_DISK);
     CHECK(disk.is_there == 1 && disk.stored_total >= 2 && disk.blocks == disk.stored_total && disk.faults_total == 0);
@@ -56,6 +57,7 @@ static void kv_outlives_its_engine(void) {
     engine = open_over(folder, 1 << 20);
     ns_llm_summary summary = answer(engine, &second_heard);
     CHECK(summary.cached_disk_tokens >= 32 && summary.cached_disk_tokens == summary.cached_tokens);
+    CHECK(summary.prefix_miss == NS_LLM_PREFIX_MISS_NONE);
     CHECK(first_heard.num_token_ids == second_heard.num_token_ids);
     CHECK(memcmp(first_heard.token_ids, second_heard.token_ids, first_heard.num_token_ids * sizeof(uint32_t)) == 0);
     disk = tier(engine, NS_LLM_KV_TIER_DISK);

@@ -1,11 +1,11 @@
 //! The host tier: blocks that the pool has given away, in this process's memory; those that go first are of namespaces over
 //! their quota, then the least recently used. Never holds more than its budget, which counts what it costs to remember a block as well.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::super::fair_lru::FairLru;
-use super::{StoredKey, TierStats};
+use super::{StoredKey, TierStats, note_lost};
 use crate::error::Error;
 use crate::sequence::NamespaceKey;
 
@@ -19,6 +19,8 @@ pub struct HostTier {
     bytes: u64,
     blocks: HashMap<StoredKey, Arc<[u8]>>,
     order: FairLru<StoredKey>,
+    /// What was given up and nobody has asked for yet, oldest first; bounded.
+    lost: VecDeque<StoredKey>,
     stats: TierStats,
 }
 
@@ -27,7 +29,7 @@ impl HostTier {
     /// first.
     pub fn new(budget_bytes: u64, namespace_quota_bytes: u64) -> Self {
         let (blocks, order) = (HashMap::new(), FairLru::new(namespace_quota_bytes));
-        HostTier { budget_bytes, bytes: 0, blocks, order, stats: TierStats::default() }
+        HostTier { budget_bytes, bytes: 0, blocks, order, lost: VecDeque::new(), stats: TierStats::default() }
     }
 
     /// Takes a block in, and gives up others for it. False: it is longer than the budget, or here already.
@@ -41,8 +43,10 @@ impl HostTier {
             return false;
         }
         while self.bytes + entry_bytes > self.budget_bytes {
-            let evicted = self.order.pop().and_then(|key| self.blocks.remove(&key)).expect("bytes are held by blocks");
+            let evicted = self.order.pop().and_then(|key| self.blocks.remove_entry(&key));
+            let (key, evicted) = evicted.expect("bytes are held by blocks");
             self.bytes -= ENTRY_BYTES + evicted.len() as u64;
+            note_lost(&mut self.lost, key);
             self.stats.evictions += 1;
         }
         self.bytes += entry_bytes;
@@ -64,6 +68,11 @@ impl HostTier {
             None => self.stats.misses += 1,
         }
         found
+    }
+
+    /// What was given up since the last call, oldest first; of very many the newest.
+    pub fn take_lost(&mut self) -> impl Iterator<Item = StoredKey> {
+        self.lost.drain(..)
     }
 
     /// Whether the block is here; no use of it.
