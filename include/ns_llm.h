@@ -244,6 +244,8 @@ typedef enum ns_llm_status {
     NS_LLM_OUT_OF_MEMORY = 400,
     /** The device that was asked for is not there. */
     NS_LLM_DEVICE_UNAVAILABLE = 401,
+    /** A cache tier could not bring to its medium what it holds. Requests are not touched by it. */
+    NS_LLM_STORAGE = 402,
 } ns_llm_status;
 
 /**
@@ -442,6 +444,23 @@ typedef struct ns_llm_engine_params {
      * the smallest needs in the text. 0: what is available.
      */
     uint64_t memory_limit_bytes;
+    /** Host memory for KV blocks that the pool gives away, bytes. 0: none. */
+    uint64_t kv_host_bytes;
+    /**
+     * Directory where KV blocks outlive the process: the next engine with the same model, numerics and namespace finds them
+     * again. It is made if it is missing, and belongs to engines alone. One engine at a time writes, others read. NULL: blocks
+     * end with the engine.
+     */
+    ns_llm_text kv_cache_dir;
+    /** Bytes that the files in `kv_cache_dir` take at most. 0: 8 GiB. */
+    uint64_t kv_disk_bytes;
+    /** How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. 0: 50. */
+    uint64_t kv_load_budget_ms;
+    /**
+     * Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, to 1.
+     * 0: 1, all of it.
+     */
+    double kv_namespace_share;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */
@@ -457,23 +476,24 @@ typedef uint64_t ns_llm_engine;
  * Returns:    NS_LLM_OK; NS_LLM_CANCELLED if the progress callback said so; NS_LLM_NULL_ARGUMENT,
  *             NS_LLM_MISALIGNED_POINTER, NS_LLM_INVALID_UTF8, NS_LLM_INVALID_ARGUMENT or NS_LLM_UNSUPPORTED about the
  *             parameters; any status from 300 to 399 about the files; NS_LLM_OUT_OF_MEMORY; NS_LLM_DEVICE_UNAVAILABLE;
- *             NS_LLM_OVERLOADED if 16777216 engines are open; NS_LLM_FORKED_PROCESS in the child of a process that had
+ *             NS_LLM_STORAGE about `kv_cache_dir`; NS_LLM_OVERLOADED if 16777216 engines are open; NS_LLM_FORKED_PROCESS in the child of a process that had
  *             opened an engine; NS_LLM_INTERNAL.
  * On failure: `*out_engine` is 0, and nothing is left behind.
  *
  * The caller promises:
- * `params` points to a `size_t` and to as many readable bytes as that says; its text is readable and its `progress`
+ * `params` points to a `size_t` and to as many readable bytes as that says; its texts are readable and its `progress`
  * callable until this function returns, its `log` until ns_llm_engine_free() has. `out_engine` points to a writable
  * `ns_llm_engine`.
  */
-ns_llm_status ns_llm_engine_open(const struct ns_llm_engine_params *params, ns_llm_engine *out_engine);
+ns_llm_status ns_llm_engine_open(const struct ns_llm_engine_params *params,
+                                 ns_llm_engine *out_engine);
 
 /**
  * Ends all requests of an engine with NS_LLM_CLOSED, stops its threads and frees its memory.
  *
  * Outside of callbacks it returns when that is done and every last event has been told, so nothing of the engine calls
- * the program any more; this takes about one step, and as long as the callback that is running, so do not hold a lock
- * that the callback takes. Inside a callback the last events are told after that callback has returned. Request
+ * the program any more; this takes about one step, and what a disk needs to take the KV blocks that wait for it, and as
+ * long as the callback that is running, so do not hold a lock that the callback takes. Inside a callback the last events are told after that callback has returned. Request
  * handles stay valid until they are freed. Calls that other threads are in the middle of end with NS_LLM_CLOSED.
  *
  * Ownership:  `engine` is dead afterwards; it may be freed before or after its requests.
@@ -485,12 +505,34 @@ ns_llm_status ns_llm_engine_open(const struct ns_llm_engine_params *params, ns_l
  */
 ns_llm_status ns_llm_engine_free(ns_llm_engine engine);
 
+/**
+ * Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power; at most a minute.
+ * Without `kv_cache_dir` there is nothing to wait for. Blocks are written by themselves, too: this is for programs that must
+ * know.
+ *
+ * Threads:    any, also concurrently, also inside a callback.
+ * Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE;
+ *             NS_LLM_CLOSED if the engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: requests are not touched, and nothing false is ever found: a block that cannot be read is computed again.
+ */
+ns_llm_status ns_llm_engine_flush(ns_llm_engine engine);
+
 /*
  * Figures -------------------------------------------------------------------------------------------------------
  *
  * What is loaded, what was done, and how many bytes it takes. The program gives a struct with its `struct_size` set, and
  * finds it filled.
  */
+
+/** A place beside the pool where an engine keeps KV blocks. */
+typedef enum ns_llm_kv_tier {
+    /** Host memory: `kv_host_bytes`. */
+    NS_LLM_KV_TIER_HOST = 0,
+    /** Files: `kv_cache_dir`. */
+    NS_LLM_KV_TIER_DISK = 1,
+    /** A store that nodes share. */
+    NS_LLM_KV_TIER_REMOTE = 2,
+} ns_llm_kv_tier;
 
 /** What is loaded. The texts are the library's and valid until the engine is freed. */
 typedef struct ns_llm_model_info {
@@ -574,7 +616,42 @@ typedef struct ns_llm_stats {
     uint64_t steps_total;
     /** Milliseconds since the engine was opened. */
     uint64_t uptime_ms;
+    /** Of `prefix_cache_hits_total`, tokens whose KV was in the pool. */
+    uint64_t prefix_cache_pool_hits_total;
+    /** Those that the pool had given away and host memory had kept. */
+    uint64_t prefix_cache_host_hits_total;
+    /** Those that were read from disk. */
+    uint64_t prefix_cache_disk_hits_total;
+    /** Those that came from a store that nodes share. */
+    uint64_t prefix_cache_remote_hits_total;
 } ns_llm_stats;
+
+/**
+ * What a tier holds and what became of what it was asked. All but `bytes` and `hit_bytes` count blocks; those named `_total`
+ * only grow.
+ */
+typedef struct ns_llm_kv_tier_stats {
+    /** `sizeof(ns_llm_kv_tier_stats)`. */
+    size_t struct_size;
+    /** 1 if the engine has this tier; else everything here is 0. */
+    uint64_t is_there;
+    /** Held now, as far as this engine knows. */
+    uint64_t blocks;
+    /** Bytes of them. */
+    uint64_t bytes;
+    /** Asked for and given. */
+    uint64_t hits_total;
+    /** Bytes of them. */
+    uint64_t hit_bytes_total;
+    /** Asked for and not there. */
+    uint64_t misses_total;
+    /** Taken in. */
+    uint64_t stored_total;
+    /** Given up for others. */
+    uint64_t evictions_total;
+    /** Calls that failed, damaged blocks included. Each was a miss and no more. */
+    uint64_t faults_total;
+} ns_llm_kv_tier_stats;
 
 /** Bytes that an engine holds. */
 typedef struct ns_llm_memory_use {
@@ -619,6 +696,24 @@ ns_llm_status ns_llm_engine_info(ns_llm_engine engine, struct ns_llm_model_info 
  * `out_stats` points to a `size_t` and to as many writable bytes as that says.
  */
 ns_llm_status ns_llm_engine_stats(ns_llm_engine engine, struct ns_llm_stats *out_stats);
+
+/**
+ * Says what one of the places beside the pool, a value of `ns_llm_kv_tier`, holds and has done, as of the last step.
+ *
+ * Ownership:  `*out_stats` is the caller's.
+ * Threads:    any, also inside a callback.
+ * NULL:       `out_stats` must not be NULL.
+ * Returns:    NS_LLM_OK, also if the engine does not have this tier; NS_LLM_UNSUPPORTED if the library does not know it;
+ *             NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER; NS_LLM_INVALID_ARGUMENT about
+ *             `struct_size`; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: `*out_stats` is unchanged.
+ *
+ * The caller promises:
+ * `out_stats` points to a `size_t` and to as many writable bytes as that says.
+ */
+ns_llm_status ns_llm_engine_kv_tier(ns_llm_engine engine,
+                                    uint32_t tier,
+                                    struct ns_llm_kv_tier_stats *out_stats);
 
 /**
  * Says how many bytes an engine holds.
@@ -686,6 +781,32 @@ typedef enum ns_llm_finish_reason {
     NS_LLM_FINISH_LENGTH = 2,
 } ns_llm_finish_reason;
 
+/** Why the prefix cache did not have all of a prompt. */
+typedef enum ns_llm_prefix_miss {
+    /** It had all that can be found: all full blocks but what the last token needs. */
+    NS_LLM_PREFIX_MISS_NONE = 0,
+    /** Nobody has computed it in this namespace, as far as is known. What other namespaces have computed is not told. */
+    NS_LLM_PREFIX_MISS_NEVER_SEEN = 1,
+    /** It was there; the KV pool gave it up for others. */
+    NS_LLM_PREFIX_MISS_EVICTED_FROM_POOL = 2,
+    /** It was there; host memory gave it up for others. */
+    NS_LLM_PREFIX_MISS_EVICTED_FROM_HOST = 3,
+    /** It was there; the disk gave it up for others. */
+    NS_LLM_PREFIX_MISS_EVICTED_FROM_DISK = 4,
+    /** It was there; the store that nodes share gave it up for others. */
+    NS_LLM_PREFIX_MISS_EVICTED_FROM_REMOTE = 5,
+    /** It is there; computing it was estimated to be faster than fetching it. */
+    NS_LLM_PREFIX_MISS_SLOWER = 6,
+    /** It is there; the place failed or rests after failures, or it led to a failure and is not used again. */
+    NS_LLM_PREFIX_MISS_FAULT = 7,
+    /** It was being fetched; nothing arrived for too long. */
+    NS_LLM_PREFIX_MISS_GAVE_UP = 8,
+    /** The request does not read the cache, or not so far, or the engine has none. */
+    NS_LLM_PREFIX_MISS_DISABLED = 9,
+    /** A reason that is newer than this header. */
+    NS_LLM_PREFIX_MISS_OTHER = 10,
+} ns_llm_prefix_miss;
+
 /** A request: an id, not a pointer. 0 is never a request. */
 typedef uint64_t ns_llm_request;
 
@@ -713,6 +834,18 @@ typedef struct ns_llm_summary {
     double decode_ms;
     /** From submission to the end. */
     double total_ms;
+    /** Of `cached_tokens`, those whose KV was in the pool. */
+    uint64_t cached_pool_tokens;
+    /** Those that the pool had given away and host memory had kept. */
+    uint64_t cached_host_tokens;
+    /** Those that were read from disk. */
+    uint64_t cached_disk_tokens;
+    /** Those that came from a store that nodes share. */
+    uint64_t cached_remote_tokens;
+    /** Why the rest of the prompt was not found: a value of `ns_llm_prefix_miss`. Ignore values that you do not know. */
+    uint64_t prefix_miss;
+    /** Position of the first prompt token that was not found: the first of a block. */
+    uint64_t prefix_miss_token;
 } ns_llm_summary;
 
 /** A token and the natural logarithm of its probability under the model: before temperature, penalties and truncation. */
@@ -836,7 +969,7 @@ typedef bool (*ns_llm_event_callback)(const struct ns_llm_event *event, void *us
 /** A flag of `ns_llm_request_params`: the model's end tokens do not end the answer (for measurements). */
 #define NS_LLM_REQUEST_IGNORE_EOS 1
 
-/** A flag of `ns_llm_request_params`: KV of earlier prompts is not used for this one. */
+/** A flag of `ns_llm_request_params`: KV of earlier prompts is not used for this one, nor its own for others. */
 #define NS_LLM_REQUEST_NO_PREFIX_CACHE 2
 
 /** A flag of `ns_llm_request_params`: the last event brings the logprob of each token of the prompt from the second on. */
@@ -847,6 +980,9 @@ typedef bool (*ns_llm_event_callback)(const struct ns_llm_event *event, void *us
  * what it could not find out is told by NS_LLM_EVENT_FAILED. For event loops.
  */
 #define NS_LLM_REQUEST_DO_NOT_WAIT 8
+
+/** A flag of `ns_llm_request_params`: KV of earlier prompts is used for this one, but its own is not kept for others. */
+#define NS_LLM_REQUEST_READ_PREFIX_CACHE_ONLY 16
 
 /** For functions that wait: no limit. */
 #define NS_LLM_FOREVER UINT64_MAX
