@@ -47,6 +47,9 @@ pub(crate) struct ModelOptions {
     /// Host memory for keys and values that the KV pool gives away (MiB; default: 0)
     #[arg(long, value_name = "MIB")]
     pub(crate) kv_host_mib: Option<u64>,
+    /// How long to wait for keys and values from a place that makes no progress before computing them (ms; default: 50)
+    #[arg(long, value_name = "MS")]
+    pub(crate) kv_load_budget_ms: Option<u64>,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -93,6 +96,7 @@ impl ModelOptions {
         options.kv_cache_dir = self.kv_cache_dir.clone();
         options.kv_disk_bytes = bytes(self.kv_disk_mib).unwrap_or(options.kv_disk_bytes);
         options.kv_host_bytes = bytes(self.kv_host_mib).unwrap_or(options.kv_host_bytes);
+        options.kv_load_budget_ms = self.kv_load_budget_ms.unwrap_or(options.kv_load_budget_ms);
         options
     }
 }

@@ -15,7 +15,9 @@ static ns_llm_engine open_over(const char *directory, uint64_t host_bytes) {
                                    .kv_bytes = 32 << 20,
                                    .kv_host_bytes = host_bytes,
                                    .kv_cache_dir = {directory, directory ? strlen(directory) : 0},
-                                   .kv_disk_bytes = directory ? 64 << 20 : 0};
+                                   .kv_disk_bytes = directory ? 64 << 20 : 0,
+                                   /* A busy machine is no reason to compute what is there. */
+                                   .kv_load_budget_ms = 60000};
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_open(&params, &engine));
     return engine;
 }
@@ -61,7 +63,7 @@ static void kv_outlives_its_engine(void) {
     CHECK(first_heard.num_token_ids == second_heard.num_token_ids);
     CHECK(memcmp(first_heard.token_ids, second_heard.token_ids, first_heard.num_token_ids * sizeof(uint32_t)) == 0);
     disk = tier(engine, NS_LLM_KV_TIER_DISK);
-    CHECK(disk.hits_total * 16 == summary.cached_disk_tokens && disk.hit_bytes_total > 0 && disk.bytes > disk.hit_bytes_total);
+    CHECK(disk.hits_total * 16 == summary.cached_disk_tokens && disk.hit_bytes_total > 0 && disk.bytes >= disk.hit_bytes_total);
     CHECK(tier(engine, NS_LLM_KV_TIER_HOST).is_there == 1);
     ns_llm_stats stats = {.struct_size = sizeof stats};
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_stats(engine, &stats));
