@@ -29,7 +29,7 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     let has_plain_errors = request.uri().path().starts_with("/api/");
     let origin = allowed_origin(&app, request.headers());
     let result = match check(&app, request).await {
-        Ok(Checked::Route(request)) => Ok(next.run(request).await),
+        Ok(Checked::Route(request)) => Ok(next.run(*request).await),
         Ok(Checked::Preflight) => Ok(preflight()),
         Err(error) => Err(error),
     };
@@ -52,7 +52,7 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
 
 enum Checked {
     /// It may go to its route.
-    Route(Request),
+    Route(Box<Request>),
     /// A browser asks whether it may ask.
     Preflight,
 }
@@ -67,7 +67,7 @@ async fn check(app: &Arc<App>, request: Request) -> ApiResult<Checked> {
     }
     let is_open = app.options.public_probes && PROBES.contains(&request.uri().path());
     if is_open {
-        return Ok(Checked::Route(request));
+        return Ok(Checked::Route(Box::new(request)));
     }
     let caller = app.keys.caller(request.headers())?;
     let is_work = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
@@ -80,7 +80,7 @@ async fn check(app: &Arc<App>, request: Request) -> ApiResult<Checked> {
     let (mut parts, body) = request.into_parts();
     parts.extensions.insert(caller);
     let body = read_body(app, &parts.headers, body).await?;
-    Ok(Checked::Route(Request::from_parts(parts, body)))
+    Ok(Checked::Route(Box::new(Request::from_parts(parts, body))))
 }
 
 /// The client's id of the request when it can be repeated, else a new one.

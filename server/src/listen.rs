@@ -115,7 +115,8 @@ async fn connection(app: Arc<App>, router: Router, stream: TcpStream, mut is_sto
     let mut stopping = pin!(async move {
         let _ = is_stopping.wait_for(|is_stopping| *is_stopping).await;
     });
-    let mut may_go_on = true;
+    // One that comes while the server stops still gets its answer, which is then its last.
+    let mut may_go_on = !app.is_stopping();
     poll_fn(|cx| {
         if may_go_on && stopping.as_mut().poll(cx).is_ready() {
             may_go_on = false;

@@ -99,13 +99,16 @@ fn not_found(id: &str) -> ApiError {
     ApiError::not_found("response_not_found", format!("response {shown:?} is not kept here"))
 }
 
+/// A parameter, which values of it ask for nothing, and what they are.
+type Check<'a> = (&'a str, &'a dyn Fn(&Value) -> bool, &'a str);
+
 /// What only this route knows, and cannot be followed.
 fn check_supported(fields: &Fields) -> ApiResult<()> {
     let format_is_text =
         |text: &Value| text.get("format").is_none_or(|format| format.is_null() || is_text_type(format));
     let no_effort =
         |reasoning: &Value| reasoning.get("effort").is_none_or(|effort| effort.is_null() || effort == "none");
-    let checks: [(&str, &dyn Fn(&Value) -> bool, &str); 5] = [
+    let checks: [Check<'_>; 5] = [
         ("text", &format_is_text, "{\"format\": {\"type\": \"text\"}}"),
         ("reasoning", &no_effort, "without effort"),
         ("truncation", &|value| value == "disabled", "\"disabled\""),

@@ -62,7 +62,7 @@ fn open_addresses_need_a_key() {
     let open = Server::new(models(), ServerOptions::default()).expect("valid").bind(everywhere);
     let error = open.expect_err("refused").to_string();
     assert!(error.contains("0.0.0.0") && error.contains("API key"), "{error}");
-    let twice = vec![models(), models()].concat();
+    let twice = [models(), models()].concat();
     assert!(Server::new(twice, ServerOptions::default()).is_err_and(|error| error.to_string().contains("demo")));
     assert!(Server::new(Vec::new(), ServerOptions::default()).is_err());
 }

@@ -147,7 +147,7 @@ fn devices_are_told() {
     let running = Running::start();
     let status = running.get("/api/gpu/status").ok();
     let capabilities = &status["capabilities"];
-    assert_eq!(capabilities["hasGpu"], ns_llm::gpus().len() > 0);
+    assert_eq!(capabilities["hasGpu"], !ns_llm::gpus().is_empty());
     assert_eq!(capabilities["providers"].as_array().and_then(|all| all.last()), Some(&json!("cpu")));
     assert!(capabilities["totalVram"].is_u64() && status["cpuInfo"]["cores"].as_u64().is_some_and(|cores| cores > 0));
     assert_eq!(running.post("/api/gpu/can-handle", &json!({ "requiredVram": 1 })).ok()["capable"], true);
