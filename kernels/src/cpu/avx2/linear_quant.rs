@@ -14,6 +14,7 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::hint::black_box;
 
+use super::linear_quant_rows;
 use crate::cpu::linear::{
     CHUNK_GROUPS, CodeMeaning, GroupBytes, Int8Group, PANEL_ROWS, QuantLayout, QuantProduct, UnpackedChunk,
 };
@@ -22,7 +23,7 @@ use crate::quant::QuantType;
 /// Rows of most tiles.
 const TILE_ROWS: usize = 6;
 /// 32-bit lanes of a vector.
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
 const CACHE_LINE_BYTES: usize = 64;
 
 thread_local! {
@@ -32,6 +33,10 @@ thread_local! {
 /// See [`QuantProduct`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
+    let num_rows = sums.len() / PANEL_ROWS;
+    if product.layout.meaning != CodeMeaning::Signed && (1..=linear_quant_rows::MAX_ROWS).contains(&num_rows) {
+        return linear_quant_rows::panel_rows(product, sums);
+    }
     UNPACKED.with_borrow_mut(|chunk| {
         let layout = product.layout;
         match (layout.meaning, layout.low_bits, layout.high_bits) {
@@ -72,9 +77,7 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
                 unpack_scales(layout, &group, g, unpacked);
             }
         }
-        // The next chunk, or panel, lies behind this one. A prefetch of an address that is not mapped does nothing.
-        let mut prefetch =
-            Prefetch { address: bytes.as_ptr_range().end.cast(), step_bytes: bytes.len() / (passes * num_groups) };
+        let mut prefetch = Prefetch::behind(bytes, passes * num_groups);
         let mut row = 0;
         while row < num_rows {
             let tile_rows = next_tile_rows(num_rows - row);
@@ -187,14 +190,19 @@ fn next_tile_rows(rows_left: usize) -> usize {
 }
 
 /// Where the next bytes are fetched from, step by step.
-struct Prefetch {
+pub(super) struct Prefetch {
     address: *const i8,
     step_bytes: usize,
 }
 
 impl Prefetch {
+    /// What lies behind a chunk, as long as the chunk, in so many steps: the next chunk, or panel. (A prefetch of an address
+    /// that is not mapped does nothing.)
+    pub(super) fn behind(chunk: &[u8], num_steps: usize) -> Prefetch {
+        Prefetch { address: chunk.as_ptr_range().end.cast(), step_bytes: chunk.len() / num_steps }
+    }
     #[inline(always)]
-    fn step(&mut self) {
+    pub(super) fn step(&mut self) {
         for line in (0..self.step_bytes).step_by(CACHE_LINE_BYTES) {
             // SAFETY: a prefetch has no effect that could be seen.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(self.address.wrapping_add(line)) };
@@ -273,39 +281,7 @@ impl Products for Signed {
 impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: usize>
     Unsigned<FLOAT_MINS, LOW, HIGH, HALVES>
 {
-    /// Steps whose products are summed in 16 bits: each adds at most `2 * 127 * (2^bits - 1)`, and a half has four.
-    const DEPTH: usize = match LOW + HIGH {
-        6 => 2,
-        5 => 4,
-        _ => 8 / HALVES,
-    };
-
-    /// Eight times four codes of a step, from the planes.
-    ///
-    /// # Safety
-    /// As for [`Products::dots`].
-    #[inline(always)]
-    unsafe fn codes_of_planes<const STEP: usize>(planes: *const u8, vector: usize) -> __m256i {
-        // The bits of the step in a plane of `bits`, moved to the bits `to..` of each byte.
-        let bits_of = |plane: *const u8, bits: usize, to: usize| {
-            let from = bits * (STEP / bits);
-            // SAFETY: promised by the caller: the vector is inside the plane, which has 128 bytes for each of its bits.
-            unsafe {
-                let bytes = _mm256_loadu_si256(plane.add(STEP % bits * 128 + vector * 32).cast());
-                let moved = match from > to {
-                    true => _mm256_srl_epi16(bytes, _mm_cvtsi32_si128((from - to) as i32)),
-                    false => _mm256_sll_epi16(bytes, _mm_cvtsi32_si128((to - from) as i32)),
-                };
-                _mm256_and_si256(moved, _mm256_set1_epi8((((1 << bits) - 1) << to) as i8))
-            }
-        };
-        let low = bits_of(planes, LOW, 0);
-        if HIGH == 0 {
-            return low;
-        }
-        // SAFETY: the CPU has AVX2.
-        unsafe { _mm256_or_si256(low, bits_of(planes.wrapping_add(128 * LOW), HIGH, LOW)) }
-    }
+    const DEPTH: usize = sum_depth(LOW + HIGH, HALVES);
 
     /// Adds the products of one step; at the end of `DEPTH` steps, what they sum to in 16 bits goes to `dots`.
     ///
@@ -324,7 +300,7 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
             let mut weights = [zero(); VECTORS];
             for (vector, weights) in weights.iter_mut().enumerate() {
                 *weights = match DIRECT {
-                    true => Self::codes_of_planes::<STEP>(tile.plane(g), first + vector),
+                    true => codes_of_planes::<STEP>(tile.plane(g), first + vector, LOW, HIGH),
                     false => _mm256_load_si256(codes.add(STEP * 128 + (first + vector) * 32).cast()),
                 };
             }
@@ -374,6 +350,47 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
         }
         dots
     }
+}
+
+/// Steps whose products are summed in 16 bits: each adds at most `2 * 127 * (2^bits - 1)`, and a half has four.
+pub(super) const fn sum_depth(bits: usize, halves: usize) -> usize {
+    match (bits, halves) {
+        (6, _) => 2,
+        (5, _) | (_, 2) => 4,
+        _ => 8,
+    }
+}
+
+/// Eight times four codes of a step, from planes of `low` and `high` bits.
+///
+/// # Safety
+/// The CPU has AVX2; `planes` points to the planes of a group, 128 bytes for each bit; `STEP < 8`, `vector < 4`.
+#[inline(always)]
+pub(super) unsafe fn codes_of_planes<const STEP: usize>(
+    planes: *const u8,
+    vector: usize,
+    low: usize,
+    high: usize,
+) -> __m256i {
+    // The bits of the step in a plane of `bits`, moved to the bits `to..` of each byte.
+    let bits_of = |plane: *const u8, bits: usize, to: usize| {
+        let from = bits * (STEP / bits);
+        // SAFETY: promised by the caller: the vector is inside the plane.
+        unsafe {
+            let bytes = _mm256_loadu_si256(plane.add(STEP % bits * 128 + vector * 32).cast());
+            let moved = match from > to {
+                true => _mm256_srl_epi16(bytes, _mm_cvtsi32_si128((from - to) as i32)),
+                false => _mm256_sll_epi16(bytes, _mm_cvtsi32_si128((to - from) as i32)),
+            };
+            _mm256_and_si256(moved, _mm256_set1_epi8((((1 << bits) - 1) << to) as i8))
+        }
+    };
+    let codes = bits_of(planes, low, 0);
+    if high == 0 {
+        return codes;
+    }
+    // SAFETY: the CPU has AVX2.
+    unsafe { _mm256_or_si256(codes, bits_of(planes.wrapping_add(128 * low), high, low)) }
 }
 
 /// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits at `x`, sums of 32. In assembly
@@ -449,7 +466,7 @@ unsafe fn add_products<const VECTORS: usize>(
 }
 
 #[inline(always)]
-fn zero() -> __m256i {
+pub(super) fn zero() -> __m256i {
     // SAFETY: a vector of zero bits, whatever the CPU.
     unsafe { std::mem::zeroed() }
 }
@@ -457,7 +474,7 @@ fn zero() -> __m256i {
 /// # Safety
 /// The CPU has AVX2; `number` points to four bytes.
 #[inline(always)]
-unsafe fn broadcast(number: *const i32) -> __m256i {
+pub(super) unsafe fn broadcast(number: *const i32) -> __m256i {
     // SAFETY: promised by the caller.
     unsafe { _mm256_set1_epi32(number.read_unaligned()) }
 }
