@@ -10,7 +10,7 @@ use super::linear_quant::{LANES, Prefetch, broadcast, codes_of_planes, sum_depth
 use crate::cpu::linear::{CHUNK_GROUPS, CodeMeaning, Int8Group, PANEL_ROWS, QuantProduct};
 
 /// Rows that the products here are for, at most.
-pub(super) const MAX_ROWS: usize = 4;
+pub(super) const MAX_ROWS: usize = 6;
 /// Vectors of a panel's columns.
 const VECTORS: usize = PANEL_ROWS / LANES;
 
@@ -86,7 +86,9 @@ fn panel<F: Codes>(product: &QuantProduct<'_>, sums: &mut [f32]) {
                 1 => chunk.run::<F, 1>(sums.as_mut_ptr()),
                 2 => chunk.run::<F, 2>(sums.as_mut_ptr()),
                 3 => chunk.run::<F, 3>(sums.as_mut_ptr()),
-                MAX_ROWS => chunk.run::<F, 4>(sums.as_mut_ptr()),
+                4 => chunk.run::<F, 4>(sums.as_mut_ptr()),
+                5 => chunk.run::<F, 5>(sums.as_mut_ptr()),
+                MAX_ROWS => chunk.run::<F, 6>(sums.as_mut_ptr()),
                 _ => panic!("{num_rows} rows are not a few"),
             }
         }
