@@ -4,6 +4,7 @@
 pub(crate) mod attention;
 pub(crate) mod linear;
 pub(crate) mod linear_quant;
+mod linear_quant_rows;
 pub(crate) mod logits;
 pub(crate) mod math;
 pub(crate) mod norm;

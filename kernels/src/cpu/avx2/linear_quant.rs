@@ -1,7 +1,7 @@
 //! Matrix products of 8-bit activations with quantized panels.
 //!
 //! A chunk of 256 columns of the panel is taken apart once, into the L1 cache, and then multiplied with all rows, a few at
-//! a time; for a few rows, and for codes of 8 bits, the codes are taken from the planes as they are multiplied. A
+//! a time; codes of 8 bits are taken from the planes as they are multiplied. (A few rows alone: `linear_quant_rows.rs`.) A
 //! tile is some rows times some vectors of eight output columns. For codes without sign a 32-bit lane holds four columns:
 //! `vpmaddubsw` multiplies them and adds pairs, as many of which are summed in 16 bits as cannot overflow, before
 //! `vpmaddwd` multiplies with the integer scales and widens. Signed codes are widened to 16 bits and go through `vpmaddwd`
@@ -13,7 +13,9 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::hint::black_box;
+use std::mem::offset_of;
 
+use super::linear_quant_rows;
 use crate::cpu::linear::{
     CHUNK_GROUPS, CodeMeaning, GroupBytes, Int8Group, PANEL_ROWS, QuantLayout, QuantProduct, UnpackedChunk,
 };
@@ -22,7 +24,7 @@ use crate::quant::QuantType;
 /// Rows of most tiles.
 const TILE_ROWS: usize = 6;
 /// 32-bit lanes of a vector.
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
 const CACHE_LINE_BYTES: usize = 64;
 
 thread_local! {
@@ -32,49 +34,47 @@ thread_local! {
 /// See [`QuantProduct`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
+    let num_rows = sums.len() / PANEL_ROWS;
+    if product.layout.meaning != CodeMeaning::Signed && (1..=linear_quant_rows::MAX_ROWS).contains(&num_rows) {
+        return linear_quant_rows::panel_rows(product, sums);
+    }
     UNPACKED.with_borrow_mut(|chunk| {
         let layout = product.layout;
         match (layout.meaning, layout.low_bits, layout.high_bits) {
-            (CodeMeaning::Signed, 8, _) => panel::<Signed, true>(product, chunk, sums),
-            (CodeMeaning::Signed, ..) => panel::<Signed, false>(product, chunk, sums),
-            (CodeMeaning::Offset(_), 4, 0) => panel::<Unsigned<false, 4, 0, 1>, true>(product, chunk, sums),
-            (CodeMeaning::Offset(_), 4, 1) => panel::<Unsigned<false, 4, 1, 1>, true>(product, chunk, sums),
-            (CodeMeaning::Offset(_), 4, _) => panel::<Unsigned<false, 4, 2, 2>, true>(product, chunk, sums),
-            (CodeMeaning::Offset(_), ..) => panel::<Unsigned<false, 2, 1, 2>, true>(product, chunk, sums),
-            (CodeMeaning::Minimum, 4, 0) => panel::<Unsigned<true, 4, 0, 1>, true>(product, chunk, sums),
-            (CodeMeaning::Minimum, 4, _) => panel::<Unsigned<true, 4, 1, 1>, true>(product, chunk, sums),
-            (CodeMeaning::Minimum, ..) => panel::<Unsigned<true, 2, 0, 2>, true>(product, chunk, sums),
+            (CodeMeaning::Signed, 8, _) => panel::<Signed<true>>(product, chunk, sums),
+            (CodeMeaning::Signed, ..) => panel::<Signed<false>>(product, chunk, sums),
+            (CodeMeaning::Offset(_), 4, 0) => panel::<Unsigned<false, 4, 1>>(product, chunk, sums),
+            (CodeMeaning::Offset(_), 4, 1) => panel::<Unsigned<false, 5, 1>>(product, chunk, sums),
+            (CodeMeaning::Offset(_), 4, _) => panel::<Unsigned<false, 6, 2>>(product, chunk, sums),
+            (CodeMeaning::Offset(_), ..) => panel::<Unsigned<false, 3, 2>>(product, chunk, sums),
+            (CodeMeaning::Minimum, 4, 0) => panel::<Unsigned<true, 4, 1>>(product, chunk, sums),
+            (CodeMeaning::Minimum, 4, _) => panel::<Unsigned<true, 5, 1>>(product, chunk, sums),
+            (CodeMeaning::Minimum, ..) => panel::<Unsigned<true, 2, 2>>(product, chunk, sums),
         }
     });
 }
 
-/// All chunks of a panel, for all rows. `DIRECT`: codes can be taken from the planes.
+/// All chunks of a panel, for all rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, sums: &mut [f32]) {
+fn panel<P: Products>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, sums: &mut [f32]) {
     let &QuantProduct { x, groups_per_row, panel, layout } = product;
     let num_rows = sums.len() / PANEL_ROWS;
     assert_eq!(panel.len(), layout.panel_bytes(groups_per_row * 32), "bytes of a panel");
     assert!(x.len() >= num_rows * groups_per_row, "activations of {num_rows} rows");
-    layout.begin(unpacked);
+    if !P::DIRECT {
+        layout.begin(unpacked);
+    }
     sums.fill(0.0);
-    // Codes in two planes cost more to put together.
-    let max_direct_rows = if layout.high_bits == 0 { TILE_ROWS } else { 2 };
-    let is_direct = DIRECT && (num_rows <= max_direct_rows || P::MINS == Mins::None);
     let passes = if num_rows <= 2 { 1 } else { 2 * num_rows.div_ceil(TILE_ROWS) };
     for (bytes, first_group) in panel.chunks(layout.chunk_bytes()).zip((0..groups_per_row).step_by(CHUNK_GROUPS)) {
         let num_groups = CHUNK_GROUPS.min(groups_per_row - first_group);
-        if !is_direct {
+        if !P::DIRECT {
             layout.unpack_codes(bytes, num_groups, unpacked);
-        }
-        // A scale of a group alone is then read where it lies, too.
-        if !is_direct || layout.halves > 0 || layout.meaning == CodeMeaning::Minimum {
             for (g, group) in layout.groups(bytes).take(num_groups).enumerate() {
                 unpack_scales(layout, &group, g, unpacked);
             }
         }
-        // The next chunk, or panel, lies behind this one. A prefetch of an address that is not mapped does nothing.
-        let mut prefetch =
-            Prefetch { address: bytes.as_ptr_range().end.cast(), step_bytes: bytes.len() / (passes * num_groups) };
+        let mut prefetch = Prefetch::behind(bytes, passes * num_groups);
         let mut row = 0;
         while row < num_rows {
             let tile_rows = next_tile_rows(num_rows - row);
@@ -88,29 +88,23 @@ fn panel<P: Products, const DIRECT: bool>(product: &QuantProduct<'_>, unpacked: 
                 chunk: unpacked,
                 planes: bytes[layout.header_bytes()..].as_ptr(),
                 group_bytes: layout.group_bytes(),
-                d: match is_direct && layout.halves == 0 && layout.meaning != CodeMeaning::Minimum {
-                    true => Scales::Planes(layout.group_bytes() - 2 * PANEL_ROWS),
-                    false if layout.halves == 0 => Scales::Groups,
-                    false => Scales::Chunk,
+                d: match layout.halves {
+                    0 if P::DIRECT => Scales::Planes(layout.group_bytes() - 2 * PANEL_ROWS),
+                    0 => Scales::Groups,
+                    _ => Scales::Chunk,
                 },
                 sums: sums.as_mut_ptr(),
             };
             // SAFETY: the CPU has the features of this function; activations and sums of `tile_rows` rows were checked;
             // the chunk has `num_groups` groups of planes, and was taken apart, with codes unless they are not read.
             unsafe {
-                match (tile_rows, is_direct) {
-                    (1, true) => tile.run::<P, true, 1, 4>(0, &mut prefetch),
-                    (2, true) => tile.run::<P, true, 2, 4>(0, &mut prefetch),
-                    (1, false) => tile.run::<P, false, 1, 4>(0, &mut prefetch),
-                    (2, false) => tile.run::<P, false, 2, 4>(0, &mut prefetch),
-                    (3, true) => tile.run_halves::<P, true, 3>(&mut prefetch),
-                    (4, true) => tile.run_halves::<P, true, 4>(&mut prefetch),
-                    (5, true) => tile.run_halves::<P, true, 5>(&mut prefetch),
-                    (_, true) => tile.run_halves::<P, true, 6>(&mut prefetch),
-                    (3, _) => tile.run_halves::<P, false, 3>(&mut prefetch),
-                    (4, _) => tile.run_halves::<P, false, 4>(&mut prefetch),
-                    (5, _) => tile.run_halves::<P, false, 5>(&mut prefetch),
-                    _ => tile.run_halves::<P, false, 6>(&mut prefetch),
+                match tile_rows {
+                    1 => tile.run::<P, 1, 4>(0, &mut prefetch),
+                    2 => tile.run::<P, 2, 4>(0, &mut prefetch),
+                    3 => tile.run_halves::<P, 3>(&mut prefetch),
+                    4 => tile.run_halves::<P, 4>(&mut prefetch),
+                    5 => tile.run_halves::<P, 5>(&mut prefetch),
+                    _ => tile.run_halves::<P, 6>(&mut prefetch),
                 }
             }
             row += tile_rows;
@@ -187,14 +181,19 @@ fn next_tile_rows(rows_left: usize) -> usize {
 }
 
 /// Where the next bytes are fetched from, step by step.
-struct Prefetch {
+pub(super) struct Prefetch {
     address: *const i8,
     step_bytes: usize,
 }
 
 impl Prefetch {
+    /// What lies behind a chunk, as long as the chunk, in so many steps: the next chunk, or panel. (A prefetch of an address
+    /// that is not mapped does nothing.)
+    pub(super) fn behind(chunk: &[u8], num_steps: usize) -> Prefetch {
+        Prefetch { address: chunk.as_ptr_range().end.cast(), step_bytes: chunk.len() / num_steps }
+    }
     #[inline(always)]
-    fn step(&mut self) {
+    pub(super) fn step(&mut self) {
         for line in (0..self.step_bytes).step_by(CACHE_LINE_BYTES) {
             // SAFETY: a prefetch has no effect that could be seen.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(self.address.wrapping_add(line)) };
@@ -207,13 +206,15 @@ impl Prefetch {
 /// part of the tile's loop are `inline(always)`, which excludes `target_feature`: they have the features of the function
 /// that they end up in.)
 trait Products {
+    /// Codes and scales are read from the planes: the chunk is not taken apart.
+    const DIRECT: bool;
     /// Whether sums of activations are subtracted as integers, as floats, or not at all.
     const MINS: Mins;
 
     /// # Safety
     /// The CPU has AVX2; the tile has `ROWS` rows and the group; `first + VECTORS <= 4`; unless `DIRECT`, the codes were
     /// taken apart.
-    unsafe fn dots<const DIRECT: bool, const ROWS: usize, const VECTORS: usize>(
+    unsafe fn dots<const ROWS: usize, const VECTORS: usize>(
         tile: &Tile<'_>,
         g: usize,
         first: usize,
@@ -227,92 +228,88 @@ enum Mins {
     Float,
 }
 
-/// Codes of 16 bits, in planes of 8.
-struct Signed;
+/// Codes of 16 bits, from planes of 8 where `DIRECT`.
+struct Signed<const DIRECT: bool>;
 
-/// Codes of `LOW + HIGH` bits in two planes, with `HALVES` scales of a group.
-struct Unsigned<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: usize>;
+/// Codes of so many bits, with `HALVES` scales of a group.
+struct Unsigned<const FLOAT_MINS: bool, const BITS: usize, const HALVES: usize>;
 
-impl Products for Signed {
+impl<const DIRECT: bool> Products for Signed<DIRECT> {
+    const DIRECT: bool = DIRECT;
     const MINS: Mins = Mins::None;
 
     #[inline(always)]
-    unsafe fn dots<const DIRECT: bool, const ROWS: usize, const VECTORS: usize>(
+    unsafe fn dots<const ROWS: usize, const VECTORS: usize>(
         tile: &Tile<'_>,
         g: usize,
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
-        let codes = tile.chunk.signed_codes(g).as_ptr();
         // Each row's place is kept in a register: left to itself, the compiler adds them up from row to row in each step.
         let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| black_box(tile.group(row, g)));
         let mut dots = [[zero(); VECTORS]; ROWS];
         // Steps are unrolled by hand: with one a turn, the loop is bound by its instructions, not by its products.
-        for steps in 0..4 {
-            for step in 0..4 {
-                let step = 4 * steps + step;
-                // SAFETY: promised by the caller.
-                unsafe {
-                    let mut weights = [zero(); VECTORS];
-                    for (vector, weights) in weights.iter_mut().enumerate() {
-                        let code = (step * PANEL_ROWS + (first + vector) * LANES) * 2;
-                        *weights = match DIRECT {
-                            true => _mm256_cvtepi8_epi16(_mm_loadu_si128(tile.plane(g).add(code).cast())),
-                            false => _mm256_load_si256(codes.add(code).cast()),
-                        };
-                    }
-                    for (row, dots) in rows.iter().zip(&mut dots) {
-                        add_wide_products(dots, &weights, (&raw const (**row).wide).cast::<i32>().add(step));
-                    }
-                }
-            }
+        let at = (tile, g, first);
+        // SAFETY: promised by the caller.
+        unsafe {
+            Self::step::<ROWS, VECTORS, 0>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 1>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 2>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 3>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 4>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 5>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 6>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 7>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 8>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 9>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 10>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 11>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 12>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 13>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 14>(at, &rows, &mut dots);
+            Self::step::<ROWS, VECTORS, 15>(at, &rows, &mut dots);
         }
         dots
     }
 }
 
-impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: usize>
-    Unsigned<FLOAT_MINS, LOW, HIGH, HALVES>
-{
-    /// Steps whose products are summed in 16 bits: each adds at most `2 * 127 * (2^bits - 1)`, and a half has four.
-    const DEPTH: usize = match LOW + HIGH {
-        6 => 2,
-        5 => 4,
-        _ => 8 / HALVES,
-    };
-
-    /// Eight times four codes of a step, from the planes.
+impl<const DIRECT: bool> Signed<DIRECT> {
+    /// Adds the products of one step of two columns.
     ///
     /// # Safety
     /// As for [`Products::dots`].
     #[inline(always)]
-    unsafe fn codes_of_planes<const STEP: usize>(planes: *const u8, vector: usize) -> __m256i {
-        // The bits of the step in a plane of `bits`, moved to the bits `to..` of each byte.
-        let bits_of = |plane: *const u8, bits: usize, to: usize| {
-            let from = bits * (STEP / bits);
-            // SAFETY: promised by the caller: the vector is inside the plane, which has 128 bytes for each of its bits.
-            unsafe {
-                let bytes = _mm256_loadu_si256(plane.add(STEP % bits * 128 + vector * 32).cast());
-                let moved = match from > to {
-                    true => _mm256_srl_epi16(bytes, _mm_cvtsi32_si128((from - to) as i32)),
-                    false => _mm256_sll_epi16(bytes, _mm_cvtsi32_si128((to - from) as i32)),
+    unsafe fn step<const ROWS: usize, const VECTORS: usize, const STEP: usize>(
+        (tile, g, first): (&Tile<'_>, usize, usize),
+        rows: &[*const Int8Group; ROWS],
+        dots: &mut [[__m256i; VECTORS]; ROWS],
+    ) {
+        let codes = tile.chunk.signed_codes(g).as_ptr();
+        // SAFETY: promised by the caller.
+        unsafe {
+            let mut weights = [zero(); VECTORS];
+            for (vector, weights) in weights.iter_mut().enumerate() {
+                let code = (STEP * PANEL_ROWS + (first + vector) * LANES) * 2;
+                *weights = match DIRECT {
+                    true => _mm256_cvtepi8_epi16(_mm_loadu_si128(tile.plane(g).add(code).cast())),
+                    false => _mm256_load_si256(codes.add(code).cast()),
                 };
-                _mm256_and_si256(moved, _mm256_set1_epi8((((1 << bits) - 1) << to) as i8))
             }
-        };
-        let low = bits_of(planes, LOW, 0);
-        if HIGH == 0 {
-            return low;
+            for (row, dots) in rows.iter().zip(dots) {
+                add_wide_products::<VECTORS, STEP>(dots, &weights, *row);
+            }
         }
-        // SAFETY: the CPU has AVX2.
-        unsafe { _mm256_or_si256(low, bits_of(planes.wrapping_add(128 * LOW), HIGH, LOW)) }
     }
+}
+
+impl<const FLOAT_MINS: bool, const BITS: usize, const HALVES: usize> Unsigned<FLOAT_MINS, BITS, HALVES> {
+    const DEPTH: usize = sum_depth(BITS, HALVES);
 
     /// Adds the products of one step; at the end of `DEPTH` steps, what they sum to in 16 bits goes to `dots`.
     ///
     /// # Safety
     /// As for [`Products::dots`].
     #[inline(always)]
-    unsafe fn step<const DIRECT: bool, const ROWS: usize, const VECTORS: usize, const STEP: usize>(
+    unsafe fn step<const ROWS: usize, const VECTORS: usize, const STEP: usize>(
         (tile, g, first): (&Tile<'_>, usize, usize),
         rows: &[*const Int8Group; ROWS],
         pairs: &mut [[__m256i; VECTORS]; ROWS],
@@ -323,13 +320,10 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
         unsafe {
             let mut weights = [zero(); VECTORS];
             for (vector, weights) in weights.iter_mut().enumerate() {
-                *weights = match DIRECT {
-                    true => Self::codes_of_planes::<STEP>(tile.plane(g), first + vector),
-                    false => _mm256_load_si256(codes.add(STEP * 128 + (first + vector) * 32).cast()),
-                };
+                *weights = _mm256_load_si256(codes.add(STEP * 128 + (first + vector) * 32).cast());
             }
             for (row, pairs) in rows.iter().zip(pairs.iter_mut()) {
-                add_products(pairs, &weights, (&raw const (**row).codes).cast::<i32>().add(STEP));
+                add_products::<VECTORS, STEP>(pairs, &weights, *row);
             }
             if !(STEP + 1).is_multiple_of(Self::DEPTH) {
                 return;
@@ -346,13 +340,12 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
     }
 }
 
-impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: usize> Products
-    for Unsigned<FLOAT_MINS, LOW, HIGH, HALVES>
-{
+impl<const FLOAT_MINS: bool, const BITS: usize, const HALVES: usize> Products for Unsigned<FLOAT_MINS, BITS, HALVES> {
+    const DIRECT: bool = false;
     const MINS: Mins = if FLOAT_MINS { Mins::Float } else { Mins::Integer };
 
     #[inline(always)]
-    unsafe fn dots<const DIRECT: bool, const ROWS: usize, const VECTORS: usize>(
+    unsafe fn dots<const ROWS: usize, const VECTORS: usize>(
         tile: &Tile<'_>,
         g: usize,
         first: usize,
@@ -363,30 +356,71 @@ impl<const FLOAT_MINS: bool, const LOW: usize, const HIGH: usize, const HALVES: 
         let at = (tile, g, first);
         // SAFETY: promised by the caller.
         unsafe {
-            Self::step::<DIRECT, ROWS, VECTORS, 0>(at, &rows, &mut pairs, &mut dots);
-            Self::step::<DIRECT, ROWS, VECTORS, 1>(at, &rows, &mut pairs, &mut dots);
-            Self::step::<DIRECT, ROWS, VECTORS, 2>(at, &rows, &mut pairs, &mut dots);
-            Self::step::<DIRECT, ROWS, VECTORS, 3>(at, &rows, &mut pairs, &mut dots);
-            Self::step::<DIRECT, ROWS, VECTORS, 4>(at, &rows, &mut pairs, &mut dots);
-            Self::step::<DIRECT, ROWS, VECTORS, 5>(at, &rows, &mut pairs, &mut dots);
-            Self::step::<DIRECT, ROWS, VECTORS, 6>(at, &rows, &mut pairs, &mut dots);
-            Self::step::<DIRECT, ROWS, VECTORS, 7>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<ROWS, VECTORS, 0>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<ROWS, VECTORS, 1>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<ROWS, VECTORS, 2>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<ROWS, VECTORS, 3>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<ROWS, VECTORS, 4>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<ROWS, VECTORS, 5>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<ROWS, VECTORS, 6>(at, &rows, &mut pairs, &mut dots);
+            Self::step::<ROWS, VECTORS, 7>(at, &rows, &mut pairs, &mut dots);
         }
         dots
     }
 }
 
-/// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits at `x`, sums of 32. In assembly
-/// because the compiler takes long chains of integer additions apart into trees, for which there are not enough registers.
+/// Steps whose products are summed in 16 bits: each adds at most `2 * 127 * (2^bits - 1)`, and a half has four.
+pub(super) const fn sum_depth(bits: usize, halves: usize) -> usize {
+    match (bits, halves) {
+        (6, _) => 2,
+        (5, _) | (_, 2) => 4,
+        _ => 8,
+    }
+}
+
+/// Eight times four codes of a step, from planes of `low` and `high` bits.
 ///
 /// # Safety
-/// `x` points to four bytes.
+/// The CPU has AVX2; `planes` points to the planes of a group, 128 bytes for each bit; `STEP < 8`, `vector < 4`.
+#[inline(always)]
+pub(super) unsafe fn codes_of_planes<const STEP: usize>(
+    planes: *const u8,
+    vector: usize,
+    low: usize,
+    high: usize,
+) -> __m256i {
+    // The bits of the step in a plane of `bits`, moved to the bits `to..` of each byte.
+    let bits_of = |plane: *const u8, bits: usize, to: usize| {
+        let from = bits * (STEP / bits);
+        // SAFETY: promised by the caller: the vector is inside the plane.
+        unsafe {
+            let bytes = _mm256_loadu_si256(plane.add(STEP % bits * 128 + vector * 32).cast());
+            let moved = match from > to {
+                true => _mm256_srl_epi16(bytes, _mm_cvtsi32_si128((from - to) as i32)),
+                false => _mm256_sll_epi16(bytes, _mm_cvtsi32_si128((to - from) as i32)),
+            };
+            _mm256_and_si256(moved, _mm256_set1_epi8((((1 << bits) - 1) << to) as i8))
+        }
+    };
+    let codes = bits_of(planes, low, 0);
+    if high == 0 {
+        return codes;
+    }
+    // SAFETY: the CPU has AVX2.
+    unsafe { _mm256_or_si256(codes, bits_of(planes.wrapping_add(128 * low), high, low)) }
+}
+
+/// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits, those of the step in group `x`,
+/// sums of 32. In assembly because the compiler takes long chains of integer additions apart into trees, for which there are not enough registers.
+///
+/// # Safety
+/// `x` points to a group, which has the step.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_wide_products<const VECTORS: usize>(
+unsafe fn add_wide_products<const VECTORS: usize, const STEP: usize>(
     sums: &mut [__m256i; VECTORS],
     weights: &[__m256i; VECTORS],
-    x: *const i32,
+    x: *const Int8Group,
 ) {
     let (sums, rest) = sums.as_chunks_mut::<2>();
     assert!(rest.is_empty(), "an even number of vectors");
@@ -394,14 +428,15 @@ unsafe fn add_wide_products<const VECTORS: usize>(
         // SAFETY: reads the four bytes, and the named registers.
         unsafe {
             asm!(
-                "vpbroadcastd {x}, dword ptr [{address}]",
+                "vpbroadcastd {x}, dword ptr [{group} + {place}]",
                 "vpmaddwd {products}, {first_weights}, {x}",
                 "vpmaddwd {x}, {second_weights}, {x}",
                 "vpaddd {first}, {first}, {products}",
                 "vpaddd {second}, {second}, {x}",
                 x = out(ymm_reg) _,
                 products = out(ymm_reg) _,
-                address = in(reg) x,
+                group = in(reg) x,
+                place = const offset_of!(Int8Group, wide) + 4 * STEP,
                 first_weights = in(ymm_reg) weights[0],
                 second_weights = in(ymm_reg) weights[1],
                 first = inout(ymm_reg) *first,
@@ -412,17 +447,17 @@ unsafe fn add_wide_products<const VECTORS: usize>(
     }
 }
 
-/// Adds `weights[2 i] * x[i % 2 * 2] + weights[2 i + 1] * x[i % 2 * 2 + 1]` to each sum: four bytes at `x`, weights without
-/// sign, sums of 16 bits.
+/// Adds `weights[2 i] * x[i % 2 * 2] + weights[2 i + 1] * x[i % 2 * 2 + 1]` to each sum: four bytes, those of the step in
+/// group `x`, weights without sign, sums of 16 bits.
 ///
 /// # Safety
-/// `x` points to four bytes.
+/// `x` points to a group, which has the step.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_products<const VECTORS: usize>(
+unsafe fn add_products<const VECTORS: usize, const STEP: usize>(
     sums: &mut [__m256i; VECTORS],
     weights: &[__m256i; VECTORS],
-    x: *const i32,
+    x: *const Int8Group,
 ) {
     let (sums, rest) = sums.as_chunks_mut::<2>();
     assert!(rest.is_empty(), "an even number of vectors");
@@ -430,14 +465,15 @@ unsafe fn add_products<const VECTORS: usize>(
         // SAFETY: reads the four bytes, and the named registers.
         unsafe {
             asm!(
-                "vpbroadcastd {x}, dword ptr [{address}]",
+                "vpbroadcastd {x}, dword ptr [{group} + {place}]",
                 "vpmaddubsw {products}, {first_weights}, {x}",
                 "vpmaddubsw {x}, {second_weights}, {x}",
                 "vpaddw {first}, {first}, {products}",
                 "vpaddw {second}, {second}, {x}",
                 x = out(ymm_reg) _,
                 products = out(ymm_reg) _,
-                address = in(reg) x,
+                group = in(reg) x,
+                place = const offset_of!(Int8Group, codes) + 4 * STEP,
                 first_weights = in(ymm_reg) weights[0],
                 second_weights = in(ymm_reg) weights[1],
                 first = inout(ymm_reg) *first,
@@ -449,7 +485,7 @@ unsafe fn add_products<const VECTORS: usize>(
 }
 
 #[inline(always)]
-fn zero() -> __m256i {
+pub(super) fn zero() -> __m256i {
     // SAFETY: a vector of zero bits, whatever the CPU.
     unsafe { std::mem::zeroed() }
 }
@@ -457,7 +493,7 @@ fn zero() -> __m256i {
 /// # Safety
 /// The CPU has AVX2; `number` points to four bytes.
 #[inline(always)]
-unsafe fn broadcast(number: *const i32) -> __m256i {
+pub(super) unsafe fn broadcast(number: *const i32) -> __m256i {
     // SAFETY: promised by the caller.
     unsafe { _mm256_set1_epi32(number.read_unaligned()) }
 }
@@ -501,11 +537,11 @@ impl Tile<'_> {
     /// # Safety
     /// As for [`run`](Self::run).
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn run_halves<P: Products, const DIRECT: bool, const ROWS: usize>(&self, prefetch: &mut Prefetch) {
+    unsafe fn run_halves<P: Products, const ROWS: usize>(&self, prefetch: &mut Prefetch) {
         // SAFETY: promised by the caller.
         unsafe {
-            self.run::<P, DIRECT, ROWS, 2>(0, prefetch);
-            self.run::<P, DIRECT, ROWS, 2>(2, prefetch);
+            self.run::<P, ROWS, 2>(0, prefetch);
+            self.run::<P, ROWS, 2>(2, prefetch);
         }
     }
 
@@ -516,11 +552,7 @@ impl Tile<'_> {
     /// apart.
     #[inline(never)]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn run<P: Products, const DIRECT: bool, const ROWS: usize, const VECTORS: usize>(
-        &self,
-        first: usize,
-        prefetch: &mut Prefetch,
-    ) {
+    unsafe fn run<P: Products, const ROWS: usize, const VECTORS: usize>(&self, first: usize, prefetch: &mut Prefetch) {
         let mut ahead = Prefetch { ..*prefetch };
         for g in 0..self.num_groups {
             ahead.step();
@@ -528,7 +560,7 @@ impl Tile<'_> {
             let sums = black_box(self.sums);
             // SAFETY: promised by the caller.
             unsafe {
-                let dots = P::dots::<DIRECT, ROWS, VECTORS>(self, g, first);
+                let dots = P::dots::<ROWS, VECTORS>(self, g, first);
                 let mut d = [_mm256_setzero_ps(); VECTORS];
                 for (vector, d) in d.iter_mut().enumerate() {
                     let lane = (first + vector) * LANES;
