@@ -5,7 +5,7 @@ use napi::bindgen_prelude::{BigInt, FromNapiValue, JsObjectValue, Object, Uint32
 use napi::{JsString, JsValue, ValueType};
 use ns_llm::config::{MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_STOP_STRINGS};
 use ns_llm::{
-    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, QuantType, Request,
+    Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, Message, Priority, Prompt, Request,
     SamplingOptions, ThreadPriority, WeightFormat,
 };
 
@@ -106,7 +106,8 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         model.ok_or_else(|| to_js(&invalid("model", "no path", "the path of a model folder or of a GGUF file")))?;
     let mut options = EngineOptions::new(model);
     options.device = fields.one_of("device", DEVICES)?.unwrap_or_default();
-    options.weights = fields.one_of("weights", WEIGHTS)?.unwrap_or_default();
+    let weights: Vec<_> = WeightFormat::all().map(|format| (format.name(), format)).collect();
+    options.weights = fields.one_of("weights", &weights)?.unwrap_or_default();
     options.kv_dtype = fields.one_of("kvDtype", KV_DTYPES)?.flatten();
     options.threads = fields.integer("threads")?.map(as_usize);
     options.thread_priority = fields.one_of("threadPriority", THREAD_PRIORITIES)?.unwrap_or_default();
@@ -129,24 +130,6 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
 const PRIORITIES: &[(&str, Priority)] =
     &[("high", Priority::High), ("normal", Priority::Normal), ("background", Priority::Background)];
 const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
-const WEIGHTS: &[(&str, WeightFormat)] = &[
-    ("auto", WeightFormat::Auto),
-    ("f32", WeightFormat::F32),
-    ("bf16", WeightFormat::Bf16),
-    ("f16", WeightFormat::F16),
-    ("q8_0", WeightFormat::Quant(QuantType::Q8_0)),
-    ("q6_k", WeightFormat::Quant(QuantType::Q6_K)),
-    ("q5_k", WeightFormat::Quant(QuantType::Q5_K)),
-    ("q4_k", WeightFormat::Quant(QuantType::Q4_K)),
-    ("q3_k", WeightFormat::Quant(QuantType::Q3_K)),
-    ("q2_k", WeightFormat::Quant(QuantType::Q2_K)),
-    ("q5_1", WeightFormat::Quant(QuantType::Q5_1)),
-    ("q5_0", WeightFormat::Quant(QuantType::Q5_0)),
-    ("q4_1", WeightFormat::Quant(QuantType::Q4_1)),
-    ("q4_0", WeightFormat::Quant(QuantType::Q4_0)),
-    ("iq4_nl", WeightFormat::Quant(QuantType::IQ4_NL)),
-    ("mxfp4", WeightFormat::Quant(QuantType::MXFP4)),
-];
 const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
     ("auto", None),
     ("f32", Some(KvDtype::F32)),
