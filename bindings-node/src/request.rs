@@ -8,7 +8,7 @@ use ns_llm::config::{
 };
 use ns_llm::{
     CacheUse, Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, KvRemoteOptions, Message, Priority,
-    Prompt, PutOptions, QuantType, Request, ResponseCacheOptions, SamplingOptions, ThreadPriority, WeightFormat,
+    Prompt, PutOptions, Request, ResponseCacheOptions, SamplingOptions, ThreadPriority, WeightFormat,
 };
 
 use crate::error::{Result, from_napi, invalid, to_js};
@@ -130,7 +130,8 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         model.ok_or_else(|| to_js(&invalid("model", "no path", "the path of a model folder or of a GGUF file")))?;
     let mut options = EngineOptions::new(model);
     options.device = fields.one_of("device", DEVICES)?.unwrap_or_default();
-    options.weights = fields.one_of("weights", WEIGHTS)?.unwrap_or_default();
+    let weights: Vec<_> = WeightFormat::all().map(|format| (format.name(), format)).collect();
+    options.weights = fields.one_of("weights", &weights)?.unwrap_or_default();
     options.kv_dtype = fields.one_of("kvDtype", KV_DTYPES)?.flatten();
     options.threads = fields.integer("threads")?.map(as_usize);
     options.thread_priority = fields.one_of("threadPriority", THREAD_PRIORITIES)?.unwrap_or_default();
@@ -202,24 +203,6 @@ const CACHE_USES: &[(&str, CacheUse)] =
 const PRIORITIES: &[(&str, Priority)] =
     &[("high", Priority::High), ("normal", Priority::Normal), ("background", Priority::Background)];
 const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
-const WEIGHTS: &[(&str, WeightFormat)] = &[
-    ("auto", WeightFormat::Auto),
-    ("f32", WeightFormat::F32),
-    ("bf16", WeightFormat::Bf16),
-    ("f16", WeightFormat::F16),
-    ("q8_0", WeightFormat::Quant(QuantType::Q8_0)),
-    ("q6_k", WeightFormat::Quant(QuantType::Q6_K)),
-    ("q5_k", WeightFormat::Quant(QuantType::Q5_K)),
-    ("q4_k", WeightFormat::Quant(QuantType::Q4_K)),
-    ("q3_k", WeightFormat::Quant(QuantType::Q3_K)),
-    ("q2_k", WeightFormat::Quant(QuantType::Q2_K)),
-    ("q5_1", WeightFormat::Quant(QuantType::Q5_1)),
-    ("q5_0", WeightFormat::Quant(QuantType::Q5_0)),
-    ("q4_1", WeightFormat::Quant(QuantType::Q4_1)),
-    ("q4_0", WeightFormat::Quant(QuantType::Q4_0)),
-    ("iq4_nl", WeightFormat::Quant(QuantType::IQ4_NL)),
-    ("mxfp4", WeightFormat::Quant(QuantType::MXFP4)),
-];
 const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
     ("auto", None),
     ("f32", Some(KvDtype::F32)),

@@ -198,7 +198,7 @@ pub struct ModelInfo {
     pub kv_dtype: String,
     /// Device kind: "cpu" or "cuda".
     pub device: String,
-    /// Instruction set in use: "avx512bf16", "avx512", "avx2", "portable".
+    /// Instruction set in use: "avx512bf16", "avx512", "avx2", "neoni8mm", "neondotprod", "neon", "portable".
     pub isa: String,
     /// Compute threads.
     pub threads: f64,

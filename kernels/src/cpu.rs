@@ -16,6 +16,8 @@ pub mod rope;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 
 pub use dispatch::{Cpu, Isa};

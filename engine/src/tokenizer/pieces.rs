@@ -8,7 +8,7 @@
 //! a word unless `##` stands before it.
 
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{ModelWrapper, Tokenizer};
 
 use crate::config::MAX_TOKEN_IDS;
 use crate::error::{Error, Result};
@@ -35,7 +35,14 @@ pub(super) struct PieceTable {
 impl PieceTable {
     /// `decoder`: that field of `tokenizer.json`. Ids without a token stand for nothing.
     pub(super) fn new(tokenizer: &Tokenizer, decoder: &Value) -> Result<Self> {
-        let (rule, leading_spaces) = decoder_rule(decoder)?;
+        let (rule, leading_spaces) = match tokenizer.get_model() {
+            // Files of encoders may have no decoder, for nothing is decoded there. The library puts spaces between tokens
+            // then.
+            ModelWrapper::WordPiece(_) if decoder.is_null() => {
+                (Rule::WordPiece { prefix: String::new(), cleanup: false }, LeadingSpaces::Dropped(1))
+            }
+            _ => decoder_rule(decoder)?,
+        };
         let (mut bytes, mut starts) = (Vec::new(), vec![0]);
         for token_id in 0..num_ids(tokenizer)? {
             if let Some(token) = tokenizer.id_to_token(token_id) {
@@ -194,12 +201,12 @@ mod tests {
     }
 
     /// Pieces of a WordPiece vocabulary, one behind the other, are the library's own decoding, with and without its
-    /// cleaning of punctuation.
+    /// cleaning of punctuation, and without any decoder.
     #[test]
     fn word_pieces_are_joined_as_the_library_does() {
         let words = ["play", "##ing", "##s", "it", "'", "s", ".", ",", "!", "n't", "'re", "(", "a", "do", "[CLS]"];
-        for cleanup in [true, false] {
-            let decoder = json!({"type": "WordPiece", "prefix": "##", "cleanup": cleanup});
+        let word_piece = |cleanup| json!({"type": "WordPiece", "prefix": "##", "cleanup": cleanup});
+        for decoder in [word_piece(true), word_piece(false), Value::Null] {
             let vocab: serde_json::Map<_, _> =
                 words.iter().enumerate().map(|(id, word)| (word.to_string(), json!(id))).collect();
             let tokenizer = json!({

@@ -4,11 +4,15 @@
 //!
 //! A table is never mixed from two instruction sets at run time: the same build on the same `Isa` gives the same bits.
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 use std::sync::Arc;
 
 use super::attention::AttentionKernels;
 use super::linear::LinearKernels;
 use super::logits::LogitsKernels;
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 use super::norm::NormKernels;
 use super::pool::Pool;
 use super::rope::RopeKernels;
@@ -33,10 +37,17 @@ pub enum Isa {
     Avx512,
     /// And dot products of bf16 and of bytes (VNNI): Intel since Cooper Lake (2020), AMD since Zen 4.
     Avx512Bf16,
+    /// 128-bit vectors with FMA and f16 conversion: every 64-bit ARM processor.
+    Neon,
+    /// And dot products of bytes: Cortex-A55, A75 and A76, Neoverse N1 (2018), Apple since the A13 and the M1.
+    NeonDotprod,
+    /// And products of matrices of bytes: Neoverse V1 and N2 (2021), Apple since the A15 and the M2.
+    NeonI8mm,
 }
 
 impl Isa {
-    const ALL: &[Isa] = &[Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    const ALL: &[Isa] =
+        &[Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Neon, Isa::NeonDotprod, Isa::NeonI8mm];
 
     /// Name in reports, in [`ISA_VARIABLE`] and in the keys of stored KV blocks.
     pub fn name(self) -> &'static str {
@@ -45,6 +56,9 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Neon => "neon",
+            Isa::NeonDotprod => "neondotprod",
+            Isa::NeonI8mm => "neoni8mm",
         }
     }
     /// All that this machine has, worst first. Never empty.
@@ -89,6 +103,14 @@ impl Isa {
             }
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => false,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod => Isa::Neon.is_available() && is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => Isa::NeonDotprod.is_available() && is_aarch64_feature_detected!("i8mm"),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => false,
         }
     }
     fn kernels(self) -> &'static Kernels {
@@ -100,8 +122,16 @@ impl Isa {
             Isa::Avx512 => &AVX512,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => &AVX512_BF16,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &NEON,
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod => &NEON_DOTPROD,
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => &NEON_I8MM,
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => unreachable!("`is_available` is false"),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => unreachable!("`is_available` is false"),
         }
     }
 }
@@ -148,6 +178,33 @@ static AVX512_BF16: Kernels = Kernels {
     logits: avx512::logits::KERNELS,
     norm: avx512::norm::KERNELS,
     rope: avx512::rope::KERNELS,
+};
+
+#[cfg(target_arch = "aarch64")]
+static NEON: Kernels = Kernels {
+    attention: neon::attention::KERNELS,
+    linear: neon::linear::KERNELS,
+    logits: neon::logits::KERNELS,
+    norm: neon::norm::KERNELS,
+    rope: neon::rope::KERNELS,
+};
+
+#[cfg(target_arch = "aarch64")]
+static NEON_DOTPROD: Kernels = Kernels {
+    attention: neon::attention::KERNELS,
+    linear: neon::linear::DOTPROD_KERNELS,
+    logits: neon::logits::KERNELS,
+    norm: neon::norm::KERNELS,
+    rope: neon::rope::KERNELS,
+};
+
+#[cfg(target_arch = "aarch64")]
+static NEON_I8MM: Kernels = Kernels {
+    attention: neon::attention::KERNELS,
+    linear: neon::linear::I8MM_KERNELS,
+    logits: neon::logits::KERNELS,
+    norm: neon::norm::KERNELS,
+    rope: neon::rope::KERNELS,
 };
 
 /// What an entry point needs to compute: the chosen kernels and the threads. Cheap to clone.
