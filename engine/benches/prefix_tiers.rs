@@ -115,7 +115,7 @@ fn main() {
     let block_bytes = setup.block_bytes();
 
     let mut rows: Vec<(&str, Vec<Answer>)> = Vec::new();
-    let engine = setup.open(u64::MAX / 4, true);
+    let engine = setup.open(1 << 40, true);
     let vocab_size = engine.info().vocab_size as u32;
     let prompt_of = |name| [prompt(name, prefix_tokens, vocab_size), vec![vocab_size / 4; 8]].concat();
     let (wanted, other) = (prompt_of(1), prompt_of(2));

@@ -34,12 +34,12 @@ pub const MAX_DISK_SEGMENTS: usize = 4_096;
 pub const MAX_DISK_ENTRIES: usize = 1 << 20;
 /// Blocks whose use led to an error and that the tiers therefore avoid; beyond it the oldest is forgotten.
 pub const MAX_QUARANTINED_BLOCKS: usize = 1_024;
-/// Jobs that a tier is given at once: it need not wait for the next step of the model after each block.
-pub const MAX_TIER_JOBS: usize = 16;
-/// Blocks that may wait to be written to one tier, bytes (at least [`MIN_WRITE_QUEUE_BLOCKS`]); what comes beyond is not
-/// stored.
+/// Reads that a tier is given at once: it need not wait for the next step of the model after each block.
+pub const MAX_TIER_READS: usize = 16;
+/// Blocks that may wait to be written to one tier, bytes, but at least those of one step and [`MIN_WRITE_QUEUE_BLOCKS`] more;
+/// what comes beyond is not stored.
 pub const WRITE_QUEUE_BYTES: u64 = 64 << 20;
-/// Blocks that may wait to be written to one tier, however large they are.
+/// Blocks that may wait to be written to one tier beside those of one step, however large they are.
 pub const MIN_WRITE_QUEUE_BLOCKS: u64 = 4;
 /// How long a sequence waits by default for blocks from a tier that makes no progress, milliseconds; it computes them then.
 pub const DEFAULT_KV_LOAD_BUDGET_MS: u64 = 50;

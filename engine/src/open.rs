@@ -503,12 +503,14 @@ fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan) -
     if tiers.is_empty() && options.kv_host_bytes == 0 {
         return None;
     }
+    // What the longest step publishes at once.
+    let step_blocks = (options.prefill_budget_tokens / layout.block_tokens) as u64 + MIN_WRITE_QUEUE_BLOCKS;
     Some(TiersConfig {
         layout: layout_id(layout),
         block_tokens: layout.block_tokens,
         block_bytes: usize::try_from(plan.block_bytes).ok()?,
         host_bytes: options.kv_host_bytes,
-        write_queue_bytes: WRITE_QUEUE_BYTES.max(MIN_WRITE_QUEUE_BLOCKS * plan.block_bytes),
+        write_queue_bytes: WRITE_QUEUE_BYTES.max(step_blocks.saturating_mul(plan.block_bytes)),
         load_budget_us: options.kv_load_budget_ms * 1_000,
         tiers,
     })

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use lru::LruCache;
 
-use crate::config::{MAX_LOST_BLOCKS, MAX_QUARANTINED_BLOCKS, MAX_TIER_JOBS};
+use crate::config::{MAX_LOST_BLOCKS, MAX_QUARANTINED_BLOCKS, MAX_TIER_READS};
 use crate::error::Error as EngineError;
 use crate::request::{CacheTier, MissReason};
 use crate::sequence::{BlockKey, NamespaceKey, RestoreId};
@@ -402,22 +402,21 @@ impl Tiers {
     }
 
     /// What a tier is to do next, after what it was given before; `None`: nothing, or it has enough to do. Reads go first:
-    /// somebody waits for them. A write would hold them up, so there is one at a time.
+    /// somebody waits for them. Writes are given as they come, for the next step of the model may be long.
     pub fn next_job(&mut self, id: TierId, now_us: u64) -> Option<Job> {
         if !self.tier(id).breaker.allows(now_us) {
             self.drop_queues(id);
             return None;
         }
         let tier = self.tier(id);
-        let max_jobs = if tier.breaker.is_on_trial() { 1 } else { MAX_TIER_JOBS };
-        if tier.jobs.len() >= max_jobs {
+        let num_reads = tier.jobs.iter().filter(|job| matches!(job, Job::Read(_))).count();
+        if tier.breaker.is_on_trial() && !tier.jobs.is_empty() {
             return None;
         }
-        let job = self.next_read(id).map(Job::Read);
+        let job = if num_reads < MAX_TIER_READS { self.next_read(id).map(Job::Read) } else { None };
         let tier = self.tier_mut(id);
         let job = job.or_else(|| tier.quarantines.pop_front().map(Job::Quarantine)).or_else(|| {
-            let writes = tier.jobs.iter().any(|job| matches!(job, Job::Write(..)));
-            let (key, bytes) = if writes { None } else { tier.writes.pop_front() }?;
+            let (key, bytes) = tier.writes.pop_front()?;
             Some(Job::Write(key, bytes))
         })?;
         if tier.jobs.is_empty() {
@@ -433,6 +432,12 @@ impl Tiers {
         let tier = self.tier_mut(id);
         let job = tier.jobs.pop_front().expect("a job was given");
         tier.job_since_us = now_us;
+        // The tier gets on: who waits for it goes on waiting.
+        let is_awaited = |restore: &Restore| {
+            let next = restore.keys.get(restore.num_given);
+            next.and_then(|key| self.wanted.get(key)).is_some_and(|wanted| wanted.tier == id)
+        };
+        self.restores.values_mut().filter(|it| is_awaited(it)).for_each(|restore| restore.progress_us = now_us);
         let outcome = self.checked(outcome);
         if let Outcome::Fault(_) = outcome {
             let tier = self.tier_mut(id);
@@ -862,6 +867,28 @@ mod tests {
         );
         tiers.persist(key(30), vec![0; 3].into(), now_us);
         assert_eq!(tiers.next_job(TierId::Disk, now_us), None, "not a block");
+    }
+
+    /// A tier that was given writes only one by one would store one block for each step of a large model, and lose the rest of
+    /// a long prompt to the bound of the queue. And whoever waits behind writes waits for a tier that works.
+    #[test]
+    fn writes_are_given_as_they_come() {
+        let mut tiers = machine(0, &[TierId::Disk]);
+        tiers.found(TierId::Disk, keys(10..11));
+        keys(0..4).iter().for_each(|key| tiers.persist(*key, block(key), 0));
+        let jobs: Vec<Job> = std::iter::from_fn(|| tiers.next_job(TierId::Disk, 0)).collect();
+        assert_eq!(jobs.len(), 4, "all at once");
+        let id = tiers.begin(&keys(10..11), NAMESPACE, 0).restore.expect("it is there");
+        let read = tiers.next_job(TierId::Disk, 0).expect("also while it writes");
+        let mut now_us = 0;
+        for job in jobs.iter().chain([&read]) {
+            now_us += BUDGET_US - 1;
+            assert!(!tiers.poll(id, now_us).has_ended, "the tier gets on");
+            tiers.complete(TierId::Disk, Done { outcome: works(job), elapsed_us: BUDGET_US - 1 }, now_us);
+        }
+        assert_eq!(rest(&mut tiers, id, now_us), keys(10..11));
+        assert_eq!((tiers.tier_stats(TierId::Disk).stored, tiers.counters().gave_up), (4, 0));
+        tiers.check_invariants().expect("sound");
     }
 
     /// What led to an error comes from no tier again, and is not stored again.
