@@ -65,7 +65,7 @@ mod tests {
 
     use super::injection;
     use crate::status::ns_llm_status::NS_LLM_INTERNAL;
-    use crate::{embedding::*, engine::*, figures::*, request::*, status::*, tokenizer::*, version::*};
+    use crate::{embedding::*, engine::*, figures::*, request::*, responses::*, status::*, tokenizer::*, version::*};
 
     /// The sources of this crate after each `#[unsafe(no_mangle)]`.
     fn exported_functions() -> Vec<String> {
@@ -111,6 +111,11 @@ mod tests {
             contains("ns_llm_engine_stats", &|| ns_llm_engine_stats(0, null_mut()));
             contains("ns_llm_engine_memory", &|| ns_llm_engine_memory(0, null_mut()));
             contains("ns_llm_engine_health", &|| ns_llm_engine_health(0));
+            contains("ns_llm_engine_flush", &|| ns_llm_engine_flush(0));
+            contains("ns_llm_engine_kv_tier", &|| ns_llm_engine_kv_tier(0, 0, null_mut()));
+            contains("ns_llm_responses_stats", &|| ns_llm_responses_stats(0, null_mut()));
+            contains("ns_llm_responses_invalidate", &|| ns_llm_responses_invalidate(0, null(), 0, null_mut()));
+            contains("ns_llm_responses_clear", &|| ns_llm_responses_clear(0));
             contains("ns_llm_generate", &|| ns_llm_generate(0, null(), None, null_mut(), null_mut()));
             contains("ns_llm_request_next", &|| ns_llm_request_next(0, 0, null_mut()));
             contains("ns_llm_request_wait", &|| ns_llm_request_wait(0, 0, null_mut()));
