@@ -580,7 +580,7 @@ fn answer_identity(identity: &KvIdentity, context_tokens: usize) -> [u8; 32] {
 }
 
 /// Last component of the path as the caller gave it, links resolved.
-fn model_name(path: &Path) -> String {
+pub(crate) fn model_name(path: &Path) -> String {
     let real = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     real.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }

@@ -2,28 +2,31 @@
 //! largest is in memory, and without a running engine.
 //!
 //! A folder is translated: hyperparameters and vocabulary become keys (`quantize/metadata.rs`), tensors get the format's
-//! names, and the rows of q and k of a llama the format's order. A GGUF file keeps its keys and the order of its rows.
+//! names, the rows of q and k of a llama the format's order, and GPT-2's matrices are turned. A GGUF file keeps its keys and
+//! the order of its rows.
 
 mod convert;
 mod file_type;
 mod metadata;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
 use ns_llm_kernels::host;
 use safetensors::Dtype;
 
-use self::convert::{ConversionError, Rows};
+use self::convert::{ConversionError, Rows, StoredOrder};
 pub use self::file_type::FileType;
 use self::file_type::ModelShape;
 use crate::config::{EngineOptions, LoadProgress, MAX_THREADS, ProgressCallback, WeightFormat};
 use crate::error::{Error, Result};
 use crate::inspect::TensorInfo;
-use crate::loader::gguf::{GgufMetadata, GgufTensor, GgufWriter, ROPE_FACTORS_TENSOR, name_in_file};
+use crate::loader::gguf::{
+    GgufMetadata, GgufTensor, GgufWriter, ROPE_FACTORS_TENSOR, known_name_in_file, name_in_file,
+};
 use crate::loader::{ModelSource, StoredDtype, Weights};
 use crate::model::config::{Architecture, ModelConfig};
-use crate::open::{ModelFiles, measure_weights};
+use crate::open::{ModelFiles, measure_weights, model_name};
 use crate::tensor::Encoding;
 
 /// What to make of what, and where.
@@ -98,11 +101,10 @@ pub fn quantize(mut options: QuantizeOptions) -> Result<Quantized> {
     for tensor in &tensors {
         match &tensor.origin {
             Origin::Computed(data) => writer.write(data)?,
-            Origin::Stored { name, rows, interleaved_heads, encoding } => {
+            Origin::Stored { name, rows, order, encoding } => {
                 stored = weights.take_stored(name, stored)?;
                 let [num_rows, width] = *rows;
-                let (encoding, interleaved_heads) = (*encoding, *interleaved_heads);
-                let rows = Rows { bytes: &stored, encoding, num_rows, width, interleaved_heads };
+                let rows = Rows { bytes: &stored, encoding: *encoding, num_rows, width, order: *order };
                 let written = tensor.written.dtype.encoding().expect("chosen among what can be read");
                 convert::convert(&pool, &rows, written, &mut converted).map_err(|e| match e {
                     ConversionError::NotFinite { row } => {
@@ -148,7 +150,6 @@ impl Progress {
 
 /// The keys of the file.
 fn file_metadata(source: &ModelSource, files: &ModelFiles, options: &QuantizeOptions) -> Result<GgufMetadata> {
-    metadata::architecture_name(files.config.architecture)?;
     let mut metadata = match source {
         ModelSource::Gguf(model) => {
             let mut metadata = model.metadata().clone();
@@ -167,12 +168,6 @@ fn file_metadata(source: &ModelSource, files: &ModelFiles, options: &QuantizeOpt
 /// Version of the block formats that `kernels::quant` writes: the one of all files since 2023.
 const QUANTIZATION_VERSION: u32 = 2;
 
-/// Last component of the path, links resolved.
-fn model_name(path: &Path) -> String {
-    let real = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    real.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
-}
-
 /// A tensor of the file, and where its numbers come from.
 struct PlannedTensor {
     written: GgufTensor,
@@ -180,7 +175,7 @@ struct PlannedTensor {
 }
 
 enum Origin {
-    Stored { name: String, encoding: Encoding, rows: [usize; 2], interleaved_heads: Option<usize> },
+    Stored { name: String, encoding: Encoding, rows: [usize; 2], order: StoredOrder },
     Computed(Vec<u8>),
 }
 
@@ -205,33 +200,35 @@ fn planned_tensors(
         heads_per_kv_head: config.num_attention_heads / config.num_key_value_heads,
         is_tied: config.tie_word_embeddings,
     };
-    // Checkpoints that were saved to embed texts have the decoder alone.
-    let prefix = if weights.contains("embed_tokens.weight") { "model." } else { "" };
     let mut tensors = Vec::new();
     for (name, shape, dtype) in weights.entries() {
-        let file_name = name_in_file(&format!("{prefix}{name}"));
-        // What models ignore has no name in the format.
-        let is_ignored = file_name.ends_with(name) || config.tie_word_embeddings && name == "lm_head.weight";
-        if is_folder && is_ignored {
-            continue;
-        }
+        // What models ignore has no name in the format: all others were asked for before.
+        let file_name = match is_folder {
+            true => known_name_in_file(&canonical_name(name, config.architecture)),
+            false => Some(name_in_file(name)),
+        };
+        let is_copy = is_folder && config.tie_word_embeddings && name == "lm_head.weight";
+        let Some(file_name) = file_name.filter(|_| !is_copy) else { continue };
         let unsupported = || Error::TensorDtype { name: name.to_string(), dtype: dtype.to_string() };
         let encoding = dtype.encoding().ok_or_else(unsupported)?;
+        let order = if is_folder { stored_order(name, shape, config) } else { StoredOrder::Rows };
+        let mut shape = shape.to_vec();
+        if order == StoredOrder::Columns {
+            shape.reverse();
+        }
         let width = shape.last().copied().unwrap_or(1);
-        let is_matrix = shape.len() == 2 && file_name.ends_with(".weight") && !file_name.ends_with("_norm.weight");
-        let written = match is_matrix {
+        let written = match shape.len() == 2 && is_product(&file_name) {
             true => options.file_type.of_matrix(&file_name, width, &model, options.pure),
             false => StoredDtype::Plain(Dtype::F32),
         };
-        let interleaved_heads = if is_folder { interleaved_heads(name, config) } else { None };
-        let rows = match interleaved_heads {
+        let rows = match order {
             // Each number of a bias is a row of its own.
-            Some(_) if shape.len() == 1 => [shape[0], 1],
+            StoredOrder::HalvesOfHeads(_) if shape.len() == 1 => [shape[0], 1],
             _ => [shape.iter().product::<usize>() / width, width],
         };
         tensors.push(PlannedTensor {
-            written: GgufTensor { name: file_name, shape: shape.to_vec(), dtype: written },
-            origin: Origin::Stored { name: name.to_string(), encoding, rows, interleaved_heads },
+            written: GgufTensor { name: file_name, shape, dtype: written },
+            origin: Origin::Stored { name: name.to_string(), encoding, rows, order },
         });
     }
     if is_folder {
@@ -241,17 +238,44 @@ fn planned_tensors(
     Ok(tensors)
 }
 
-/// Heads of the rows that the format has in another order: q and k of a llama.
-fn interleaved_heads(name: &str, config: &ModelConfig) -> Option<usize> {
+/// The name that models ask for first: checkpoints saved for another purpose have a prefix more or less, the oldest ones
+/// call a norm's weight and bias gamma and beta.
+fn canonical_name(name: &str, architecture: Architecture) -> String {
+    let renamed = |prefix: &str| {
+        let name = name.strip_prefix(prefix).unwrap_or(name);
+        let old_norm = [(".gamma", ".weight"), (".beta", ".bias")];
+        let old = old_norm.into_iter().find_map(|(old, new)| Some(format!("{}{new}", name.strip_suffix(old)?)));
+        old.unwrap_or_else(|| name.to_string())
+    };
+    match architecture {
+        Architecture::Gpt2 => renamed("transformer."),
+        Architecture::Bert => renamed("bert."),
+        _ if name.starts_with("model.") || name.starts_with("lm_head.") => name.to_string(),
+        _ => format!("model.{name}"),
+    }
+}
+
+/// Whether the tensor that the file calls so is multiplied with, or is the embedding of tokens: what else has two axes is
+/// small, and readers take it as f32.
+fn is_product(file_name: &str) -> bool {
+    let is_small = ["position_embd.weight", "token_types.weight"].contains(&file_name);
+    file_name.ends_with(".weight") && !file_name.ends_with("_norm.weight") && !is_small
+}
+
+/// How the numbers lie where the format has them in another order: q and k of a llama, GPT-2's `Conv1D`.
+fn stored_order(name: &str, shape: &[usize], config: &ModelConfig) -> StoredOrder {
     let path = name.trim_end_matches(".weight").trim_end_matches(".bias");
     match config.architecture {
         Architecture::Llama | Architecture::Mistral if path.ends_with(".self_attn.q_proj") => {
-            Some(config.num_attention_heads)
+            StoredOrder::HalvesOfHeads(config.num_attention_heads)
         }
         Architecture::Llama | Architecture::Mistral if path.ends_with(".self_attn.k_proj") => {
-            Some(config.num_key_value_heads)
+            StoredOrder::HalvesOfHeads(config.num_key_value_heads)
         }
-        _ => None,
+        Architecture::Gpt2 if shape.len() == 2 && (path.contains(".attn.c_") || path.contains(".mlp.c_")) => {
+            StoredOrder::Columns
+        }
+        _ => StoredOrder::Rows,
     }
 }
 
@@ -264,7 +288,7 @@ fn rope_factors(config: &ModelConfig) -> Result<Option<PlannedTensor>> {
         reason: "has other parameters than low_freq_factor 1 and high_freq_factor 4, which a GGUF file does not tell"
             .to_string(),
     };
-    let architecture = metadata::architecture_name(config.architecture)?;
+    let architecture = metadata::architecture_name(config.architecture);
     let divisors = stretching.divisors(config.head_dim / 2, rope.rope_theta).filter(|_| architecture == "llama");
     let divisors = divisors.ok_or_else(refuse)?;
     let data = divisors.iter().flat_map(|divisor| divisor.to_le_bytes()).collect();

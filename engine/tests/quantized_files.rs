@@ -22,7 +22,7 @@ use ns_llm::inspect::inspect;
 use ns_llm::loader::ModelSource;
 use ns_llm::quantize::{FileType, QuantizeOptions, Quantized, quantize};
 use ns_llm::tokenizer::{Tokenizer, TokenizerConfig};
-use ns_llm::{Engine, EngineOptions, Error, Message, Request};
+use ns_llm::{EmbeddingRequest, Engine, EngineOptions, Error, Message, Request};
 use ns_llm_kernels::quant::{QuantType, encode};
 use reference_backend::Reference;
 use safetensors::Dtype;
@@ -81,7 +81,9 @@ fn files_of_the_same_type_have_the_same_logits() {
         let folder = model_folder(config, &weights(config, dtype));
         let file = folder.path().join("model.gguf");
         let architecture = config["architectures"][0].as_str().unwrap();
-        if config["use_sliding_window"] == true || ["GPT2LMHeadModel", "BertModel"].contains(&architecture) {
+        let other_gelu = architecture == "GPT2LMHeadModel" && config["activation_function"] == "gelu";
+        // The tokenizer of these folders is no encoder's.
+        if config["use_sliding_window"] == true || other_gelu || architecture == "BertModel" {
             let e = quantize(QuantizeOptions::new(folder.path(), &file, file_type)).expect_err(name);
             assert!(["not_supported", "config"].contains(&e.code()) && !file.exists(), "{name}: {e}");
             refused += 1;
@@ -94,10 +96,96 @@ fn files_of_the_same_type_have_the_same_logits() {
         assert!(logit_bits(&file, &token_ids) == expected, "{name}");
         compared.push(architecture);
     }
-    assert_eq!(compared.len(), 7, "{compared:?}");
-    assert!(refused >= 2);
-    for architecture in ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"] {
+    assert!(compared.len() >= 8, "{compared:?}");
+    assert!(refused >= 1);
+    for architecture in
+        ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"]
+    {
         assert!(compared.contains(&architecture), "{architecture}");
+    }
+}
+
+/// An encoder whose checkpoint has the head of its training, below `bert.`, with word pieces and a pooling.
+fn encoder_folder() -> TempFolder {
+    let config = json!({
+        "architectures": ["BertModel"], "vocab_size": 16, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 96, "max_position_embeddings": 32, "type_vocab_size": 2,
+    });
+    let mut tensors = weights(&config, Dtype::F32);
+    for (name, _) in &mut tensors {
+        *name = format!("bert.{name}")
+            .replace("LayerNorm.weight", "LayerNorm.gamma")
+            .replace("LayerNorm.bias", "LayerNorm.beta");
+    }
+    let folder = model_folder(&config, &tensors);
+    let tokens =
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "a", "b", "##b", "##a", "fox", "##es", "!", "é"];
+    let vocab: serde_json::Map<_, _> =
+        tokens.iter().enumerate().map(|(id, token)| (token.to_string(), json!(id))).collect();
+    let added = |id: usize| {
+        json!({"id": id, "content": tokens[id], "special": true, "single_word": false, "lstrip": false,
+               "rstrip": false, "normalized": false})
+    };
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": (0..5).map(added).collect::<Vec<_>>(),
+        "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
+                       "strip_accents": false, "lowercase": true},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+        "decoder": null,
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100, "vocab": vocab},
+    });
+    folder.write("tokenizer.json", tokenizer.to_string());
+    fs::create_dir(folder.path().join("1_Pooling")).unwrap();
+    folder.write("1_Pooling/config.json", r#"{"word_embedding_dimension": 64, "pooling_mode_cls_token": true}"#);
+    folder
+}
+
+/// An encoder in a file of its folder's own type reads every text as the folder does, and gives the same vectors to the
+/// bit; in 8 bits it gives nearly the same; what a file cannot say is refused.
+#[test]
+fn encoders_give_the_same_vectors() {
+    let folder = encoder_folder();
+    let [same, small, other] = ["same.gguf", "small.gguf", "other.gguf"].map(|name| folder.path().join(name));
+    quantized(folder.path(), &same, FileType::F32);
+    let small_file = quantized(folder.path(), &small, FileType::Q8_0);
+    let type_of = |name: &str| small_file.tensors.iter().find(|t| t.name == name).unwrap().dtype.clone();
+    assert_eq!((type_of("blk.1.attn_q.weight"), type_of("token_types.weight")), ("Q8_0".into(), "F32".into()));
+    let texts = ["a b", "abab Foxes!", "[SEP] a", "unknown é words", "", "fox ab foxes [unused0] b"];
+    let (before, after) = (tokenizer(folder.path()), tokenizer(&same));
+    for text in texts {
+        assert_eq!(after.encode(text, true).unwrap(), before.encode(text, true).unwrap(), "{text:?}");
+    }
+    let vectors = |path: &Path| -> Vec<Vec<f32>> {
+        let engine = Engine::open(EngineOptions::new(path).threads(1)).unwrap();
+        let vectors = engine.embed(EmbeddingRequest::new(texts)).unwrap();
+        vectors.embeddings.into_iter().map(|embedding| embedding.values).collect()
+    };
+    let bits = |vectors: &[Vec<f32>]| -> Vec<u32> { vectors.iter().flatten().map(|x| x.to_bits()).collect() };
+    let expected = vectors(folder.path());
+    assert_ne!(expected[0], expected[1]);
+    assert!(bits(&vectors(&same)) == bits(&expected));
+    for (vector, expected) in vectors(&small).iter().zip(&expected) {
+        let cosine: f32 = vector.iter().zip(expected).map(|(a, b)| a * b).sum();
+        assert!((0.99..0.999_999_9).contains(&cosine), "{cosine}");
+    }
+    let config = fs::read_to_string(folder.path().join("config.json")).unwrap();
+    folder.write("config.json", config.replacen('{', r#"{"hidden_act": "gelu_new", "#, 1));
+    let e = quantize(QuantizeOptions::new(folder.path(), &other, FileType::F32)).expect_err("another GELU");
+    assert!(e.to_string().contains("`hidden_act`"), "{e}");
+    folder.write("config.json", config);
+    let text = fs::read_to_string(folder.path().join("tokenizer.json")).unwrap();
+    for (field, from, to) in [
+        ("normalizer", r#""handle_chinese_chars":true"#, r#""handle_chinese_chars":false"#),
+        ("pre_tokenizer", r#""BertPreTokenizer""#, r#""Whitespace""#),
+        ("model.max_input_chars_per_word", r#""max_input_chars_per_word":100"#, r#""max_input_chars_per_word":50"#),
+        ("post_processor", r#"["[CLS]",2]"#, r#"["[MASK]",4]"#),
+    ] {
+        assert!(text.contains(from), "{from}");
+        folder.write("tokenizer.json", text.replace(from, to));
+        let e = quantize(QuantizeOptions::new(folder.path(), &other, FileType::F32)).expect_err(field);
+        assert!(e.to_string().contains(&format!("field `{field}`")) && !other.exists(), "{field}: {e}");
     }
 }
 
@@ -162,7 +250,8 @@ fn every_type_is_written_as_its_format_says() {
 
 fn tokenizer(path: &Path) -> Tokenizer {
     let source = ModelSource::open(path).unwrap();
-    let config = TokenizerConfig::parse(&source.tokenizer_config().unwrap().unwrap().into_value()).unwrap();
+    let config = source.tokenizer_config().unwrap().map(|config| TokenizerConfig::parse(&config.into_value()).unwrap());
+    let config = config.unwrap_or_default();
     Tokenizer::from_json(&source.tokenizer_json().unwrap(), &config).unwrap()
 }
 

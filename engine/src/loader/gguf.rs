@@ -30,7 +30,7 @@ use std::fs::File;
 pub use self::metadata::{Metadata as GgufMetadata, Value as GgufValue};
 use self::metadata::{Metadata, Value};
 pub use self::model::GgufModel;
-pub use self::names::name_in_file;
+pub use self::names::{known_name_in_file, name_in_file};
 use self::reader::{Damage, HeaderReader};
 pub use self::rope_factors::{Stretching, TENSOR as ROPE_FACTORS_TENSOR};
 pub use self::tokenizer_keys::set_vocabulary;

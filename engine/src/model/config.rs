@@ -222,6 +222,12 @@ impl ModelConfig {
         }
     }
 
+    /// Whether that form is the one of the architecture's own class, which holds where nothing is said.
+    pub fn has_gelu_of_its_class(&self) -> bool {
+        let of_class = if self.architecture == Architecture::Gpt2 { Gelu::Tanh } else { Gelu::Erf };
+        self.gelu() == of_class
+    }
+
     /// Sizes of a pool of `num_blocks` KV blocks of `block_tokens` tokens each.
     pub fn kv_layout(&self, num_blocks: usize, block_tokens: usize, dtype: KvDtype) -> KvLayout {
         KvLayout {

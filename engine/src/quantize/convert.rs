@@ -15,10 +15,22 @@ const CONVERTED_AT_ONCE: usize = 1 << 14;
 pub(super) struct Rows<'a> {
     pub(super) bytes: &'a [u8],
     pub(super) encoding: Encoding,
+    /// As written.
     pub(super) num_rows: usize,
+    /// As written.
     pub(super) width: usize,
-    /// Heads whose rows are to be reordered from halves to neighbours (see [`interleaved`]).
-    pub(super) interleaved_heads: Option<usize>,
+    pub(super) order: StoredOrder,
+}
+
+/// How numbers lie that are written row by row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum StoredOrder {
+    /// The same.
+    Rows,
+    /// Rows of so many heads, in halves that are written as neighbours (see [`interleaved`]).
+    HalvesOfHeads(usize),
+    /// Column by column, of numbers one by one.
+    Columns,
 }
 
 /// Why numbers could not be converted.
@@ -33,7 +45,8 @@ pub(super) enum ConversionError {
 
 /// The same numbers, written as `encoding`, into `out`, whose content is replaced.
 ///
-/// Panics unless rows are whole blocks of both types and these are floats: the caller has chosen types that are.
+/// Panics unless rows are whole blocks of both types and these are floats, and columns are stored one by one: the caller
+/// has chosen types that are.
 pub(super) fn convert(
     pool: &Pool,
     rows: &Rows<'_>,
@@ -50,11 +63,20 @@ pub(super) fn convert(
     let mut pieces: Vec<_> = out.chunks_mut(out_row_bytes * rows_at_once).enumerate().collect();
     let first_bad_row = AtomicUsize::new(usize::MAX);
     pool.for_each_mut(&mut pieces, |(piece_idx, piece)| {
-        let mut values = vec![0.0; rows.width];
+        let (mut values, mut column) = (vec![0.0; rows.width], Vec::new());
         for (i, out) in piece.chunks_mut(out_row_bytes).enumerate() {
             let row = *piece_idx * rows_at_once + i;
-            let stored_row = rows.interleaved_heads.map_or(row, |heads| interleaved(row, rows.num_rows / heads));
-            let stored = &rows.bytes[stored_row * row_bytes..][..row_bytes];
+            let stored_row = match rows.order {
+                StoredOrder::HalvesOfHeads(heads) => interleaved(row, rows.num_rows / heads),
+                StoredOrder::Rows | StoredOrder::Columns => row,
+            };
+            let stored = match rows.order {
+                StoredOrder::Columns => {
+                    rows.gather_column(row, &mut column);
+                    column.as_slice()
+                }
+                _ => &rows.bytes[stored_row * row_bytes..][..row_bytes],
+            };
             // The same blocks again would be rounded a second time.
             if rows.encoding == encoding {
                 out.copy_from_slice(stored);
@@ -69,6 +91,16 @@ pub(super) fn convert(
     match first_bad_row.into_inner() {
         usize::MAX => Ok(()),
         row => Err(ConversionError::NotFinite { row }),
+    }
+}
+
+impl Rows<'_> {
+    /// The numbers of a stored column, which is written as row `idx`, into `out`.
+    fn gather_column(&self, idx: usize, out: &mut Vec<u8>) {
+        let number_bytes = self.encoding.size_bytes(1).expect("numbers one by one");
+        out.clear();
+        let stored_rows = self.bytes.chunks_exact(number_bytes * self.num_rows);
+        out.extend(stored_rows.flat_map(|stored| &stored[idx * number_bytes..][..number_bytes]));
     }
 }
 
@@ -121,7 +153,7 @@ mod tests {
         let values: Vec<f32> = (0..num_rows * width).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
         let mut expected = vec![0; QuantType::Q8_0.size_bytes(values.len()).unwrap()];
         quant::encode(QuantType::Q8_0, &values, &mut expected).unwrap();
-        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows, width, interleaved_heads: None };
+        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows, width, order: StoredOrder::Rows };
         assert!(converted(&rows, Q8_0).unwrap() == expected);
         let again = Rows { bytes: &expected, encoding: Q8_0, ..rows };
         assert!(converted(&again, Q8_0).unwrap() == expected);
@@ -140,8 +172,20 @@ mod tests {
     #[test]
     fn heads_are_interleaved() {
         let values: Vec<f32> = (0..8).map(|row| row as f32).collect();
-        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows: 8, width: 1, interleaved_heads: Some(2) };
+        let order = StoredOrder::HalvesOfHeads(2);
+        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows: 8, width: 1, order };
         assert_eq!(converted(&rows, F32).unwrap(), bytes(&[0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]));
+    }
+
+    /// Three columns of two numbers become three rows, as they are and in another type.
+    #[test]
+    fn columns_become_rows() {
+        let stored = bytes(&[1.0, 2.0, 3.0, -1.0, -2.0, -3.0]);
+        let rows = Rows { bytes: &stored, encoding: F32, num_rows: 3, width: 2, order: StoredOrder::Columns };
+        let turned = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0];
+        assert_eq!(converted(&rows, F32).unwrap(), bytes(&turned));
+        let halves: Vec<u8> = turned.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect();
+        assert_eq!(converted(&rows, Encoding::Plain(DType::Bf16)).unwrap(), halves);
     }
 
     /// The first row that has no form in blocks is named.
@@ -149,7 +193,7 @@ mod tests {
     fn numbers_that_are_none_are_refused() {
         let mut values = vec![1.0; 4 * 32];
         (values[70], values[100]) = (f32::NAN, f32::INFINITY);
-        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows: 4, width: 32, interleaved_heads: None };
+        let rows = Rows { bytes: &bytes(&values), encoding: F32, num_rows: 4, width: 32, order: StoredOrder::Rows };
         assert_eq!(converted(&rows, Q8_0), Err(ConversionError::NotFinite { row: 2 }));
         assert!(converted(&rows, F32).is_ok());
     }

@@ -154,6 +154,12 @@ impl FileType {
         match matrix {
             "attn_v" => self.attention_value(base, layer, model),
             "ffn_down" => self.feed_forward_down(base, layer, model.num_layers),
+            "attn_qkv" => match self {
+                Q3_K_M | Q3_K_L => QuantType::Q4_K,
+                Q4_K_M => QuantType::Q5_K,
+                Q5_K_M => QuantType::Q6_K,
+                _ => base,
+            },
             "attn_output" => match self {
                 Q2_K => QuantType::Q3_K,
                 Q3_K_M => QuantType::Q4_K,
@@ -243,6 +249,8 @@ mod tests {
         assert_eq!(layers_with(FileType::Q3_K_M, "attn_output", Q4_K).len(), 28);
         assert_eq!(layers_with(FileType::Q2_K, "attn_v", Q3_K).len(), 28);
         assert_eq!(layers_with(FileType::Q4_K_M, "attn_q", Q4_K).len(), 28);
+        assert_eq!(layers_with(FileType::Q4_K_M, "attn_qkv", Q5_K).len(), 28);
+        assert_eq!(layers_with(FileType::Q4_K_S, "attn_qkv", Q4_K).len(), 28);
         assert_eq!(of(FileType::Q4_K_M, "token_embd"), StoredDtype::Blocks(Q6_K));
         assert_eq!(of(FileType::Q8_0, "token_embd"), StoredDtype::Blocks(Q8_0));
         let pure = FileType::Q4_K_M.of_matrix("blk.0.attn_v.weight", 1024, &model, true);

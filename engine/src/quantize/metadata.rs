@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::loader::gguf::{GgufMetadata, Stretching, set_vocabulary};
-use crate::loader::{JsonFile, ModelSource};
+use crate::loader::{JsonFile, ModelSource, PoolingMode};
 use crate::model::config::{Architecture, ModelConfig, RopeScaling};
 use crate::open::ModelFiles;
 
@@ -11,8 +11,12 @@ pub(super) fn of_folder(source: &ModelSource, files: &ModelFiles, name: &str) ->
     let mut metadata = GgufMetadata::default();
     metadata.set("general.name", name);
     set_hyperparameters(&mut metadata, &files.config)?;
+    set_pooling(&mut metadata, files);
     set_vocabulary(&mut metadata, &source.tokenizer_json()?, files.config.vocab_size)?;
-    set_roles(&mut metadata, source, files)?;
+    match files.config.architecture {
+        Architecture::Bert => set_encoder_roles(&mut metadata, files)?,
+        _ => set_roles(&mut metadata, source, files)?,
+    }
     if let Some(template) = &files.tokenizer_config.chat_template {
         metadata.set("tokenizer.chat_template", template.as_str());
     }
@@ -20,15 +24,13 @@ pub(super) fn of_folder(source: &ModelSource, files: &ModelFiles, name: &str) ->
 }
 
 /// What the format calls the architecture.
-pub(super) fn architecture_name(architecture: Architecture) -> Result<&'static str> {
+pub(super) fn architecture_name(architecture: Architecture) -> &'static str {
     match architecture {
-        Architecture::Llama | Architecture::Mistral => Ok("llama"),
-        Architecture::Qwen2 => Ok("qwen2"),
-        Architecture::Qwen3 => Ok("qwen3"),
-        Architecture::Gpt2 | Architecture::Bert => Err(Error::NotSupported {
-            feature: "go into a GGUF file that this engine writes",
-            architecture: architecture.name().to_string(),
-        }),
+        Architecture::Llama | Architecture::Mistral => "llama",
+        Architecture::Qwen2 => "qwen2",
+        Architecture::Qwen3 => "qwen3",
+        Architecture::Gpt2 => "gpt2",
+        Architecture::Bert => "bert",
     }
 }
 
@@ -44,7 +46,7 @@ pub(super) fn stretching(config: &ModelConfig) -> Option<Stretching> {
 }
 
 fn set_hyperparameters(metadata: &mut GgufMetadata, config: &ModelConfig) -> Result<()> {
-    let architecture = architecture_name(config.architecture)?;
+    let architecture = architecture_name(config.architecture);
     metadata.set("general.architecture", architecture);
     metadata.set("general.type", "model");
     let key = |suffix: &str| format!("{architecture}.{suffix}");
@@ -56,11 +58,16 @@ fn set_hyperparameters(metadata: &mut GgufMetadata, config: &ModelConfig) -> Res
         ("block_count", config.num_hidden_layers),
         ("attention.head_count", config.num_attention_heads),
         ("attention.head_count_kv", config.num_key_value_heads),
-        ("attention.key_length", config.head_dim),
-        ("attention.value_length", config.head_dim),
-        ("rope.dimension_count", config.head_dim),
     ] {
         metadata.set(key(suffix), size as u32);
+    }
+    if let Architecture::Gpt2 | Architecture::Bert = config.architecture {
+        metadata.set(key("attention.layer_norm_epsilon"), config.norm_eps);
+        metadata.set(key("attention.causal"), config.architecture == Architecture::Gpt2);
+        return check_gelu(config);
+    }
+    for suffix in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {
+        metadata.set(key(suffix), config.head_dim as u32);
     }
     metadata.set(key("attention.layer_norm_rms_epsilon"), config.norm_eps);
     if let Some(rope) = &config.rope {
@@ -79,6 +86,59 @@ fn set_hyperparameters(metadata: &mut GgufMetadata, config: &ModelConfig) -> Res
     if let Some(window) = sliding_window(config)? {
         metadata.set(key("attention.sliding_window"), window as u32);
     }
+    Ok(())
+}
+
+/// The form of GELU is in no key: readers take that of the class.
+fn check_gelu(config: &ModelConfig) -> Result<()> {
+    if config.has_gelu_of_its_class() {
+        return Ok(());
+    }
+    let field = if config.architecture == Architecture::Gpt2 { "activation_function" } else { "hidden_act" };
+    let reason = "is another form of GELU than the architecture's own, for which a GGUF file has no words";
+    Err(Error::Config { file: "config.json", field: field.to_string(), reason: reason.to_string() })
+}
+
+/// How states become a vector. (How long a text may be, which sentence-transformers says too, is in no key: readers go by
+/// the positions that the model has.)
+fn set_pooling(metadata: &mut GgufMetadata, files: &ModelFiles) {
+    let number: u32 = match files.sentence.pooling {
+        None => return,
+        Some(PoolingMode::MeanTokens) => 1,
+        Some(PoolingMode::ClsToken) => 2,
+        Some(PoolingMode::LastToken) => 3,
+    };
+    metadata.set(format!("{}.pooling_type", architecture_name(files.config.architecture)), number);
+}
+
+/// The special tokens of an encoder, which are what it puts around every text.
+fn set_encoder_roles(metadata: &mut GgufMetadata, files: &ModelFiles) -> Result<()> {
+    let role = |name: &str, default: &str| {
+        let text = files.tokenizer_config.special_tokens.get(name).map_or(default, String::as_str);
+        files.tokenizer.token_id(text)
+    };
+    let (cls, sep) = (role("cls_token", "[CLS]"), role("sep_token", "[SEP]"));
+    let (bare, framed) = (files.tokenizer.encode("a", false)?, files.tokenizer.encode("a", true)?);
+    let is_framed = cls.into_iter().chain(bare).chain(sep).eq(framed);
+    if cls.is_none() || sep.is_none() || !is_framed {
+        return Err(Error::Config {
+            file: "tokenizer.json",
+            field: "post_processor".to_string(),
+            reason: "puts other tokens around a text than [CLS] and [SEP]".to_string(),
+        });
+    }
+    for (key, token_id) in [
+        ("tokenizer.ggml.cls_token_id", cls),
+        // The format's own spelling.
+        ("tokenizer.ggml.seperator_token_id", sep),
+        ("tokenizer.ggml.padding_token_id", role("pad_token", "[PAD]")),
+        ("tokenizer.ggml.mask_token_id", role("mask_token", "[MASK]")),
+    ] {
+        if let Some(token_id) = token_id {
+            metadata.set(key, token_id);
+        }
+    }
+    metadata.set("tokenizer.ggml.token_type_count", files.config.type_vocab_size as u32);
     Ok(())
 }
 

@@ -5,8 +5,8 @@ use std::fs;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::tiny_model::{TempFolder, TensorData, weights, write_weights};
-use super::{Case, case, tensor};
+use crate::folder_cases::{Case, case, tensor};
+use crate::tiny_model::{TempFolder, TensorData, weights, write_weights};
 
 /// A folder of `config` that `change` turns into a bad one.
 fn model_case(

@@ -80,12 +80,16 @@ pub(super) fn name_in_model(architecture: Architecture, name: &str) -> String {
     translated.unwrap_or_else(|| name.to_string())
 }
 
-/// The name that a file has for the tensor that models call `name`: no two families call different things the same.
+/// The name that a file has for the tensor that models call `name`.
 pub fn name_in_file(name: &str) -> String {
-    let translated = [&LLAMA, &GPT2, &BERT]
+    known_name_in_file(name).unwrap_or_else(|| name.to_string())
+}
+
+/// The same, if the format has one: no two families call different things the same.
+pub fn known_name_in_file(name: &str) -> Option<String> {
+    [&LLAMA, &GPT2, &BERT]
         .into_iter()
-        .find_map(|family| family.translate(name, [family.layers, "blk."], |&(file, model)| (model, file)));
-    translated.unwrap_or_else(|| name.to_string())
+        .find_map(|family| family.translate(name, [family.layers, "blk."], |&(file, model)| (model, file)))
 }
 
 impl Family {
@@ -129,6 +133,7 @@ mod tests {
                 }
             }
             for name in ["rope_freqs.weight", "blk.0.attn_sinks.weight", "blk.0", "output", "output.scale", ""] {
+                assert_eq!(known_name_in_file(name), None);
                 let there = (name_in_model(architecture, name), name_in_file(name));
                 assert_eq!(there, (name.to_string(), name.to_string()));
             }

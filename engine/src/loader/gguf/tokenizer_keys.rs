@@ -1,9 +1,9 @@
 //! The other way round from `gguf/vocabulary.rs`: a `tokenizer.json` as the keys of a GGUF file. What the format has no
 //! words for is refused by the field's name, so that nobody gets a file that reads text in another way.
 //!
-//! Byte-pair encoding only, of bytes (with the name of a known tokenizer) or of SentencePiece's kind. The latter has scores
-//! in the format where `tokenizer.json` has merges; the merges of one token are neighbours there, in the order of scores,
-//! so a token's place in that order is a score as good as the lost one.
+//! Byte-pair encoding of bytes (with the name of a known tokenizer) or of SentencePiece's kind, and BERT's word pieces
+//! (`gguf/word_piece.rs`). The second has scores in the format where `tokenizer.json` has merges; the merges of one token
+//! are neighbours there, in the order of scores, so a token's place in that order is a score as good as the lost one.
 
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
@@ -14,6 +14,7 @@ use serde_json::Value as Json;
 
 use super::metadata::{Metadata, Strings};
 use super::pre_tokenizer::PreTokenizer;
+use super::word_piece;
 use crate::error::{Error, Result};
 
 const FILE: &str = "tokenizer.json";
@@ -66,6 +67,7 @@ struct Model {
     byte_fallback: bool,
     #[serde(default)]
     ignore_merges: bool,
+    max_input_chars_per_word: Option<usize>,
     unk_token: Option<String>,
     continuing_subword_prefix: Option<String>,
     end_of_word_suffix: Option<String>,
@@ -97,15 +99,21 @@ pub fn set_vocabulary(metadata: &mut Metadata, tokenizer_json: &[u8], rows: usiz
         reason: e.to_string(),
     })?;
     let kind = file.model.kind.as_deref().unwrap_or("BPE");
-    if kind != "BPE" {
-        return Err(error("model.type", format!("is {kind:?}; only \"BPE\" can be written into a GGUF file")));
-    }
-    for (field, affix) in [
-        ("model.continuing_subword_prefix", &file.model.continuing_subword_prefix),
-        ("model.end_of_word_suffix", &file.model.end_of_word_suffix),
-    ] {
-        if affix.as_ref().is_some_and(|affix| !affix.is_empty()) {
-            return Err(error(field, "is set, for which a GGUF file has no words"));
+    let prefix = file.model.continuing_subword_prefix.as_deref().unwrap_or_default();
+    let expected_prefix = match kind {
+        "BPE" => "",
+        "WordPiece" => word_piece::CONTINUING,
+        _ => {
+            let reason = format!("is {kind:?}; only \"BPE\" and \"WordPiece\" can be written into a GGUF file");
+            return Err(error("model.type", reason));
+        }
+    };
+    let has_suffix = file.model.end_of_word_suffix.as_ref().is_some_and(|suffix| !suffix.is_empty());
+    for (field, is_other) in
+        [("model.continuing_subword_prefix", prefix != expected_prefix), ("model.end_of_word_suffix", has_suffix)]
+    {
+        if is_other {
+            return Err(error(field, "is set to something for which a GGUF file has no words"));
         }
     }
     for token in &file.added_tokens {
@@ -116,9 +124,10 @@ pub fn set_vocabulary(metadata: &mut Metadata, tokenizer_json: &[u8], rows: usiz
         }
     }
     let mut tokens = Tokens::read(&file, rows)?;
-    match file.model.byte_fallback {
-        false => set_byte_level(metadata, &file)?,
-        true => set_sentence_piece(metadata, &file, &mut tokens)?,
+    match (kind, file.model.byte_fallback) {
+        ("WordPiece", _) => set_word_pieces(metadata, &file, &mut tokens)?,
+        (_, false) => set_byte_level(metadata, &file)?,
+        (_, true) => set_sentence_piece(metadata, &file, &mut tokens)?,
     }
     metadata.set("tokenizer.ggml.tokens", tokens.texts.iter().collect::<Strings>());
     metadata.set("tokenizer.ggml.token_type", tokens.types.as_slice());
@@ -213,6 +222,41 @@ fn set_sentence_piece(metadata: &mut Metadata, file: &TokenizerFile, tokens: &mu
     Ok(())
 }
 
+/// Pieces are written as `word_piece::text` reads them.
+fn set_word_pieces(metadata: &mut Metadata, file: &TokenizerFile, tokens: &mut Tokens) -> Result<()> {
+    let is_bert = |step: &Json, kind: &str| step.get("type").is_some_and(|found| found == kind);
+    if !is_bert(&file.pre_tokenizer, "BertPreTokenizer") {
+        return Err(error("pre_tokenizer", "is not BERT's, the only one that GGUF files have a word for"));
+    }
+    let flag = |name: &str| file.normalizer.get(name).and_then(Json::as_bool);
+    let cleans = [flag("clean_text"), flag("handle_chinese_chars")] == [Some(true); 2];
+    let Some(lowercase) = flag("lowercase").filter(|_| cleans && is_bert(&file.normalizer, "BertNormalizer")) else {
+        return Err(error("normalizer", "is not BERT's, the only one that GGUF files have a word for"));
+    };
+    let max_chars = file.model.max_input_chars_per_word.unwrap_or(word_piece::MAX_WORD_CHARS);
+    if max_chars != word_piece::MAX_WORD_CHARS {
+        let reason = format!("is {max_chars}, readers of GGUF files take {}", word_piece::MAX_WORD_CHARS);
+        return Err(error("model.max_input_chars_per_word", reason));
+    }
+    let unknown = file.model.unk_token.as_deref().and_then(|unknown| tokens.texts.iter().position(|t| t == unknown));
+    let unknown = unknown.ok_or_else(|| error("model.unk_token", "is no token"))?;
+    for (idx, (text, kind)) in tokens.texts.iter_mut().zip(&tokens.types).enumerate() {
+        if *kind == NORMAL {
+            let refuse = || error(&format!("model.vocab[{text:?}]"), "has no form in a GGUF file");
+            *text = word_piece::text_in_file(text).ok_or_else(refuse)?;
+        } else if idx == unknown && *kind != CONTROL {
+            return Err(error("model.unk_token", "is no special token"));
+        }
+    }
+    metadata.set("tokenizer.ggml.model", "bert");
+    metadata.set("tokenizer.ggml.pre", "default");
+    metadata.set("tokenizer.ggml.unknown_token_id", u32::try_from(unknown).unwrap_or(u32::MAX));
+    metadata.set("tokenizer.ggml.normalizer.lowercase", lowercase);
+    // Unless it says otherwise, accents go with the capitals.
+    metadata.set("tokenizer.ggml.normalizer.strip_accents", flag("strip_accents").unwrap_or(lowercase));
+    Ok(())
+}
+
 /// A score for each token that some merge makes: minus its place among them.
 fn scores(merges: &[Merge]) -> Result<HashMap<String, f32>> {
     let mut scores: HashMap<String, f32> = HashMap::new();
@@ -248,6 +292,8 @@ fn adds_space_prefix(normalizer: &Json, pre_tokenizer: &Json) -> Option<bool> {
     let text = |step: &Json, pointer: &str, expected: &str| step.pointer(pointer).is_some_and(|text| text == expected);
     if normalizer.is_null() {
         let is_known = text(pre_tokenizer, "/type", "Metaspace") && text(pre_tokenizer, "/replacement", SPACE);
+        // The format has one word for "always" and "first". They differ behind special tokens alone, where its readers put
+        // a space too.
         return match (is_known, pre_tokenizer.get("prepend_scheme").and_then(Json::as_str)) {
             (true, Some("always" | "first")) => Some(true),
             (true, Some("never")) => Some(false),

@@ -40,6 +40,16 @@ pub(super) fn text(token: &str, kind: TokenType) -> Cow<'_, str> {
     }
 }
 
+/// The other way round: how files write a piece that is no special token. `None` where they have no form for it.
+pub(super) fn text_in_file(token: &str) -> Option<String> {
+    let written = match token.strip_prefix(CONTINUING) {
+        _ if token.starts_with('[') && token.ends_with(']') => token.to_string(),
+        Some(piece) => piece.to_string(),
+        None => format!("{BEGINNING}{token}"),
+    };
+    (text(&written, TokenType::Normal) == token).then_some(written)
+}
+
 /// `normalizer` of `tokenizer.json`. Accents go with the capitals unless the file says otherwise.
 pub(super) fn normalizer(metadata: &Metadata) -> Result<Json> {
     let lowercase = metadata.boolean("tokenizer.ggml.normalizer.lowercase")?.unwrap_or(true);
@@ -85,5 +95,24 @@ impl<'a> Frame<'a> {
     pub(super) fn post_processor(&self) -> Json {
         let token = |(id, token): (u32, &str)| json!([token, id]);
         json!({"type": "BertProcessing", "sep": token(self.sep), "cls": token(self.cls)})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pieces come back out of the file; those of which it would make others are refused.
+    #[test]
+    fn pieces_go_there_and_back() {
+        for (token, written) in
+            [("a", "▁a"), ("##a", "a"), ("[unused7]", "[unused7]"), ("#", "▁#"), ("[", "▁["), ("▁", "▁▁"), ("##[", "[")]
+        {
+            assert_eq!(text_in_file(token).as_deref(), Some(written));
+            assert_eq!(text(written, TokenType::Normal), token);
+        }
+        for token in ["##▁a", "##[a]", "[]"] {
+            assert_eq!(text_in_file(token), None, "{token}");
+        }
     }
 }
