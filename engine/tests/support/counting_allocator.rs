@@ -10,9 +10,11 @@ struct Counting;
 thread_local! {
     static LIVE_BYTES: Cell<i64> = const { Cell::new(0) };
     static PEAK_BYTES: Cell<i64> = const { Cell::new(0) };
+    static NUM_CALLS: Cell<u64> = const { Cell::new(0) };
 }
 
 fn count(bytes: i64) {
+    NUM_CALLS.set(NUM_CALLS.get() + 1);
     let live = LIVE_BYTES.get() + bytes;
     LIVE_BYTES.set(live);
     PEAK_BYTES.set(PEAK_BYTES.get().max(live));
@@ -42,4 +44,12 @@ pub fn peak_bytes_of<T>(run: impl FnOnce() -> T) -> (T, u64) {
     PEAK_BYTES.set(before);
     let result = run();
     (result, (PEAK_BYTES.get() - before) as u64)
+}
+
+/// How often `run` asked for memory or gave some back: work that is counted, not timed.
+#[allow(dead_code, reason = "each test file uses a part")]
+pub fn allocator_calls_of<T>(run: impl FnOnce() -> T) -> (T, u64) {
+    let before = NUM_CALLS.get();
+    let result = run();
+    (result, NUM_CALLS.get() - before)
 }

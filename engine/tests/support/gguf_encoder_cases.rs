@@ -1,8 +1,8 @@
 //! Bad GGUF files of GPT-2 and BERT: a part of the table of `gguf_files.rs`.
 
-use super::gguf_file::{GgufFile, Value};
-use super::gguf_loading::{valid_bert, valid_gpt2};
-use super::{Case, case};
+use crate::gguf_cases::{Case, case};
+use crate::gguf_file::{GgufFile, Value};
+use crate::gguf_loading::{valid_bert, valid_gpt2};
 
 /// The table.
 pub fn encoder_cases() -> Vec<Case> {

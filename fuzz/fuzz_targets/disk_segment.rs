@@ -1,0 +1,6 @@
+//! libFuzzer's way into [`ns_llm_fuzz::disk_segment`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let _ = ns_llm_fuzz::disk_segment(bytes);
+});
