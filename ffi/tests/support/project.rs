@@ -34,8 +34,9 @@ pub(crate) fn declared_functions(header: &str) -> Vec<String> {
 /// Folder that holds `libns_llm.so` and `libns_llm.a`, built now with the profile of this test.
 ///
 /// Cargo builds a library for its integration tests only if Rust can link it, and this one is made for C alone (an rlib
-/// would collide with the engine's, which has the same name). So the test asks cargo; nothing is compiled twice,
-/// because the engine was already built for this crate's unit tests with the same profile.
+/// would collide with the engine's, which has the same name). So the test asks cargo, for the whole workspace: which
+/// features of a dependency are on depends on what is built together, and as `cargo test --workspace` has built it all
+/// before, nothing is compiled twice.
 pub(crate) fn library_dir() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
@@ -48,7 +49,7 @@ pub(crate) fn library_dir() -> &'static Path {
             None => unreachable!("the folder of a profile has its name"),
         };
         let built = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--package", env!("CARGO_PKG_NAME"), "--lib", "--profile", profile])
+            .args(["build", "--quiet", "--workspace", "--lib", "--profile", profile])
             .arg("--target-dir")
             .arg(profile_dir.parent().unwrap())
             .current_dir(crate_dir())
