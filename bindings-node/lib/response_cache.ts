@@ -61,7 +61,7 @@ export class ResponseCache {
   }
 
   /** A copy of a value, when it is there and not too old. A value that was a string is read with `toString()`. */
-  get(key: string): Buffer | undefined {
+  get(key: string): Uint8Array | undefined {
     return wrapErrors(() => this.#native.get(key)) ?? undefined;
   }
 

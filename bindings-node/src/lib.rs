@@ -10,6 +10,8 @@ mod embedding;
 mod engine;
 mod error;
 mod event_loop;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod glibc;
 mod gpu;
 mod offload;
 mod request;

@@ -16,13 +16,14 @@ const ADDON = join(ROOT, 'bindings-node', 'native.node');
  * libraries that were linked elsewhere). Look there before a name is added.
  */
 const C_LIBRARY = `
-  __cxa_finalize __errno_location __tls_get_addr __xpg_strerror_r abort bcmp calloc clock_gettime close cos
-  dirfd dl_iterate_phdr dladdr dlclose dlerror dlopen dlsym exp free fstat64 getcwd getenv getpriority getrandom gettid log
-  lseek64 lstat64 madvise malloc memcmp memcpy memmove memset mmap mmap64 munmap open open64 opendir closedir
-  readdir64 pause poll posix_memalign pow pthread_attr_destroy pthread_attr_init pthread_attr_setstacksize
-  pthread_create pthread_detach pthread_join pthread_key_create pthread_key_delete pthread_self pthread_setname_np
-  pthread_setspecific read readlink realloc realpath sched_getaffinity sched_yield setpriority sin stat64 strlen
-  syscall sysconf write writev`;
+  __cxa_finalize __errno_location __tls_get_addr __xpg_strerror_r abort bcmp calloc chmod clock_gettime
+  clock_nanosleep close closedir connect cos dirfd dl_iterate_phdr dladdr dlclose dlerror dlopen dlsym exp flock free
+  freeaddrinfo fstat64 fstatat64 fsync ftruncate64 gai_strerror getaddrinfo getcwd getenv getpriority getrandom
+  getsockopt gettid ioctl log lseek64 lstat64 madvise malloc memcmp memcpy memmove memset mkdir mmap mmap64 munmap
+  open open64 opendir pause poll posix_memalign pow pread64 pthread_attr_destroy pthread_attr_init
+  pthread_attr_setstacksize pthread_create pthread_detach pthread_join pthread_key_create pthread_key_delete
+  pthread_self pthread_setname_np pthread_setspecific read readdir64 readlink realloc realpath recv sched_getaffinity
+  sched_yield send setpriority setsockopt sin socket stat64 strlen syscall sysconf unlink write writev`;
 /** Of the compiler's library, which Node itself brings, and of Node. */
 const OTHER = /^(_Unwind_|napi_)/;
 

@@ -13,6 +13,7 @@ mod stream;
 
 use std::ops::Range;
 
+use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{
     Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Token,
@@ -41,19 +42,27 @@ pub struct Tokenizer {
     suffix: Vec<u32>,
 }
 
+/// The part of `tokenizer.json` that is read here, too.
+#[derive(Deserialize)]
+struct DecoderOnly {
+    #[serde(default)]
+    decoder: Value,
+}
+
 impl Tokenizer {
     /// Reads `tokenizer.json`, and the choices that `tokenizer_config.json` makes.
     pub fn from_json(tokenizer_json: &[u8], config: &TokenizerConfig) -> Result<Self> {
         if tokenizer_json.len() as u64 > MAX_JSON_BYTES {
             return Err(file_error("(file)", format!("has {} bytes, at most {MAX_JSON_BYTES}", tokenizer_json.len())));
         }
-        let json: Value = serde_json::from_slice(tokenizer_json).map_err(|e| file_error("(root)", e.to_string()))?;
+        let file: DecoderOnly =
+            serde_json::from_slice(tokenizer_json).map_err(|e| file_error("(root)", e.to_string()))?;
         let mut inner =
             tokenizers::Tokenizer::from_bytes(tokenizer_json).map_err(|e| file_error("(root)", e.to_string()))?;
         // Files may keep the settings of their training; a prompt is neither cut nor filled up silently.
         inner.with_truncation(None).map_err(|e| file_error("truncation", e.to_string()))?;
         inner.with_padding(None);
-        let pieces = PieceTable::new(&inner, &json["decoder"])?;
+        let pieces = PieceTable::new(&inner, &file.decoder)?;
         let added = AddedTokens::new(inner.get_added_tokens_decoder());
         let mut special = vec![false; pieces.num_ids()];
         added.special().for_each(|(token_id, _)| special[token_id as usize] = true);

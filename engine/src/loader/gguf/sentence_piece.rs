@@ -27,7 +27,7 @@ pub(super) fn merges<'a>(
         }
         // The first cut leaves nothing on the left, which is no token.
         let cuts = piece.char_indices().rev().map(|(at, _)| piece.split_at(at));
-        let pairs = cuts.filter(|(left, right)| vocab.contains_key(*left) && vocab.contains_key(*right));
+        let pairs = cuts.filter(|(left, right)| vocab.contains(left) && vocab.contains(right));
         ranked.extend(pairs.map(|pair| (score, pair)));
     }
     // Stable: pairs of one token stay in their order.
