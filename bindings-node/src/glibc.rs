@@ -7,12 +7,12 @@ use std::ffi::{c_char, c_int};
 
 /// A version since which nothing has to be read again before names are looked up; see [`__res_init`].
 #[unsafe(no_mangle)]
-pub extern "C" fn gnu_get_libc_version() -> *const c_char {
+extern "C" fn gnu_get_libc_version() -> *const c_char {
     c"2.26".as_ptr()
 }
 
 /// Reads the resolver's settings again: musl does so for every name.
 #[unsafe(no_mangle)]
-pub extern "C" fn __res_init() -> c_int {
+extern "C" fn __res_init() -> c_int {
     0
 }

@@ -41,7 +41,7 @@ impl NativeResponses {
     }
 
     /// A copy of the value of `name`, when it is there and not too old.
-    #[napi(catch_unwind, ts_return_type = "Buffer | null")]
+    #[napi(catch_unwind, ts_return_type = "Uint8Array | null")]
     pub fn get<'env>(
         &self,
         env: &'env Env,
@@ -110,6 +110,7 @@ impl NativeResponses {
 #[napi(object, object_from_js = false)]
 pub struct NativeEntry {
     /// A copy.
+    #[napi(ts_type = "Uint8Array")]
     pub value: Buffer,
     /// When it was stored.
     pub stored_at: f64,

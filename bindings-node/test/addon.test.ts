@@ -1,8 +1,9 @@
 /** What the built addon asks of its host: so little that glibc and musl (Alpine) both have it. */
 
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
-import { readFileSync } from 'node:fs';
+import { execFileSync, spawnSync } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { pathToFileURL } from 'node:url';
@@ -44,10 +45,41 @@ test('the addon asks for no more libraries than every Linux has, glibc or not', 
 });
 
 test('every function that the addon needs is in glibc and in musl', onLinux, () => {
-  const lines = execFileSync('nm', ['--dynamic', '--undefined-only', ADDON], { encoding: 'utf8' }).trim().split('\n');
-  const strong = lines.map((line) => line.trim().split(/\s+/)).filter(([kind]) => kind === 'U');
-  const names = strong.map(([, name = '']) => name.replace(/@.*/, ''));
+  const names = neededFunctions();
   assert.ok(names.length > 40, String(names));
   const known = new Set(C_LIBRARY.trim().split(/\s+/));
   assert.deepEqual(names.filter((name) => !known.has(name) && !OTHER.test(name)), []);
 });
+
+const withMusl = { skip: spawnSync('musl-gcc', ['--version']).status !== 0 && 'needs musl-gcc (musl-tools)' };
+
+test('the addon loads where musl is the C library, with every function found', withMusl, (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'ns-llm-musl-'));
+  t.after(() => rmSync(folder, { recursive: true }));
+  const compile = (...args: string[]) => execFileSync('musl-gcc', args, { cwd: folder });
+  // In the place of Node, which is no musl's here: what it and the compiler's library would bring.
+  const brought = neededFunctions().filter((name) => OTHER.test(name));
+  writeFileSync(join(folder, 'brought.c'), brought.map((name) => `void ${name}(void) {}\n`).join(''));
+  compile('-shared', '-fPIC', '-o', 'libgcc_s.so.1', 'brought.c');
+  writeFileSync(join(folder, 'load.c'), `
+    #include <dlfcn.h>
+    #include <stdio.h>
+    int main(int count, char **arguments) {
+      void *addon = count == 2 ? dlopen(arguments[1], RTLD_NOW) : 0;
+      puts(addon ? "loaded" : dlerror());
+      return !addon || !dlsym(addon, "napi_register_module_v1");
+    }`);
+  compile('-o', 'load', 'load.c', '-L.', '-l:libgcc_s.so.1');
+  const { status, stdout } = spawnSync(join(folder, 'load'), [ADDON], {
+    encoding: 'utf8',
+    env: { LD_LIBRARY_PATH: folder },
+  });
+  assert.deepEqual({ status, stdout }, { status: 0, stdout: 'loaded\n' });
+});
+
+/** Names of the functions that are not in the addon and have to be found when it is loaded. */
+function neededFunctions(): string[] {
+  const lines = execFileSync('nm', ['--dynamic', '--undefined-only', ADDON], { encoding: 'utf8' }).trim().split('\n');
+  const strong = lines.map((line) => line.trim().split(/\s+/)).filter(([kind]) => kind === 'U');
+  return strong.map(([, name = '']) => name.replace(/@.*/, ''));
+}
