@@ -69,6 +69,7 @@ pub struct Rendered {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special: SpecialTokens,
+    tells_time: bool,
 }
 
 impl std::fmt::Debug for ChatTemplate {
@@ -91,7 +92,12 @@ impl ChatTemplate {
         environment.set_recursion_limit(MAX_TEMPLATE_DEPTH);
         functions::register(&mut environment);
         environment.add_template_owned(NAME, source.to_string()).map_err(reason)?;
-        Ok(ChatTemplate { environment, special })
+        Ok(ChatTemplate { environment, special, tells_time: source.contains("strftime_now") })
+    }
+
+    /// Whether the same conversation may be another text at another time.
+    pub fn tells_time(&self) -> bool {
+        self.tells_time
     }
 
     /// Renders a conversation and opens the assistant's turn.

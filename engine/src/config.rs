@@ -98,6 +98,9 @@ pub const RESPONSE_ENTRY_BYTES: u64 = 512;
 pub const RESPONSE_TAG_BYTES: u64 = 128;
 /// Invalidated tags that the response cache remembers; an answer whose computation began before the oldest is not kept.
 pub const MAX_REMEMBERED_INVALIDATIONS: usize = 1_024;
+/// Requests of which an engine remembers which answer they ask for (some 150 bytes each), so that one that is kept needs
+/// neither template nor tokenizer.
+pub const MAX_KNOWN_REQUESTS: usize = 1 << 14;
 
 /// Requests that may wait; the next one is [`Error::Overloaded`](crate::Error::Overloaded).
 pub const MAX_WAITING_REQUESTS: usize = 1_000;

@@ -12,7 +12,7 @@ use crate::command::{Command, Pending, RequestId, Submission, Work};
 use crate::config::{EngineOptions, FLUSH_MS};
 use crate::embedding::{EmbeddingRequest, Embeddings};
 use crate::error::{Error, Result};
-use crate::intake::{check_embedding_request, check_request_token_ids};
+use crate::intake::{check_embedding_request, check_request_token_ids, replay};
 use crate::memory_plan::MemoryPlan;
 use crate::open::{self, return_free_memory};
 use crate::request::{Embedding, Event, FinishReason, Request, Summary, TokenLogprobs};
@@ -135,7 +135,21 @@ impl Engine {
         if !info.can_generate {
             return Err(Error::NotSupported { feature: "generate text", architecture: info.architecture.clone() });
         }
-        self.submit_work(Work::Generate(Box::new(request)))
+        match self.recall(&request) {
+            Some(stream) => Ok(stream),
+            None => self.submit_work(Work::Generate(Box::new(request))),
+        }
+    }
+
+    /// What an equal request was answered before, if that is kept: all of it is there at once.
+    fn recall(&self, request: &Request) -> Option<RequestStream> {
+        let submitted = Instant::now();
+        // Who is closed says so where requests are queued.
+        self.health().ok()?;
+        let answer = self.inner.responses.recall(request, self.inner.info.vocab_size)?;
+        let (sender, stream) = channel(|| ());
+        replay(sender, answer, request.sampling.seed, submitted);
+        Some(stream.keep_alive(self.inner.clone()))
     }
 
     /// Submits inputs to be turned into vectors, without waiting. Each comes as an [`Event::Embedding`], in any order.

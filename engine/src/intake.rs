@@ -25,7 +25,7 @@ use crate::sampler::{check_token_ids, choice_seed};
 use crate::sequence::{EncodeSpec, NamespaceKey, SequenceSpec};
 use crate::text_model::TextModel;
 use crate::tokenizer::StopStrings;
-use replay::replay;
+pub(crate) use replay::replay;
 
 /// What becomes of a submission.
 enum Intake {
@@ -113,6 +113,7 @@ fn prepare_generation(
         sampling: &params,
         max_tokens: max_new_tokens,
         vocab_size: text.vocab_size,
+        is_timeless: is_timeless(text, &request.prompt),
     }) {
         LookUp::Off => None,
         LookUp::Found(answer) => return Ok(Intake::Answered(answer, request.sampling.seed)),
@@ -188,6 +189,11 @@ fn encode(text: &TextModel, prompt: &Prompt) -> Result<Vec<u32>> {
     };
     check_prompt_ids("prompt", &ids, text.vocab_size)?;
     Ok(ids)
+}
+
+/// Whether the prompt is rendered and encoded alike at any time.
+fn is_timeless(text: &TextModel, prompt: &Prompt) -> bool {
+    !matches!(prompt, Prompt::Chat(_)) || text.chat_template.as_ref().is_some_and(|template| !template.tells_time())
 }
 
 /// There is something to compute, and the model has rows for it: a tokenizer can know more tokens than the model.

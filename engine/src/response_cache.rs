@@ -9,10 +9,12 @@
 
 mod answer;
 mod key;
+mod known;
 mod store;
 mod ttl;
 
 pub use answer::{CachedAnswer, CachedChoice, DecodeError};
-pub use key::{KeyContext, ResponseKey, answer_key, value_key};
+pub use key::{KeyContext, ResponseKey, answer_key, request_key, value_key};
+pub use known::{KnownRequest, KnownRequests};
 pub use store::{Contents, EntryOptions, EntryUse, ResponseStore, Ticket};
 pub use ttl::adaptive_ttl_ms;

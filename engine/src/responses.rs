@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use crate::config::{MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions};
+use crate::config::{DEFAULT_MAX_TOKENS, MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions};
 use crate::error::Result;
 use crate::request::{
     CacheUse, Delta, FinishReason, Request, Summary, at_most, check_response_tags, check_response_ttl,
 };
 use crate::response_cache::{
-    CachedAnswer, EntryOptions, EntryUse, KeyContext, ResponseKey, ResponseStore, Ticket, answer_key, value_key,
+    CachedAnswer, EntryOptions, EntryUse, KeyContext, KnownRequest, KnownRequests, ResponseKey, ResponseStore, Ticket,
+    answer_key, request_key, value_key,
 };
 use crate::stats::ResponseCacheStats;
 
@@ -26,6 +27,7 @@ pub struct Responses {
 
 struct Inner {
     store: Mutex<ResponseStore>,
+    known: Mutex<KnownRequests>,
     /// Requests that were answered from it.
     answers: AtomicU64,
     /// Milliseconds since 1970 when this was made, and that moment: together a clock that never goes back.
@@ -48,7 +50,8 @@ impl Responses {
         options.validate()?;
         let made_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let store = Mutex::new(ResponseStore::new(options));
-        let inner = Inner { store, answers: AtomicU64::new(0), made_unix_ms, made: Instant::now() };
+        let known = Mutex::default();
+        let inner = Inner { store, known, answers: AtomicU64::new(0), made_unix_ms, made: Instant::now() };
         Ok(Responses { inner: Arc::new(inner) })
     }
 
@@ -180,9 +183,39 @@ pub(crate) struct Question<'a> {
     pub(crate) sampling: &'a crate::request::SamplingParams,
     pub(crate) max_tokens: usize,
     pub(crate) vocab_size: usize,
+    /// Whether an equal request has the same prompt at any time.
+    pub(crate) is_timeless: bool,
 }
 
 impl Responses {
+    /// The answer to a request like one that was asked before, if it is kept. Never waits for a template or a tokenizer.
+    pub(crate) fn recall(&self, request: &Request, vocab_size: usize) -> Option<CachedAnswer> {
+        if request.response_cache == Some(CacheUse::Off) {
+            return None;
+        }
+        let version = {
+            let store = self.lock();
+            store.is_on().then(|| store.version())?
+        };
+        let KnownRequest { answer, prompt_tokens } = self.known().get(&request_key(request, version))?;
+        let now_ms = self.now_ms();
+        let bytes = {
+            let mut store = self.lock();
+            // Who does not find it here looks again, and is counted there.
+            store.contains(&answer, now_ms).then(|| store.get(&answer, now_ms))??.0
+        };
+        let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+        let answer = CachedAnswer::decode(&bytes).ok()?;
+        answer.fits(request, prompt_tokens, max_tokens, vocab_size).then(|| {
+            self.inner.answers.fetch_add(1, Ordering::AcqRel);
+            answer
+        })
+    }
+
+    fn known(&self) -> MutexGuard<'_, KnownRequests> {
+        self.inner.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Looks for the answer to a request.
     pub(crate) fn look_up(&self, question: &Question<'_>) -> LookUp {
         let &Question { request, identity, namespace, prompt, stop_token_ids, sampling, .. } = question;
@@ -196,6 +229,10 @@ impl Responses {
         };
         let context = KeyContext { identity, version, namespace, prompt, stop_token_ids, sampling };
         let key = answer_key(request, &context);
+        if question.is_timeless {
+            let known = KnownRequest { answer: key, prompt_tokens: prompt.len() };
+            self.known().learn(request_key(request, version), known);
+        }
         let now_ms = self.now_ms();
         let bytes = self.lock().get(&key, now_ms);
         let answer = bytes.and_then(|(bytes, _)| CachedAnswer::decode(&bytes).ok());

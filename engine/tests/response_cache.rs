@@ -6,6 +6,7 @@
 #[allow(dead_code)]
 mod demo;
 
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use demo::{Rng, fingerprint, with_logprobs};
@@ -90,6 +91,42 @@ fn other_ways_to_ask_find_it() {
     let mut urgent = Request::tokens(ids).max_tokens(12).temperature(0.0);
     (urgent.priority, urgent.prefix_cache) = (ns_llm::Priority::High, ns_llm::CacheUse::Off);
     assert!(is_kept(&engine, &urgent));
+}
+
+/// The answer to an equal request is there when `submit` returns, without a step of its way: text and conversations. What is
+/// forgotten since, or asked in another namespace, is not.
+#[test]
+fn an_equal_request_is_answered_at_once() {
+    let engine = open();
+    let events_at_once = |request: &Request| {
+        let mut stream = engine.submit(request.clone()).expect("in range");
+        let mut cx = Context::from_waker(Waker::noop());
+        let events = std::iter::from_fn(|| match stream.poll_next(&mut cx) {
+            Poll::Ready(event) => event,
+            Poll::Pending => None,
+        });
+        events.map(|event| event.expect("no error")).collect::<Vec<_>>()
+    };
+    let mut tagged = greedy("Once upon a time");
+    tagged.response_tags = vec!["story".into()];
+    let chat = Request::chat([Message::new("user", "Tell me of a fox.")]).max_tokens(8).temperature(0.0);
+    for request in [&tagged, &chat] {
+        let first = complete(&engine, request);
+        let events = events_at_once(request);
+        assert!(matches!(&events[..], [Event::Delta(delta), Event::Finished { .. }, Event::Done(summary)]
+            if delta.text == first.choices[0].text && summary.from_response_cache), "{events:?}");
+        let mut elsewhere = request.clone();
+        elsewhere.namespace = Some("else".into());
+        assert!(!is_kept(&engine, &elsewhere));
+    }
+    let stats = engine.responses().stats();
+    assert_eq!((stats.answers, stats.hits, stats.misses), (2, 2, 4));
+    assert_eq!(engine.responses().invalidate("story"), 2, "in both namespaces");
+    assert!(!is_kept(&engine, &tagged), "it was forgotten");
+    engine.responses().bump_version();
+    assert!(!is_kept(&engine, &chat), "of another version");
+    engine.close();
+    assert_eq!(engine.submit(chat).map(drop), Err(Error::Closed));
 }
 
 /// A reader of a kept answer hears one delta of each choice, its end, and the end of all; leaving early harms nobody.

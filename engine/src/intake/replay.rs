@@ -7,7 +7,7 @@ use crate::response_cache::CachedAnswer;
 use crate::stream::{Delivery, EventSender};
 
 /// Tells a reader everything, from admission to the last event. `seed` is what the request asked for, if it did.
-pub(super) fn replay(sender: EventSender, answer: CachedAnswer, seed: Option<u64>, submitted: Instant) {
+pub(crate) fn replay(sender: EventSender, answer: CachedAnswer, seed: Option<u64>, submitted: Instant) {
     // A reader that polls is woken once, and then finds everything.
     let _delivery = Delivery::start();
     sender.admit();

@@ -11,7 +11,7 @@ use std::fmt;
 use sha2::{Digest, Sha256};
 
 use crate::config::DEFAULT_MAX_TOKENS;
-use crate::request::{Request, SamplingOptions, SamplingParams};
+use crate::request::{Message, Prompt, Request, SamplingOptions, SamplingParams};
 
 /// Version of the key's own format and of what is kept under it. It changes with either.
 const FORMAT_VERSION: u32 = 1;
@@ -68,6 +68,11 @@ enum Tag {
     LogitBias,
     Seed,
     Value,
+    Request,
+    PromptText,
+    Role,
+    Content,
+    CacheUse,
 }
 
 /// A hash over fields.
@@ -186,6 +191,75 @@ pub fn answer_key(request: &Request, context: &KeyContext<'_>) -> ResponseKey {
         .key()
 }
 
+/// The key of a request as it was asked, by all that its answer depends on before it is rendered, encoded and resolved: equal
+/// keys ask one engine for one answer, unless its template tells the time. No request has the key of an answer or a value.
+pub fn request_key(request: &Request, version: u64) -> ResponseKey {
+    let Request {
+        prompt,
+        max_tokens,
+        sampling,
+        stop,
+        stop_token_ids,
+        ignore_eos,
+        n,
+        logprobs,
+        prompt_logprobs,
+        namespace,
+        // With the values of sampling it says whether the cache takes part.
+        response_cache,
+        // Who goes first, when it fails, how it is kept: the answer is the same.
+        priority: _,
+        timeout_ms: _,
+        prefix_cache: _,
+        response_tags: _,
+        response_ttl_ms: _,
+    } = request;
+    let SamplingOptions {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        seed,
+    } = sampling;
+    let mut hash = KeyHash::new(version).field(Tag::Request, &[]);
+    hash = match prompt {
+        Prompt::Text(text) => hash.field(Tag::PromptText, text.as_bytes()),
+        Prompt::Tokens(ids) => hash.numbers(Tag::Prompt, ids),
+        Prompt::Chat(messages) => messages.iter().fold(hash, |hash, Message { role, content }| {
+            hash.field(Tag::Role, role.as_bytes()).field(Tag::Content, content.as_bytes())
+        }),
+    };
+    hash = stop.iter().fold(hash, |hash, text| hash.field(Tag::StopStrings, text.as_bytes()));
+    let cache_use = response_cache.map(|cache_use| cache_use as u64);
+    let biases: Vec<u32> = logit_bias.iter().flat_map(|&(id, bias)| [id, bias.to_bits()]).collect();
+    let bits = |value: &Option<f32>| value.map(|value| u64::from(value.to_bits()));
+    hash = match namespace {
+        None => hash,
+        Some(name) => hash.field(Tag::Namespace, name.as_bytes()),
+    };
+    hash.numbers(Tag::StopTokens, stop_token_ids)
+        .optional(Tag::CacheUse, cache_use)
+        .optional(Tag::MaxTokens, max_tokens.map(|count| count as u64))
+        .field(Tag::IgnoreEos, &[u8::from(*ignore_eos)])
+        .optional(Tag::Choices, Some(*n as u64))
+        .optional(Tag::Logprobs, logprobs.map(|count| count as u64))
+        .field(Tag::PromptLogprobs, &[u8::from(*prompt_logprobs)])
+        .optional(Tag::Temperature, bits(temperature))
+        .optional(Tag::TopK, top_k.map(u64::from))
+        .optional(Tag::TopP, bits(top_p))
+        .optional(Tag::MinP, bits(min_p))
+        .optional(Tag::RepetitionPenalty, bits(repetition_penalty))
+        .optional(Tag::PresencePenalty, bits(presence_penalty))
+        .optional(Tag::FrequencyPenalty, bits(frequency_penalty))
+        .numbers(Tag::LogitBias, &biases)
+        .optional(Tag::Seed, *seed)
+        .key()
+}
+
 /// The key of a value that a caller keeps under a name of its own. No name has the key of an answer.
 pub fn value_key(version: u64, name: &str) -> ResponseKey {
     KeyHash::new(version).field(Tag::Value, name.as_bytes()).key()
@@ -279,6 +353,66 @@ mod tests {
             assert!(keys.insert(value_key(0, name)), "{name:?}");
         }
         assert_ne!(value_key(0, "a"), value_key(1, "a"));
+    }
+
+    /// Another value of anything that a request says of its answer is another key of the request, and no two of these
+    /// changes meet; what says nothing of it makes none.
+    #[test]
+    fn every_part_of_a_request_counts() {
+        type Change = fn(&mut Request);
+        let changes: &[(&str, Change)] = &[
+            ("nothing", |_| ()),
+            ("prompt", |r| r.prompt = Prompt::Tokens(vec![1, 3])),
+            ("prompt as text", |r| r.prompt = Prompt::Text("a".into())),
+            ("another text", |r| r.prompt = Prompt::Text("b".into())),
+            ("no messages", |r| r.prompt = Prompt::Chat(vec![])),
+            ("a message", |r| r.prompt = Prompt::Chat(vec![Message::new("a", "bc")])),
+            ("a message cut elsewhere", |r| r.prompt = Prompt::Chat(vec![Message::new("ab", "c")])),
+            ("two messages", |r| r.prompt = Prompt::Chat(vec![Message::new("a", "b"), Message::new("a", "c")])),
+            ("namespace", |r| r.namespace = Some(String::new())),
+            ("another namespace", |r| r.namespace = Some("a".into())),
+            ("max_tokens", |r| r.max_tokens = Some(65)),
+            ("stop", |r| r.stop = vec!["ab".into()]),
+            ("stop cut elsewhere", |r| r.stop = vec!["a".into(), "b".into()]),
+            ("stop_token_ids", |r| r.stop_token_ids = vec![5]),
+            ("ignore_eos", |r| r.ignore_eos = true),
+            ("n", |r| r.n = 2),
+            ("logprobs", |r| r.logprobs = Some(0)),
+            ("more logprobs", |r| r.logprobs = Some(1)),
+            ("prompt_logprobs", |r| r.prompt_logprobs = true),
+            ("temperature", |r| r.sampling.temperature = Some(0.6)),
+            ("no temperature", |r| r.sampling.temperature = None),
+            ("top_k", |r| r.sampling.top_k = Some(40)),
+            ("top_p", |r| r.sampling.top_p = Some(0.9)),
+            ("min_p", |r| r.sampling.min_p = Some(0.1)),
+            ("repetition_penalty", |r| r.sampling.repetition_penalty = Some(1.1)),
+            ("presence_penalty", |r| r.sampling.presence_penalty = Some(0.1)),
+            ("frequency_penalty", |r| r.sampling.frequency_penalty = Some(0.1)),
+            ("logit_bias", |r| r.sampling.logit_bias = vec![(1, 1.0)]),
+            ("seed", |r| r.sampling.seed = Some(4)),
+            ("no seed", |r| r.sampling.seed = None),
+            ("cache off", |r| r.response_cache = Some(CacheUse::Off)),
+            ("cache read", |r| r.response_cache = Some(CacheUse::Read)),
+            ("cache read and write", |r| r.response_cache = Some(CacheUse::ReadWrite)),
+        ];
+        let key = |change: Change, version| {
+            let mut request = case().request;
+            change(&mut request);
+            request_key(&request, version)
+        };
+        let mut keys = HashSet::from([case().key(), value_key(0, "")]);
+        for &(name, change) in changes {
+            assert!(keys.insert(key(change, 0)), "{name} makes no other key");
+            assert!(keys.insert(key(change, 1)), "{name} of another version makes no other key");
+        }
+        let silent: &[Change] = &[
+            |r| r.priority = crate::request::Priority::High,
+            |r| r.timeout_ms = Some(7),
+            |r| r.prefix_cache = CacheUse::Off,
+            |r| r.response_tags = vec!["x".into()],
+            |r| r.response_ttl_ms = Some(1),
+        ];
+        assert!(silent.iter().all(|&change| key(change, 0) == key(|_| (), 0)));
     }
 
     /// What an answer does not depend on makes no other key; nor does another way to ask for the same.

@@ -373,8 +373,9 @@ mod tests {
     fn refuses_what_the_format_cannot_say() {
         let good = sentence_piece();
         type Change = fn(&mut Json);
-        let changes: [(&str, Change); 8] = [
-            ("model.type", |t| t["model"]["type"] = json!("WordPiece")),
+        let changes: [(&str, Change); 9] = [
+            ("model.type", |t| t["model"]["type"] = json!("Unigram")),
+            ("model.continuing_subword_prefix", |t| t["model"]["type"] = json!("WordPiece")),
             ("model.continuing_subword_prefix", |t| t["model"]["continuing_subword_prefix"] = json!("##")),
             ("model.vocab", |t| t["model"]["vocab"] = json!([])),
             ("added_tokens.id", |t| t["added_tokens"][0]["id"] = json!(11)),
