@@ -113,8 +113,11 @@ fn an_equal_request_is_answered_at_once() {
     for request in [&tagged, &chat] {
         let first = complete(&engine, request);
         let events = events_at_once(request);
-        assert!(matches!(&events[..], [Event::Delta(delta), Event::Finished { .. }, Event::Done(summary)]
-            if delta.text == first.choices[0].text && summary.from_response_cache), "{events:?}");
+        assert!(
+            matches!(&events[..], [Event::Delta(delta), Event::Finished { .. }, Event::Done(summary)]
+            if delta.text == first.choices[0].text && summary.from_response_cache),
+            "{events:?}"
+        );
         let mut elsewhere = request.clone();
         elsewhere.namespace = Some("else".into());
         assert!(!is_kept(&engine, &elsewhere));

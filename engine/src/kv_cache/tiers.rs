@@ -444,7 +444,7 @@ impl Tiers {
             tier.stats.faults += 1;
             tier.breaker.failed(now_us);
         } else {
-            self.tier_mut(id).breaker.succeeded();
+            self.tier_mut(id).breaker.succeeded(now_us);
         }
         match job {
             Job::Read(key) => self.complete_read(id, key, outcome, elapsed_us, now_us),

@@ -170,11 +170,9 @@ impl Scheduler {
         seq.rank = rank;
         self.kv.admit(seq, admission);
         let found = CachedTokens { pool: seq.num_computed, ..CachedTokens::default() };
+        // Preempted while its prefix came, it begins anew.
         if !seq.has_started {
             seq.cached = CachedTokens::default();
-        }
-        if !seq.has_started && seq.max_cached_tokens() > 0 {
-            self.counters.prefix_query_tokens += seq.spec.prompt.len() as u64;
         }
         self.kv.begin_restore(seq, now_us(now_ms));
         self.running.push(id);
@@ -201,11 +199,10 @@ impl Scheduler {
         let seq = self.sequences.get_mut(&id).expect("a running sequence is live");
         if seq.has_started {
             self.counters.resume_hit_tokens += found.total() as u64;
-            return;
+        } else {
+            // Counted when its first step is: until then it may lose its blocks again.
+            seq.cached += found;
         }
-        self.counters.prefix_hit_tokens += found.total() as u64;
-        self.counters.prefix_hits_by_tier += found;
-        seq.cached += found;
     }
 
     /// Shares the budget among the prompts that run: by rank, then by admission; the one that has run longest gets
@@ -241,6 +238,11 @@ impl Scheduler {
             let chunk = seq.next_chunk(num_tokens);
             if !seq.has_started {
                 seq.has_started = true;
+                if seq.max_cached_tokens() > 0 {
+                    self.counters.prefix_query_tokens += seq.spec.prompt.len() as u64;
+                }
+                self.counters.prefix_hit_tokens += seq.cached.total() as u64;
+                self.counters.prefix_hits_by_tier += seq.cached;
                 step.started.push(id);
             }
             num_outputs += chunk.num_outputs();

@@ -63,11 +63,16 @@ impl Breaker {
         self.rests_until_us.is_some()
     }
     /// A call worked.
-    pub fn succeeded(&mut self) {
-        *self = Breaker { num_rests: self.num_rests, ..Breaker::default() };
+    pub fn succeeded(&mut self, now_us: u64) {
+        if self.allows(now_us) {
+            *self = Breaker { num_rests: self.num_rests, ..Breaker::default() };
+        }
     }
-    /// A call failed. True: the tier rests from now on.
+    /// A call failed. True: the tier rests from now on. What ends while it rests was asked before, and says nothing new.
     pub fn failed(&mut self, now_us: u64) -> bool {
+        if !self.allows(now_us) {
+            return false;
+        }
         self.faults_in_a_row += 1;
         // One that has rested has one trial.
         let rests = self.rests_until_us.is_some() || self.faults_in_a_row >= MAX_FAULTS;
@@ -95,7 +100,7 @@ mod tests {
         let mut breaker = Breaker::default();
         for _ in 0..3 {
             (1..MAX_FAULTS).for_each(|_| assert!(!breaker.failed(0)));
-            breaker.succeeded();
+            breaker.succeeded(0);
         }
         (1..MAX_FAULTS).for_each(|_| assert!(!breaker.failed(7)));
         assert!(breaker.allows(7) && breaker.failed(7) && !breaker.allows(8));
@@ -106,8 +111,21 @@ mod tests {
             assert!(breaker.allows(now_us) && breaker.failed(now_us));
         }
         assert_eq!(breaker.num_rests(), 8);
-        breaker.succeeded();
+        now_us += MAX_REST_US;
+        breaker.succeeded(now_us);
         assert!(breaker.allows(now_us) && !breaker.failed(now_us));
+    }
+
+    /// Of many calls that were given before a rest, and end in it, none makes it longer or ends it.
+    #[test]
+    fn calls_of_before_do_not_count() {
+        let mut breaker = Breaker::default();
+        let rests: Vec<bool> = (0..MAX_FAULTS).map(|_| breaker.failed(0)).collect();
+        assert_eq!(rests.last(), Some(&true));
+        (1..20).for_each(|now_us| assert!(!breaker.failed(now_us)));
+        breaker.succeeded(20);
+        assert!(!breaker.allows(FIRST_REST_US - 1) && breaker.allows(FIRST_REST_US));
+        assert_eq!(breaker.num_rests(), 1);
     }
 
     /// A rate is what was measured, follows what changes, and says nothing before.
