@@ -276,19 +276,24 @@ impl Engine {
             kv_reserved_bytes: stats.kv_blocks_total as u64 * self.inner.plan.block_bytes,
             kv_used_bytes: stats.kv_blocks_used as u64 * self.inner.plan.block_bytes,
             kv_cached_bytes: stats.kv_blocks_cached as u64 * self.inner.plan.block_bytes,
+            response_cache_bytes: self.inner.responses.stats().bytes,
         }
     }
 
     /// Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power, as far as the
-    /// engine has a directory for them; at most [`FLUSH_MS`]. [`Error::Storage`] when a tier could not.
+    /// engine has a directory for them, and answers that are kept beside them; at most [`FLUSH_MS`]. [`Error::Storage`] when a
+    /// tier could not.
     pub fn flush(&self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_millis(FLUSH_MS);
         let (reply, flushed) = sync_channel(1);
         self.inner.commands.send(Command::Flush(reply)).map_err(|_| Error::Closed)?;
-        match flushed.recv_timeout(Duration::from_millis(FLUSH_MS)) {
+        let kv = match flushed.recv_timeout(Duration::from_millis(FLUSH_MS)) {
             Ok(result) => result,
             Err(RecvTimeoutError::Timeout) => Err(Error::DeadlineExceeded { timeout_ms: FLUSH_MS }),
             Err(RecvTimeoutError::Disconnected) => Err(Error::Closed),
-        }
+        };
+        // What KV could not do, answers may.
+        kv.and(self.inner.responses.flush(deadline))
     }
 
     /// Ends every request with [`Error::Closed`], stops the worker and frees the model. Blocks until that is done (about
@@ -331,5 +336,6 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // Not joined: the last handle may be dropped where nothing may block, such as an event loop.
         self.request_close();
+        self.responses.begin_close();
     }
 }
