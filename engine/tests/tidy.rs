@@ -41,6 +41,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "memory_plan",
             "model",
             "request",
+            "response_cache",
             "response_tiers",
             "responses",
             "scheduler",
