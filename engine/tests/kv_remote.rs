@@ -235,13 +235,10 @@ fn stores_of_answers_that_lie_or_hang_are_misses() {
         (options.prefix_cache, options.kv_load_budget_ms) = (false, 50);
     });
     server.set_stopped(true);
-    let start = Instant::now();
     for (request, right) in requests.iter().zip(&right) {
         assert_eq!(ask(&engine, request), (right.clone(), false));
     }
-    let elapsed = start.elapsed();
     server.set_stopped(false);
-    assert!(engine.responses().stats().tier_give_ups >= 1);
-    // Far less than the time of one call to the store.
-    assert!(elapsed < Duration::from_secs(9), "{elapsed:?}");
+    let cache = engine.responses().stats();
+    assert!(cache.tier_give_ups >= 1 && cache.remote_hits == 0, "{cache:?}");
 }
