@@ -548,6 +548,20 @@ ns_llm_status ns_llm_engine_free(ns_llm_engine engine);
  */
 ns_llm_status ns_llm_engine_flush(ns_llm_engine engine);
 
+/**
+ * Forgets the KV that is cached for later: in the pool, in host memory and in the files of `kv_cache_dir`, for all namespaces
+ * and for every model that has used the directory. Nothing of it is found any more when this returns. Requests that run are
+ * not touched, and what is computed from now on is cached again. A store that nodes share is left as it is. Waits at most a
+ * minute.
+ *
+ * Threads:    any, also concurrently; inside a callback it holds up the events of all engines.
+ * Returns:    NS_LLM_OK; NS_LLM_STORAGE if the files could not be removed, or if another process writes them: this engine
+ *             does not use them any more, another might; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the
+ *             engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: pool and host memory are cleared all the same, unless the engine is closed.
+ */
+ns_llm_status ns_llm_engine_clear_prefix_cache(ns_llm_engine engine);
+
 /*
  * Figures -------------------------------------------------------------------------------------------------------
  *

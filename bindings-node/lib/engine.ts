@@ -227,6 +227,16 @@ export class Engine {
     return settled(async () => this.#native.flush());
   }
 
+  /**
+   * Forgets the KV that is cached for later: in the pool, in host memory and in the files of `kvCacheDir`, for all namespaces
+   * and for every model that has used the directory. Nothing of it is found any more when the promise is kept. Requests that
+   * run are not touched, and what is computed from now on is cached again. A store that nodes share is left as it is. Rejects
+   * with `storage` when the files could not be removed, or another process writes them; this engine does not use them then.
+   */
+  clearPrefixCache(): Promise<void> {
+    return settled(async () => this.#native.clearPrefixCache());
+  }
+
   /** Tokens of `text`. */
   async tokenize(text: string, options: TokenizeOptions = {}): Promise<number[]> {
     const { addSpecial = true } = plainObject('options', options, 'an object');

@@ -285,15 +285,29 @@ impl Engine {
     /// tier could not.
     pub fn flush(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_millis(FLUSH_MS);
-        let (reply, flushed) = sync_channel(1);
-        self.inner.commands.send(Command::Flush(reply)).map_err(|_| Error::Closed)?;
-        let kv = match flushed.recv_timeout(Duration::from_millis(FLUSH_MS)) {
+        let kv = self.ask_worker(Command::Flush);
+        // What KV could not do, answers may.
+        kv.and(self.inner.responses.flush(deadline))
+    }
+
+    /// Forgets the KV that is cached for later: in the pool, in host memory and in the files of a directory, for all
+    /// namespaces, and for every model that has used the directory. Nothing of it is found any more when this returns.
+    /// Requests that run keep what they hold, and what is computed from now on is cached again. A store that nodes share is
+    /// left as it is: what is in it ends with its time. [`Error::Storage`] when the files could not be removed: this engine
+    /// does not use them until they are, another might.
+    pub fn clear_prefix_cache(&self) -> Result<()> {
+        self.ask_worker(Command::Clear)
+    }
+
+    /// Asks the worker for something that takes a tier's time, at most [`FLUSH_MS`].
+    fn ask_worker(&self, command: fn(SyncSender<Result<()>>) -> Command) -> Result<()> {
+        let (reply, done) = sync_channel(1);
+        self.inner.commands.send(command(reply)).map_err(|_| Error::Closed)?;
+        match done.recv_timeout(Duration::from_millis(FLUSH_MS)) {
             Ok(result) => result,
             Err(RecvTimeoutError::Timeout) => Err(Error::DeadlineExceeded { timeout_ms: FLUSH_MS }),
             Err(RecvTimeoutError::Disconnected) => Err(Error::Closed),
-        };
-        // What KV could not do, answers may.
-        kv.and(self.inner.responses.flush(deadline))
+        }
     }
 
     /// Ends every request with [`Error::Closed`], stops the worker and frees the model. Blocks until that is done (about

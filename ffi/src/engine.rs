@@ -282,6 +282,21 @@ pub extern "C" fn ns_llm_engine_flush(engine: ns_llm_engine) -> ns_llm_status {
     boundary(|| ENGINES.get(engine)?.engine.flush().map_err(Failure::from))
 }
 
+/// Forgets the KV that is cached for later: in the pool, in host memory and in the files of `kv_cache_dir`, for all namespaces
+/// and for every model that has used the directory. Nothing of it is found any more when this returns. Requests that run are
+/// not touched, and what is computed from now on is cached again. A store that nodes share is left as it is. Waits at most a
+/// minute.
+///
+/// Threads:    any, also concurrently; inside a callback it holds up the events of all engines.
+/// Returns:    NS_LLM_OK; NS_LLM_STORAGE if the files could not be removed, or if another process writes them: this engine
+///             does not use them any more, another might; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the
+///             engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: pool and host memory are cleared all the same, unless the engine is closed.
+#[unsafe(no_mangle)]
+pub extern "C" fn ns_llm_engine_clear_prefix_cache(engine: ns_llm_engine) -> ns_llm_status {
+    boundary(|| ENGINES.get(engine)?.engine.clear_prefix_cache().map_err(Failure::from))
+}
+
 /// # Safety
 /// `params.model` and `params.kv_cache_dir` are readable, and `params.progress` callable with `params.progress_user_data` on any thread while the
 /// engine is being opened.

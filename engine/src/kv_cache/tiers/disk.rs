@@ -364,6 +364,7 @@ impl TierStore for DiskTier {
                 DiskTier::quarantine(self, &key);
                 Ok(Outcome::Missing)
             }
+            Job::Clear => DiskTier::clear(self).map(|()| Outcome::Missing),
         };
         outcome.unwrap_or_else(Outcome::Fault)
     }
