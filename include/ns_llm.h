@@ -334,6 +334,12 @@ typedef void (*ns_llm_log_callback)(enum ns_llm_log_level level, const char *lin
  */
 #define NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL 4
 
+/** A flag of `ns_llm_engine_params`: answers are not kept in `kv_cache_dir`. */
+#define NS_LLM_ENGINE_NO_RESPONSE_DISK 8
+
+/** A flag of `ns_llm_engine_params`: answers are not shared through `kv_remote_url`. */
+#define NS_LLM_ENGINE_NO_RESPONSE_REMOTE 16
+
 /** Where an engine computes. */
 typedef enum ns_llm_device {
     /** The best that is there. */
@@ -467,7 +473,10 @@ typedef struct ns_llm_engine_params {
      * 0: 1, all of it.
      */
     double kv_namespace_share;
-    /** Bytes of answers that are kept, to be given again without computing a token to requests for the same. 0: none are. */
+    /**
+     * Bytes of answers that are kept in memory, to be given again without computing a token to requests for the same. 0: none
+     * are. With `kv_cache_dir` they outlive the process, with `kv_remote_url` nodes share them.
+     */
     uint64_t response_cache_bytes;
     /** How long an answer is kept, milliseconds, at most a year. 0: one hour. */
     uint64_t response_ttl_ms;
@@ -481,6 +490,8 @@ typedef struct ns_llm_engine_params {
      * NULL: the store is trusted not to make records up.
      */
     ns_llm_text kv_remote_secret;
+    /** Bytes that the files with answers take at most, in `answers` beneath `kv_cache_dir`; at least some 4 MiB. 0: 256 MiB. */
+    uint64_t response_disk_bytes;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */
@@ -526,9 +537,9 @@ ns_llm_status ns_llm_engine_open(const struct ns_llm_engine_params *params,
 ns_llm_status ns_llm_engine_free(ns_llm_engine engine);
 
 /**
- * Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power; at most a minute.
- * Without `kv_cache_dir` there is nothing to wait for. Blocks are written by themselves, too: this is for programs that must
- * know.
+ * Waits until the KV blocks that were computed so far, and kept answers, are on disk, where they outlive a failure of power;
+ * at most a minute. Without `kv_cache_dir` and `kv_remote_url` there is nothing to wait for. They are written by themselves,
+ * too: this is for programs that must know.
  *
  * Threads:    any, also concurrently, also inside a callback.
  * Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE;
@@ -536,6 +547,20 @@ ns_llm_status ns_llm_engine_free(ns_llm_engine engine);
  * On failure: requests are not touched, and nothing false is ever found: a block that cannot be read is computed again.
  */
 ns_llm_status ns_llm_engine_flush(ns_llm_engine engine);
+
+/**
+ * Forgets the KV that is cached for later: in the pool, in host memory and in the files of `kv_cache_dir`, for all namespaces
+ * and for every model that has used the directory. Nothing of it is found any more when this returns. Requests that run are
+ * not touched, and what is computed from now on is cached again. A store that nodes share is left as it is. Waits at most a
+ * minute.
+ *
+ * Threads:    any, also concurrently; inside a callback it holds up the events of all engines.
+ * Returns:    NS_LLM_OK; NS_LLM_STORAGE if the files could not be removed, or if another process writes them: this engine
+ *             does not use them any more, another might; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the
+ *             engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * On failure: pool and host memory are cleared all the same, unless the engine is closed.
+ */
+ns_llm_status ns_llm_engine_clear_prefix_cache(ns_llm_engine engine);
 
 /*
  * Figures -------------------------------------------------------------------------------------------------------
@@ -685,6 +710,8 @@ typedef struct ns_llm_memory_use {
     uint64_t kv_used_bytes;
     /** The part of it that is kept for later. */
     uint64_t kv_cached_bytes;
+    /** Answers that are kept in memory. */
+    uint64_t response_cache_bytes;
 } ns_llm_memory_use;
 
 /**
@@ -796,6 +823,22 @@ typedef struct ns_llm_response_cache_stats {
     uint64_t bytes;
     /** The budget. */
     uint64_t max_bytes;
+    /** Requests that were answered from files; each is counted as a miss above. */
+    uint64_t disk_hits_total;
+    /** Answers in files. */
+    uint64_t disk_entries;
+    /** Bytes of these files. */
+    uint64_t disk_bytes;
+    /** Requests that were answered from a store that nodes share; each is counted as a miss above. */
+    uint64_t remote_hits_total;
+    /** Answers written to files and to that store. */
+    uint64_t tier_stores_total;
+    /** Answers not written there: too much waited, or the place was left alone because it failed. */
+    uint64_t tier_drops_total;
+    /** Calls to these places that failed, damaged answers included. Each was a miss and no more. */
+    uint64_t tier_faults_total;
+    /** Requests that were computed because these places took too long to answer. */
+    uint64_t tier_give_ups_total;
 } ns_llm_response_cache_stats;
 
 /**
@@ -815,7 +858,8 @@ ns_llm_status ns_llm_responses_stats(ns_llm_engine engine, struct ns_llm_respons
 
 /**
  * Forgets every kept answer whose request had this tag, in all namespaces. Answers with it that are just being computed are
- * not kept either.
+ * not kept either. In files and in a shared store they are not found any more; that is written behind, and outlives the
+ * process once ns_llm_engine_flush() has returned. Other nodes keep what they have in memory until its time is over.
  *
  * Ownership:  `tag` is the caller's.
  * Threads:    any, also inside a callback.
@@ -823,7 +867,7 @@ ns_llm_status ns_llm_responses_stats(ns_llm_engine engine, struct ns_llm_respons
  * Returns:    NS_LLM_OK, also if no answer had it; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
  *             NS_LLM_INVALID_UTF8; NS_LLM_INVALID_ARGUMENT if the tag has more than 512 bytes; NS_LLM_FORKED_PROCESS;
  *             NS_LLM_INTERNAL.
- * On failure: nothing is forgotten, and `*out_num` is 0; else it is the number of answers that were.
+ * On failure: nothing is forgotten, and `*out_num` is 0; else it is the number of answers that were, in memory.
  *
  * The caller promises:
  * `tag` points to `tag_size` readable bytes, `out_num` to a writable `size_t`.
@@ -834,7 +878,8 @@ ns_llm_status ns_llm_responses_invalidate(ns_llm_engine engine,
                                           size_t *out_num);
 
 /**
- * Forgets every kept answer, and does not keep those that are just being computed.
+ * Forgets every kept answer, and does not keep those that are just being computed: also in files, and for all nodes in a
+ * shared store, as ns_llm_responses_invalidate() does.
  *
  * Threads:    any, also inside a callback.
  * Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE (also for 0); NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.

@@ -118,7 +118,7 @@ export interface OpenOptions {
   kvRemote?: KvRemoteOptions | undefined;
   /**
    * Whole answers that are kept and given again, without computing a token, to requests for the same. Off unless `maxBytes` is
-   * given.
+   * given. With a `kvCacheDir` they outlive the process, with a `kvRemote` nodes share them.
    */
   responseCache?: ResponseCacheOptions | undefined;
   /** Aborts loading; `open` rejects with an {@link AbortError} whose `cause` is the signal's reason. */
@@ -220,11 +220,21 @@ export class Engine {
   }
 
   /**
-   * Waits until the KV that was computed so far is on disk, where it outlives a failure of power; without `kvCacheDir` there
-   * is nothing to wait for. It is written by itself, too, and by {@link close}.
+   * Waits until the KV that was computed so far, and kept answers, are on disk, where they outlive a failure of power;
+   * without `kvCacheDir` and `kvRemote` there is nothing to wait for. It is written by itself, too, and by {@link close}.
    */
   flush(): Promise<void> {
     return settled(async () => this.#native.flush());
+  }
+
+  /**
+   * Forgets the KV that is cached for later: in the pool, in host memory and in the files of `kvCacheDir`, for all namespaces
+   * and for every model that has used the directory. Nothing of it is found any more when the promise is kept. Requests that
+   * run are not touched, and what is computed from now on is cached again. A store that nodes share is left as it is. Rejects
+   * with `storage` when the files could not be removed, or another process writes them; this engine does not use them then.
+   */
+  clearPrefixCache(): Promise<void> {
+    return settled(async () => this.#native.clearPrefixCache());
   }
 
   /** Tokens of `text`. */

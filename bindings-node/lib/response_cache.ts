@@ -1,6 +1,7 @@
 /**
  * The response cache in JavaScript: whole answers, found again by everything that they depend on, and values of the caller's
- * own beside them. Everything is in memory and in one budget of bytes; no call here waits.
+ * own beside them. Both are in memory and in one budget of bytes; no call here waits. An engine with a `kvCacheDir` or
+ * `kvRemote` keeps answers there too, where requests find them; values end with the process.
  */
 
 import { NsLlmError, wrapErrors } from './errors.js';
@@ -25,6 +26,13 @@ export interface ResponseCacheOptions {
   adaptiveTtl?: boolean | undefined;
   /** Part of every key: entries of another version are not found. Default 0. */
   version?: number | undefined;
+  /**
+   * Bytes of the files in which an engine's answers outlive the process, in `answers` beneath its `kvCacheDir`; 0: they do
+   * not. Default 256 MiB.
+   */
+  diskBytes?: number | undefined;
+  /** Whether an engine's answers are shared through its `kvRemote`. Default true. */
+  remote?: boolean | undefined;
 }
 
 /** How a value is kept. */
@@ -77,7 +85,8 @@ export class ResponseCache {
 
   /**
    * Gives up every answer and value with this tag, in all namespaces, and does not keep answers with it that are just being
-   * computed. How many entries that were.
+   * computed. How many entries that were, in memory. On disk and in a shared store they are not found any more either; that
+   * is written behind, and outlives the process once `engine.flush()` is done. Other nodes keep what they have in memory.
    */
   invalidate(tag: string): number {
     return wrapErrors(() => this.#native.invalidate(tag));
@@ -85,13 +94,14 @@ export class ResponseCache {
 
   /**
    * Moves to the next version, which is part of every key, and gives its number: nothing is found any more. For what answers
-   * depend on and the engine does not know, such as documents that prompts are made of.
+   * depend on and the engine does not know, such as documents that prompts are made of. On disk and in a shared store
+   * everything is given up, as by {@link clear}.
    */
   bumpVersion(): number {
     return wrapErrors(() => this.#native.bumpVersion());
   }
 
-  /** Gives everything up. */
+  /** Gives everything up, also on disk and, for all nodes, in a shared store; that is written behind, as by {@link invalidate}. */
   clear(): void {
     wrapErrors(() => this.#native.clear());
   }

@@ -219,6 +219,14 @@ impl NativeEngine {
         Ok(NativeResponses::of(self.open_engine()?.responses().clone()))
     }
 
+    /// Forgets the KV that is cached for later, but for a store that nodes share.
+    #[napi(catch_unwind)]
+    pub fn clear_prefix_cache<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, ()>> {
+        let engine = self.open_engine()?;
+        let pending = on_own_thread("ns-llm-clear", move || engine.clear_prefix_cache());
+        promise(env, move |_, cx| pending.poll(cx)).map_err(from_napi)
+    }
+
     /// Waits until the KV that was computed so far is on disk.
     #[napi(catch_unwind)]
     pub fn flush<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, ()>> {

@@ -76,7 +76,8 @@ const ENGINE_FIELDS: &[&str] = &[
 ];
 
 /// Every name that [`read_response_cache_options`] knows.
-const RESPONSE_CACHE_FIELDS: &[&str] = &["maxBytes", "maxEntries", "ttlMs", "adaptiveTtl", "version"];
+const RESPONSE_CACHE_FIELDS: &[&str] =
+    &["maxBytes", "maxEntries", "ttlMs", "adaptiveTtl", "version", "diskBytes", "remote"];
 
 /// Every name that [`read_remote_options`] knows.
 const REMOTE_FIELDS: &[&str] = &["url", "secret", "ttlS", "prefix", "timeoutMs"];
@@ -177,6 +178,8 @@ pub(crate) fn read_response_cache_options(object: &Object) -> Result<ResponseCac
     options.ttl_ms = fields.integer("ttlMs")?.unwrap_or(options.ttl_ms);
     options.adaptive_ttl = fields.boolean("adaptiveTtl")?.unwrap_or(options.adaptive_ttl);
     options.version = fields.integer("version")?.unwrap_or(options.version);
+    options.disk_bytes = fields.integer("diskBytes")?.unwrap_or(options.disk_bytes);
+    options.remote = fields.boolean("remote")?.unwrap_or(options.remote);
     Ok(options)
 }
 

@@ -149,6 +149,22 @@ pub struct ResponseCacheStats {
     pub max_bytes: f64,
     /// The version that every key holds.
     pub version: f64,
+    /// Requests that were answered from files; each is counted as a miss above.
+    pub disk_hits: f64,
+    /// Answers in files.
+    pub disk_entries: f64,
+    /// Bytes of these files.
+    pub disk_bytes: f64,
+    /// Requests that were answered from a store that nodes share; each is counted as a miss above.
+    pub remote_hits: f64,
+    /// Answers written to files and to that store.
+    pub tier_stores: f64,
+    /// Answers not written there: too much waited, or the place was left alone because it failed.
+    pub tier_drops: f64,
+    /// Calls to these places that failed, damaged answers included. Each was a miss and no more.
+    pub tier_faults: f64,
+    /// Requests that were computed because these places took too long to answer.
+    pub tier_give_ups: f64,
 }
 
 impl From<ns_llm::ResponseCacheStats> for ResponseCacheStats {
@@ -167,6 +183,14 @@ impl From<ns_llm::ResponseCacheStats> for ResponseCacheStats {
             bytes: stats.bytes as f64,
             max_bytes: stats.max_bytes as f64,
             version: stats.version as f64,
+            disk_hits: stats.disk_hits as f64,
+            disk_entries: stats.disk_entries as f64,
+            disk_bytes: stats.disk_bytes as f64,
+            remote_hits: stats.remote_hits as f64,
+            tier_stores: stats.tier_stores as f64,
+            tier_drops: stats.tier_drops as f64,
+            tier_faults: stats.tier_faults as f64,
+            tier_give_ups: stats.tier_give_ups as f64,
         }
     }
 }

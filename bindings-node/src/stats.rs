@@ -156,6 +156,8 @@ pub struct MemoryUse {
     pub kv_used_bytes: f64,
     /// The part of it that is kept for later.
     pub kv_cached_bytes: f64,
+    /// Answers that are kept, and values of callers beside them.
+    pub response_cache_bytes: f64,
 }
 
 impl From<ns_llm::MemoryUse> for MemoryUse {
@@ -165,6 +167,7 @@ impl From<ns_llm::MemoryUse> for MemoryUse {
             kv_reserved_bytes: memory.kv_reserved_bytes as f64,
             kv_used_bytes: memory.kv_used_bytes as f64,
             kv_cached_bytes: memory.kv_cached_bytes as f64,
+            response_cache_bytes: memory.response_cache_bytes as f64,
         }
     }
 }

@@ -155,3 +155,21 @@ test('a restarted server finds KV on disk and tells so; what was cleared stays c
   const occupied = await life(__filename, {});
   assert.match(occupied.failure!, /^io: .*KV_CACHE_DIR .*kv_cache\.test/);
 });
+
+test('a process that is told to end first writes what it has computed', async () => {
+  const directory = join(folder, 'told');
+  const script = `
+    process.env.KV_CACHE_DIR = ${JSON.stringify(directory)};
+    const { Engine } = require('ns-llm');
+    const { NsNodeClient } = require('ns-llm/ns-node');
+    const flush = Engine.prototype.flush;
+    Engine.prototype.flush = function () { return flush.call(this).then(() => console.log('flushed')); };
+    setInterval(() => {}, 1_000);
+    new NsNodeClient({ engine: { threads: 1, threadPriority: 'normal', kvBytes: 64 << 20 } })
+      .generate(${JSON.stringify(LONG_PROMPT)}, { maxTokens: 1 })
+      .then(() => process.kill(process.pid, 'SIGTERM'));`;
+  const { signal, stdout, stderr } = await runScript(script);
+  assert.deepEqual([signal, stdout], ['SIGTERM', 'flushed\n'], stderr);
+  const next = await life(directory, {});
+  assert.ok(next.result.cached_by_tier.disk >= 48, JSON.stringify(next.result));
+});

@@ -57,12 +57,19 @@ pub(crate) struct ModelOptions {
     /// File with what all nodes know and the store does not: records that it does not authenticate are not used
     #[arg(long, value_name = "FILE", requires = "kv_remote_url")]
     pub(crate) kv_remote_secret_file: Option<PathBuf>,
-    /// Keep whole answers in so much memory, and give them again to requests for the same (MiB; default: 0)
+    /// Keep whole answers in so much memory, and give them again to requests for the same (MiB; default: 0). They are found
+    /// again in --kv-cache-dir, and shared through --kv-remote-url
     #[arg(long, value_name = "MIB")]
     pub(crate) response_cache_mib: Option<u64>,
     /// How long an answer is kept (milliseconds; default: one hour)
     #[arg(long, value_name = "MS")]
     pub(crate) response_ttl_ms: Option<u64>,
+    /// What the files with answers take at most, beneath --kv-cache-dir (MiB; 0: no answers there; default: 256)
+    #[arg(long, value_name = "MIB")]
+    pub(crate) response_disk_mib: Option<u64>,
+    /// Do not share answers through --kv-remote-url
+    #[arg(long)]
+    pub(crate) no_response_remote: bool,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -113,6 +120,8 @@ impl ModelOptions {
         options.kv_remote = self.kv_remote()?;
         options.response_cache.max_bytes = bytes(self.response_cache_mib).unwrap_or(0);
         options.response_cache.ttl_ms = self.response_ttl_ms.unwrap_or(options.response_cache.ttl_ms);
+        options.response_cache.disk_bytes = bytes(self.response_disk_mib).unwrap_or(options.response_cache.disk_bytes);
+        options.response_cache.remote = !self.no_response_remote;
         Ok(options)
     }
 

@@ -32,6 +32,8 @@ pub(crate) enum Command {
     Tier(TierAnswer),
     /// Reply when everything that was to be written so far is on the medium.
     Flush(SyncSender<Result<()>>),
+    /// Forget what is cached for later, and reply when it is gone.
+    Clear(SyncSender<Result<()>>),
     /// End everything.
     Close,
 }

@@ -102,6 +102,19 @@ pub const MAX_REMEMBERED_INVALIDATIONS: usize = 1_024;
 /// neither template nor tokenizer.
 pub const MAX_KNOWN_REQUESTS: usize = 1 << 14;
 
+/// Bytes that the files of the response cache take at most, beneath a directory for KV, unless told otherwise.
+pub const DEFAULT_RESPONSE_DISK_BYTES: u64 = 256 << 20;
+/// Answers that may wait to be written to one tier, bytes; what comes beyond is not written.
+pub const RESPONSE_WRITE_QUEUE_BYTES: u64 = 16 << 20;
+/// Requests that may wait for one tier's look-up; what comes beyond is computed.
+pub const MAX_RESPONSE_LOOKUPS: usize = 256;
+/// Tags whose invalidation a tier remembers at once, while it cannot be written or as long as it lies on disk; beyond it
+/// everything in the tier is given up.
+pub const MAX_RESPONSE_MARKS: usize = 65_536;
+/// How far the clocks of those who share answers may be apart, milliseconds: an answer that was stored later than that
+/// from now is not used.
+pub const MAX_CLOCK_SKEW_MS: u64 = 60_000;
+
 /// Requests that may wait; the next one is [`Error::Overloaded`](crate::Error::Overloaded).
 pub const MAX_WAITING_REQUESTS: usize = 1_000;
 /// Prompt tokens that may wait in all, beyond the first request.
@@ -387,12 +400,25 @@ pub struct ResponseCacheOptions {
     pub adaptive_ttl: bool,
     /// Part of every key: entries of another version are not found.
     pub version: u64,
+    /// Bytes of the files in which answers outlive the process, in `answers` beneath
+    /// [`kv_cache_dir`](EngineOptions::kv_cache_dir); 0, or no such directory: they end with it. The process that writes KV
+    /// there writes answers too; others do not use them.
+    pub disk_bytes: u64,
+    /// Whether answers are shared through [`kv_remote`](EngineOptions::kv_remote), if there is one.
+    pub remote: bool,
 }
 
 impl Default for ResponseCacheOptions {
     fn default() -> Self {
-        let ttl_ms = DEFAULT_RESPONSE_TTL_MS;
-        ResponseCacheOptions { max_bytes: 0, max_entries: u64::MAX, ttl_ms, adaptive_ttl: false, version: 0 }
+        ResponseCacheOptions {
+            max_bytes: 0,
+            max_entries: u64::MAX,
+            ttl_ms: DEFAULT_RESPONSE_TTL_MS,
+            adaptive_ttl: false,
+            version: 0,
+            disk_bytes: DEFAULT_RESPONSE_DISK_BYTES,
+            remote: true,
+        }
     }
 }
 
@@ -411,6 +437,7 @@ impl ResponseCacheOptions {
             }
         };
         check("response_cache.max_bytes", self.max_bytes, 0, MAX_RESPONSE_CACHE_BYTES)?;
+        check("response_cache.disk_bytes", self.disk_bytes, 0, MAX_KV_TIER_BYTES)?;
         check("response_cache.ttl_ms", self.ttl_ms, 1, MAX_RESPONSE_TTL_MS)
     }
 }

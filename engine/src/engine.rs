@@ -290,15 +290,34 @@ impl Engine {
             kv_reserved_bytes: stats.kv_blocks_total as u64 * self.inner.plan.block_bytes,
             kv_used_bytes: stats.kv_blocks_used as u64 * self.inner.plan.block_bytes,
             kv_cached_bytes: stats.kv_blocks_cached as u64 * self.inner.plan.block_bytes,
+            response_cache_bytes: self.inner.responses.stats().bytes,
         }
     }
 
     /// Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power, as far as the
-    /// engine has a directory for them; at most [`FLUSH_MS`]. [`Error::Storage`] when a tier could not.
+    /// engine has a directory for them, and answers that are kept beside them; at most [`FLUSH_MS`]. [`Error::Storage`] when a
+    /// tier could not.
     pub fn flush(&self) -> Result<()> {
-        let (reply, flushed) = sync_channel(1);
-        self.inner.commands.send(Command::Flush(reply)).map_err(|_| Error::Closed)?;
-        match flushed.recv_timeout(Duration::from_millis(FLUSH_MS)) {
+        let deadline = Instant::now() + Duration::from_millis(FLUSH_MS);
+        let kv = self.ask_worker(Command::Flush);
+        // What KV could not do, answers may.
+        kv.and(self.inner.responses.flush(deadline))
+    }
+
+    /// Forgets the KV that is cached for later: in the pool, in host memory and in the files of a directory, for all
+    /// namespaces, and for every model that has used the directory. Nothing of it is found any more when this returns.
+    /// Requests that run keep what they hold, and what is computed from now on is cached again. A store that nodes share is
+    /// left as it is: what is in it ends with its time. [`Error::Storage`] when the files could not be removed: this engine
+    /// does not use them until they are, another might.
+    pub fn clear_prefix_cache(&self) -> Result<()> {
+        self.ask_worker(Command::Clear)
+    }
+
+    /// Asks the worker for something that takes a tier's time, at most [`FLUSH_MS`].
+    fn ask_worker(&self, command: fn(SyncSender<Result<()>>) -> Command) -> Result<()> {
+        let (reply, done) = sync_channel(1);
+        self.inner.commands.send(command(reply)).map_err(|_| Error::Closed)?;
+        match done.recv_timeout(Duration::from_millis(FLUSH_MS)) {
             Ok(result) => result,
             Err(RecvTimeoutError::Timeout) => Err(Error::DeadlineExceeded { timeout_ms: FLUSH_MS }),
             Err(RecvTimeoutError::Disconnected) => Err(Error::Closed),
@@ -345,5 +364,6 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // Not joined: the last handle may be dropped where nothing may block, such as an event loop.
         self.request_close();
+        self.responses.begin_close();
     }
 }

@@ -3,12 +3,13 @@
 //! loop ever waits for a template or a tokenizer.
 
 mod replay;
+mod waiting;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest, Sha256};
@@ -20,12 +21,13 @@ use crate::embedding::{EmbeddingInput, EmbeddingRequest};
 use crate::error::{Error, Result, panic_text};
 use crate::request::{Prompt, Request, SamplingParams};
 use crate::response_cache::CachedAnswer;
-use crate::responses::{LookUp, Question, Responses};
+use crate::responses::{Asked, LookUp, Question, Responses};
 use crate::sampler::{check_token_ids, choice_seed};
 use crate::sequence::{EncodeSpec, NamespaceKey, SequenceSpec};
 use crate::text_model::TextModel;
 use crate::tokenizer::StopStrings;
 pub(crate) use replay::replay;
+use waiting::{Held, WaitingList};
 
 /// What becomes of a submission.
 enum Intake {
@@ -33,6 +35,8 @@ enum Intake {
     Run(PreparedWork),
     /// Its answer is known. The seed is the one that was asked for.
     Answered(CachedAnswer, Option<u64>),
+    /// Its answer may be kept beyond the process.
+    Ask(PreparedWork, Asked),
 }
 
 /// The intake thread: prepares submissions in order until their channel closes. Once the engine `is_closing`, what is
@@ -45,7 +49,10 @@ pub(crate) fn run(
     worker: &Sender<Command>,
     is_closing: &AtomicBool,
 ) {
-    for Submission { id, work, sender, submitted, slot } in submissions {
+    let mut waiting = WaitingList::new(responses, worker);
+    while let Some(next) = receive(submissions, &waiting) {
+        waiting.expire();
+        let Some(Submission { id, work, sender, submitted, slot }) = next else { continue };
         let given_up = match (is_closing.load(Ordering::Acquire), sender.is_cancelled()) {
             (true, _) => Some(Error::Closed),
             (_, true) => Some(Error::Cancelled),
@@ -66,6 +73,16 @@ pub(crate) fn run(
                 // A worker that is gone drops the request, which ends its stream as closed.
                 let _ = worker.send(Command::Run(Box::new(prepared)));
             }
+            Ok(Intake::Ask(prepared, asked)) => {
+                let Work::Generate(request) = work else { unreachable!("vectors are not kept") };
+                let (prompt_tokens, max_tokens) = match &prepared {
+                    PreparedWork::Generate { specs, .. } => (specs[0].prompt.len(), specs[0].max_new_tokens),
+                    PreparedWork::Embed(..) => unreachable!("vectors are not kept"),
+                };
+                let prepared = Prepared { id, work: prepared, sender, submitted, slot };
+                let vocab_size = text.vocab_size;
+                waiting.ask(Held { prepared, request, asked, prompt_tokens, max_tokens, vocab_size });
+            }
             Ok(Intake::Answered(answer, seed)) => {
                 // First: whoever has seen the last event may submit again.
                 drop(slot);
@@ -76,6 +93,19 @@ pub(crate) fn run(
                 let _ = worker.send(Command::Refused);
             }
         }
+    }
+    waiting.close();
+}
+
+/// The next submission, or `Some(None)` when one of those that wait has waited long enough; `None`: the engine closes.
+fn receive(submissions: &Receiver<Submission>, waiting: &WaitingList) -> Option<Option<Submission>> {
+    match waiting.longest_sleep() {
+        None => submissions.recv().ok().map(Some),
+        Some(longest) => match submissions.recv_timeout(longest) {
+            Ok(submission) => Some(Some(submission)),
+            Err(RecvTimeoutError::Timeout) => Some(None),
+            Err(RecvTimeoutError::Disconnected) => None,
+        },
     }
 }
 
@@ -104,7 +134,7 @@ fn prepare_generation(
     let params = SamplingParams::resolve(&request.sampling, &text.sampling_defaults, seed);
     let max_new_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let namespace = namespace_key(request.namespace.as_deref());
-    let recorder = match responses.look_up(&Question {
+    let (recorder, asked) = match responses.look_up(&Question {
         request,
         identity: &text.identity,
         namespace: &namespace,
@@ -115,9 +145,9 @@ fn prepare_generation(
         vocab_size: text.vocab_size,
         is_timeless: is_timeless(text, &request.prompt),
     }) {
-        LookUp::Off => None,
+        LookUp::Off => (None, None),
         LookUp::Found(answer) => return Ok(Intake::Answered(answer, request.sampling.seed)),
-        LookUp::Missing(recorder) => recorder,
+        LookUp::Missing(recorder, asked) => (recorder, asked),
     };
     let specs = (0..request.n)
         .map(|choice| SequenceSpec {
@@ -135,7 +165,11 @@ fn prepare_generation(
             sampling: Arc::new(SamplingParams { seed: choice_seed(seed, choice), ..params.clone() }),
         })
         .collect();
-    Ok(Intake::Run(PreparedWork::Generate { specs, stop: StopStrings::new(&request.stop), seed, recorder }))
+    let work = PreparedWork::Generate { specs, stop: StopStrings::new(&request.stop), seed, recorder };
+    Ok(match asked {
+        Some(asked) => Intake::Ask(work, asked),
+        None => Intake::Run(work),
+    })
 }
 
 /// One spec per input, each cut to what the model takes at once if the request allows it.

@@ -398,6 +398,18 @@ impl KvCache {
         }
     }
 
+    /// Forgets everything that is cached for later, here and in the tiers, but for a store that nodes share. Live sequences
+    /// keep what they hold, and what they compute from now on is cached again.
+    pub fn clear(&mut self, now_us: u64) {
+        self.index.clear();
+        self.pool.clear_keys();
+        self.transfers.retain(|transfer| matches!(transfer, BlockTransfer::Restore { .. }));
+        self.lost.clear();
+        if let Some(tiers) = &mut self.tiers {
+            tiers.clear(now_us);
+        }
+    }
+
     /// What is to be moved now; the caller does it, in this order.
     pub fn take_transfers(&mut self) -> Vec<BlockTransfer> {
         std::mem::take(&mut self.transfers)

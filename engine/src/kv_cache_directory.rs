@@ -114,9 +114,16 @@ pub fn prune(path: &Path, limits: PruneLimits) -> Result<Removed> {
     Ok(removed)
 }
 
-/// Removes the segments of all versions. The directory stays, with its lock and whatever else is in it.
+/// Removes the segments of all versions, and those of the answers beneath. The directories stay, with their locks and
+/// whatever else is in them.
 pub fn clear(path: &Path) -> Result<Removed> {
-    let (segments, bytes) = Directory::seize(path)?.remove_all().map_err(|error| io_error(path, &error))?;
+    let (mut segments, mut bytes) = Directory::seize(path)?.remove_all().map_err(|error| io_error(path, &error))?;
+    let answers = path.join(disk::ANSWERS);
+    if answers.is_dir() {
+        let removed = Directory::seize(&answers)?.remove_all().map_err(|error| io_error(&answers, &error))?;
+        segments += removed.0;
+        bytes += removed.1;
+    }
     Ok(Removed { segments, bytes, ..Removed::default() })
 }
 

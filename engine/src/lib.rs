@@ -35,6 +35,7 @@ mod intake;
 pub mod kv_cache_directory;
 pub mod quantize;
 mod request;
+mod response_tiers;
 mod responses;
 mod stats;
 mod stream;

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ns_llm_kernels::host;
 pub(crate) use ns_llm_kernels::host::return_free_memory;
@@ -22,13 +22,13 @@ use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
     AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
-    MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ThreadPriority,
-    WRITE_QUEUE_BYTES, WeightFormat,
+    MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ResponseCacheOptions,
+    ThreadPriority, WRITE_QUEUE_BYTES, WeightFormat,
 };
 use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
 use crate::intake;
-use crate::kv_cache::tiers::disk::{Access, Directory, DiskOptions, DiskTier, draw_seed};
+use crate::kv_cache::tiers::disk::{ANSWERS, Access, Directory, DiskOptions, DiskTier, draw_seed};
 use crate::kv_cache::tiers::remote::{RedisStore, RemoteOptions, RemoteTier, ServerUrl};
 use crate::kv_cache::tiers::{LayoutId, TierId, TierStore, TiersConfig};
 use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
@@ -37,6 +37,8 @@ use crate::memory_plan::MemoryPlan;
 use crate::model;
 use crate::model::config::ModelConfig;
 use crate::request::SamplingDefaults;
+use crate::response_cache::MAX_ENTRY_BYTES;
+use crate::response_tiers::{AnswerStore, DiskAnswers, RemoteAnswers, ResponseTiers};
 use crate::responses::Responses;
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::{ModelInfo, Stats};
@@ -59,6 +61,8 @@ pub struct Loaded {
     pub scheduler: Scheduler,
     /// What does the jobs of the tiers that the scheduler's pool has below it.
     pub tier_stores: Vec<Box<dyn TierStore>>,
+    /// Where answers are kept beyond the process.
+    pub(crate) answer_stores: Vec<Box<dyn AnswerStore>>,
     /// Tokenizer, template and defaults.
     pub text: Arc<TextModel>,
     /// What is loaded.
@@ -90,6 +94,7 @@ struct Ready {
     text: Arc<TextModel>,
     info: ModelInfo,
     plan: MemoryPlan,
+    answer_stores: Vec<Box<dyn AnswerStore>>,
 }
 
 /// Loads a model on a worker thread of its own and starts the intake thread.
@@ -98,6 +103,7 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
     let epoch = Instant::now();
     let responses = Responses::new(options.response_cache)?;
     let max_waiting_requests = options.max_waiting_requests;
+    let load_budget = Duration::from_millis(options.kv_load_budget_ms);
     let (command_sender, commands) = channel();
     let (ready_sender, ready) = sync_channel(1);
     let stats = Arc::new(Mutex::new(Stats::default()));
@@ -126,7 +132,10 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
             host::return_free_memory();
         })?
     };
-    let Ready { text, info, plan } = ready.recv().unwrap_or(Err(Error::Closed))?;
+    let Ready { text, info, plan, answer_stores } = ready.recv().unwrap_or(Err(Error::Closed))?;
+    if !answer_stores.is_empty() {
+        responses.keep_in(ResponseTiers::start(answer_stores, text.identity, load_budget)?);
+    }
     let (submission_sender, submissions) = sync_channel(max_waiting_requests);
     let is_closing = Arc::new(AtomicBool::new(false));
     let intake = {
@@ -143,8 +152,10 @@ fn load_and_report(options: EngineOptions, ready: &SyncSender<Result<Ready>>) ->
     let loaded = catch_unwind(AssertUnwindSafe(|| load(options)))
         .unwrap_or_else(|panic| Err(Error::Internal { reason: panic_text(panic.as_ref()) }));
     match loaded {
-        Ok(loaded) => {
-            let ready = Ready { text: loaded.text.clone(), info: loaded.info.clone(), plan: loaded.plan };
+        Ok(mut loaded) => {
+            let answer_stores = std::mem::take(&mut loaded.answer_stores);
+            let ready =
+                Ready { text: loaded.text.clone(), info: loaded.info.clone(), plan: loaded.plan, answer_stores };
             Some((loaded, ready))
         }
         Err(error) => {
@@ -170,6 +181,8 @@ pub(crate) struct ModelFiles {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) chat_template: Option<ChatTemplate>,
     pub(crate) eos_token_ids: Vec<u32>,
+    /// Hash of the tokenizer and the chat template.
+    pub(crate) text_fingerprint: [u8; 32],
     pub(crate) weights: Weights,
 }
 
@@ -180,8 +193,10 @@ impl ModelFiles {
         let generation = source.generation_config()?;
         let sentence = sentence_config(&source, &config)?;
         let tokenizer_config = tokenizer_config(&source)?;
-        let tokenizer = Tokenizer::from_json(&source.tokenizer_json()?, &tokenizer_config)?;
+        let tokenizer_json = source.tokenizer_json()?;
+        let tokenizer = Tokenizer::from_json(&tokenizer_json, &tokenizer_config)?;
         Ok(ModelFiles {
+            text_fingerprint: text_fingerprint(&tokenizer_json, &tokenizer_config),
             chat_template: chat_template(&tokenizer_config, &tokenizer)?,
             tokenizer,
             eos_token_ids: eos_token_ids(&generation, &config)?,
@@ -384,6 +399,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     if !files.config.architecture.can_generate() {
         // Its keys and values end with each step.
         (options.kv_host_bytes, options.kv_cache_dir) = (0, None);
+        options.response_cache.max_bytes = 0;
     }
     let WeightLevel { wanted, format, layout, mut plan } = plan_memory(&options, &files)?;
     plan.check(memory_limit_bytes(&options))?;
@@ -395,8 +411,9 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let fingerprint = fingerprint(&options, &files, backend.threads())?;
     let identity = kv_identity(fingerprint, wanted, &layout, &backend);
     let disk = options.kv_cache_dir.as_deref().map(|directory| open_disk(directory, &options, &plan)).transpose()?;
-    let remote = options.kv_remote.as_ref().map(|remote| open_remote(remote, &plan)).transpose()?;
-    let answer_identity = answer_identity(&identity, plan.context_tokens);
+    let remote = options.kv_remote.as_ref().map(|remote| open_remote(remote, "kv", plan.block_bytes)).transpose()?;
+    let answer_identity = answer_identity(&identity, plan.context_tokens, &files.text_fingerprint);
+    let answer_stores = open_answers(&options, answer_identity)?;
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
     let weights = files.weights;
@@ -459,14 +476,15 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     if let Some(remote) = remote.filter(|_| scheduler.tiers().is_some()) {
         tier_stores.push(Box::new(remote));
     }
-    Ok(Loaded { executor, scheduler, tier_stores, text, info, plan })
+    Ok(Loaded { executor, scheduler, tier_stores, answer_stores, text, info, plan })
 }
 
 /// Blocks that leave the process are found by the weights' contents. Those that do not need only tell engines of one
 /// process apart, so names, shapes and types will do, which cost nothing to hash.
 fn fingerprint(options: &EngineOptions, files: &ModelFiles, num_threads: usize) -> Result<[u8; 32]> {
     let description = format!("{:?}", files.config);
-    if options.prefix_cache && (options.kv_cache_dir.is_some() || options.kv_remote.is_some()) {
+    let is_kept = options.prefix_cache || options.response_cache.max_bytes > 0;
+    if is_kept && (options.kv_cache_dir.is_some() || options.kv_remote.is_some()) {
         return files.weights.fingerprint(&description, num_threads);
     }
     let mut hash = Sha256::new();
@@ -486,10 +504,40 @@ fn open_disk(path: &Path, options: &EngineOptions, plan: &MemoryPlan) -> Result<
         .map_err(|fault| Error::Storage { tier: TierId::Disk.name(), reason: fault.to_string() })
 }
 
+/// The places beyond the process where answers are kept: beneath the directory of the KV blocks, if this process writes
+/// there, and in the store that has KV blocks too.
+fn open_answers(options: &EngineOptions, identity: [u8; 32]) -> Result<Vec<Box<dyn AnswerStore>>> {
+    let ResponseCacheOptions { max_bytes, disk_bytes, remote: is_shared, .. } = options.response_cache;
+    let mut stores: Vec<Box<dyn AnswerStore>> = Vec::new();
+    if max_bytes == 0 {
+        return Ok(stores);
+    }
+    if let (Some(path), true) = (&options.kv_cache_dir, disk_bytes > 0) {
+        let sizes = DiskOptions::new(disk_bytes, MAX_ENTRY_BYTES as u64).map_err(|error| match error {
+            Error::InvalidArgument { value, expected, .. } => {
+                Error::InvalidArgument { field: "response_cache.disk_bytes", value, expected }
+            }
+            other => other,
+        })?;
+        let directory = Directory::open(&path.join(ANSWERS))?;
+        // Who only reads does not hear what the writer makes invalid.
+        if directory.access() == Access::Write {
+            let tier = DiskTier::open(Box::new(directory), Access::Write, sizes, draw_seed())
+                .map_err(|fault| Error::Storage { tier: TierId::Disk.name(), reason: fault.to_string() })?;
+            stores.push(Box::new(DiskAnswers::open(tier)));
+        }
+    }
+    if let (Some(remote), true) = (&options.kv_remote, is_shared) {
+        stores.push(Box::new(RemoteAnswers::new(open_remote(remote, "answer", MAX_ENTRY_BYTES as u64)?, identity)));
+    }
+    Ok(stores)
+}
+
 /// A store that nodes share; asked for nothing yet.
-fn open_remote(options: &KvRemoteOptions, plan: &MemoryPlan) -> Result<RemoteTier> {
+fn open_remote(options: &KvRemoteOptions, kind: &'static str, max_payload_bytes: u64) -> Result<RemoteTier> {
     let store = RedisStore::new(ServerUrl::parse(&options.url)?, options.timeout_ms)?;
-    let mut records = RemoteOptions::new(plan.block_bytes).ttl_s(options.ttl_s)?.prefix(&options.prefix)?;
+    let records = RemoteOptions::new(max_payload_bytes).kind(kind);
+    let mut records = records.ttl_s(options.ttl_s)?.prefix(&options.prefix)?;
     if let Some(secret) = &options.secret {
         records = records.secret(secret.as_bytes())?;
     }
@@ -574,9 +622,22 @@ fn kv_identity(fingerprint: [u8; 32], weights: WeightFormat, layout: &KvLayout, 
     }
 }
 
-/// What the engine's answers depend on.
-fn answer_identity(identity: &KvIdentity, context_tokens: usize) -> [u8; 32] {
-    Sha256::digest(format!("answers of {identity:?} within {context_tokens}")).into()
+/// What the engine's answers depend on: what KV does, the text that goes in and comes out, and how tokens are drawn and
+/// answers are cut, which another version of this engine may do otherwise.
+fn answer_identity(identity: &KvIdentity, context_tokens: usize, text_fingerprint: &[u8; 32]) -> [u8; 32] {
+    let version = env!("CARGO_PKG_VERSION");
+    let answers = format!("answers of {version} {identity:?} within {context_tokens} text {text_fingerprint:?}");
+    Sha256::digest(answers).into()
+}
+
+/// Tokenizer and chat template, byte for byte.
+fn text_fingerprint(tokenizer_json: &[u8], config: &TokenizerConfig) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in [tokenizer_json, format!("{config:?}").as_bytes()] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().into()
 }
 
 /// Last component of the path as the caller gave it, links resolved.

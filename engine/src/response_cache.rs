@@ -5,16 +5,20 @@
 //! do it through [`Responses`](crate::Responses). It knows neither scheduler nor model: an entry is an encoded
 //! [`CachedAnswer`], or a value that a caller keeps.
 //!
+//! What lies beyond the process ([`StoredEntry`]) is read and written by `response_tiers`.
+//!
 //! Not to be confused with the prefix cache (`kv_cache`), which holds keys and values of prompts, block by block.
 
 mod answer;
 mod key;
 mod known;
+mod record;
 mod store;
 mod ttl;
 
 pub use answer::{CachedAnswer, CachedChoice, DecodeError};
-pub use key::{KeyContext, ResponseKey, answer_key, request_key, value_key};
+pub use key::{KeyContext, ResponseKey, answer_key, mark_key, request_key, value_key};
 pub use known::{KnownRequest, KnownRequests};
+pub use record::{MAX_ENTRY_BYTES, StoredEntry, decode_mark, encode_mark};
 pub use store::{Contents, EntryOptions, EntryUse, ResponseStore, Ticket};
 pub use ttl::adaptive_ttl_ms;

@@ -1,21 +1,26 @@
 //! The response cache as its users share it: one store behind one lock, with a clock. Intake asks it before a request goes
 //! to the worker, the worker gives it what is finished, and callers keep values of their own in the same budget.
 //!
+//! An engine with a directory or a shared store for KV keeps answers there too ([`response_tiers`](crate::response_tiers));
+//! values of callers end with the process.
+//!
 //! The lock is held for a look-up or an insertion, never while something is encoded or freed; callers of any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::config::{DEFAULT_MAX_TOKENS, MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions};
 use crate::error::Result;
+use crate::kv_cache::tiers::TierId;
 use crate::request::{
     CacheUse, Delta, FinishReason, Request, Summary, at_most, check_response_tags, check_response_ttl,
 };
 use crate::response_cache::{
-    CachedAnswer, EntryOptions, EntryUse, KeyContext, KnownRequest, KnownRequests, ResponseKey, ResponseStore, Ticket,
-    answer_key, request_key, value_key,
+    CachedAnswer, EntryOptions, EntryUse, KeyContext, KnownRequest, KnownRequests, ResponseKey, ResponseStore,
+    StoredEntry, Ticket, answer_key, request_key, value_key,
 };
+use crate::response_tiers::{Asker, LookUp as TierLookUp, ResponseTiers};
 use crate::stats::ResponseCacheStats;
 
 /// Finished answers, and values that callers keep beside them: cheap to clone, `Send + Sync`. Of an engine
@@ -30,6 +35,8 @@ struct Inner {
     known: Mutex<KnownRequests>,
     /// Requests that were answered from it.
     answers: AtomicU64,
+    /// Where answers are kept beyond the process; set once, by the engine that this belongs to.
+    tiers: OnceLock<ResponseTiers>,
     /// Milliseconds since 1970 when this was made, and that moment: together a clock that never goes back.
     made_unix_ms: u64,
     made: Instant,
@@ -50,8 +57,8 @@ impl Responses {
         options.validate()?;
         let made_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let store = Mutex::new(ResponseStore::new(options));
-        let known = Mutex::default();
-        let inner = Inner { store, known, answers: AtomicU64::new(0), made_unix_ms, made: Instant::now() };
+        let (known, answers, tiers) = (Mutex::default(), AtomicU64::new(0), OnceLock::new());
+        let inner = Inner { store, known, answers, tiers, made_unix_ms, made: Instant::now() };
         Ok(Responses { inner: Arc::new(inner) })
     }
 
@@ -103,16 +110,31 @@ impl Responses {
     }
 
     /// Gives up every answer and value with this tag, in all namespaces, and those that are just being computed with it; how
-    /// many were there.
+    /// many were there, in memory.
+    ///
+    /// Answers on disk and in a shared store are not found any more either, from now on. That is written behind: it
+    /// outlives the process once [`Engine::flush`](crate::Engine::flush) has returned. Other nodes honour it for what they
+    /// read from the shared store, as exactly as the clocks agree; what they have in memory lives until its time is over.
     pub fn invalidate(&self, tag: &str) -> usize {
-        self.lock().invalidate(tag)
+        let count = self.lock().invalidate(tag);
+        if let Some(tiers) = self.inner.tiers.get() {
+            tiers.invalidate(tag, self.now_ms());
+        }
+        count
     }
 
-    /// Moves to another version, which is part of every key: nothing of the one before is found any more. For what answers
-    /// depend on and the engine does not know, such as documents that prompts are made of.
+    /// Moves to another version, which is part of every key: nothing of the one before is found any more, also not by who
+    /// comes back to it, in memory as on disk and in a shared store. For what answers depend on and the engine does not
+    /// know, such as documents that prompts are made of.
     pub fn set_version(&self, version: u64) {
-        let old = self.lock().set_version(version);
+        let mut store = self.lock();
+        let is_same = store.version() == version;
+        let old = store.set_version(version);
+        drop(store);
         drop(old);
+        if !is_same {
+            self.clear_tiers();
+        }
     }
 
     /// Moves to the next version, and says which that is.
@@ -122,13 +144,22 @@ impl Responses {
         let old = store.set_version(version);
         drop(store);
         drop(old);
+        self.clear_tiers();
         version
     }
 
-    /// Gives everything up.
+    /// Gives everything up: also the files of a directory, and this engine's answers in a shared store, for all nodes. That
+    /// is written behind, as by [`Responses::invalidate`].
     pub fn clear(&self) {
         let old = self.lock().clear();
         drop(old);
+        self.clear_tiers();
+    }
+
+    fn clear_tiers(&self) {
+        if let Some(tiers) = self.inner.tiers.get() {
+            tiers.clear(self.now_ms());
+        }
     }
 
     /// Gives up what is too old, which otherwise happens when it is asked for or when room is needed; how many that were.
@@ -139,7 +170,21 @@ impl Responses {
 
     /// Counts since it was made, and what it holds.
     pub fn stats(&self) -> ResponseCacheStats {
-        ResponseCacheStats { answers: self.answers(), ..self.lock().stats() }
+        let mut stats = ResponseCacheStats { answers: self.answers(), ..self.lock().stats() };
+        let Some(tiers) = self.inner.tiers.get() else { return stats };
+        stats.tier_give_ups = tiers.gave_up();
+        for (id, tier) in tiers.stats() {
+            match id {
+                TierId::Disk => {
+                    (stats.disk_hits, stats.disk_entries, stats.disk_bytes) = (tier.hits, tier.entries, tier.bytes);
+                }
+                TierId::Remote => stats.remote_hits = tier.hits,
+            }
+            stats.tier_stores += tier.stored;
+            stats.tier_drops += tier.dropped;
+            stats.tier_faults += tier.faults;
+        }
+        stats
     }
 
     /// Requests that were answered from it.
@@ -147,10 +192,32 @@ impl Responses {
         self.inner.answers.load(Ordering::Acquire)
     }
 
-    /// Gives everything up and keeps nothing any more.
+    /// Gives everything up in memory and keeps nothing any more; what waits to be written elsewhere is written, in bounded
+    /// time.
     pub(crate) fn close(&self) {
         let old = self.lock().close();
         drop(old);
+        if let Some(tiers) = self.inner.tiers.get() {
+            tiers.close();
+        }
+    }
+
+    /// Tells what writes elsewhere to come to an end, without waiting for it.
+    pub(crate) fn begin_close(&self) {
+        if let Some(tiers) = self.inner.tiers.get() {
+            tiers.begin_close();
+        }
+    }
+
+    /// Keeps answers there too from now on.
+    pub(crate) fn keep_in(&self, tiers: ResponseTiers) {
+        // Of one engine, which has them once.
+        let _ = self.inner.tiers.set(tiers);
+    }
+
+    /// Waits until what was to be written elsewhere so far is there.
+    pub(crate) fn flush(&self, deadline: Instant) -> Result<()> {
+        self.inner.tiers.get().map_or(Ok(()), |tiers| tiers.flush(deadline))
     }
 
     fn lock(&self) -> MutexGuard<'_, ResponseStore> {
@@ -169,8 +236,16 @@ pub(crate) enum LookUp {
     Off,
     /// The answer.
     Found(CachedAnswer),
-    /// Nothing; what is computed may be kept.
-    Missing(Option<Box<Recorder>>),
+    /// Nothing; what is computed may be kept. With a question, it may be somewhere beyond the process.
+    Missing(Option<Box<Recorder>>, Option<Asked>),
+}
+
+/// What is asked of the tiers, and since when.
+#[derive(Clone)]
+pub(crate) struct Asked {
+    key: ResponseKey,
+    ticket: Ticket,
+    now_ms: u64,
 }
 
 /// A request as intake sees it once it is tokens.
@@ -242,12 +317,49 @@ impl Responses {
                 self.inner.answers.fetch_add(1, Ordering::AcqRel);
                 LookUp::Found(answer)
             }
-            None => LookUp::Missing((cache_use == CacheUse::ReadWrite).then(|| {
-                let entry = EntryOptions { tags: shared(&request.response_tags), ttl_ms: request.response_ttl_ms };
-                let (responses, answer) = (self.clone(), CachedAnswer::begin(request.n));
-                Box::new(Recorder { responses, key, ticket, entry, answer, bytes: 0 })
-            })),
+            None => {
+                let recorder = (cache_use == CacheUse::ReadWrite).then(|| {
+                    let entry = EntryOptions { tags: shared(&request.response_tags), ttl_ms: request.response_ttl_ms };
+                    let (responses, answer) = (self.clone(), CachedAnswer::begin(request.n));
+                    Box::new(Recorder { responses, key, ticket, entry, answer, bytes: 0, begun_ms: now_ms })
+                });
+                let asked = self.inner.tiers.get().map(|_| Asked { key, ticket, now_ms });
+                LookUp::Missing(recorder, asked)
+            }
         }
+    }
+
+    /// Asks beyond the process; never waits. How long the asker waits, or `None`: nobody can be asked now.
+    pub(crate) fn ask(&self, asked: &Asked, asker: Arc<dyn Asker>) -> Option<Duration> {
+        let tiers = self.inner.tiers.get()?;
+        let lookup = TierLookUp { key: asked.key, now_ms: asked.now_ms, asker };
+        tiers.ask(lookup).then(|| tiers.budget())
+    }
+
+    /// The asker did not wait any longer.
+    pub(crate) fn note_gave_up(&self) {
+        if let Some(tiers) = self.inner.tiers.get() {
+            tiers.note_gave_up();
+        }
+    }
+
+    /// What was found beyond the process, if it is an answer to the request and still valid; it is kept in memory then.
+    pub(crate) fn take_back(
+        &self,
+        asked: &Asked,
+        entry: StoredEntry,
+        fits: impl FnOnce(&CachedAnswer) -> bool,
+    ) -> Option<CachedAnswer> {
+        let StoredEntry { expires_ms, tags, value, .. } = entry;
+        let answer = CachedAnswer::decode(&value).ok().filter(fits)?;
+        let now_ms = self.now_ms();
+        let options = EntryOptions { tags, ttl_ms: Some(expires_ms.saturating_sub(now_ms).max(1)) };
+        let is_valid = self.lock().promote(asked.key, value, options, asked.ticket, now_ms);
+        if !is_valid {
+            return None;
+        }
+        self.inner.answers.fetch_add(1, Ordering::AcqRel);
+        Some(answer)
     }
 }
 
@@ -276,6 +388,8 @@ pub(crate) struct Recorder {
     answer: CachedAnswer,
     /// Of its texts, tokens and logprobs so far; beyond the limit nothing is collected any more, nor stored.
     bytes: usize,
+    /// When it was asked for, milliseconds since 1970.
+    begun_ms: u64,
 }
 
 impl Recorder {
@@ -302,7 +416,7 @@ impl Recorder {
 
     /// The request has ended as it should.
     pub(crate) fn store(self, summary: &Summary) {
-        let Recorder { responses, key, ticket, entry, mut answer, bytes } = self;
+        let Recorder { responses, key, ticket, entry, mut answer, bytes, begun_ms } = self;
         if bytes > MAX_RESPONSE_BYTES {
             responses.lock().refuse_too_large();
             return;
@@ -311,8 +425,16 @@ impl Recorder {
         answer.prompt_tokens = summary.usage.prompt_tokens as u32;
         answer.completion_tokens = summary.usage.completion_tokens as u32;
         answer.prompt_logprobs = summary.prompt_logprobs.clone();
-        let (value, now_ms) = (answer.encode(), responses.now_ms());
-        responses.lock().put(key, value, entry, ticket, now_ms);
+        let (value, stored_ms) = (answer.encode(), responses.now_ms());
+        let tags = entry.tags.clone();
+        let mut store = responses.lock();
+        let ttl_ms = entry.ttl_ms.unwrap_or(store.ttl_ms());
+        let is_kept = store.put(key, value.clone(), entry, ticket, stored_ms);
+        drop(store);
+        if let (Some(tiers), true) = (responses.inner.tiers.get(), is_kept) {
+            let expires_ms = stored_ms.saturating_add(ttl_ms);
+            tiers.write(key, &StoredEntry { begun_ms, stored_ms, expires_ms, tags, value });
+        }
     }
 }
 
@@ -366,6 +488,7 @@ mod tests {
                 entry: EntryOptions::default(),
                 answer: CachedAnswer::begin(2),
                 bytes: 0,
+                begun_ms: 0,
             })
         };
         let delta = |bytes: usize| Delta { choice: 1, text: "x".repeat(bytes), ..Delta::default() };

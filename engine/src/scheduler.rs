@@ -460,6 +460,10 @@ impl Scheduler {
     pub fn take_transfers(&mut self) -> Vec<BlockTransfer> {
         self.kv.take_transfers()
     }
+    /// Forgets what is cached for later ([`KvCache::clear`]).
+    pub fn clear_prefix_cache(&mut self, now_us: u64) {
+        self.kv.clear(now_us);
+    }
     /// Gives a block to the tiers, once they have been asked ([`KvCache::would_keep`]).
     pub fn keep_block(&mut self, block: &KeptBlock, bytes: Arc<[u8]>, now_us: u64) {
         self.kv.keep(block, bytes, now_us);

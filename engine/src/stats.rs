@@ -85,6 +85,8 @@ pub struct MemoryUse {
     pub kv_used_bytes: u64,
     /// The part of it that is kept for later.
     pub kv_cached_bytes: u64,
+    /// Answers that are kept, their places in the maps included.
+    pub response_cache_bytes: u64,
 }
 
 /// What a response cache has done and holds. Counters only grow.
@@ -116,6 +118,22 @@ pub struct ResponseCacheStats {
     pub max_bytes: u64,
     /// The version that every key holds.
     pub version: u64,
+    /// Requests that were answered from disk; each is counted as a miss above.
+    pub disk_hits: u64,
+    /// Answers on disk.
+    pub disk_entries: u64,
+    /// Bytes of the files there.
+    pub disk_bytes: u64,
+    /// Requests that were answered from a store that nodes share; each is counted as a miss above.
+    pub remote_hits: u64,
+    /// Answers written to disk and to that store.
+    pub tier_stores: u64,
+    /// Answers not written there: too much waited, or the place was left alone because it failed.
+    pub tier_drops: u64,
+    /// Calls to these places that failed, damaged answers included.
+    pub tier_faults: u64,
+    /// Requests that were computed because these places took too long to answer.
+    pub tier_give_ups: u64,
 }
 
 /// What is loaded.

@@ -126,7 +126,7 @@ impl<E: Executor> Worker<E> {
         }
         let refuse = |command| match command {
             Command::Run(prepared) => prepared.sender.end(Err(last.clone())),
-            Command::Flush(reply) => drop(reply.send(Err(last.clone()))),
+            Command::Flush(reply) | Command::Clear(reply) => drop(reply.send(Err(last.clone()))),
             _ => {}
         };
         let (scheduler, tiering) = (&mut self.scheduler, &mut self.tiering);
@@ -312,6 +312,14 @@ impl<E: Executor> Worker<E> {
             }
             Command::Flush(reply) => {
                 self.tiering.flush(self.scheduler.tiers().map(|tiers| &*tiers), reply);
+                self.drive_tiers();
+            }
+            Command::Clear(reply) => {
+                let now_us = self.now_us();
+                self.scheduler.clear_prefix_cache(now_us);
+                self.publish_stats();
+                self.tiering.clear(reply);
+                self.tiering.settle_clears(self.scheduler.tiers().map(|tiers| &*tiers));
                 self.drive_tiers();
             }
             Command::Close => return Turn::Close,

@@ -331,3 +331,50 @@ fn bad_directories_are_typed_errors() {
     let small = open(folder.0.join("cache"), 1_000);
     assert!(matches!(&small, Error::InvalidArgument { field: "kv_disk_bytes", .. }), "{small}");
 }
+
+/// What is cleared is not found again: neither in the pool nor in host memory nor on disk, now or after a restart. A request
+/// that runs meanwhile is not touched, and what is computed afterwards is cached again.
+#[test]
+fn cleared_blocks_are_gone() {
+    let folder = Folder::new();
+    let engine = open(&folder.0, |options| options.kv_host_bytes = 200 * (block_bytes() + 512));
+    let cold = demo::open(|options| options.prefix_cache = false);
+    let prompts: Vec<Vec<u32>> = (0..4).map(|i| Rng(60 + i).prompt(150)).collect();
+    let hits = |engine: &Engine| {
+        let found: Vec<_> = prompts.iter().map(|prompt| cached(&run(engine, prompt))).collect();
+        found.iter().fold(CachedTokens::default(), |mut sum, found| {
+            sum += *found;
+            sum
+        })
+    };
+    assert_eq!(hits(&engine).total(), 0, "new");
+    assert!(hits(&engine).host > 0, "the pool is too small for all");
+    engine.flush().expect("written");
+    assert!(tier(&engine, "disk").blocks >= 36 && tier(&engine, "host").blocks > 0);
+    let long = with_logprobs(Request::tokens(&prompts[0][..40]).max_tokens(120).temperature(0.0));
+    let mut stream = engine.generate(long.clone()).expect("admitted");
+    let first = stream.next_event().expect("an event").expect("no error");
+    engine.clear_prefix_cache().expect("cleared");
+    assert_eq!((tier(&engine, "disk").blocks, tier(&engine, "host").blocks), (0, 0));
+    let mut token_ids = Vec::new();
+    for event in std::iter::once(Ok(first)).chain(stream) {
+        if let ns_llm::Event::Delta(delta) = event.expect("the running request is not touched") {
+            token_ids.extend(delta.token_ids);
+        }
+    }
+    assert_eq!(token_ids, cold.complete(long).expect("runs").choices[0].token_ids);
+    engine.clear_prefix_cache().expect("cleared");
+    assert_eq!(hits(&engine).total(), 0, "nothing is found");
+    assert!(hits(&engine).total() > 0, "what was computed since is");
+    engine.clear_prefix_cache().expect("cleared");
+    engine.close();
+    let next = open(&folder.0, |_| ());
+    assert_eq!(hits(&next).total(), 0, "nor after a restart");
+    // Who only reads cannot clear the files, and says so; it uses nothing of them.
+    next.flush().expect("written");
+    let reader = open(&folder.0, |_| ());
+    assert!(hits(&reader).disk > 0);
+    assert!(reader.clear_prefix_cache().is_err_and(|error| error.code() == "storage"));
+    assert_eq!(hits(&reader).total(), 0);
+    assert_eq!(engine.clear_prefix_cache(), Err(Error::Closed));
+}

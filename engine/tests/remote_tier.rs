@@ -66,6 +66,9 @@ impl RemoteStore for SharedStore {
         self.set(name, value.to_vec());
         Ok(is_new)
     }
+    fn replace(&mut self, name: &str, value: &[u8], ttl_s: u64) -> Result<(), Fault> {
+        self.put(name, value, ttl_s).map(drop)
+    }
     fn remove(&mut self, name: &str) -> Result<(), Fault> {
         self.0.lock().expect("no panic").remove(name);
         Ok(())

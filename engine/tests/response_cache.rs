@@ -1,11 +1,12 @@
 //! Promise: a kept answer is the answer that would be computed, bit for bit, and only that. It is given without computing
 //! a token; nothing that ended otherwise than it should is kept; namespaces, tags, times and versions part what must be
-//! parted.
+//! parted. With a directory for KV all that holds across restarts, also when its files are damaged.
 
 #[path = "support/demo.rs"]
 #[allow(dead_code)]
 mod demo;
 
+use std::path::{Path, PathBuf};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -339,4 +340,212 @@ fn many_readers_get_right_answers() {
     let stats = engine.responses().stats();
     assert!(stats.answers > 300 && stats.stores > 12, "{stats:?}");
     assert_eq!(engine.stats().requests_finished, 900);
+}
+
+/// A directory of its own, gone with its value.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("ns-llm-answers-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        Folder(path)
+    }
+
+    fn open(&self) -> Engine {
+        open_in(&self.0, demo::path())
+    }
+
+    /// The files in which answers lie.
+    fn segments(&self) -> Vec<PathBuf> {
+        let files = std::fs::read_dir(self.0.join("answers")).expect("answers lie beneath the directory of the KV");
+        files.map(|entry| entry.expect("readable").path()).filter(|it| it.extension().is_some()).collect()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn open_in(folder: &Path, model: PathBuf) -> Engine {
+    demo::open(|options| {
+        options.model = model;
+        options.response_cache.max_bytes = 8 << 20;
+        options.kv_cache_dir = Some(folder.to_path_buf());
+        // A busy machine is no stalled disk.
+        options.kv_load_budget_ms = 20_000;
+    })
+}
+
+/// What one engine has answered the next one finds, bit for bit, without a step; then it is in memory. What memory had no
+/// room for is found too.
+#[test]
+fn answers_survive_a_restart() {
+    let folder = Folder::new("restart");
+    let mut several = Request::prompt("The fox").max_tokens(10).temperature(0.8).seed(3);
+    several.n = 3;
+    let chat = Request::chat([Message::new("user", "Tell me of a fox.")]).max_tokens(8).temperature(0.0);
+    let requests = [greedy("Once upon a time"), with_logprobs(several), chat];
+    let first = folder.open();
+    let computed: Vec<Completion> = requests.iter().map(|request| complete(&first, request)).collect();
+    assert!(computed.iter().all(|answer| !answer.summary.from_response_cache));
+    first.flush().expect("written");
+    let stats = first.responses().stats();
+    assert_eq!((stats.tier_stores, stats.disk_entries, stats.disk_hits), (3, 3, 0), "{stats:?}");
+    first.close();
+    let second = folder.open();
+    for (request, computed) in requests.iter().zip(&computed) {
+        for turn in 0..2 {
+            let answer = complete(&second, request);
+            assert!(answer.summary.from_response_cache, "{turn}: {request:?}");
+            assert_eq!((fingerprint(&answer), &answer.choices), (fingerprint(computed), &computed.choices));
+            assert_eq!(answer.summary.usage.prompt_tokens, computed.summary.usage.prompt_tokens);
+        }
+    }
+    let (cache, stats) = (second.responses().stats(), second.stats());
+    assert_eq!((cache.disk_hits, cache.hits, cache.misses, cache.answers), (3, 3, 3, 6), "{cache:?}");
+    assert_eq!((stats.steps_total, stats.requests_finished, cache.tier_faults), (0, 6, 0));
+    assert_eq!(second.memory().response_cache_bytes, cache.bytes);
+    second.close();
+    // One entry of memory, so that the disk has what memory gives up.
+    let small = demo::open(|options| {
+        (options.response_cache.max_bytes, options.response_cache.max_entries) = (8 << 20, 1);
+        (options.kv_cache_dir, options.kv_load_budget_ms) = (Some(folder.0.clone()), 20_000);
+    });
+    assert!((0..6).all(|turn| is_kept(&small, &requests[turn % 3])));
+    assert_eq!((small.responses().stats().disk_hits, small.responses().stats().entries), (6, 1));
+}
+
+/// What a tag, a version or clearing has made invalid, and what is over, is not found after a restart; what was computed
+/// afterwards is.
+#[test]
+fn what_is_invalid_stays_invalid() {
+    let folder = Folder::new("invalid");
+    let tagged = |prompt: &str, tag: &str| {
+        let mut request = greedy(prompt);
+        request.response_tags = vec![tag.to_string()];
+        request
+    };
+    let (one, two, mut short) = (tagged("One", "one"), tagged("Two", "two"), greedy("Short"));
+    short.response_ttl_ms = Some(1);
+    let restart = |engine: Engine| {
+        engine.flush().expect("written");
+        engine.close();
+        folder.open()
+    };
+    let engine = folder.open();
+    for request in [&one, &two, &short] {
+        assert!(!is_kept(&engine, request));
+    }
+    engine.flush().expect("written");
+    assert_eq!(engine.responses().invalidate("one"), 1);
+    std::thread::sleep(Duration::from_millis(5));
+    let engine = restart(engine);
+    assert!(!is_kept(&engine, &short), "its time was over");
+    assert!(!is_kept(&engine, &one), "its tag was invalid");
+    assert!(is_kept(&engine, &two));
+    let engine = restart(engine);
+    assert!(is_kept(&engine, &one), "it was computed again");
+    // Not in memory of this engine, but on disk.
+    assert_eq!(engine.responses().invalidate("two"), 0);
+    assert!(!is_kept(&engine, &two), "at once");
+    engine.responses().bump_version();
+    assert!(!is_kept(&engine, &one) && is_kept(&engine, &one));
+    let engine = restart(engine);
+    assert_eq!(engine.responses().stats().version, 0);
+    assert!(!is_kept(&engine, &one), "nobody comes back to a version that was left");
+    engine.responses().clear();
+    let engine = restart(engine);
+    assert_eq!(engine.responses().stats().disk_entries, 0);
+    assert!(!is_kept(&engine, &one));
+}
+
+/// Whatever byte of the files is changed or cut off, an answer is the right one; most of them are computed again.
+#[test]
+fn damaged_files_are_misses() {
+    let folder = Folder::new("damage");
+    let requests: Vec<Request> = (0..4).map(|i| greedy(&format!("Number {i}"))).collect();
+    let first = folder.open();
+    let right: Vec<Completion> = requests.iter().map(|request| complete(&first, request)).collect();
+    first.flush().expect("written");
+    first.close();
+    let [segment] = &folder.segments()[..] else { panic!("one segment") };
+    let sound = std::fs::read(segment).expect("readable");
+    let (page, record) = (4_096, 4_096);
+    // The page of the file; the second record's header, its payload, and its end.
+    let changes: [(usize, Option<usize>, u64); 4] = [
+        (9, None, 0),
+        (page + record + 50, None, 0),
+        (page + record + 200, None, 3),
+        (0, Some(page + 3 * record + 9), 3),
+    ];
+    for (at, cut, num_found) in changes {
+        let mut bytes = sound.clone();
+        bytes[at] ^= u8::from(cut.is_none());
+        bytes.truncate(cut.unwrap_or(sound.len()));
+        for file in folder.segments() {
+            std::fs::remove_file(file).expect("removed");
+        }
+        std::fs::write(segment, bytes).expect("written");
+        let engine = folder.open();
+        for (request, right) in requests.iter().zip(&right) {
+            assert_eq!(complete(&engine, request).choices, right.choices, "byte {at}, cut {cut:?}");
+        }
+        assert_eq!(engine.responses().stats().disk_hits, num_found, "byte {at}, cut {cut:?}");
+        engine.close();
+    }
+}
+
+/// Another chat template or tokenizer beside the same weights is another model; so is another length of its context.
+#[test]
+fn the_text_of_a_model_is_part_of_it() {
+    let folder = Folder::new("text");
+    let model = folder.0.join("model");
+    std::fs::create_dir_all(&model).expect("made");
+    for name in
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    {
+        std::fs::copy(demo::path().join(name), model.join(name)).expect("copied");
+    }
+    let answers = folder.0.join("kv");
+    let request = greedy("Once upon a time");
+    let finds = || {
+        let engine = open_in(&answers, model.clone());
+        let is_found = is_kept(&engine, &request);
+        engine.flush().expect("written");
+        engine.close();
+        is_found
+    };
+    assert!(!finds() && finds());
+    let change = |name: &str, from: &str, to: &str| {
+        let text = std::fs::read_to_string(model.join(name)).expect("text");
+        assert!(text.contains(from), "{name} has no {from}");
+        std::fs::write(model.join(name), text.replacen(from, to, 1)).expect("written");
+    };
+    change("tokenizer_config.json", "\"chat_template\": \"", "\"chat_template\": \"{# another #}");
+    assert!(!finds() && finds(), "another template");
+    change("tokenizer.json", "{", "{ ");
+    assert!(!finds() && finds(), "another tokenizer, byte for byte");
+}
+
+/// A second engine does not use the answers of a directory that another one writes: it would not hear what becomes invalid.
+#[test]
+fn one_process_has_the_answers() {
+    let folder = Folder::new("second");
+    let (first, request) = (folder.open(), greedy("Once"));
+    assert!(!is_kept(&first, &request));
+    first.flush().expect("written");
+    let second = folder.open();
+    assert!(!is_kept(&second, &request) && is_kept(&second, &request), "from its own memory");
+    assert_eq!(second.responses().stats().disk_hits, 0);
+    drop(first);
+    // A size for which the directory is too small is refused by name.
+    let refused = Engine::open({
+        let mut options = ns_llm::EngineOptions::new(demo::path()).threads(1).kv_cache_dir(&folder.0);
+        (options.response_cache.max_bytes, options.response_cache.disk_bytes) = (1 << 20, 1 << 20);
+        options
+    });
+    assert!(matches!(refused.err(), Some(Error::InvalidArgument { field: "response_cache.disk_bytes", .. })));
 }

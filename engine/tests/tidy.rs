@@ -41,6 +41,8 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "memory_plan",
             "model",
             "request",
+            "response_cache",
+            "response_tiers",
             "responses",
             "scheduler",
             "stats",
@@ -60,6 +62,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "embedding",
             "request",
             "response_cache",
+            "response_tiers",
             "responses",
             "sampler",
             "sequence",
@@ -91,7 +94,8 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("stream", &["request"]),
     ("text_model", &["chat", "request", "tokenizer"]),
     // Whole answers: as they are shared, and as plain state.
-    ("responses", &["request", "response_cache", "stats"]),
+    ("responses", &["kv_cache", "request", "response_cache", "response_tiers", "stats"]),
+    ("response_tiers", &["kv_cache", "response_cache", "sequence"]),
     ("response_cache", &["request", "stats"]),
     // The core: numbers only.
     ("scheduler", &["batch", "kv_cache", "request", "sequence"]),

@@ -99,6 +99,10 @@ pub const NS_LLM_ENGINE_NORMAL_PRIORITY: u32 = 2;
 /// A flag of `ns_llm_engine_params`: a kept answer's time follows its use, from a sixth of `response_ttl_ms` to twice as
 /// long.
 pub const NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL: u32 = 4;
+/// A flag of `ns_llm_engine_params`: answers are not kept in `kv_cache_dir`.
+pub const NS_LLM_ENGINE_NO_RESPONSE_DISK: u32 = 8;
+/// A flag of `ns_llm_engine_params`: answers are not shared through `kv_remote_url`.
+pub const NS_LLM_ENGINE_NO_RESPONSE_REMOTE: u32 = 16;
 
 /// Hears how far loading is; both sizes are bytes of weights. Called by ns_llm_engine_open(), one call at a time, on
 /// the calling thread or on a loading thread, and never after it has returned. Returns `true` to go on, `false` to
@@ -165,7 +169,8 @@ pub struct ns_llm_engine_params {
     /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, to 1.
     /// 0: 1, all of it.
     pub kv_namespace_share: f64,
-    /// Bytes of answers that are kept, to be given again without computing a token to requests for the same. 0: none are.
+    /// Bytes of answers that are kept in memory, to be given again without computing a token to requests for the same. 0: none
+    /// are. With `kv_cache_dir` they outlive the process, with `kv_remote_url` nodes share them.
     pub response_cache_bytes: u64,
     /// How long an answer is kept, milliseconds, at most a year. 0: one hour.
     pub response_ttl_ms: u64,
@@ -175,6 +180,8 @@ pub struct ns_llm_engine_params {
     /// What all nodes know and the store does not, 16 to 1,024 bytes: records that are not authenticated with it are not used.
     /// NULL: the store is trusted not to make records up.
     pub kv_remote_secret: ns_llm_text,
+    /// Bytes that the files with answers take at most, in `answers` beneath `kv_cache_dir`; at least some 4 MiB. 0: 256 MiB.
+    pub response_disk_bytes: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -262,9 +269,9 @@ pub extern "C" fn ns_llm_engine_free(engine: ns_llm_engine) -> ns_llm_status {
     })
 }
 
-/// Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power; at most a minute.
-/// Without `kv_cache_dir` there is nothing to wait for. Blocks are written by themselves, too: this is for programs that must
-/// know.
+/// Waits until the KV blocks that were computed so far, and kept answers, are on disk, where they outlive a failure of power;
+/// at most a minute. Without `kv_cache_dir` and `kv_remote_url` there is nothing to wait for. They are written by themselves,
+/// too: this is for programs that must know.
 ///
 /// Threads:    any, also concurrently, also inside a callback.
 /// Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE;
@@ -273,6 +280,21 @@ pub extern "C" fn ns_llm_engine_free(engine: ns_llm_engine) -> ns_llm_status {
 #[unsafe(no_mangle)]
 pub extern "C" fn ns_llm_engine_flush(engine: ns_llm_engine) -> ns_llm_status {
     boundary(|| ENGINES.get(engine)?.engine.flush().map_err(Failure::from))
+}
+
+/// Forgets the KV that is cached for later: in the pool, in host memory and in the files of `kv_cache_dir`, for all namespaces
+/// and for every model that has used the directory. Nothing of it is found any more when this returns. Requests that run are
+/// not touched, and what is computed from now on is cached again. A store that nodes share is left as it is. Waits at most a
+/// minute.
+///
+/// Threads:    any, also concurrently; inside a callback it holds up the events of all engines.
+/// Returns:    NS_LLM_OK; NS_LLM_STORAGE if the files could not be removed, or if another process writes them: this engine
+///             does not use them any more, another might; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the
+///             engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// On failure: pool and host memory are cleared all the same, unless the engine is closed.
+#[unsafe(no_mangle)]
+pub extern "C" fn ns_llm_engine_clear_prefix_cache(engine: ns_llm_engine) -> ns_llm_status {
+    boundary(|| ENGINES.get(engine)?.engine.clear_prefix_cache().map_err(Failure::from))
 }
 
 /// # Safety
@@ -307,6 +329,10 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     options.kv_namespace_share = unless_zero(params.kv_namespace_share).unwrap_or(options.kv_namespace_share);
     options.response_cache.max_bytes = params.response_cache_bytes;
     options.response_cache.ttl_ms = unless_zero(params.response_ttl_ms).unwrap_or(options.response_cache.ttl_ms);
+    if params.flags & NS_LLM_ENGINE_NO_RESPONSE_DISK == 0 {
+        let given = unless_zero(params.response_disk_bytes);
+        options.response_cache.disk_bytes = given.unwrap_or(options.response_cache.disk_bytes);
+    }
     // SAFETY: promised by the caller.
     let url = unsafe { read_text("kv_remote_url", params.kv_remote_url, MAX_REMOTE_URL_BYTES) }?;
     // SAFETY: promised by the caller.
@@ -397,12 +423,20 @@ fn kv_dtype(value: u32) -> Result<Option<KvDtype>, Failure> {
 }
 
 fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {
-    let known = NS_LLM_ENGINE_NO_PREFIX_CACHE | NS_LLM_ENGINE_NORMAL_PRIORITY | NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL;
+    let known = NS_LLM_ENGINE_NO_PREFIX_CACHE
+        | NS_LLM_ENGINE_NORMAL_PRIORITY
+        | NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL
+        | NS_LLM_ENGINE_NO_RESPONSE_DISK
+        | NS_LLM_ENGINE_NO_RESPONSE_REMOTE;
     if flags & !known != 0 {
         return Err(Failure::Unsupported { argument: "params", reason: format!("flags {:#x}", flags & !known) });
     }
     options.prefix_cache = flags & NS_LLM_ENGINE_NO_PREFIX_CACHE == 0;
     options.response_cache.adaptive_ttl = flags & NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL != 0;
+    options.response_cache.remote = flags & NS_LLM_ENGINE_NO_RESPONSE_REMOTE == 0;
+    if flags & NS_LLM_ENGINE_NO_RESPONSE_DISK != 0 {
+        options.response_cache.disk_bytes = 0;
+    }
     if flags & NS_LLM_ENGINE_NORMAL_PRIORITY != 0 {
         options.thread_priority = ThreadPriority::Normal;
     }

@@ -172,6 +172,8 @@ pub struct ns_llm_memory_use {
     pub kv_used_bytes: u64,
     /// The part of it that is kept for later.
     pub kv_cached_bytes: u64,
+    /// Answers that are kept in memory.
+    pub response_cache_bytes: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
@@ -370,6 +372,7 @@ impl From<MemoryUse> for ns_llm_memory_use {
             kv_reserved_bytes: memory.kv_reserved_bytes,
             kv_used_bytes: memory.kv_used_bytes,
             kv_cached_bytes: memory.kv_cached_bytes,
+            response_cache_bytes: memory.response_cache_bytes,
         }
     }
 }

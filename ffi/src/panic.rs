@@ -112,6 +112,7 @@ mod tests {
             contains("ns_llm_engine_memory", &|| ns_llm_engine_memory(0, null_mut()));
             contains("ns_llm_engine_health", &|| ns_llm_engine_health(0));
             contains("ns_llm_engine_flush", &|| ns_llm_engine_flush(0));
+            contains("ns_llm_engine_clear_prefix_cache", &|| ns_llm_engine_clear_prefix_cache(0));
             contains("ns_llm_engine_kv_tier", &|| ns_llm_engine_kv_tier(0, 0, null_mut()));
             contains("ns_llm_responses_stats", &|| ns_llm_responses_stats(0, null_mut()));
             contains("ns_llm_responses_invalidate", &|| ns_llm_responses_invalidate(0, null(), 0, null_mut()));

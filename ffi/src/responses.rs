@@ -45,6 +45,22 @@ pub struct ns_llm_response_cache_stats {
     pub bytes: u64,
     /// The budget.
     pub max_bytes: u64,
+    /// Requests that were answered from files; each is counted as a miss above.
+    pub disk_hits_total: u64,
+    /// Answers in files.
+    pub disk_entries: u64,
+    /// Bytes of these files.
+    pub disk_bytes: u64,
+    /// Requests that were answered from a store that nodes share; each is counted as a miss above.
+    pub remote_hits_total: u64,
+    /// Answers written to files and to that store.
+    pub tier_stores_total: u64,
+    /// Answers not written there: too much waited, or the place was left alone because it failed.
+    pub tier_drops_total: u64,
+    /// Calls to these places that failed, damaged answers included. Each was a miss and no more.
+    pub tier_faults_total: u64,
+    /// Requests that were computed because these places took too long to answer.
+    pub tier_give_ups_total: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
@@ -76,7 +92,8 @@ pub unsafe extern "C" fn ns_llm_responses_stats(
 }
 
 /// Forgets every kept answer whose request had this tag, in all namespaces. Answers with it that are just being computed are
-/// not kept either.
+/// not kept either. In files and in a shared store they are not found any more; that is written behind, and outlives the
+/// process once ns_llm_engine_flush() has returned. Other nodes keep what they have in memory until its time is over.
 ///
 /// Ownership:  `tag` is the caller's.
 /// Threads:    any, also inside a callback.
@@ -84,7 +101,7 @@ pub unsafe extern "C" fn ns_llm_responses_stats(
 /// Returns:    NS_LLM_OK, also if no answer had it; NS_LLM_BAD_HANDLE; NS_LLM_NULL_ARGUMENT; NS_LLM_MISALIGNED_POINTER;
 ///             NS_LLM_INVALID_UTF8; NS_LLM_INVALID_ARGUMENT if the tag has more than 512 bytes; NS_LLM_FORKED_PROCESS;
 ///             NS_LLM_INTERNAL.
-/// On failure: nothing is forgotten, and `*out_num` is 0; else it is the number of answers that were.
+/// On failure: nothing is forgotten, and `*out_num` is 0; else it is the number of answers that were, in memory.
 ///
 /// # Safety
 /// `tag` points to `tag_size` readable bytes, `out_num` to a writable `size_t`.
@@ -106,7 +123,8 @@ pub unsafe extern "C" fn ns_llm_responses_invalidate(
     })
 }
 
-/// Forgets every kept answer, and does not keep those that are just being computed.
+/// Forgets every kept answer, and does not keep those that are just being computed: also in files, and for all nodes in a
+/// shared store, as ns_llm_responses_invalidate() does.
 ///
 /// Threads:    any, also inside a callback.
 /// Returns:    NS_LLM_OK; NS_LLM_BAD_HANDLE (also for 0); NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
@@ -134,6 +152,14 @@ impl From<ResponseCacheStats> for ns_llm_response_cache_stats {
             entries: stats.entries,
             bytes: stats.bytes,
             max_bytes: stats.max_bytes,
+            disk_hits_total: stats.disk_hits,
+            disk_entries: stats.disk_entries,
+            disk_bytes: stats.disk_bytes,
+            remote_hits_total: stats.remote_hits,
+            tier_stores_total: stats.tier_stores,
+            tier_drops_total: stats.tier_drops,
+            tier_faults_total: stats.tier_faults,
+            tier_give_ups_total: stats.tier_give_ups,
         }
     }
 }

@@ -176,8 +176,8 @@ export class KvCacheService {
   }
 
   /**
-   * Gives all responses up, makes what the engines have cached unfindable (its place is used again as it is needed,
-   * here and after a restart), and begins all counts anew.
+   * Gives all responses up and what the engines have cached, in memory and on disk; what another place has is not found any
+   * more, here and after a restart. Begins all counts anew. Requests that run are not touched.
    */
   async clear(): Promise<void> {
     this.#store = this.#open();

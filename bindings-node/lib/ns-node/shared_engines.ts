@@ -6,7 +6,9 @@
 import { Engine } from '../engine.js';
 import type { OpenOptions } from '../engine.js';
 import type { CachedTokens } from '../stream.js';
+import { NsLlmError } from '../errors.js';
 import { CacheEpoch, cacheOptions } from './cache_folder.js';
+import { flushAtEnd } from './flush_at_end.js';
 
 /** How an engine is opened. The first client that needs a model decides. */
 export type EngineSettings = Omit<OpenOptions, 'model' | 'signal' | 'onProgress'>;
@@ -103,6 +105,9 @@ export class SharedEngines {
     if (root !== undefined) {
       await this.#epoch.enter(root);
     }
+    if (root !== undefined || cache.kvRemote !== undefined) {
+      flushAtEnd(() => this.flush());
+    }
     return Engine.open({ ...settings, ...cache, model: folder });
   }
 
@@ -132,10 +137,15 @@ export class SharedEngines {
     return contextId === undefined ? epoch : `${epoch}/${contextId}`;
   }
 
-  /** From now on nothing of what is cached is found any more, also after a restart, and the counts begin anew. */
+  /**
+   * From now on nothing of what is cached is found any more, also after a restart, and the counts begin anew. Memory and files
+   * of the open engines are free again; for what lies in a shared store, and in the directories of models that are not open,
+   * there is a new namespace.
+   */
   async clearPrefixCache(): Promise<void> {
-    this.#cleared = this.#counts();
     await this.#epoch.begin();
+    await Promise.all(this.open().map((engine) => engine.clearPrefixCache().catch(unlessStorage)));
+    this.#cleared = this.#counts();
   }
 
   /** Waits until what the engines keep on disk is there. */
@@ -195,6 +205,13 @@ export class SharedEngines {
       }
     }
     return sums;
+  }
+}
+
+/** Files that cannot be removed now, such as those that another process writes, are not found in the new namespace. */
+function unlessStorage(error: unknown): void {
+  if (!(error instanceof NsLlmError && error.code === 'storage')) {
+    throw error;
   }
 }
 

@@ -142,6 +142,15 @@ impl BlockPool {
         block.key = None;
     }
 
+    /// No block has an entry in the prefix index any more: what nobody holds is free.
+    pub(super) fn clear_keys(&mut self) {
+        while let Some(id) = self.cached.pop() {
+            self.block_mut(id).key = None;
+            self.free.push_back(id);
+        }
+        self.blocks.iter_mut().for_each(|block| block.key = None);
+    }
+
     fn give_back(&mut self, id: BlockId) {
         match self.block(id).key {
             Some((_, namespace)) => self.cached.insert(id, namespace, 1),

@@ -119,6 +119,11 @@ impl PrefixIndex {
         assert!(removed.is_some(), "a block with a key is in the index");
     }
 
+    /// No block is published any more.
+    pub(super) fn clear(&mut self) {
+        self.blocks.clear();
+    }
+
     /// `seq` will compute the block of `key`, unless another said so before.
     pub(super) fn claim(&mut self, key: BlockKey, seq: SeqId) {
         self.computing.entry(key).or_insert(seq);

@@ -15,6 +15,7 @@
 //!
 //! Invariants: [`Tiers::check_invariants`].
 
+mod clear;
 pub mod cost;
 pub mod disk;
 pub mod host;
@@ -32,6 +33,7 @@ use crate::config::{MAX_LOST_BLOCKS, MAX_QUARANTINED_BLOCKS, MAX_TIER_READS};
 use crate::error::Error as EngineError;
 use crate::request::{CacheTier, MissReason};
 use crate::sequence::{BlockKey, NamespaceKey, RestoreId};
+pub use clear::ClearState;
 use cost::{Breaker, Rate};
 use disk::Damage;
 use host::HostTier;
@@ -130,6 +132,9 @@ struct Tier {
     jobs: VecDeque<Job>,
     /// Since when the first of them is being done.
     job_since_us: u64,
+    /// The first so many of them were given before all was given up.
+    num_stale_jobs: usize,
+    clear: ClearState,
     read_rate: Rate,
     breaker: Breaker,
     stats: TierStats,
@@ -204,6 +209,8 @@ impl Tiers {
             quarantines: VecDeque::new(),
             jobs: VecDeque::new(),
             job_since_us: 0,
+            num_stale_jobs: 0,
+            clear: ClearState::Done,
             read_rate: Rate::default(),
             breaker: Breaker::default(),
             stats: TierStats::default(),
@@ -413,7 +420,9 @@ impl Tiers {
         if tier.breaker.is_on_trial() && !tier.jobs.is_empty() {
             return None;
         }
-        let job = if num_reads < MAX_TIER_READS { self.next_read(id).map(Job::Read) } else { None };
+        let clear = tier.next_clear();
+        let can_read = clear.is_none() && num_reads < MAX_TIER_READS;
+        let job = clear.or_else(|| if can_read { self.next_read(id).map(Job::Read) } else { None });
         let tier = self.tier_mut(id);
         let job = job.or_else(|| tier.quarantines.pop_front().map(Job::Quarantine)).or_else(|| {
             let (key, bytes) = tier.writes.pop_front()?;
@@ -432,6 +441,8 @@ impl Tiers {
         let tier = self.tier_mut(id);
         let job = tier.jobs.pop_front().expect("a job was given");
         tier.job_since_us = now_us;
+        let is_stale = tier.num_stale_jobs > 0;
+        tier.num_stale_jobs = tier.num_stale_jobs.saturating_sub(1);
         // The tier gets on: who waits for it goes on waiting.
         let is_awaited = |restore: &Restore| {
             let next = restore.keys.get(restore.num_given);
@@ -447,6 +458,7 @@ impl Tiers {
             self.tier_mut(id).breaker.succeeded(now_us);
         }
         match job {
+            Job::Read(key) if is_stale => self.complete_stale_read(id, key, outcome, now_us),
             Job::Read(key) => self.complete_read(id, key, outcome, elapsed_us, now_us),
             Job::Write(key, bytes) => {
                 let is_quarantined = self.quarantined.contains(&key);
@@ -455,7 +467,7 @@ impl Tiers {
                 tier.writing.remove(&key);
                 if outcome == Outcome::Stored {
                     tier.stats.stored += 1;
-                    if !is_quarantined {
+                    if !is_quarantined && !is_stale {
                         tier.held.insert(key);
                     }
                 }
@@ -465,6 +477,16 @@ impl Tiers {
                 self.tier_mut(id).quarantines.push_front(key)
             }
             Job::Quarantine(_) => {}
+            Job::Clear => {
+                let tier = self.tier_mut(id);
+                // Asked for once more meanwhile, it is done once more.
+                if !is_stale {
+                    tier.clear = match outcome {
+                        Outcome::Fault(fault) => ClearState::Failed(fault),
+                        _ => ClearState::Done,
+                    };
+                }
+            }
         }
         if !self.tier(id).breaker.allows(now_us) {
             self.drop_queues(id);
@@ -474,7 +496,8 @@ impl Tiers {
     /// Whether a tier has done all that there is to do.
     pub fn is_idle(&self, id: TierId) -> bool {
         let tier = self.tier(id);
-        tier.jobs.is_empty() && tier.reads.is_empty() && tier.writes.is_empty() && tier.quarantines.is_empty()
+        let has_queued = !tier.reads.is_empty() || !tier.writes.is_empty() || !tier.quarantines.is_empty();
+        tier.jobs.is_empty() && !has_queued && tier.clear != ClearState::Pending
     }
     /// The tiers that are there.
     pub fn ids(&self) -> impl Iterator<Item = TierId> {
@@ -592,17 +615,19 @@ impl Tiers {
         }
     }
 
+    /// A block that was given up while it was read: only for those who wait.
+    fn complete_stale_read(&mut self, id: TierId, key: StoredKey, outcome: Outcome, now_us: u64) {
+        match outcome {
+            Outcome::Found(bytes) if !self.quarantined.contains(&key) => {
+                self.hand_out(id, key, &bytes, now_us);
+            }
+            _ => self.fail_wanted(&key, MissReason::NeverSeen),
+        }
+    }
+
     /// Gives a block to all who wait for it; to host memory when nobody does; and to the tiers that lack it.
     fn deliver(&mut self, from: TierId, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
-        let wanted = self.wanted.remove(&key);
-        let mut is_late = true;
-        for id in wanted.iter().flat_map(|wanted| &wanted.waiting) {
-            let Some(restore) = self.restores.get_mut(id) else { continue };
-            let Some(idx) = restore.keys.iter().position(|other| *other == key) else { continue };
-            restore.blocks[idx] = Some(RestoredBlock { key, bytes: Arc::clone(&bytes), source: Source::Tier(from) });
-            restore.progress_us = now_us;
-            is_late = false;
-        }
+        let (wanted, is_late) = self.hand_out(from, key, &bytes, now_us);
         if is_late {
             self.counters.late += 1;
             // One that was quarantined meanwhile is wanted by nobody at all.
@@ -610,6 +635,20 @@ impl Tiers {
             self.host.insert(key, Arc::clone(&bytes), namespace);
         }
         self.persist(key, bytes, now_us);
+    }
+
+    /// Gives a block to all who wait for it. Who wanted it, and whether nobody waits any more.
+    fn hand_out(&mut self, from: TierId, key: StoredKey, bytes: &Arc<[u8]>, now_us: u64) -> (Option<Wanted>, bool) {
+        let wanted = self.wanted.remove(&key);
+        let mut is_late = true;
+        for id in wanted.iter().flat_map(|wanted| &wanted.waiting) {
+            let Some(restore) = self.restores.get_mut(id) else { continue };
+            let Some(idx) = restore.keys.iter().position(|other| *other == key) else { continue };
+            restore.blocks[idx] = Some(RestoredBlock { key, bytes: Arc::clone(bytes), source: Source::Tier(from) });
+            restore.progress_us = now_us;
+            is_late = false;
+        }
+        (wanted, is_late)
     }
 
     /// A block will not come: who waits for it does with what is before it.
@@ -628,13 +667,8 @@ impl Tiers {
     fn drop_queues(&mut self, id: TierId) {
         let reads: Vec<StoredKey> = self.tier_mut(id).reads.drain(..).collect();
         reads.iter().for_each(|key| self.fail_wanted(key, MissReason::Fault));
-        let tier = self.tier_mut(id);
-        let writes = std::mem::take(&mut tier.writes);
-        for (key, bytes) in &writes {
-            tier.write_queue_bytes -= bytes.len() as u64;
-            tier.writing.remove(key);
-        }
-        self.counters.dropped_writes += writes.len() as u64;
+        let num_dropped = self.tier_mut(id).drop_writes();
+        self.counters.dropped_writes += num_dropped as u64;
     }
 
     fn tier(&self, id: TierId) -> &Tier {
@@ -711,7 +745,7 @@ mod tests {
         match job {
             Job::Read(key) => Outcome::Found(block(key)),
             Job::Write(..) => Outcome::Stored,
-            Job::Quarantine(_) => Outcome::Missing,
+            Job::Quarantine(_) | Job::Clear => Outcome::Missing,
         }
     }
     fn names(blocks: &[RestoredBlock]) -> Vec<StoredKey> {

@@ -68,6 +68,7 @@ enum Tag {
     LogitBias,
     Seed,
     Value,
+    Mark,
     Request,
     PromptText,
     Role,
@@ -263,6 +264,14 @@ pub fn request_key(request: &Request, version: u64) -> ResponseKey {
 /// The key of a value that a caller keeps under a name of its own. No name has the key of an answer.
 pub fn value_key(version: u64, name: &str) -> ResponseKey {
     KeyHash::new(version).field(Tag::Value, name.as_bytes()).key()
+}
+
+/// The key of the mark that makes an engine's answers with this tag invalid in a tier; `None`: all its answers. Of every
+/// version: a tag knows none.
+pub fn mark_key(identity: &[u8; 32], tag: Option<&str>) -> ResponseKey {
+    let scope = [u8::from(tag.is_some())];
+    let name = [&scope, tag.unwrap_or_default().as_bytes()].concat();
+    KeyHash::new(0).field(Tag::Identity, identity).field(Tag::Mark, &name).key()
 }
 
 #[cfg(test)]

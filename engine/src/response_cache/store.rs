@@ -100,6 +100,11 @@ impl ResponseStore {
         self.options.max_bytes > 0
     }
 
+    /// How long an entry is found that does not say so itself, milliseconds.
+    pub fn ttl_ms(&self) -> u64 {
+        self.options.ttl_ms
+    }
+
     /// Part of every key.
     pub fn version(&self) -> u64 {
         self.options.version
@@ -152,11 +157,37 @@ impl ResponseStore {
             self.counters.outdated += 1;
             return false;
         }
+        let is_kept = self.insert(key, value, options, now_ms);
+        match is_kept {
+            true => self.counters.stores += 1,
+            false => self.counters.too_large += 1,
+        }
+        is_kept
+    }
+
+    /// An entry has come back from another tier: it is kept here too, if there is room. False: it has become invalid since
+    /// its `ticket`, and is not to be used.
+    pub fn promote(
+        &mut self,
+        key: ResponseKey,
+        value: Arc<[u8]>,
+        options: EntryOptions,
+        ticket: Ticket,
+        now_ms: u64,
+    ) -> bool {
+        let is_valid = !self.is_outdated(&options.tags, ticket);
+        if is_valid {
+            self.insert(key, value, options, now_ms);
+        }
+        is_valid
+    }
+
+    /// False: it is larger than an entry may be.
+    fn insert(&mut self, key: ResponseKey, value: Arc<[u8]>, options: EntryOptions, now_ms: u64) -> bool {
         self.contents.remove(&key);
         let tag_bytes: u64 = options.tags.iter().map(|tag| tag.len() as u64 + RESPONSE_TAG_BYTES).sum();
         let bytes = value.len() as u64 + tag_bytes + RESPONSE_ENTRY_BYTES;
         if value.len() > MAX_RESPONSE_BYTES || bytes > self.options.max_bytes || self.options.max_entries == 0 {
-            self.counters.too_large += 1;
             return false;
         }
         self.make_room(bytes, now_ms);
@@ -165,7 +196,6 @@ impl ResponseStore {
         let used = EntryUse { stored_ms: now_ms, last_used_ms: now_ms, hits: 0 };
         let entry = Entry { value, tags: options.tags, bytes, used, base_ttl_ms, expires_ms };
         self.contents.insert(key, entry);
-        self.counters.stores += 1;
         true
     }
 

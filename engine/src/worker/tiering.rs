@@ -6,7 +6,7 @@ use std::sync::mpsc::SyncSender;
 
 use crate::command::TierAnswer;
 use crate::error::{Error, Result};
-use crate::kv_cache::tiers::{Fault, TierId, Tiers};
+use crate::kv_cache::tiers::{ClearState, Fault, TierId, Tiers};
 use crate::tier_thread::TierThread;
 
 /// The threads, and who waits for a flush.
@@ -14,6 +14,8 @@ pub(super) struct Tiering {
     threads: Vec<TierThread>,
     /// In the order in which they came; only the first is under way.
     flushes: VecDeque<Flush>,
+    /// Who waits until the tiers have given everything up.
+    clears: Vec<SyncSender<Result<()>>>,
 }
 
 /// Somebody waits until what was queued for writing when he asked is on the medium.
@@ -28,7 +30,7 @@ struct Flush {
 
 impl Tiering {
     pub(super) fn new(threads: Vec<TierThread>) -> Self {
-        Tiering { threads, flushes: VecDeque::new() }
+        Tiering { threads, flushes: VecDeque::new(), clears: Vec::new() }
     }
 
     /// Gives each tier what it is to do next.
@@ -53,6 +55,7 @@ impl Tiering {
             TierAnswer::Done { id, done, lost } => {
                 tiers.complete(id, done, now_us);
                 tiers.lost(id, lost);
+                self.settle_clears(Some(tiers));
             }
             TierAnswer::Flushed { id, result } => {
                 let flush = self.flushes.front_mut().expect("one that was asked for");
@@ -77,6 +80,27 @@ impl Tiering {
         }
     }
 
+    /// Somebody waits until the tiers have given everything up.
+    pub(super) fn clear(&mut self, reply: SyncSender<Result<()>>) {
+        self.clears.push(reply);
+    }
+
+    /// Tells those who wait, when no tier is still to do it.
+    pub(super) fn settle_clears(&mut self, tiers: Option<&Tiers>) {
+        let states = || tiers.into_iter().flat_map(|tiers| tiers.ids().map(|id| (id, tiers.clear_state(id))));
+        if states().any(|(_, state)| *state == ClearState::Pending) {
+            return;
+        }
+        let failure = states().find_map(|(id, state)| match state {
+            ClearState::Failed(fault) => Some(storage_error(id, fault)),
+            _ => None,
+        });
+        for reply in self.clears.drain(..) {
+            // Whoever asked may have gone.
+            let _ = reply.send(failure.clone().map_or(Ok(()), Err));
+        }
+    }
+
     fn settle_flush(&mut self) {
         while self.flushes.front().is_some_and(|flush| flush.num_unanswered == Some(0)) {
             if let Some(flush) = self.flushes.pop_front() {
@@ -93,8 +117,8 @@ impl Tiering {
 
     /// Ends the threads; whoever waits for a flush is told `last`.
     pub(super) fn end(self, is_idle: bool, last: &Error) {
-        for flush in self.flushes {
-            let _ = flush.reply.send(Err(last.clone()));
+        for reply in self.flushes.into_iter().map(|flush| flush.reply).chain(self.clears) {
+            let _ = reply.send(Err(last.clone()));
         }
         self.threads.into_iter().for_each(|thread| thread.end(is_idle));
     }

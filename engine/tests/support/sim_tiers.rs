@@ -32,11 +32,12 @@ pub struct TierTally {
     pub writes: u64,
     pub faults: u64,
     pub losses: u64,
+    pub clears: u64,
 }
 
 impl TierTally {
-    pub fn events(&self) -> [u64; 4] {
-        [self.reads, self.writes, self.faults, self.losses]
+    pub fn events(&self) -> [u64; 5] {
+        [self.reads, self.writes, self.faults, self.losses, self.clears]
     }
 }
 
@@ -118,6 +119,12 @@ impl SimTiers {
             Job::Quarantine(key) => {
                 store.blocks.remove(&key);
                 store.keys.retain(|other| *other != key);
+                Outcome::Missing
+            }
+            Job::Clear => {
+                store.blocks.clear();
+                store.keys.clear();
+                self.tally.clears += 1;
                 Outcome::Missing
             }
         }

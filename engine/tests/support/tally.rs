@@ -21,8 +21,8 @@ pub struct Tally {
     pub most_preemptions: u64,
     /// Prompt tokens from host memory, disk and the shared store.
     pub restored_from: [u64; 3],
-    /// Reads, writes, faults and losses of the tiers below host memory.
-    pub tier_events: [u64; 4],
+    /// Reads, writes, faults, losses and clearings of the tiers below host memory.
+    pub tier_events: [u64; 5],
     pub gave_up: u64,
     pub late: u64,
 }
@@ -96,6 +96,7 @@ impl Tally {
             ("writes to tiers", self.tier_events[1]),
             ("faults of tiers", self.tier_events[2]),
             ("losses of tiers", self.tier_events[3]),
+            ("clearings of tiers", self.tier_events[4]),
             ("restores that gave up", self.gave_up),
             ("blocks that came too late", self.late),
             ("recomputed", c.recomputed_tokens),
@@ -135,7 +136,7 @@ pub fn outcome(sim: &mut Simulation) -> Tally {
     Tally {
         counters: sim.scheduler.counters(),
         restored_from: [found(|cached| cached.host), found(|cached| cached.disk), found(|cached| cached.remote)],
-        tier_events: sim.tiers.as_ref().map_or([0; 4], |tiers| tiers.tally.events()),
+        tier_events: sim.tiers.as_ref().map_or([0; 5], |tiers| tiers.tally.events()),
         gave_up: tier_counters.gave_up,
         late: tier_counters.late,
         slot_reads: sim.executor.num_reads,

@@ -72,6 +72,22 @@ static void kv_outlives_its_engine(void) {
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(engine));
 }
 
+/* What is cleared is not found: in the pool, on disk, by the next engine. */
+static void cleared_kv_is_gone(void) {
+    static heard h;
+    ns_llm_engine engine = open_over(folder, 0);
+    CHECK(answer(engine, &h).cached_tokens >= 32);
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_clear_prefix_cache(engine));
+    CHECK(tier(engine, NS_LLM_KV_TIER_DISK).blocks == 0);
+    CHECK(answer(engine, &h).cached_tokens == 0 && answer(engine, &h).cached_tokens >= 32);
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_clear_prefix_cache(engine));
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(engine));
+    CHECK_STATUS(NS_LLM_BAD_HANDLE, ns_llm_engine_clear_prefix_cache(engine));
+    engine = open_over(folder, 0);
+    CHECK(answer(engine, &h).cached_tokens == 0);
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(engine));
+}
+
 /* Without a directory there is nothing to wait for, and no tier. */
 static void engines_without_tiers_say_so(void) {
     static heard h;
@@ -87,6 +103,7 @@ int main(int argc, char **argv) {
     model = argv[1], folder = argv[2];
     CHECK(access(folder, F_OK) != 0);
     kv_outlives_its_engine();
+    cleared_kv_is_gone();
     engines_without_tiers_say_so();
     return 0;
 }

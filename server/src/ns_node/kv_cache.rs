@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, StatusCode};
-use ns_llm::Stats;
+use ns_llm::{Engine, Error, Stats};
 use serde_json::json;
 
 use crate::app::App;
@@ -44,10 +44,27 @@ pub(crate) async fn stats(State(app): State<Arc<App>>) -> Response<Body> {
     }))
 }
 
-/// `POST /api/kv-cache/clear`: an engine keeps its prefixes until it needs their room.
-pub(crate) async fn clear() -> Response<Body> {
-    let message = "the prefix cache cannot be emptied while its engine runs";
-    json_with_status(StatusCode::NOT_IMPLEMENTED, &json!({ "success": false, "message": message, "error": message }))
+/// `POST /api/kv-cache/clear`: the prefixes and the kept answers of all models, in memory and in files. Requests that run are
+/// not touched.
+pub(crate) async fn clear(State(app): State<Arc<App>>) -> Response<Body> {
+    let engines: Vec<Engine> = app.models.iter().map(|model| model.engine.clone()).collect();
+    // Files are removed, which may take its time.
+    let work = move || {
+        engines.iter().for_each(|engine| engine.responses().clear());
+        // All of them, also when one fails.
+        let results: Vec<_> = engines.iter().map(Engine::clear_prefix_cache).collect();
+        results.into_iter().collect::<Result<(), Error>>()
+    };
+    match app.helper.run(work).await {
+        Ok(Ok(())) => json_response(&json!({ "success": true, "message": "Cache cleared" })),
+        Ok(Err(error)) => failed(&error.to_string()),
+        Err(_) => failed("the cache could not be cleared now"),
+    }
+}
+
+fn failed(message: &str) -> Response<Body> {
+    let object = json!({ "success": false, "message": message, "error": message });
+    json_with_status(StatusCode::INTERNAL_SERVER_ERROR, &object)
 }
 
 /// `POST /api/kv-cache/prune`: nothing is ever out of date, so nothing is left of what was.

@@ -103,7 +103,14 @@ fn the_cache_is_told() {
     assert_eq!(running.get("/api/kv-cache/..%2F..%2Fsecret/exists").ok(), json!({ "exists": false }));
     assert_eq!(running.send("DELETE", "/api/kv-cache/abc", &[], "").ok(), json!({ "success": false }));
     assert_eq!(running.post("/api/kv-cache/prune", &json!({})).ok()["success"], true);
-    assert_eq!(running.post("/api/kv-cache/clear", &json!({})).status, 501);
+    // Cleared, it is empty, and fills again.
+    assert_eq!(running.post("/api/kv-cache/clear", &json!({})).ok()["success"], true);
+    assert_eq!(running.get("/api/kv-cache/stats").ok()["memorySize"], 0);
+    for _ in 0..2 {
+        running.post("/v1/completions", &json!({ "prompt": prompt, "max_tokens": 1 })).ok();
+    }
+    let after = running.get("/api/kv-cache/stats").ok();
+    assert_eq!((&after["hits"], &after["misses"]), (&json!(4), &json!(2)));
 }
 
 /// What was answered is in the performance routes, with their types, and can be forgotten.

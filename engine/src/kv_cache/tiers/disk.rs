@@ -27,7 +27,7 @@ use sha2::{Digest, Sha256};
 use super::{Fault, Job, Outcome, StoredKey, TierId, TierStats, TierStore};
 use crate::config::{DISK_MIN_SEGMENTS, DISK_SEGMENT_BYTES, MAX_DISK_ENTRIES, MAX_DISK_SEGMENTS};
 use crate::error::Error;
-pub use directory::{Access, Directory, SegmentFile, SegmentFiles, draw_seed, file_name};
+pub use directory::{ANSWERS, Access, Directory, SegmentFile, SegmentFiles, draw_seed, file_name};
 pub use record::{Damage, FORMAT_VERSION, Nonce, PAGE_BYTES, record_bytes};
 use record::{Expected, HEADER_BYTES, RecordHeader, parse_segment_page, segment_page};
 pub use survey::{DamagedPlace, Survey, survey};
@@ -75,6 +75,8 @@ pub struct DiskReport {
     pub cut_bytes: u64,
     /// Runs of bytes that should have been records, at opening; and records that were damaged when they were read.
     pub damaged_records: u64,
+    /// Those of the damages at opening that no torn end explains: what was stored there was whole once.
+    pub inner_damage: u64,
     /// Segments whose first page was damaged.
     pub damaged_segments: u64,
     /// Segments that were removed because a sync failed or a block of theirs was quarantined.
@@ -194,6 +196,14 @@ impl DiskTier {
     /// Stores a block; false: it was here already. Others may go for it ([`DiskTier::take_lost`]).
     pub fn put(&mut self, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
         let stored = self.try_put(key, payload);
+        self.stats.faults += u64::from(stored.is_err());
+        stored
+    }
+
+    /// Stores what is found by `key` from now on, in the place of what was there: also after a restart, for the later of
+    /// two records counts.
+    pub fn replace(&mut self, key: StoredKey, payload: &[u8]) -> Result<(), Fault> {
+        let stored = self.try_append(key, payload);
         self.stats.faults += u64::from(stored.is_err());
         stored
     }
@@ -354,6 +364,7 @@ impl TierStore for DiskTier {
                 DiskTier::quarantine(self, &key);
                 Ok(Outcome::Missing)
             }
+            Job::Clear => DiskTier::clear(self).map(|()| Outcome::Missing),
         };
         outcome.unwrap_or_else(Outcome::Fault)
     }
@@ -371,13 +382,18 @@ impl TierStore for DiskTier {
 impl DiskTier {
     fn try_put(&mut self, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
         self.check_writer()?;
-        let (bytes, limit_bytes) = (payload.len() as u64, self.options.max_payload_bytes);
-        if bytes > limit_bytes {
-            return Err(Fault::TooLong { bytes, limit_bytes });
-        }
         if let Some(place) = self.index.get(&key) {
             self.touch(place.segment);
             return Ok(false);
+        }
+        self.try_append(key, payload).map(|()| true)
+    }
+
+    fn try_append(&mut self, key: StoredKey, payload: &[u8]) -> Result<(), Fault> {
+        self.check_writer()?;
+        let (bytes, limit_bytes) = (payload.len() as u64, self.options.max_payload_bytes);
+        if bytes > limit_bytes {
+            return Err(Fault::TooLong { bytes, limit_bytes });
         }
         let record_bytes = record_bytes(bytes);
         let (id, nonce) = self.segment_with_room(record_bytes)?;
@@ -386,11 +402,10 @@ impl DiskTier {
         let record = RecordHeader::record(key, nonce, sequence, payload);
         let offset = self.append(id, &record)?;
         self.next_sequence += 1;
-        self.index.insert(key, Place { segment: id, offset, payload_bytes: bytes, sequence });
-        self.segments.entry(id).and_modify(|segment| segment.keys.push(key));
+        self.index_place(key, Place { segment: id, offset, payload_bytes: bytes, sequence });
         self.touch(id);
         self.stats.stored += 1;
-        Ok(true)
+        Ok(())
     }
 
     /// The open segment, or a new one when it has no room for `record_bytes`.
@@ -616,12 +631,16 @@ impl DiskTier {
             Ok(nonce) => self.scan_records(id, nonce, bytes),
             Err(Fault::Damaged(_)) => {
                 self.report.damaged_segments += 1;
+                self.report.inner_damage += u64::from(bytes > PAGE_BYTES);
                 if self.access == Access::Write {
                     let removed = self.remove_segment(id);
                     self.stats.faults += u64::from(removed.is_err());
                 }
             }
-            Err(_) => self.stats.faults += 1,
+            Err(_) => {
+                self.stats.faults += 1;
+                self.report.inner_damage += 1;
+            }
         }
     }
 
@@ -633,6 +652,7 @@ impl DiskTier {
             if self.read_exact(id, offset, &mut header).is_err() {
                 // What follows is not known, so nothing is cut and nothing is appended.
                 self.stats.faults += 1;
+                self.report.inner_damage += 1;
                 return;
             }
             // Engines with larger blocks may share the directory; the file bounds what a header can claim.
@@ -644,6 +664,7 @@ impl DiskTier {
                     last_sequence = Some(record.sequence);
                     offset += record_bytes(record.payload_bytes);
                     sound_end = offset;
+                    self.report.inner_damage += u64::from(is_in_damage);
                     is_in_damage = false;
                 }
                 // Its length is not to be trusted: the next record is looked for on each page.
@@ -659,11 +680,16 @@ impl DiskTier {
 
     fn index_record(&mut self, id: u64, offset: u64, record: &RecordHeader) {
         let place = Place { segment: id, offset, payload_bytes: record.payload_bytes, sequence: record.sequence };
-        if let Some(older) = self.index.insert(record.key, place) {
-            self.segments.entry(older.segment).and_modify(|segment| segment.keys.retain(|key| *key != record.key));
-        }
-        self.segments.entry(id).and_modify(|segment| segment.keys.push(record.key));
+        self.index_place(record.key, place);
         self.next_sequence = self.next_sequence.max(record.sequence + 1);
+    }
+
+    /// The block is found at `place`, and no longer where it was.
+    fn index_place(&mut self, key: StoredKey, place: Place) {
+        if let Some(older) = self.index.insert(key, place) {
+            self.segments.entry(older.segment).and_modify(|segment| segment.keys.retain(|other| *other != key));
+        }
+        self.segments.entry(place.segment).and_modify(|segment| segment.keys.push(key));
     }
 
     /// Removes what follows the last sound record; then records may be appended.

@@ -10,7 +10,7 @@
 //! carries a keyed authentication code. The store can read what it holds, and that is as private as the prompts it
 //! came from; the way to it is not encrypted either. Give it a network of its own.
 //!
-//! **Names.** `PREFIX:kv:1:AUTH:BLOCK:LAYOUT`: the version of the record's format; `open`, or eight digits that belong to the
+//! **Names.** `PREFIX:kv:1:AUTH:BLOCK:LAYOUT` (of the response cache `answer` instead of `kv`): the version of the record's format; `open`, or eight digits that belong to the
 //! secret; both halves of the key in hexadecimal. Nodes of another version or secret use other names, and never meet.
 //! Every record has a time to live, which is new again when a node finds that what it wants to store is there.
 
@@ -40,6 +40,8 @@ pub trait RemoteStore: Send {
     fn get(&mut self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, Fault>;
     /// Gives `name` a value for `ttl_s` seconds. False: it has one already, for `ttl_s` seconds from now.
     fn put(&mut self, name: &str, value: &[u8], ttl_s: u64) -> Result<bool, Fault>;
+    /// Gives `name` this value for `ttl_s` seconds, in the place of one that it may have.
+    fn replace(&mut self, name: &str, value: &[u8], ttl_s: u64) -> Result<(), Fault>;
     /// Takes the value of `name` away, if it has one.
     fn remove(&mut self, name: &str) -> Result<(), Fault>;
 }
@@ -70,6 +72,7 @@ pub struct RemoteOptions {
     max_payload_bytes: u64,
     ttl_s: u64,
     prefix: String,
+    kind: &'static str,
     secret: Option<Secret>,
 }
 
@@ -77,7 +80,13 @@ impl RemoteOptions {
     /// Blocks of at most `max_payload_bytes`, with every default.
     pub fn new(max_payload_bytes: u64) -> Self {
         let prefix = DEFAULT_REMOTE_PREFIX.to_string();
-        RemoteOptions { max_payload_bytes, ttl_s: DEFAULT_REMOTE_TTL_S, prefix, secret: None }
+        RemoteOptions { max_payload_bytes, ttl_s: DEFAULT_REMOTE_TTL_S, prefix, kind: "kv", secret: None }
+    }
+
+    /// What stands in all names behind the beginning: what is kept for one purpose is never met by another.
+    pub fn kind(mut self, kind: &'static str) -> Self {
+        self.kind = kind;
+        self
     }
 
     /// How long a block is kept that nobody stores again, seconds.
@@ -138,7 +147,7 @@ impl RemoteTier {
                 hexadecimal(code.iter().take(4))
             }
         };
-        let names = format!("{}:kv:{VERSION}:{auth}", options.prefix);
+        let names = format!("{}:{}:{VERSION}:{auth}", options.prefix, options.kind);
         RemoteTier { store, options, names, stats: TierStats::default(), damaged: 0 }
     }
 
@@ -147,6 +156,16 @@ impl RemoteTier {
         let stored = self.try_put(key, payload);
         match &stored {
             Ok(is_new) => self.stats.stored += u64::from(*is_new),
+            Err(_) => self.stats.faults += 1,
+        }
+        stored
+    }
+
+    /// Stores what is found by `key` from now on, in the place of what was there, for at most `ttl_s` seconds.
+    pub fn replace(&mut self, key: &StoredKey, payload: &[u8], ttl_s: u64) -> Result<(), Fault> {
+        let stored = self.record(key, payload).and_then(|it| self.store.replace(&self.name(key), &it, ttl_s));
+        match &stored {
+            Ok(()) => self.stats.stored += 1,
             Err(_) => self.stats.faults += 1,
         }
         stored
@@ -181,6 +200,10 @@ impl RemoteTier {
         removed
     }
 
+    /// How long what is stored is kept at most, seconds.
+    pub fn max_ttl_s(&self) -> u64 {
+        self.options.ttl_s
+    }
     /// What has happened. What the store holds is not known: others use it too.
     pub fn stats(&self) -> TierStats {
         self.stats
@@ -191,12 +214,16 @@ impl RemoteTier {
     }
 
     fn try_put(&mut self, key: &StoredKey, payload: &[u8]) -> Result<bool, Fault> {
+        let record = self.record(key, payload)?;
+        self.store.put(&self.name(key), &record, self.options.ttl_s)
+    }
+
+    fn record(&self, key: &StoredKey, payload: &[u8]) -> Result<Vec<u8>, Fault> {
         let (bytes, limit_bytes) = (payload.len() as u64, self.options.max_payload_bytes);
         if bytes > limit_bytes {
             return Err(Fault::TooLong { bytes, limit_bytes });
         }
-        let record = record::record(key, payload, self.options.secret.as_ref());
-        self.store.put(&self.name(key), &record, self.options.ttl_s)
+        Ok(record::record(key, payload, self.options.secret.as_ref()))
     }
 
     fn try_get(&mut self, key: &StoredKey, name: &str) -> Result<Option<Vec<u8>>, Fault> {
@@ -227,6 +254,8 @@ impl TierStore for RemoteTier {
             }
             Job::Write(key, bytes) => self.put(&key, &bytes).map(|_| Outcome::Stored),
             Job::Quarantine(key) => self.remove(&key).map(|()| Outcome::Missing),
+            // Others use it too: what is in it ends with its time.
+            Job::Clear => Ok(Outcome::Missing),
         };
         done.unwrap_or_else(Outcome::Fault)
     }

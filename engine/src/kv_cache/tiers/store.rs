@@ -138,6 +138,8 @@ pub enum Job {
     Write(StoredKey, Arc<[u8]>),
     /// See to it that the block is never read again: [`Outcome::Missing`] or [`Outcome::Fault`].
     Quarantine(StoredKey),
+    /// Give up every block: [`Outcome::Missing`] or [`Outcome::Fault`].
+    Clear,
 }
 
 /// What became of a job.

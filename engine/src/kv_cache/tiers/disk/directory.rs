@@ -75,6 +75,8 @@ pub struct Directory {
 
 /// Name of the lock.
 const LOCK: &str = "lock";
+/// Name of the directory beneath that of the KV cache in which the response cache has its answers.
+pub const ANSWERS: &str = "answers";
 /// How often the lock is tried for, and how long is waited between.
 const LOCK_ATTEMPTS: u32 = 3;
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
@@ -317,9 +319,10 @@ fn refuse_unless_cache(path: &Path) -> io::Result<()> {
     let (mut has_segments, mut has_lock, mut has_others) = (false, false, false);
     for entry in fs::read_dir(path)? {
         let entry = entry?;
-        let is_file = entry.file_type()?.is_file();
+        let (is_file, is_dir) = (entry.file_type()?.is_file(), entry.file_type()?.is_dir());
         match entry.file_name().to_str() {
             Some(LOCK) if is_file => has_lock = true,
+            Some(ANSWERS) if is_dir => {}
             Some(name) if is_file && parse_name(name).is_some() => has_segments = true,
             _ => has_others = true,
         }
@@ -339,7 +342,7 @@ fn failed(path: &Path, error: &io::Error) -> Error {
 fn refuse_foreign(path: &Path) -> io::Result<()> {
     for entry in fs::read_dir(path)? {
         let name = entry?.file_name();
-        let is_own = name.to_str().is_some_and(|name| name == LOCK || parse_name(name).is_some());
+        let is_own = name.to_str().is_some_and(|name| [LOCK, ANSWERS].contains(&name) || parse_name(name).is_some());
         if !is_own {
             let reason = "others may enter it and it holds other files; give a directory of mode 0700 or a new one";
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));

@@ -142,6 +142,13 @@ impl RedisStore {
         Ok(connection)
     }
 
+    fn set(&mut self, deadline: Instant, name: &str, value: &[u8], ttl_s: &str) -> Result<(), Fault> {
+        match self.ask(deadline, &[b"SET", name.as_bytes(), value, b"EX", ttl_s.as_bytes()], 0)? {
+            Reply::Ok => Ok(()),
+            other => Err(self.unexpected("SET", &other)),
+        }
+    }
+
     /// Ends the connection, and leaves the server alone for a while.
     fn give_up(&mut self) {
         self.connection = None;
@@ -190,10 +197,11 @@ impl RemoteStore for RedisStore {
             Reply::Integer(0) => {}
             other => return Err(self.unexpected("EXPIRE", &other)),
         }
-        match self.ask(deadline, &[b"SET", name.as_bytes(), value, b"EX", ttl.as_bytes()], 0)? {
-            Reply::Ok => Ok(true),
-            other => Err(self.unexpected("SET", &other)),
-        }
+        self.set(deadline, name, value, &ttl).map(|()| true)
+    }
+
+    fn replace(&mut self, name: &str, value: &[u8], ttl_s: u64) -> Result<(), Fault> {
+        self.set(Instant::now() + self.timeout, name, value, &ttl_s.to_string())
     }
 
     fn remove(&mut self, name: &str) -> Result<(), Fault> {
