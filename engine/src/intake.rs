@@ -2,6 +2,7 @@
 //! checks all that needs the vocabulary. Runs on its own bounded thread, so that neither an event loop nor the step
 //! loop ever waits for a template or a tokenizer.
 
+mod encoded;
 mod replay;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -18,6 +19,7 @@ use crate::command::{Command, Prepared, PreparedInput, PreparedWork, Submission,
 use crate::config::{DEFAULT_MAX_TOKENS, TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN, TEMPLATE_TIME_MS};
 use crate::embedding::{EmbeddingInput, EmbeddingRequest};
 use crate::error::{Error, Result, panic_text};
+use crate::instruments::Instruments;
 use crate::request::{Prompt, Request, SamplingParams};
 use crate::response_cache::CachedAnswer;
 use crate::responses::{LookUp, Question, Responses};
@@ -25,6 +27,7 @@ use crate::sampler::{check_token_ids, choice_seed};
 use crate::sequence::{EncodeSpec, NamespaceKey, SequenceSpec};
 use crate::text_model::TextModel;
 use crate::tokenizer::StopStrings;
+use encoded::{EncodedPrompts, PromptText};
 use replay::replay;
 
 /// What becomes of a submission.
@@ -40,36 +43,38 @@ enum Intake {
 pub(crate) fn run(
     text: &TextModel,
     responses: &Responses,
+    instruments: &Instruments,
     epoch: Instant,
     submissions: &Receiver<Submission>,
     worker: &Sender<Command>,
     is_closing: &AtomicBool,
 ) {
-    for Submission { id, work, sender, submitted, slot } in submissions {
+    let mut encoded = EncodedPrompts::new(responses.is_on());
+    for Submission { id, work, sender, origin, slot } in submissions {
         let given_up = match (is_closing.load(Ordering::Acquire), sender.is_cancelled()) {
             (true, _) => Some(Error::Closed),
             (_, true) => Some(Error::Cancelled),
             _ => None,
         };
-        let since_epoch = submitted.saturating_duration_since(epoch);
+        let since_epoch = origin.arrived.saturating_duration_since(epoch);
         // A defect in a template engine or a tokenizer ends this request, and nobody else's.
         let prepared = given_up.map_or_else(
             || {
-                catch_unwind(AssertUnwindSafe(|| prepare(text, responses, &work, since_epoch)))
+                catch_unwind(AssertUnwindSafe(|| prepare(text, responses, &mut encoded, &work, since_epoch)))
                     .unwrap_or_else(|panic| Err(Error::Internal { reason: panic_text(panic.as_ref()) }))
             },
             Err,
         );
         match prepared {
             Ok(Intake::Run(work)) => {
-                let prepared = Prepared { id, work, sender, submitted, slot };
+                let prepared = Prepared { id, work, sender, origin, slot };
                 // A worker that is gone drops the request, which ends its stream as closed.
                 let _ = worker.send(Command::Run(Box::new(prepared)));
             }
             Ok(Intake::Answered(answer, seed)) => {
                 // First: whoever has seen the last event may submit again.
                 drop(slot);
-                replay(sender, answer, seed, submitted);
+                replay(sender, answer, seed, origin.arrived, &instruments.meters);
             }
             Err(error) => {
                 sender.end(Err(error));
@@ -80,9 +85,15 @@ pub(crate) fn run(
 }
 
 /// `submitted`: time since the worker's epoch.
-fn prepare(text: &TextModel, responses: &Responses, work: &Work, submitted: Duration) -> Result<Intake> {
+fn prepare(
+    text: &TextModel,
+    responses: &Responses,
+    encoded: &mut EncodedPrompts,
+    work: &Work,
+    submitted: Duration,
+) -> Result<Intake> {
     match work {
-        Work::Generate(request) => prepare_generation(text, responses, request, submitted),
+        Work::Generate(request) => prepare_generation(text, responses, encoded, request, submitted),
         Work::Embed(request) => prepare_embedding(text, request, submitted).map(Intake::Run),
     }
 }
@@ -91,10 +102,12 @@ fn prepare(text: &TextModel, responses: &Responses, work: &Work, submitted: Dura
 fn prepare_generation(
     text: &TextModel,
     responses: &Responses,
+    encoded: &mut EncodedPrompts,
     request: &Request,
     submitted: Duration,
 ) -> Result<Intake> {
-    let prompt: Arc<[u32]> = encode(text, &request.prompt)?.into();
+    let namespace = namespace_key(request.namespace.as_deref());
+    let prompt = encode(text, &request.prompt, &namespace, encoded)?;
     let seed = request.sampling.seed.unwrap_or_else(draw_seed);
     let mut stop_token_ids = request.stop_token_ids.clone();
     if !request.ignore_eos {
@@ -103,7 +116,6 @@ fn prepare_generation(
     let stop_token_ids: Arc<[u32]> = stop_token_ids.into();
     let params = SamplingParams::resolve(&request.sampling, &text.sampling_defaults, seed);
     let max_new_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-    let namespace = namespace_key(request.namespace.as_deref());
     let recorder = match responses.look_up(&Question {
         request,
         identity: &text.identity,
@@ -166,10 +178,18 @@ fn deadline_ms(timeout_ms: Option<u64>, submitted: Duration) -> Option<u64> {
     timeout_ms.map(|timeout_ms| submitted.as_millis() as u64 + timeout_ms)
 }
 
-fn encode(text: &TextModel, prompt: &Prompt) -> Result<Vec<u32>> {
+fn encode(
+    text: &TextModel,
+    prompt: &Prompt,
+    namespace: &NamespaceKey,
+    encoded: &mut EncodedPrompts,
+) -> Result<Arc<[u32]>> {
     let ids = match prompt {
-        Prompt::Text(prompt) => text.tokenizer.encode(prompt, true)?,
-        Prompt::Tokens(ids) => ids.clone(),
+        Prompt::Text(prompt) => {
+            let key = PromptText { namespace, text: prompt, content: None };
+            encoded.get(&key, || text.tokenizer.encode(prompt, true))?
+        }
+        Prompt::Tokens(ids) => ids.as_slice().into(),
         Prompt::Chat(messages) => {
             let template = text.chat_template.as_ref().ok_or(Error::NoChatTemplate)?;
             let start = Instant::now();
@@ -183,7 +203,8 @@ fn encode(text: &TextModel, prompt: &Prompt) -> Result<Vec<u32>> {
                     expired: &|| start.elapsed() > Duration::from_millis(TEMPLATE_TIME_MS),
                 },
             )?;
-            text.tokenizer.encode_with_content(&rendered.text, &rendered.content)?
+            let key = PromptText { namespace, text: &rendered.text, content: Some(&rendered.content) };
+            encoded.get(&key, || text.tokenizer.encode_with_content(&rendered.text, &rendered.content))?
         }
     };
     check_prompt_ids("prompt", &ids, text.vocab_size)?;

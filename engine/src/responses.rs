@@ -52,6 +52,11 @@ impl Responses {
         Ok(Responses { inner: Arc::new(inner) })
     }
 
+    /// Whether it keeps anything.
+    pub(crate) fn is_on(&self) -> bool {
+        self.lock().is_on()
+    }
+
     /// Keeps a value under a key of the caller's own. False when it is not kept: the cache is off or closed, or the value is
     /// larger than the whole of it or than [`MAX_RESPONSE_BYTES`]. An error when key or options are out of their ranges.
     pub fn put(&self, key: &str, value: &[u8], options: &PutOptions) -> Result<bool> {
