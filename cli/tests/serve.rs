@@ -109,7 +109,7 @@ fn bench_serve_counts_what_the_engine_counts() {
     for stage in &stages {
         assert_eq!((&stage["succeeded"], &stage["failed"], &stage["errors"]), (&12.into(), &0.into(), &json!({})));
         assert_eq!(stage["completion_tokens"], 12 * 6, "{stage}");
-        ["first_token_ms", "whole_ms", "overhead_ms"].map(|name| check_times(stage, name));
+        ["first_token_ms", "whole_ms", "overhead_ms"].iter().for_each(|name| check_times(stage, name));
     }
     let sum = |name: &str| stages.iter().map(|stage| stage[name].as_u64().expect("a count")).sum::<u64>();
     assert_eq!((stats.requests_total, stats.requests_finished), (26, 26));
