@@ -3,16 +3,24 @@
 //! token, or of `--depth` tokens, the first token left out and the end of text ignored; n parallel sequences have
 //! different prompts, and their generated tokens are counted while all n of them are generating. No prompt repeats, so
 //! the prefix cache is off, unless a KV cache directory or host memory for KV is given, whose cost is then measured; and prompts are computed in full chunks also while others decode, since it is their speed
-//! that is measured.
+//! that is measured. `ns-llm bench serve` is another: it loads a server.
+
+mod arrivals;
+mod figures;
+mod prompt_mix;
+mod serve;
+mod target;
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use ns_llm::{Engine, Event, Request, ResponseCacheOptions, Result};
 use serde_json::{Value, json};
 
 use crate::model::{ModelOptions, kv_tiers, open};
+use crate::trace::TraceOptions;
 use crate::{CommandResult, show};
+use prompt_mix::Rng;
 
 /// Sizes of one parallel sequence.
 const PARALLEL_PROMPT_TOKENS: usize = 128;
@@ -22,9 +30,14 @@ const FIRST_RANDOM_ID: u64 = 300;
 const LAST_RANDOM_ID: u64 = 100_000;
 
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Options {
+    #[command(subcommand)]
+    other: Option<Other>,
     #[command(flatten)]
     model: ModelOptions,
+    #[command(flatten)]
+    trace: TraceOptions,
     /// Length of the prompt
     #[arg(long, value_name = "N", default_value_t = 512)]
     prompt_tokens: usize,
@@ -45,6 +58,13 @@ pub(crate) struct Options {
     json: bool,
 }
 
+/// What is measured in place of an engine.
+#[derive(Subcommand)]
+enum Other {
+    /// Load a server that speaks OpenAI's protocol: this one or another
+    Serve(serve::Options),
+}
+
 /// One run of the figures of a single stream.
 struct Single {
     prompt_ms: f64,
@@ -61,6 +81,9 @@ struct Parallel {
 }
 
 pub(crate) fn run(options: Options) -> CommandResult {
+    if let Some(Other::Serve(options)) = &options.other {
+        return serve::run(options);
+    }
     let counts: Vec<usize> = options
         .parallel
         .split(',')
@@ -77,10 +100,11 @@ pub(crate) fn run(options: Options) -> CommandResult {
     engine_options.max_running_sequences = longest.max(1);
     let block_tokens = engine_options.block_tokens;
     let engine = open(engine_options)?;
+    options.trace.start(&engine)?;
 
     // What an earlier run has left in the directory are other prompts.
     let state = if keeps_kv { nanoseconds_now() } else { 1 };
-    let mut prompts = RandomPrompts { state, vocab_size: engine.info().vocab_size as u64 };
+    let mut prompts = RandomPrompts { rng: Rng(state), vocab_size: engine.info().vocab_size as u64 };
     one_stream(&engine, prompts.next(16), 2)?; // first touch of buffers and threads
     let single =
         (0..options.repeat.max(1)).map(|_| single_run(&engine, &mut prompts, &options)).collect::<Result<Vec<_>>>()?;
@@ -93,6 +117,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
             Ok(median_by(runs, |run| run.gen_tps))
         })
         .collect::<Result<Vec<_>>>()?;
+    options.trace.finish(&engine)?;
     let report = report(&engine, &options, block_tokens, &single, &parallel);
     show(format_args!("{}\n", if options.json { report.to_string() } else { serde_json::to_string_pretty(&report)? }))?;
     Ok(())
@@ -198,9 +223,9 @@ fn parallel_run(engine: &Engine, prompts: &mut RandomPrompts, n: usize) -> Resul
     })
 }
 
-/// Prompts of random ids that never repeat (SplitMix64, Steele et al. 2014).
+/// Prompts of random ids that never repeat.
 struct RandomPrompts {
-    state: u64,
+    rng: Rng,
     vocab_size: u64,
 }
 
@@ -208,15 +233,7 @@ impl RandomPrompts {
     fn next(&mut self, tokens: usize) -> Vec<u32> {
         let last = LAST_RANDOM_ID.min(self.vocab_size - 1);
         let first = FIRST_RANDOM_ID.min(last);
-        (0..tokens).map(|_| (first + self.draw() % (last - first + 1)) as u32).collect()
-    }
-
-    fn draw(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        (0..tokens).map(|_| (first + self.rng.next() % (last - first + 1)) as u32).collect()
     }
 }
 

@@ -8,12 +8,15 @@ use ns_llm::{CacheTier, Completion, Delta, Event, Message, ModelInfo, Request};
 use serde_json::json;
 
 use crate::model::{ModelOptions, open_default};
+use crate::trace::TraceOptions;
 use crate::{CommandResult, show};
 
 #[derive(Args)]
 pub(crate) struct Options {
     #[command(flatten)]
     model: ModelOptions,
+    #[command(flatten)]
+    trace: TraceOptions,
     /// The prompt
     #[arg(long, value_name = "TEXT", required_unless_present = "prompt_file")]
     prompt: Option<String>,
@@ -72,6 +75,7 @@ impl Sampling {
 pub(crate) fn run(options: Options) -> CommandResult {
     let prompt = read_prompt(&options)?;
     let engine = open_default(&options.model)?;
+    options.trace.start(&engine)?;
     let request = if options.chat { Request::chat([Message::new("user", prompt)]) } else { Request::prompt(prompt) };
     let request = options.sampling.apply(request);
     if options.json {
@@ -85,6 +89,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
         }
         show("\n")?;
     }
+    options.trace.finish(&engine)?;
     // Waits for what is still to be written to a KV cache directory.
     engine.close();
     Ok(())

@@ -11,6 +11,7 @@ mod inspect;
 mod model;
 mod quantize;
 mod serve;
+mod trace;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -11,6 +11,7 @@ use ns_llm_server::{ApiKey, Model, Server, ServerOptions};
 
 use crate::CommandResult;
 use crate::model::{ModelOptions, open_default};
+use crate::trace::TraceOptions;
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -50,6 +51,14 @@ pub(crate) struct Options {
     /// Call metrics as vLLM calls its own
     #[arg(long)]
     vllm_metric_names: bool,
+    /// Let callers record what the engine does, at /trace: they see how long all requests are
+    #[arg(long)]
+    trace_route: bool,
+    /// OpenTelemetry collector that gets a trace of each request, such as http://127.0.0.1:4318
+    #[arg(long, value_name = "URL")]
+    otlp_endpoint: Option<String>,
+    #[command(flatten)]
+    trace: TraceOptions,
     /// Longest body of a request (MiB)
     #[arg(long, value_name = "MIB", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
     max_body_mib: u16,
@@ -76,6 +85,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
     // Before the model is loaded, which takes its time.
     server_options.check_address(address.ip())?;
     let engine = open_default(&options.model)?;
+    options.trace.start(&engine)?;
     let name = options.name.unwrap_or_else(|| engine.info().name.clone());
     let server = Server::new(vec![Model { engine: engine.clone(), name, aliases: options.alias }], server_options)?;
     let listener = server.bind(address)?;
@@ -83,8 +93,10 @@ pub(crate) fn run(options: Options) -> CommandResult {
     eprintln!("{} on {} ({}), listening at http://{address}", info.name, info.device, info.isa);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let served = runtime.block_on(async { server.serve(listener, told_to_end()?).await });
+    let traced = options.trace.finish(&engine);
     engine.close();
     served?;
+    traced?;
     Ok(())
 }
 
@@ -108,6 +120,8 @@ fn server_options(options: &Options) -> Result<ServerOptions, Box<dyn std::error
     server.public_probes = options.public_probes;
     server.any_model = options.any_model;
     server.vllm_metric_names = options.vllm_metric_names;
+    server.trace_route = options.trace_route;
+    server.otlp_endpoint = options.otlp_endpoint.clone();
     server.max_body_bytes = usize::from(options.max_body_mib) << 20;
     server.max_connections = options.max_connections;
     server.max_running_requests = options.max_running;

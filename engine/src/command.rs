@@ -4,13 +4,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::time::Instant;
 
 use crate::config::MAX_PENDING_PROMPT_BYTES;
 use crate::embedding::EmbeddingRequest;
 use crate::error::{Error, Result};
 use crate::kv_cache::tiers::{Done, Fault, StoredKey, TierId};
-use crate::request::{Prompt, Request};
+use crate::request::{Origin, Prompt, Request};
 use crate::responses::Recorder;
 use crate::sequence::{EncodeSpec, SequenceSpec};
 use crate::stream::EventSender;
@@ -71,7 +70,7 @@ pub(crate) struct Submission {
     pub(crate) id: RequestId,
     pub(crate) work: Work,
     pub(crate) sender: EventSender,
-    pub(crate) submitted: Instant,
+    pub(crate) origin: Origin,
     pub(crate) slot: PendingSlot,
 }
 
@@ -80,7 +79,7 @@ pub(crate) struct Prepared {
     pub(crate) id: RequestId,
     pub(crate) work: PreparedWork,
     pub(crate) sender: EventSender,
-    pub(crate) submitted: Instant,
+    pub(crate) origin: Origin,
     pub(crate) slot: PendingSlot,
 }
 
@@ -125,6 +124,11 @@ pub(crate) struct PendingSlot {
 impl Pending {
     pub(crate) fn new(max_requests: usize) -> Arc<Self> {
         Arc::new(Pending { max_requests, requests: AtomicUsize::new(0), prompt_bytes: AtomicUsize::new(0) })
+    }
+
+    /// Requests that are pending now.
+    pub(crate) fn num_requests(&self) -> usize {
+        self.requests.load(Ordering::Acquire)
     }
 
     /// A place for `work`, unless too many requests or bytes are pending. One request always fits.

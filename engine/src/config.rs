@@ -49,6 +49,8 @@ pub const MAX_KV_LOAD_BUDGET_MS: u64 = 60_000;
 pub const CLOSE_WRITES_MS: u64 = 5_000;
 /// How long [`Engine::flush`](crate::Engine::flush) waits, milliseconds.
 pub const FLUSH_MS: u64 = 60_000;
+/// Events of a trace that [`Engine::start_trace`](crate::Engine::start_trace) may be asked to keep, some 200 bytes each.
+pub const MAX_TRACE_EVENTS: usize = 1_000_000;
 /// Bytes of the disk tier when a directory is given without a size.
 pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
 /// Blocks of which the KV cache remembers that it had them, and who gave them up: some 2 MiB.

@@ -9,13 +9,14 @@ use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::command::{Command, Pending, RequestId, Submission, Work};
-use crate::config::{EngineOptions, FLUSH_MS};
+use crate::config::{EngineOptions, FLUSH_MS, MAX_TRACE_EVENTS};
 use crate::embedding::{EmbeddingRequest, Embeddings};
 use crate::error::{Error, Result};
+use crate::instruments::Instruments;
 use crate::intake::{check_embedding_request, check_request_token_ids, replay};
 use crate::memory_plan::MemoryPlan;
 use crate::open::{self, return_free_memory};
-use crate::request::{Embedding, Event, FinishReason, Request, Summary, TokenLogprobs};
+use crate::request::{Embedding, Event, FinishReason, Origin, Request, Summary, TokenLogprobs, at_most};
 use crate::responses::Responses;
 use crate::sampler::check_token_ids;
 use crate::stats::{MemoryUse, ModelInfo, Stats};
@@ -38,8 +39,7 @@ struct Inner {
     responses: Responses,
     info: ModelInfo,
     plan: MemoryPlan,
-    /// Written by the worker after each turn of its loop.
-    stats: Arc<Mutex<Stats>>,
+    instruments: Arc<Instruments>,
     /// Why the worker ended; set by it.
     ended: Arc<OnceLock<Error>>,
     is_closing: Arc<AtomicBool>,
@@ -111,7 +111,7 @@ impl Engine {
             responses: running.responses,
             info: running.info,
             plan: running.plan,
-            stats: running.stats,
+            instruments: running.instruments,
             ended: running.ended,
             next_request: AtomicU64::new(0),
         };
@@ -129,45 +129,55 @@ impl Engine {
     /// Submits a request without waiting: never blocks and never does more than check ranges. Faults that need the
     /// tokenizer or the template arrive as the stream's error. This is what an event loop calls.
     pub fn submit(&self, request: Request) -> Result<RequestStream> {
+        self.submit_from(request, Origin::default())
+    }
+
+    /// The same for a request that has waited elsewhere before, or that has a name there: its times, its deadline and what is
+    /// recorded of it begin with its arrival.
+    pub fn submit_from(&self, request: Request, origin: Origin) -> Result<RequestStream> {
         request.validate()?;
         let info = &self.inner.info;
         check_request_token_ids(&request, info.vocab_size)?;
         if !info.can_generate {
             return Err(Error::NotSupported { feature: "generate text", architecture: info.architecture.clone() });
         }
-        match self.recall(&request) {
+        match self.recall(&request, &origin) {
             Some(stream) => Ok(stream),
-            None => self.submit_work(Work::Generate(Box::new(request))),
+            None => self.submit_work(Work::Generate(Box::new(request)), origin),
         }
     }
 
     /// What an equal request was answered before, if that is kept: all of it is there at once.
-    fn recall(&self, request: &Request) -> Option<RequestStream> {
-        let submitted = Instant::now();
+    fn recall(&self, request: &Request, origin: &Origin) -> Option<RequestStream> {
         // Who is closed says so where requests are queued.
         self.health().ok()?;
         let answer = self.inner.responses.recall(request, self.inner.info.vocab_size)?;
         let (sender, stream) = channel(|| ());
-        replay(sender, answer, request.sampling.seed, submitted);
+        replay(sender, answer, request.sampling.seed, origin.arrived, &self.inner.instruments.meters);
         Some(stream.keep_alive(self.inner.clone()))
     }
 
     /// Submits inputs to be turned into vectors, without waiting. Each comes as an [`Event::Embedding`], in any order.
     /// Faults that need the tokenizer arrive as the stream's error.
     pub fn submit_embedding(&self, request: EmbeddingRequest) -> Result<RequestStream> {
-        request.validate()?;
-        check_embedding_request(&request, self.inner.info.vocab_size, self.inner.info.embedding_dimensions)?;
-        self.submit_work(Work::Embed(request))
+        self.submit_embedding_from(request, Origin::default())
     }
 
-    fn submit_work(&self, work: Work) -> Result<RequestStream> {
+    /// The same for a request from elsewhere, as [`Engine::submit_from`].
+    pub fn submit_embedding_from(&self, request: EmbeddingRequest, origin: Origin) -> Result<RequestStream> {
+        request.validate()?;
+        check_embedding_request(&request, self.inner.info.vocab_size, self.inner.info.embedding_dimensions)?;
+        self.submit_work(Work::Embed(request), origin)
+    }
+
+    fn submit_work(&self, work: Work, origin: Origin) -> Result<RequestStream> {
         let slot = self.inner.pending.take(&work)?;
         let id = RequestId(self.inner.next_request.fetch_add(1, Ordering::Relaxed));
         let commands = self.inner.commands.clone();
         let (sender, stream) = channel(move || {
             let _ = commands.send(Command::Cancel(id));
         });
-        self.inner.enqueue(Submission { id, work, sender, submitted: Instant::now(), slot })?;
+        self.inner.enqueue(Submission { id, work, sender, origin, slot })?;
         // An answer outlives the handle that asked for it.
         Ok(stream.keep_alive(self.inner.clone()))
     }
@@ -257,12 +267,26 @@ impl Engine {
 
     /// What was done so far.
     pub fn stats(&self) -> Stats {
-        let mut stats = self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut stats = self.inner.instruments.stats();
+        stats.num_requests_preparing = self.inner.pending.num_requests();
         // The worker never hears of requests that the response cache answers.
         let answered = self.inner.responses.answers();
         stats.requests_total += answered;
         stats.requests_finished += answered;
         stats
+    }
+
+    /// Begins to record what the engine does: steps, what each request gets of them, the tiers' jobs. At most `max_events` of
+    /// these are kept, the rest is counted. False, and nothing changes, while a recording runs.
+    pub fn start_trace(&self, max_events: usize) -> Result<bool> {
+        at_most("max_events", max_events, MAX_TRACE_EVENTS)?;
+        Ok(self.inner.instruments.tracer.start(max_events))
+    }
+
+    /// Ends the recording and gives it as Chrome's trace events (JSON), which `chrome://tracing` and Perfetto show; `None` when
+    /// nothing was recorded.
+    pub fn stop_trace(&self) -> Option<String> {
+        self.inner.instruments.tracer.stop()
     }
 
     /// The response cache: what it holds, what is to be forgotten, and values of the caller's own.

@@ -19,6 +19,7 @@ use crate::command::{Command, Prepared, PreparedInput, PreparedWork, Submission,
 use crate::config::{DEFAULT_MAX_TOKENS, TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN, TEMPLATE_TIME_MS};
 use crate::embedding::{EmbeddingInput, EmbeddingRequest};
 use crate::error::{Error, Result, panic_text};
+use crate::instruments::Instruments;
 use crate::request::{Prompt, Request, SamplingParams};
 use crate::response_cache::CachedAnswer;
 use crate::responses::{Asked, LookUp, Question, Responses};
@@ -44,21 +45,22 @@ enum Intake {
 pub(crate) fn run(
     text: &TextModel,
     responses: &Responses,
+    instruments: &Arc<Instruments>,
     epoch: Instant,
     submissions: &Receiver<Submission>,
     worker: &Sender<Command>,
     is_closing: &AtomicBool,
 ) {
-    let mut waiting = WaitingList::new(responses, worker);
+    let mut waiting = WaitingList::new(responses, worker, instruments);
     while let Some(next) = receive(submissions, &waiting) {
         waiting.expire();
-        let Some(Submission { id, work, sender, submitted, slot }) = next else { continue };
+        let Some(Submission { id, work, sender, origin, slot }) = next else { continue };
         let given_up = match (is_closing.load(Ordering::Acquire), sender.is_cancelled()) {
             (true, _) => Some(Error::Closed),
             (_, true) => Some(Error::Cancelled),
             _ => None,
         };
-        let since_epoch = submitted.saturating_duration_since(epoch);
+        let since_epoch = origin.arrived.saturating_duration_since(epoch);
         // A defect in a template engine or a tokenizer ends this request, and nobody else's.
         let prepared = given_up.map_or_else(
             || {
@@ -69,7 +71,7 @@ pub(crate) fn run(
         );
         match prepared {
             Ok(Intake::Run(work)) => {
-                let prepared = Prepared { id, work, sender, submitted, slot };
+                let prepared = Prepared { id, work, sender, origin, slot };
                 // A worker that is gone drops the request, which ends its stream as closed.
                 let _ = worker.send(Command::Run(Box::new(prepared)));
             }
@@ -79,14 +81,14 @@ pub(crate) fn run(
                     PreparedWork::Generate { specs, .. } => (specs[0].prompt.len(), specs[0].max_new_tokens),
                     PreparedWork::Embed(..) => unreachable!("vectors are not kept"),
                 };
-                let prepared = Prepared { id, work: prepared, sender, submitted, slot };
+                let prepared = Prepared { id, work: prepared, sender, origin, slot };
                 let vocab_size = text.vocab_size;
                 waiting.ask(Held { prepared, request, asked, prompt_tokens, max_tokens, vocab_size });
             }
             Ok(Intake::Answered(answer, seed)) => {
                 // First: whoever has seen the last event may submit again.
                 drop(slot);
-                replay(sender, answer, seed, submitted);
+                replay(sender, answer, seed, origin.arrived, &instruments.meters);
             }
             Err(error) => {
                 sender.end(Err(error));

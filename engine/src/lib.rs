@@ -31,6 +31,7 @@ mod embedding;
 mod engine;
 mod error;
 pub mod inspect;
+mod instruments;
 mod intake;
 pub mod kv_cache_directory;
 pub mod quantize;
@@ -40,6 +41,7 @@ mod responses;
 mod stats;
 mod stream;
 mod tier_thread;
+mod trace;
 mod worker;
 
 // The parts, public only for this repository's own tests, benches and tools. Nothing in them is stable.
@@ -88,11 +90,11 @@ pub use error::{Error, Result};
 pub use ns_llm_kernels::host::gpu::{Gpu, GpuVendor, gpus};
 pub use ns_llm_kernels::quant::QuantType;
 pub use request::{
-    CacheTier, CacheUse, CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, MissReason, PrefixMiss,
-    Priority, Prompt, Request, SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings, TokenLogprobs,
-    Usage,
+    CacheTier, CacheUse, CachedTokens, Delta, Embedding, Event, FinishReason, Logprob, Message, MissReason, Origin,
+    PrefixMiss, Priority, Prompt, Request, SamplingDefaults, SamplingOptions, SamplingParams, Summary, Timings,
+    TokenLogprobs, Usage,
 };
 pub use response_cache::EntryUse;
 pub use responses::{PutOptions, Responses};
-pub use stats::{KvTierStats, MemoryUse, ModelInfo, ResponseCacheStats, Stats};
+pub use stats::{Histogram, Histograms, KvTierStats, MemoryUse, ModelInfo, ResponseCacheStats, Stats};
 pub use stream::{Canceller, RequestStream};

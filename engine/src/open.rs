@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ use crate::config::{
 };
 use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
+use crate::instruments::Instruments;
 use crate::intake;
 use crate::kv_cache::tiers::disk::{ANSWERS, Access, Directory, DiskOptions, DiskTier, draw_seed};
 use crate::kv_cache::tiers::remote::{RedisStore, RemoteOptions, RemoteTier, ServerUrl};
@@ -41,7 +42,7 @@ use crate::response_cache::MAX_ENTRY_BYTES;
 use crate::response_tiers::{AnswerStore, DiskAnswers, RemoteAnswers, ResponseTiers};
 use crate::responses::Responses;
 use crate::scheduler::{Scheduler, SchedulerConfig};
-use crate::stats::{ModelInfo, Stats};
+use crate::stats::ModelInfo;
 use crate::tensor::{DType, Encoding};
 use crate::text_model::TextModel;
 use crate::tier_thread::TierThread;
@@ -79,8 +80,7 @@ pub(crate) struct Running {
     pub(crate) intake: JoinHandle<()>,
     /// Set when the engine shall close: intake then prepares nothing more.
     pub(crate) is_closing: Arc<AtomicBool>,
-    /// Written by the worker after each turn of its loop.
-    pub(crate) stats: Arc<Mutex<Stats>>,
+    pub(crate) instruments: Arc<Instruments>,
     /// Why the worker ended; set by it.
     pub(crate) ended: Arc<OnceLock<Error>>,
     pub(crate) text: Arc<TextModel>,
@@ -106,10 +106,10 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
     let load_budget = Duration::from_millis(options.kv_load_budget_ms);
     let (command_sender, commands) = channel();
     let (ready_sender, ready) = sync_channel(1);
-    let stats = Arc::new(Mutex::new(Stats::default()));
+    let instruments = Arc::new(Instruments::new());
     let ended = Arc::new(OnceLock::new());
     let worker = {
-        let (stats, ended, tier_answers) = (stats.clone(), ended.clone(), command_sender.clone());
+        let (instruments, ended, tier_answers) = (instruments.clone(), ended.clone(), command_sender.clone());
         spawn("ns-llm-worker", move || {
             let priority = options.thread_priority;
             if let Some((loaded, ready)) = load_and_report(options, &ready_sender) {
@@ -121,7 +121,7 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
                 let spawned = tier_stores.into_iter().map(|store| TierThread::spawn(store, tier_answers.clone()));
                 match spawned.collect() {
                     Ok(tiers) => {
-                        let worker = Worker::new(executor, scheduler, text, commands, stats, tiers, epoch);
+                        let worker = Worker::new(executor, scheduler, text, commands, instruments, tiers, epoch);
                         // From here on `Engine::open` may return.
                         let _ = ready_sender.send(Ok(ready));
                         worker.run(&ended);
@@ -140,11 +140,13 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
     let is_closing = Arc::new(AtomicBool::new(false));
     let intake = {
         let (text, commands, is_closing) = (text.clone(), command_sender.clone(), is_closing.clone());
-        let responses = responses.clone();
-        spawn("ns-llm-intake", move || intake::run(&text, &responses, epoch, &submissions, &commands, &is_closing))?
+        let (responses, instruments) = (responses.clone(), instruments.clone());
+        spawn("ns-llm-intake", move || {
+            intake::run(&text, &responses, &instruments, epoch, &submissions, &commands, &is_closing)
+        })?
     };
     let (commands, submissions) = (command_sender, submission_sender);
-    Ok(Running { commands, submissions, worker, intake, is_closing, stats, ended, text, responses, info, plan })
+    Ok(Running { commands, submissions, worker, intake, is_closing, instruments, ended, text, responses, info, plan })
 }
 
 /// Loads, or reports why not; a panic while loading is a typed error like any other.

@@ -2,6 +2,7 @@
 //! Rust, C and Node all build this one [`Request`]; nothing else reaches the scheduler.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::config::*;
 use crate::error::{Error, Result};
@@ -492,6 +493,23 @@ impl std::ops::AddAssign for CachedTokens {
         self.host += other.host;
         self.disk += other.disk;
         self.remote += other.remote;
+    }
+}
+
+/// What happened to a request before the engine got it: for its times, its deadline and what is recorded of it. It changes
+/// nothing about the answer.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// When it came; not later than now.
+    pub arrived: Instant,
+    /// What it is called there, such as the id in a header of its HTTP request.
+    pub label: Option<Arc<str>>,
+}
+
+impl Default for Origin {
+    /// It begins now and has no name.
+    fn default() -> Self {
+        Origin { arrived: Instant::now(), label: None }
     }
 }
 

@@ -1,6 +1,9 @@
 //! Counters, times and sizes of an engine, as a snapshot of plain values.
 
+mod meters;
+
 use crate::request::CachedTokens;
+pub(crate) use meters::Meters;
 
 /// What an engine has done and is doing. Counters only grow.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -9,6 +12,8 @@ pub struct Stats {
     pub num_requests_running: usize,
     /// Sequences that wait.
     pub num_requests_waiting: usize,
+    /// Requests on their way there: being rendered and tokenized, or next to be.
+    pub num_requests_preparing: usize,
     /// Blocks of the KV pool.
     pub kv_blocks_total: usize,
     /// Blocks that live sequences hold.
@@ -47,8 +52,82 @@ pub struct Stats {
     pub steps_total: u64,
     /// The places beside the pool where blocks are kept, in the order in which they are asked.
     pub kv_tiers: Vec<KvTierStats>,
+    /// How long things took, and how large they were.
+    pub histograms: Histograms,
     /// Milliseconds since the engine was opened.
     pub uptime_ms: u64,
+}
+
+/// Times and sizes since the engine was opened. Those of whole generations count the ones that ended by themselves, from the
+/// response cache too; a request's times count from its arrival, wherever that was.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Histograms {
+    /// From a generation's arrival to its first token.
+    pub first_token_seconds: Histogram,
+    /// Between two tokens of a choice.
+    pub inter_token_seconds: Histogram,
+    /// The same as a mean of each generation.
+    pub per_output_token_seconds: Histogram,
+    /// From a generation's arrival to its end.
+    pub end_to_end_seconds: Histogram,
+    /// From its arrival to its first step.
+    pub queue_seconds: Histogram,
+    /// From its first step to its first token.
+    pub prefill_seconds: Histogram,
+    /// From its first token to its last.
+    pub decode_seconds: Histogram,
+    /// From its first step to its last token.
+    pub inference_seconds: Histogram,
+    /// Of a step, of either kind.
+    pub step_seconds: Histogram,
+    /// Tokens of a prompt.
+    pub prompt_tokens: Histogram,
+    /// Tokens of an answer, all choices.
+    pub generation_tokens: Histogram,
+    /// Tokens of a step.
+    pub step_tokens: Histogram,
+}
+
+/// How often which values came. Counts only grow.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Histogram {
+    /// The largest value of each bucket but the last, which has no bound; ascending.
+    pub bounds: &'static [f64],
+    /// Values in each bucket alone.
+    pub counts: Vec<u64>,
+    /// Of all values.
+    pub sum: f64,
+}
+
+impl Histogram {
+    /// Values that are no larger than each bound, and at last all of them.
+    pub fn cumulative(&self) -> impl Iterator<Item = u64> + '_ {
+        self.counts.iter().scan(0, |total, count| {
+            *total += count;
+            Some(*total)
+        })
+    }
+
+    /// All values.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// 0 without values.
+    pub fn mean(&self) -> f64 {
+        if self.count() == 0 { 0.0 } else { self.sum / self.count() as f64 }
+    }
+
+    /// About the value that a `share` (0.0 to 1.0) of all values does not exceed, as Prometheus reckons it: evenly between the
+    /// bounds of its bucket. Above all bounds the last one; 0 without values.
+    pub fn quantile(&self, share: f64) -> f64 {
+        let rank = share * self.count() as f64;
+        let Some(bucket) = self.cumulative().position(|count| count > 0 && count as f64 >= rank) else { return 0.0 };
+        let below: u64 = self.counts[..bucket].iter().sum();
+        let low = if bucket == 0 { 0.0 } else { self.bounds[bucket - 1] };
+        let Some(high) = self.bounds.get(bucket) else { return low };
+        low + (high - low) * (rank - below as f64) / self.counts[bucket] as f64
+    }
 }
 
 /// What a cache tier holds and what became of what it was asked. Counters count blocks and only grow.

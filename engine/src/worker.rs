@@ -6,29 +6,32 @@
 
 mod answer;
 mod tiering;
+mod timeline;
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::batch::SeqId;
+use crate::batch::{Batch, BatchSequence, SeqId};
 use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, VectorForm};
 use crate::config::{CLOSE_WRITES_MS, MIN_MEASURED_PREFILL_TOKENS};
 use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
+use crate::instruments::Instruments;
 use crate::kv_cache::BlockTransfer;
 use crate::kv_cache::tiers::TierStats;
-use crate::request::{FinishReason, Summary, Usage};
+use crate::request::{FinishReason, Origin, Summary, Usage};
 use crate::scheduler::{Scheduler, SequenceEvent, Step};
-use crate::stats::{KvTierStats, Stats};
+use crate::stats::{Histograms, KvTierStats, Stats};
 use crate::stream::{Delivery, EventSender};
 use crate::text_model::TextModel;
 use crate::tier_thread::TierThread;
 use crate::tokenizer::{TextStart, TextStream};
 use answer::{AfterToken, Answer};
 use tiering::Tiering;
+use timeline::PartOfStep;
 
 /// Everything that the worker thread owns.
 pub(crate) struct Worker<E: Executor> {
@@ -36,8 +39,7 @@ pub(crate) struct Worker<E: Executor> {
     scheduler: Scheduler,
     text: Arc<TextModel>,
     commands: Receiver<Command>,
-    /// Written after each turn of the loop; read by the engine's handles.
-    stats: Arc<Mutex<Stats>>,
+    instruments: Arc<Instruments>,
     epoch: Instant,
     answers: HashMap<RequestId, Answer>,
     /// Whose sequence: request and choice.
@@ -54,6 +56,8 @@ pub(crate) struct Worker<E: Executor> {
 struct Launched {
     step: Step,
     start: Instant,
+    /// What each sequence gets of it, when that is recorded.
+    slices: Vec<PartOfStep>,
 }
 
 /// Counters of requests; those of tokens and blocks are the scheduler's.
@@ -82,7 +86,7 @@ impl<E: Executor> Worker<E> {
         scheduler: Scheduler,
         text: Arc<TextModel>,
         commands: Receiver<Command>,
-        stats: Arc<Mutex<Stats>>,
+        instruments: Arc<Instruments>,
         tier_threads: Vec<TierThread>,
         epoch: Instant,
     ) -> Self {
@@ -91,7 +95,7 @@ impl<E: Executor> Worker<E> {
             scheduler,
             text,
             commands,
-            stats,
+            instruments,
             epoch,
             answers: HashMap::new(),
             owners: HashMap::new(),
@@ -198,9 +202,10 @@ impl<E: Executor> Worker<E> {
     fn launch(&mut self, step: Step) {
         self.mark_started(step.started.iter().copied());
         let batch = self.scheduler.batch(&step);
+        let slices = if self.instruments.tracer.is_on() { self.parts_of(&batch) } else { Vec::new() };
         let start = Instant::now();
         match self.executor.launch(&batch) {
-            Ok(()) => self.in_flight.push_back(Launched { step, start }),
+            Ok(()) => self.in_flight.push_back(Launched { step, start, slices }),
             Err(error) => {
                 // Steps are applied in order: those before the failed one first. Only its own sequences end.
                 while !self.in_flight.is_empty() {
@@ -210,6 +215,21 @@ impl<E: Executor> Worker<E> {
                 self.deliver(events);
             }
         }
+    }
+
+    /// Who gets how much of a step, for the time line.
+    fn parts_of(&self, batch: &Batch) -> Vec<PartOfStep> {
+        let part = |sequence: &BatchSequence| {
+            let &(request, choice) = self.owners.get(&sequence.seq)?;
+            let answer = self.answers.get(&request)?;
+            if let Some(label) = answer.label() {
+                self.instruments.tracer.label(request.0, label);
+            }
+            let num_tokens = sequence.rows.len();
+            let is_decode = sequence.context_tokens - num_tokens >= answer.prompt_tokens();
+            Some(PartOfStep { request, choice, num_tokens, context_tokens: sequence.context_tokens, is_decode })
+        };
+        batch.sequences.iter().filter_map(part).collect()
     }
 
     /// The first step that computes some of these sequences begins.
@@ -224,9 +244,14 @@ impl<E: Executor> Worker<E> {
 
     /// Applies the oldest step in flight, if there is one.
     fn collect(&mut self) {
-        let Some(Launched { step, start }) = self.in_flight.pop_front() else { return };
+        let Some(Launched { step, start, slices }) = self.in_flight.pop_front() else { return };
         let events = match self.executor.collect() {
             Ok(sampled) => {
+                let end = Instant::now();
+                self.instruments.meters.step(step.num_tokens, end.saturating_duration_since(start));
+                if !slices.is_empty() {
+                    timeline::step(&self.instruments.tracer, &slices, step.id, start, end);
+                }
                 self.note_prefill(step.num_tokens, start);
                 self.scheduler.apply(step, &sampled, self.now_ms())
             }
@@ -253,7 +278,15 @@ impl<E: Executor> Worker<E> {
         let Some(step) = self.scheduler.schedule_encoding(self.now_ms()) else { return };
         self.is_waiting = false;
         self.mark_started(step.sequences());
-        let vectors = self.executor.encode(&step.batch(self.executor.encode_block_tokens()));
+        let batch = step.batch(self.executor.encode_block_tokens());
+        let slices = if self.instruments.tracer.is_on() { self.parts_of(&batch) } else { Vec::new() };
+        let start = Instant::now();
+        let vectors = self.executor.encode(&batch);
+        let end = Instant::now();
+        self.instruments.meters.step(batch.token_ids.len(), end.saturating_duration_since(start));
+        if !slices.is_empty() {
+            timeline::encoding(&self.instruments.tracer, &slices, start, end);
+        }
         let events = self.scheduler.apply_encoding(step, vectors);
         self.deliver(events);
     }
@@ -304,6 +337,9 @@ impl<E: Executor> Worker<E> {
             Command::Refused => self.totals.refused += 1,
             Command::Cancel(id) => self.cancel(id),
             Command::Tier(answer) => {
+                if self.instruments.tracer.is_on() {
+                    timeline::tier(&self.instruments.tracer, &answer);
+                }
                 let now_us = self.now_us();
                 if let Some(tiers) = self.scheduler.tiers() {
                     self.tiering.answer(tiers, answer, now_us);
@@ -329,7 +365,7 @@ impl<E: Executor> Worker<E> {
 
     fn admit(&mut self, prepared: Prepared) {
         // The slot is given back when the request waits in the scheduler, or is refused.
-        let Prepared { id, work, sender, submitted, slot: _slot } = prepared;
+        let Prepared { id, work, sender, origin, slot: _slot } = prepared;
         if sender.is_cancelled() {
             self.totals.refused += 1;
             sender.end(Err(Error::Cancelled));
@@ -343,7 +379,8 @@ impl<E: Executor> Worker<E> {
                     return;
                 };
                 let summary = Summary { usage, seed, ..Summary::default() };
-                let mut answer = Answer::new(sender, submitted, summary, stop_token_ids).recorded_by(recorder);
+                let answer = Answer::new(sender, origin, id, summary, self.instruments.clone());
+                let mut answer = answer.stopped_by(stop_token_ids).recorded_by(recorder);
                 for (choice, seq) in seqs.into_iter().enumerate() {
                     self.owners.insert(seq, (id, choice));
                     let text = TextStream::new(&self.text.tokenizer, TextStart::Continuation, stop.clone());
@@ -351,7 +388,7 @@ impl<E: Executor> Worker<E> {
                 }
                 self.answers.insert(id, answer);
             }
-            PreparedWork::Embed(inputs, form) => self.admit_embedding(id, inputs, form, sender, submitted),
+            PreparedWork::Embed(inputs, form) => self.admit_embedding(id, inputs, form, sender, origin),
         }
     }
 
@@ -361,13 +398,13 @@ impl<E: Executor> Worker<E> {
         inputs: Vec<PreparedInput>,
         form: VectorForm,
         sender: EventSender,
-        submitted: Instant,
+        origin: Origin,
     ) {
         let truncated: Vec<bool> = inputs.iter().map(|input| input.truncated).collect();
         let specs = inputs.into_iter().map(|input| input.spec).collect();
         let accepted = self.accept(sender, |scheduler, now_ms| scheduler.add_encodings(specs, now_ms));
         let Some((sender, seqs)) = accepted else { return };
-        let mut answer = Answer::new(sender, submitted, Summary::default(), Arc::default());
+        let mut answer = Answer::new(sender, origin, id, Summary::default(), self.instruments.clone());
         for (input, (seq, truncated)) in seqs.into_iter().zip(truncated).enumerate() {
             self.owners.insert(seq, (id, input));
             answer.add_input(seq, form, truncated);
@@ -489,7 +526,7 @@ impl<E: Executor> Worker<E> {
     }
 
     fn publish(&self, stats: Stats) {
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+        self.instruments.publish(stats);
     }
 
     fn stats(&self) -> Stats {
@@ -498,6 +535,8 @@ impl<E: Executor> Worker<E> {
         Stats {
             num_requests_running: counts.running,
             num_requests_waiting: counts.waiting,
+            // Counted where they are taken.
+            num_requests_preparing: 0,
             kv_blocks_total: self.scheduler.kv().num_blocks(),
             kv_blocks_used: blocks.owned + blocks.pinned,
             kv_blocks_cached: blocks.cached,
@@ -516,6 +555,8 @@ impl<E: Executor> Worker<E> {
             computed_tokens_total: counters.computed_tokens + counters.encoded_tokens,
             preemptions_total: counters.preemptions,
             steps_total: counters.steps + counters.encode_steps,
+            // Kept beside, and added when somebody asks.
+            histograms: Histograms::default(),
             kv_tiers: self.scheduler.kv().tier_stats().map(tier_stats).collect(),
             uptime_ms: self.now_ms(),
         }

@@ -101,7 +101,13 @@ fn blocks_outlive_the_engine() {
     assert_eq!(cached(&answer).total(), 0);
     first.close();
     let second = open(&folder.0, |_| ());
+    assert_eq!(second.start_trace(1_000), Ok(true));
     let again = run(&second, &prompt);
+    // The reads are on the time line, and the steps have only the rest of the prompt.
+    let trace = second.stop_trace().expect("recorded");
+    assert_eq!(trace.matches("\"name\":\"read\"").count(), 9, "{trace}");
+    assert!(trace.contains("\"name\":\"tier disk\"") && trace.contains("\"prefill_tokens\":6"), "{trace}");
+    assert_eq!((second.stop_trace(), second.start_trace(1_000_001).is_err()), (None, true));
     assert_eq!(cached(&again), CachedTokens { disk: 144, ..CachedTokens::default() });
     assert_eq!(fingerprint(&again), fingerprint(&run(&cold, &prompt)));
     // Also in company of what the pool has.

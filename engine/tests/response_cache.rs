@@ -80,6 +80,25 @@ fn a_kept_answer_is_the_answer() {
     assert_eq!((cache.answers, cache.hits, cache.misses, cache.stores), (count, count, count, count));
     assert_eq!((stats.requests_total, stats.requests_finished), (2 * count, 2 * count));
     assert_eq!(computing.responses().stats().misses, 0, "an engine without a cache does not look");
+    // Histograms count both kinds, and steps only where some were run.
+    let histograms = &stats.histograms;
+    for (name, histogram) in [
+        ("end_to_end", &histograms.end_to_end_seconds),
+        ("queue", &histograms.queue_seconds),
+        ("prompt_tokens", &histograms.prompt_tokens),
+        ("generation_tokens", &histograms.generation_tokens),
+    ] {
+        assert_eq!(histogram.count(), 2 * count, "{name}");
+    }
+    // One of the requests asks for no token.
+    assert_eq!(histograms.first_token_seconds.count(), 2 * (count - 1));
+    assert_eq!(histograms.generation_tokens.sum, 2.0 * stats.generation_tokens_total as f64);
+    assert_eq!(
+        (histograms.step_seconds.count(), histograms.step_tokens.count()),
+        (stats.steps_total, stats.steps_total)
+    );
+    assert_eq!(histograms.step_tokens.sum, stats.computed_tokens_total as f64);
+    assert!(0.0 < histograms.decode_seconds.sum && histograms.decode_seconds.sum < histograms.end_to_end_seconds.sum);
 }
 
 /// A text prompt, its token ids and another priority ask for the same answer.

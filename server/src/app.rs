@@ -6,10 +6,10 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use ns_llm::{Canceller, Engine, Stats};
+use ns_llm::{Canceller, Engine};
 use sha2::{Digest, Sha256};
 
 use crate::admission::Admission;
@@ -19,7 +19,8 @@ use crate::helper::Helper;
 use crate::keys::Keys;
 use crate::metrics::Metrics;
 use crate::ns_node::gpu::GpuHistory;
-use crate::options::{OptionsError, STEP_STALL, ServerOptions};
+use crate::options::{OptionsError, ServerOptions};
+use crate::otlp::Exporter;
 use crate::stored::StoredResponses;
 
 /// A model to serve, and what it is called.
@@ -51,23 +52,27 @@ pub(crate) struct Served {
     pub(crate) fingerprint: String,
     /// Seconds since 1970.
     pub(crate) created: u64,
-    progress: Mutex<Progress>,
+    /// See [`ServerOptions::step_stall`].
+    step_stall: Duration,
+    progress: Mutex<[Progress; 2]>,
 }
 
-/// When the engine was last seen to get on.
+/// When a stage of the engine was last seen to get on.
 #[derive(Default)]
 struct Progress {
-    steps: u64,
-    /// Since when the engine has had work and made no step, as far as was looked.
+    /// What it had done by then.
+    done: u64,
+    /// Since when it has had work and done nothing, as far as was looked.
     stuck_since: Option<Instant>,
 }
 
 impl Served {
-    fn new(idx: usize, model: Model) -> Served {
+    fn new(idx: usize, model: Model, step_stall: Duration) -> Served {
         let info = model.engine.info();
         let fingerprint = [&info.name, info.weights, info.kv_dtype, info.device, info.isa].join("-");
         let Model { engine, name, aliases } = model;
-        Served { idx, engine, name, aliases, fingerprint, created: unix_seconds(), progress: Mutex::default() }
+        let (created, progress) = (unix_seconds(), Mutex::default());
+        Served { idx, engine, name, aliases, fingerprint, created, step_stall, progress }
     }
 
     fn is_called(&self, name: &str) -> bool {
@@ -81,22 +86,54 @@ impl Served {
         if self.engine.health().is_err() {
             return Some("the engine has ended");
         }
-        let stuck = self.progress.lock().unwrap_or_else(PoisonError::into_inner).look(&self.engine.stats(), now);
-        stuck.then_some("work is waiting and no step was completed")
+        let stats = self.engine.stats();
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let [steps, intake] = &mut *progress;
+        let (has_work, is_preparing) =
+            (stats.num_requests_running + stats.num_requests_waiting > 0, stats.num_requests_preparing > 0);
+        let is_stuck = steps.look(has_work, stats.steps_total, now, self.step_stall);
+        let num_admitted = stats.requests_total + stats.requests_refused;
+        let intake_is_stuck = intake.look(is_preparing, num_admitted, now, self.step_stall);
+        match (is_stuck, intake_is_stuck) {
+            (true, _) => Some("work is waiting and no step was completed"),
+            (false, true) => Some("requests are waiting and none was admitted"),
+            (false, false) => None,
+        }
     }
 }
 
 impl Progress {
-    /// Whether there was work at two looks, [`STEP_STALL`] or more apart, and no step between them.
-    fn look(&mut self, stats: &Stats, now: Instant) -> bool {
-        let has_work = stats.num_requests_running + stats.num_requests_waiting > 0;
-        if !has_work || stats.steps_total != self.steps {
-            self.steps = stats.steps_total;
+    /// Whether there was work at two looks, `stall` or more apart, and nothing was done between them.
+    fn look(&mut self, has_work: bool, done: u64, now: Instant, stall: Duration) -> bool {
+        if !has_work || done != self.done {
+            self.done = done;
             self.stuck_since = has_work.then_some(now);
             return false;
         }
         let since = *self.stuck_since.get_or_insert(now);
-        now.saturating_duration_since(since) >= STEP_STALL
+        now.saturating_duration_since(since) >= stall
+    }
+}
+
+/// The patience of a call that waits for an engine: looks now and then whether it still gets on.
+#[derive(Default)]
+pub(crate) struct Patience {
+    /// Until the next look; none before the call had to wait.
+    sleep: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+}
+
+impl Patience {
+    /// Ready with an error when the engine stands still. To be asked when what is waited for is not there.
+    pub(crate) fn poll(&mut self, app: &App, model: usize, cx: &mut Context<'_>) -> Poll<ApiError> {
+        loop {
+            let between_looks = app.options.step_stall / 2;
+            let sleep = self.sleep.get_or_insert_with(|| app.sleep(between_looks));
+            ready!(sleep.as_mut().poll(cx));
+            self.sleep = None;
+            if let Some(cause) = app.models[model].trouble(Instant::now()) {
+                return Poll::Ready(ApiError::stalled(cause));
+            }
+        }
     }
 }
 
@@ -110,6 +147,8 @@ pub(crate) struct App {
     pub(crate) stored: StoredResponses,
     pub(crate) helper: Helper,
     pub(crate) gpu_history: GpuHistory,
+    /// Where spans go, if they go anywhere.
+    pub(crate) exporter: Option<Exporter>,
     pub(crate) started: Instant,
     /// Set once, by the listener: new work is refused from then on.
     stopping: AtomicBool,
@@ -132,6 +171,7 @@ impl App {
         if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(OptionsError::DuplicateModel { name: twice[0].to_string() });
         }
+        let exporter = options.otlp_endpoint.as_deref().map(Exporter::new).transpose()?;
         let now = Instant::now();
         let mut id_key = [0; 16];
         for half in id_key.chunks_exact_mut(8) {
@@ -140,12 +180,17 @@ impl App {
         }
         Ok(App {
             metrics: Metrics::new(models.len()),
-            models: models.into_iter().enumerate().map(|(idx, model)| Served::new(idx, model)).collect(),
+            models: models
+                .into_iter()
+                .enumerate()
+                .map(|(idx, model)| Served::new(idx, model, options.step_stall))
+                .collect(),
             keys: Keys::new(&options.api_keys, now),
             admission: Admission::new(options.max_running_requests, options.max_waiting_requests),
             stored: StoredResponses::default(),
             helper: Helper::default(),
             gpu_history: GpuHistory::default(),
+            exporter,
             started: now,
             stopping: AtomicBool::new(false),
             live: Mutex::default(),
@@ -220,13 +265,13 @@ impl App {
         }
     }
 
-    /// What `work` gives, unless `duration` is over first.
+    /// What `work` gives, unless `duration` is over first. What is ready at once needs no timer.
     pub(crate) async fn within<T>(&self, duration: Duration, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
-        let mut sleep = self.sleep(duration);
+        let mut sleep = None;
         poll_fn(|cx| match work.as_mut().poll(cx) {
             Poll::Ready(value) => Poll::Ready(Some(value)),
-            Poll::Pending => sleep.as_mut().poll(cx).map(|()| None),
+            Poll::Pending => sleep.get_or_insert_with(|| self.sleep(duration)).as_mut().poll(cx).map(|()| None),
         })
         .await
     }
@@ -240,15 +285,15 @@ mod tests {
     #[test]
     fn an_engine_without_steps_is_stuck() {
         let (mut progress, start) = (Progress::default(), Instant::now());
-        let at = |seconds| start + Duration::from_secs(seconds);
-        let busy = |steps_total| Stats { steps_total, num_requests_running: 1, ..Stats::default() };
-        let idle = Stats { steps_total: 5, ..Stats::default() };
-        assert!(!progress.look(&busy(5), at(0)));
-        assert!(!progress.look(&busy(5), at(9)));
-        assert!(progress.look(&busy(5), at(10)));
-        assert!(!progress.look(&busy(6), at(11)), "a step was made");
-        assert!(!progress.look(&idle, at(30)));
-        assert!(!progress.look(&busy(5), at(60)), "the work is new");
-        assert!(progress.look(&busy(5), at(70)));
+        let mut look = |has_work, done, seconds| {
+            progress.look(has_work, done, start + Duration::from_secs(seconds), Duration::from_secs(10))
+        };
+        assert!(!look(true, 5, 0));
+        assert!(!look(true, 5, 9));
+        assert!(look(true, 5, 10));
+        assert!(!look(true, 6, 11), "a step was made");
+        assert!(!look(false, 5, 30));
+        assert!(!look(true, 5, 60), "the work is new");
+        assert!(look(true, 5, 70));
     }
 }

@@ -65,6 +65,12 @@ impl ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message).retry_after(OVERLOAD_RETRY_S)
     }
 
+    /// The engine does nothing, for this cause.
+    pub(crate) fn stalled(cause: &str) -> Self {
+        let message = format!("the engine stands still: {cause}");
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "stalled", message).retry_after(OVERLOAD_RETRY_S)
+    }
+
     /// The time that the request was given is over.
     pub(crate) fn deadline(timeout_ms: u64) -> Self {
         ApiError::from(Error::DeadlineExceeded { timeout_ms })

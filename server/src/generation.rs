@@ -1,19 +1,21 @@
 //! A request on its way through the engine, as the server sees it: it waits for its place, is submitted, read without
 //! blocking, counted and paid for; and it is cancelled when nobody wants it any more, by being dropped.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use ns_llm::{Canceller, Embedding, EmbeddingRequest, Error, Event, FinishReason, Priority, Request, RequestStream};
-use ns_llm::{Summary, TokenLogprobs};
+use ns_llm::{Origin, Summary, TokenLogprobs};
 
 use crate::admission::Place;
-use crate::app::{App, Served};
+use crate::app::{App, Patience, Served};
 use crate::error::{ApiError, ApiResult};
 use crate::keys::Caller;
 use crate::metrics::{Kind, Operation, Outcome, millis};
+use crate::otlp::EndedRequest;
 
 /// What is asked of the engine.
 pub(crate) enum Work {
@@ -25,6 +27,7 @@ pub(crate) enum Work {
 pub(crate) struct Generation {
     stream: RequestStream,
     ticket: Ticket,
+    patience: Patience,
 }
 
 /// What is to be settled when a request ends, however it does.
@@ -38,7 +41,6 @@ struct Ticket {
     /// In the server's list of what can be cancelled.
     number: u64,
     arrived: Instant,
-    waited: Duration,
     first_token: Option<Instant>,
     num_tokens: usize,
     reasons: Vec<FinishReason>,
@@ -103,23 +105,28 @@ impl Generation {
             priority = priority.min(*work.priority());
             timeout_ms = work.timeout_ms().map_or(timeout_ms, |wanted| wanted.min(timeout_ms));
         }
-        let entering = app.admission.enter(caller.name(), priority);
+        let mut entering = pin!(app.admission.enter(caller.name(), priority));
+        let mut patience = Patience::default();
+        let entering = poll_fn(|cx| match entering.as_mut().poll(cx) {
+            Poll::Ready(place) => Poll::Ready(place),
+            Poll::Pending => patience.poll(app, model.idx, cx).map(Err),
+        });
         let place = app.within(Duration::from_millis(timeout_ms), entering).await;
         let place = Arc::new(place.ok_or_else(|| ApiError::deadline(timeout_ms))??);
         if app.is_stopping() {
             return Err(ApiError::stopping());
         }
-        let waited = arrived.elapsed();
-        // What the queue has taken is not left for the engine; a request whose time is over is never computed.
-        let left_ms = timeout_ms.saturating_sub(waited.as_millis() as u64);
-        if left_ms == 0 {
+        // A request whose time is over is never computed.
+        if arrived.elapsed().as_millis() as u64 >= timeout_ms {
             return Err(ApiError::deadline(timeout_ms));
         }
         let submit = |mut work: Work| {
-            *work.timeout_ms() = Some(left_ms);
+            // It counts from the arrival: what the queue has taken is not left for the engine.
+            *work.timeout_ms() = Some(timeout_ms);
+            let origin = Origin { arrived, label: Some(caller.label()) };
             let (kind, stream) = match work {
-                Work::Generate(request) => (Kind::Generate, model.engine.submit(request)?),
-                Work::Embed(request) => (Kind::Embed, model.engine.submit_embedding(request)?),
+                Work::Generate(request) => (Kind::Generate, model.engine.submit_from(request, origin)?),
+                Work::Embed(request) => (Kind::Embed, model.engine.submit_embedding_from(request, origin)?),
             };
             app.metrics.begin();
             let ticket = Ticket {
@@ -130,13 +137,12 @@ impl Generation {
                 kind,
                 _place: place.clone(),
                 arrived,
-                waited,
                 first_token: None,
                 num_tokens: 0,
                 reasons: Vec::new(),
                 settled: false,
             };
-            Ok(Generation { stream, ticket })
+            Ok(Generation { stream, ticket, patience: Patience::default() })
         };
         works.into_iter().map(submit).collect()
     }
@@ -148,13 +154,31 @@ impl Generation {
 
     /// The next event; `None` after the last one.
     pub(crate) fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<ApiResult<Event>>> {
-        let event = ready!(self.stream.poll_next(cx));
-        Poll::Ready(event.map(|event| self.ticket.see(event)))
+        match self.stream.poll_next(cx) {
+            Poll::Ready(event) => Poll::Ready(event.map(|event| self.ticket.see(event))),
+            Poll::Pending => self.poll_stalled(cx).map(|error| Some(Err(error))),
+        }
     }
 
-    /// Everything about a generation of `n` choices. The reader is woken once, at its end.
+    /// Waits until all events are there. The reader is woken once, at the end.
+    async fn ended(&mut self) -> ApiResult<()> {
+        poll_fn(|cx| match self.stream.poll_ended(cx) {
+            Poll::Ready(()) => Poll::Ready(Ok(())),
+            Poll::Pending => self.poll_stalled(cx).map(Err),
+        })
+        .await
+    }
+
+    /// Ready when the engine does nothing any more; the request has then failed.
+    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<ApiError> {
+        let error = ready!(self.patience.poll(&self.ticket.app, self.ticket.model, cx));
+        self.ticket.settle(Outcome::Failed, None);
+        Poll::Ready(error)
+    }
+
+    /// Everything about a generation of `n` choices.
     pub(crate) async fn finish(mut self, n: usize) -> ApiResult<(Vec<Choice>, Summary)> {
-        poll_fn(|cx| self.stream.poll_ended(cx)).await;
+        self.ended().await?;
         let mut choices: Vec<Choice> = (0..n).map(|_| Choice::default()).collect();
         loop {
             match poll_fn(|cx| self.poll_event(cx)).await.transpose()? {
@@ -174,7 +198,7 @@ impl Generation {
 
     /// Everything about an embedding request of `n` inputs.
     pub(crate) async fn finish_embedding(mut self, n: usize) -> ApiResult<(Vec<Embedding>, Summary)> {
-        poll_fn(|cx| self.stream.poll_ended(cx)).await;
+        self.ended().await?;
         let mut embeddings = vec![Embedding::default(); n];
         loop {
             match poll_fn(|cx| self.poll_event(cx)).await.transpose()? {
@@ -224,7 +248,7 @@ impl Ticket {
         let tokens = if summary.is_some() { usage.completion_tokens } else { self.num_tokens };
         let since_arrival = |moment: Instant| millis(moment.saturating_duration_since(self.arrived));
         let first_token_ms = match summary {
-            Some(summary) if usage.completion_tokens > 0 => Some(millis(self.waited) + summary.timings.first_token_ms),
+            Some(summary) if usage.completion_tokens > 0 => Some(summary.timings.first_token_ms),
             Some(_) => None,
             None => self.first_token.map(since_arrival),
         };
@@ -237,8 +261,14 @@ impl Ticket {
             cached_tokens: usage.cached_tokens,
             first_token_ms,
         };
-        let success = summary.map(|summary| (summary, self.reasons.as_slice()));
-        self.app.metrics.end(self.model, operation, self.waited, success);
+        if let Some(exporter) = &self.app.exporter {
+            let parent = self.caller.trace_parent.as_deref();
+            let (model, request_id) = (self.app.models[self.model].name.as_str(), &*self.caller.request_id);
+            let name = if self.kind == Kind::Generate { "generate" } else { "embed" };
+            let took = now.saturating_duration_since(self.arrived);
+            exporter.record(&EndedRequest { name, model, request_id, parent, took, summary }, || self.app.new_id(""));
+        }
+        self.app.metrics.end(self.model, operation, &self.reasons);
         self.caller.charge_tokens(usage.prompt_tokens + tokens, now);
         self.app.forget(self.number);
     }

@@ -18,6 +18,7 @@ use axum::response::IntoResponse;
 use crate::app::App;
 use crate::error::{ApiError, ApiResult, PlainError};
 use crate::options::{MAX_HEAD_BYTES, MAX_HEADERS, MAX_REQUEST_ID_BYTES, MAX_URI_BYTES};
+use crate::otlp::TraceParent;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Paths of probes, which may be open to all.
@@ -28,7 +29,7 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     let id = request_id(&app, request.headers());
     let has_plain_errors = request.uri().path().starts_with("/api/");
     let origin = allowed_origin(&app, request.headers());
-    let result = match check(&app, request).await {
+    let result = match check(&app, request, &id).await {
         Ok(Checked::Route(request)) => Ok(next.run(*request).await),
         Ok(Checked::Preflight) => Ok(preflight()),
         Err(error) => Err(error),
@@ -57,7 +58,7 @@ enum Checked {
     Preflight,
 }
 
-async fn check(app: &Arc<App>, request: Request) -> ApiResult<Checked> {
+async fn check(app: &Arc<App>, request: Request, id: &HeaderValue) -> ApiResult<Checked> {
     check_head(request.uri(), request.headers())?;
     check_host(app, request.uri(), request.headers())?;
     check_origin(app, request.headers())?;
@@ -69,7 +70,7 @@ async fn check(app: &Arc<App>, request: Request) -> ApiResult<Checked> {
     if is_open {
         return Ok(Checked::Route(Box::new(request)));
     }
-    let caller = app.keys.caller(request.headers())?;
+    let mut caller = app.keys.caller(request.headers())?;
     let is_work = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
     if is_work {
         if app.is_stopping() {
@@ -78,6 +79,8 @@ async fn check(app: &Arc<App>, request: Request) -> ApiResult<Checked> {
         caller.take_request(Instant::now())?;
     }
     let (mut parts, body) = request.into_parts();
+    caller.request_id = id.to_str().unwrap_or_default().into();
+    caller.trace_parent = TraceParent::read(&parts.headers).map(Arc::new);
     parts.extensions.insert(caller);
     let body = read_body(app, &parts.headers, body).await?;
     Ok(Checked::Route(Box::new(Request::from_parts(parts, body))))

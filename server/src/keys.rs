@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{ApiError, ApiResult};
 use crate::options::{MAX_KEY_NAME_BYTES, MIN_SECRET_BYTES, OptionsError};
+use crate::otlp::TraceParent;
 
 /// One key, as the operator gives it.
 #[derive(Clone, PartialEq)]
@@ -104,6 +105,10 @@ fn digest(secret: &str) -> [u8; 32] {
 pub(crate) struct Caller {
     /// Of the caches, of stored responses and of the fair queue; `None` when no keys are set.
     account: Option<Arc<Account>>,
+    /// What the request is called, here and at its client: its own id, or the one it came with.
+    pub(crate) request_id: Arc<str>,
+    /// The span of the client's that it is part of.
+    pub(crate) trace_parent: Option<Arc<TraceParent>>,
 }
 
 /// A key in use, with what is left of its rates. Shared by all requests of the key; locked for some arithmetic.
@@ -114,6 +119,18 @@ struct Account {
 }
 
 impl Caller {
+    fn of(account: Option<Arc<Account>>) -> Caller {
+        Caller { account, request_id: Arc::default(), trace_parent: None }
+    }
+
+    /// What the engine's recordings call the request: its id, and the trace that it is part of.
+    pub(crate) fn label(&self) -> Arc<str> {
+        match &self.trace_parent {
+            Some(parent) => format!("{} trace {}", self.request_id, parent.trace_id).into(),
+            None => self.request_id.clone(),
+        }
+    }
+
     /// The name of the caller's key.
     pub(crate) fn name(&self) -> Option<&str> {
         self.account.as_ref().map(|account| account.key.name.as_str())
@@ -175,7 +192,7 @@ impl Keys {
     /// The caller whose secret `headers` carry. Without keys everybody is let in.
     pub(crate) fn caller(&self, headers: &HeaderMap) -> ApiResult<Caller> {
         if self.accounts.is_empty() {
-            return Ok(Caller { account: None });
+            return Ok(Caller::of(None));
         }
         let unauthorized = |message: &str| ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message);
         let secret = secret(headers).ok_or_else(|| unauthorized("an API key is needed: Authorization: Bearer KEY"))?;
@@ -189,7 +206,7 @@ impl Keys {
             }
         }
         match found {
-            Some(account) => Ok(Caller { account: Some(account.clone()) }),
+            Some(account) => Ok(Caller::of(Some(account.clone()))),
             None => Err(unauthorized("this API key is not known")),
         }
     }

@@ -38,11 +38,13 @@ mod observe;
 mod ollama;
 mod openai;
 pub mod options;
+mod otlp;
 mod parameters;
 mod response;
 mod routes;
 mod stored;
 mod text;
+mod trace;
 
 use std::future::Future;
 use std::io;

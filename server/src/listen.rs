@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use crate::app::App;
@@ -61,9 +61,21 @@ pub(crate) async fn serve(
     let mut stop = pin!(stop);
     let mut deadline = pin!(sleep(Duration::ZERO));
     let mut was_cancelled = false;
+    let exporting = app.exporter.is_some().then(|| {
+        let app = app.clone();
+        AbortOnDrop(tokio::spawn(async move {
+            if let Some(exporter) = &app.exporter {
+                exporter.run().await;
+            }
+        }))
+    });
     loop {
         let is_draining = app.is_stopping();
         if is_draining && connections.is_empty() {
+            drop(exporting);
+            if let Some(exporter) = &app.exporter {
+                exporter.flush().await;
+            }
             return Ok(());
         }
         let happened = poll_fn(|cx| {
@@ -100,6 +112,15 @@ pub(crate) async fn serve(
             }
             Happened::Accepted(Err(_)) => sleep(ACCEPT_PAUSE).await,
         }
+    }
+}
+
+/// A task that ends with what it is for.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

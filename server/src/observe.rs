@@ -2,16 +2,17 @@
 
 use std::fmt::Write;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, StatusCode};
-use ns_llm::Stats;
+use ns_llm::{Histogram, Histograms, Stats};
 use serde_json::json;
 
 use crate::app::{App, Served};
-use crate::metrics::{Histogram, ModelMetrics};
+use crate::metrics::ModelMetrics;
 use crate::ns_node::gpu::mean_utilization;
 use crate::response::{json_with_status, typed};
 
@@ -83,19 +84,22 @@ const OF_ENGINES: &[Family] = &[
     }),
 ];
 
-type HistogramFamily = (&'static str, &'static str, fn(&ModelMetrics) -> &Histogram);
+type HistogramFamily = (&'static str, &'static str, fn(&Histograms) -> &Histogram);
 
-/// Of each model: times and sizes of its generations through this server.
-const OF_REQUESTS: &[HistogramFamily] = &[
-    ("time_to_first_token_seconds", "From the start of a generation to its first token.", |m| &m.first_token),
-    ("inter_token_latency_seconds", "Mean time between two tokens of a generation.", |m| &m.inter_token),
-    ("e2e_request_latency_seconds", "From the start of a generation to its end.", |m| &m.end_to_end),
-    ("request_queue_time_seconds", "From the start of a generation to its first step.", |m| &m.queue),
-    ("request_prefill_time_seconds", "From its first step to its first token.", |m| &m.prefill),
-    ("request_decode_time_seconds", "From its first token to its last.", |m| &m.decode),
-    ("request_inference_time_seconds", "From its first step to its last token.", |m| &m.inference),
-    ("request_prompt_tokens", "Tokens of a prompt.", |m| &m.prompt_tokens),
-    ("request_generation_tokens", "Tokens of an answer.", |m| &m.generation_tokens),
+/// Of each model: times and sizes, with the buckets that vLLM has.
+const HISTOGRAMS: &[HistogramFamily] = &[
+    ("time_to_first_token_seconds", "From a generation's arrival to its first token.", |h| &h.first_token_seconds),
+    ("inter_token_latency_seconds", "Between two tokens of a choice.", |h| &h.inter_token_seconds),
+    ("request_time_per_output_token_seconds", "The same, a mean of each generation.", |h| &h.per_output_token_seconds),
+    ("e2e_request_latency_seconds", "From a generation's arrival to its end.", |h| &h.end_to_end_seconds),
+    ("request_queue_time_seconds", "From a generation's arrival to its first step.", |h| &h.queue_seconds),
+    ("request_prefill_time_seconds", "From its first step to its first token.", |h| &h.prefill_seconds),
+    ("request_decode_time_seconds", "From its first token to its last.", |h| &h.decode_seconds),
+    ("request_inference_time_seconds", "From its first step to its last token.", |h| &h.inference_seconds),
+    ("request_prompt_tokens", "Tokens of a prompt.", |h| &h.prompt_tokens),
+    ("request_generation_tokens", "Tokens of an answer.", |h| &h.generation_tokens),
+    ("iteration_tokens_total", "Tokens of a step.", |h| &h.step_tokens),
+    ("iteration_time_seconds", "Of a step.", |h| &h.step_seconds),
 ];
 
 /// Everything that is counted, as Prometheus reads it.
@@ -127,10 +131,10 @@ fn prometheus_text(app: &App, gpu_utilization: f64) -> String {
             line(&mut text, &series, count as f64);
         }
     }
-    for (name, help, histogram) in OF_REQUESTS {
+    for (name, help, histogram) in HISTOGRAMS {
         head(&mut text, prefix, name, "histogram", help);
-        for (label, metrics) in labels.iter().zip(&requests) {
-            histogram_lines(&mut text, &format!("{prefix}{name}"), label, histogram(metrics));
+        for (label, stats) in labels.iter().zip(&stats) {
+            histogram_lines(&mut text, &format!("{prefix}{name}"), label, histogram(&stats.histograms));
         }
     }
     head(&mut text, prefix, "cache_config_info", "gauge", "How the KV cache is set up.");
@@ -149,6 +153,14 @@ fn prometheus_text(app: &App, gpu_utilization: f64) -> String {
         ("avg_latency_ms", "Mean time of all operations since the start.", app.metrics.average_ms()),
         ("gpu_utilization", "Percent, the mean over all devices; 0 without one.", gpu_utilization),
     ];
+    if let Some(exporter) = &app.exporter {
+        let counters = [("sent", &exporter.num_sent), ("dropped", &exporter.num_dropped)];
+        head(&mut text, prefix, "otlp_spans_total", "counter", "Spans for the collector, by what became of them.");
+        for (outcome, count) in counters {
+            let series = format!("{prefix}otlp_spans_total{{outcome=\"{outcome}\"}}");
+            line(&mut text, &series, count.load(Ordering::Relaxed) as f64);
+        }
+    }
     for (name, help, value) in gauges {
         head(&mut text, "", name, "gauge", help);
         line(&mut text, name, value);

@@ -36,8 +36,20 @@ pub const PING_INTERVAL: Duration = Duration::from_secs(15);
 pub const GRACE: Duration = Duration::from_secs(30);
 /// A request's time in the engine and in the queue before it, when it names none; beyond it 408.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(600);
-/// Work without a step of the engine for so long makes the server not ready.
+/// Work of which the engine does nothing for so long makes the server not ready, and ends the calls that wait for it.
 pub const STEP_STALL: Duration = Duration::from_secs(10);
+/// Time of a trace that names none, and the longest, seconds.
+pub const DEFAULT_TRACE_SECONDS: f64 = 5.0;
+/// See [`DEFAULT_TRACE_SECONDS`].
+pub const MAX_TRACE_SECONDS: f64 = 60.0;
+/// Events of a trace, some 200 bytes each; what comes on top is counted in it.
+pub const TRACE_EVENTS: usize = 200_000;
+/// Spans that wait to be sent to a collector; those that come on top are counted and lost.
+pub const MAX_SPANS: usize = 4_096;
+/// How often they are sent.
+pub const OTLP_INTERVAL: Duration = Duration::from_secs(1);
+/// What a collector gets to take them in; after it they are lost.
+pub const OTLP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prompts of one `/v1/completions` request.
 pub const MAX_PROMPTS: usize = 64;
 /// Stored answers of `/v1/responses`; beyond it the oldest is forgotten.
@@ -118,6 +130,11 @@ pub struct ServerOptions {
     pub any_model: bool,
     /// Whether metrics are named as vLLM names its own, for dashboards that cannot be changed.
     pub vllm_metric_names: bool,
+    /// Whether `/trace` is there: whoever may call sees how long all requests are, and what they are called.
+    pub trace_route: bool,
+    /// Address of an OpenTelemetry collector, `http://host:port`, that gets a trace of each request (OTLP over HTTP, JSON); only of
+    /// a server that listens by itself.
+    pub otlp_endpoint: Option<String>,
     /// See [`MAX_BODY_BYTES`].
     pub max_body_bytes: usize,
     /// See [`MAX_CONNECTIONS`].
@@ -136,6 +153,8 @@ pub struct ServerOptions {
     pub ping_interval: Duration,
     /// See [`REQUEST_TIMEOUT`].
     pub request_timeout: Duration,
+    /// See [`STEP_STALL`].
+    pub step_stall: Duration,
     /// See [`GRACE`].
     pub grace: Duration,
     /// What sleeps; without one there are no pings, and a deadline is seen only when something else happens.
@@ -151,6 +170,8 @@ impl Default for ServerOptions {
             public_probes: false,
             any_model: false,
             vllm_metric_names: false,
+            trace_route: false,
+            otlp_endpoint: None,
             max_body_bytes: MAX_BODY_BYTES,
             max_connections: MAX_CONNECTIONS,
             max_running_requests: MAX_RUNNING_REQUESTS,
@@ -160,6 +181,7 @@ impl Default for ServerOptions {
             stall_timeout: STALL_TIMEOUT,
             ping_interval: PING_INTERVAL,
             request_timeout: REQUEST_TIMEOUT,
+            step_stall: STEP_STALL,
             grace: GRACE,
             timer: None,
         }
@@ -185,6 +207,7 @@ impl ServerOptions {
             ("stall_timeout", self.stall_timeout),
             ("ping_interval", self.ping_interval),
             ("request_timeout", self.request_timeout),
+            ("step_stall", self.step_stall),
         ];
         for (field, value) in times {
             let longest = Duration::from_millis(ns_llm::config::MAX_TIMEOUT_MS);

@@ -12,7 +12,7 @@ use axum::routing::{MethodRouter, delete, get, post};
 use crate::app::App;
 use crate::error::ApiError;
 use crate::guard::guard;
-use crate::{ns_node, observe, ollama, openai, text};
+use crate::{ns_node, observe, ollama, openai, text, trace};
 
 /// One route.
 pub(crate) struct Route {
@@ -28,6 +28,7 @@ pub(crate) fn table() -> Vec<Route> {
         route("GET", "/health", get(observe::health)),
         route("GET", "/ready", get(observe::ready)),
         route("GET", "/metrics", get(observe::metrics)),
+        route("GET", "/trace", get(trace::record)),
         route("GET", "/v1/models", get(openai::models::list)),
         route("GET", "/v1/models/{*id}", get(openai::models::get)),
         route("POST", "/v1/chat/completions", post(openai::chat::create)),

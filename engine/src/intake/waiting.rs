@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::replay::replay;
 use crate::command::{Command, Prepared};
 use crate::error::Error;
+use crate::instruments::Instruments;
 use crate::request::Request;
 use crate::response_cache::StoredEntry;
 use crate::response_tiers::Asker;
@@ -33,6 +34,7 @@ struct Waiting {
     held: Mutex<Option<Held>>,
     responses: Responses,
     worker: Sender<Command>,
+    instruments: Arc<Instruments>,
 }
 
 impl Waiting {
@@ -67,10 +69,10 @@ impl Asker for Waiting {
         });
         let Some(answer) = answer else { return self.compute(held) };
         let seed = held.request.sampling.seed;
-        let Prepared { sender, submitted, slot, .. } = held.prepared;
+        let Prepared { sender, origin, slot, .. } = held.prepared;
         // First: whoever has seen the last event may submit again.
         drop(slot);
-        replay(sender, answer, seed, submitted);
+        replay(sender, answer, seed, origin.arrived, &self.instruments.meters);
     }
 }
 
@@ -79,18 +81,21 @@ pub(super) struct WaitingList {
     requests: VecDeque<(Instant, Arc<Waiting>)>,
     responses: Responses,
     worker: Sender<Command>,
+    instruments: Arc<Instruments>,
 }
 
 impl WaitingList {
-    pub(super) fn new(responses: &Responses, worker: &Sender<Command>) -> Self {
-        WaitingList { requests: VecDeque::new(), responses: responses.clone(), worker: worker.clone() }
+    pub(super) fn new(responses: &Responses, worker: &Sender<Command>, instruments: &Arc<Instruments>) -> Self {
+        let (responses, worker, instruments) = (responses.clone(), worker.clone(), instruments.clone());
+        WaitingList { requests: VecDeque::new(), responses, worker, instruments }
     }
 
     /// Asks for the answer of a request; has it computed if nobody can be asked.
     pub(super) fn ask(&mut self, held: Held) {
         let timeout = held.request.timeout_ms.map_or(Duration::MAX, Duration::from_millis);
         let (responses, worker) = (self.responses.clone(), self.worker.clone());
-        let waiting = Arc::new(Waiting { held: Mutex::new(None), responses, worker });
+        let instruments = self.instruments.clone();
+        let waiting = Arc::new(Waiting { held: Mutex::new(None), responses, worker, instruments });
         let asked = held.asked.clone();
         *waiting.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(held);
         match self.responses.ask(&asked, waiting.clone()) {

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::batch::SeqId;
-use crate::command::VectorForm;
+use crate::command::{RequestId, VectorForm};
 use crate::error::Error;
-use crate::request::{Delta, Embedding, Event, FinishReason, Summary, Timings, TokenLogprobs, Usage};
+use crate::instruments::Instruments;
+use crate::request::{Delta, Embedding, Event, FinishReason, Origin, Summary, Timings, TokenLogprobs, Usage};
 use crate::responses::Recorder;
 use crate::stream::EventSender;
 use crate::tokenizer::{TextStream, Tokenizer};
+use crate::trace::{Lane, Slice};
 
 /// A request between admission and its last event.
 pub(super) struct Answer {
@@ -25,6 +27,10 @@ pub(super) struct Answer {
     started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
+    instruments: Arc<Instruments>,
+    /// Its number, and what its caller calls it.
+    id: RequestId,
+    label: Option<Arc<str>>,
     /// Of a generation that the response cache is to keep.
     recorder: Option<Box<Recorder>>,
 }
@@ -35,6 +41,7 @@ struct Choice {
     /// A stop string is complete: whatever else ends the sequence at this token, it ended by that.
     has_stopped: bool,
     is_finished: bool,
+    last_token: Option<Instant>,
 }
 
 struct Input {
@@ -54,19 +61,34 @@ pub(super) enum AfterToken {
 }
 
 impl Answer {
-    pub(super) fn new(sender: EventSender, submitted: Instant, summary: Summary, stop_token_ids: Arc<[u32]>) -> Self {
+    pub(super) fn new(
+        sender: EventSender,
+        origin: Origin,
+        id: RequestId,
+        summary: Summary,
+        instruments: Arc<Instruments>,
+    ) -> Self {
         Answer {
+            id,
+            label: origin.label,
+            instruments,
             sender,
             choices: Vec::new(),
             inputs: Vec::new(),
-            stop_token_ids,
+            stop_token_ids: Arc::default(),
             summary,
-            submitted,
+            submitted: origin.arrived,
             started: None,
             first_token: None,
             last_token: None,
             recorder: None,
         }
+    }
+
+    /// Their text is not part of the answer.
+    pub(super) fn stopped_by(mut self, stop_token_ids: Arc<[u32]>) -> Self {
+        self.stop_token_ids = stop_token_ids;
+        self
     }
 
     /// Everything that its reader hears is also told to `recorder`.
@@ -76,7 +98,7 @@ impl Answer {
     }
 
     pub(super) fn add_choice(&mut self, seq: SeqId, text: TextStream) {
-        self.choices.push(Choice { seq, text, has_stopped: false, is_finished: false });
+        self.choices.push(Choice { seq, text, has_stopped: false, is_finished: false, last_token: None });
     }
 
     pub(super) fn add_input(&mut self, seq: SeqId, form: VectorForm, truncated: bool) {
@@ -89,7 +111,24 @@ impl Answer {
 
     /// The first step that computes some of this request begins.
     pub(super) fn start(&mut self, now: Instant) {
-        self.started.get_or_insert(now);
+        if self.started.is_some() {
+            return;
+        }
+        self.started = Some(now);
+        if self.instruments.tracer.is_on() {
+            let (lane, start) = (Lane::Choice(self.id.0, 0), self.submitted);
+            self.instruments.tracer.add(Slice { lane, name: "queued", start, end: now, args: Vec::new() });
+        }
+    }
+
+    /// What its caller calls it.
+    pub(super) fn label(&self) -> Option<&Arc<str>> {
+        self.label.as_ref()
+    }
+
+    /// Tokens of the prompt of a generation.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        self.summary.usage.prompt_tokens
     }
 
     /// A token of choice `idx`. The text of a stop token is not part of the answer.
@@ -101,10 +140,17 @@ impl Answer {
         logprobs: Option<TokenLogprobs>,
         now: Instant,
     ) -> AfterToken {
-        self.first_token.get_or_insert(now);
+        let meters = &self.instruments.meters;
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            meters.first_token(now.saturating_duration_since(self.submitted));
+        }
         self.last_token = Some(now);
         self.summary.usage.completion_tokens += 1;
         let choice = &mut self.choices[idx];
+        if let Some(last) = choice.last_token.replace(now) {
+            meters.next_token(now.saturating_duration_since(last));
+        }
         let mut text = String::new();
         let is_stop_token = self.stop_token_ids.contains(&token_id);
         if !is_stop_token && choice.text.push(tokenizer, token_id, &mut text) {
@@ -179,6 +225,9 @@ impl Answer {
             total_ms: ms(self.submitted, now),
         };
         let summary = std::mem::take(&mut self.summary);
+        if !self.choices.is_empty() {
+            self.instruments.meters.finished(&summary, self.choices.len());
+        }
         // Before the last event: whoever has seen it finds the answer kept.
         if let Some(recorder) = self.recorder.take() {
             recorder.store(&summary);

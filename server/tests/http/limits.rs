@@ -1,6 +1,7 @@
 //! Limits of a request: sizes, times, framing. Each is answered for what it is, or hung up.
 
 use std::io::{Read, Write};
+use std::process::Command;
 use std::time::Duration;
 
 use ns_llm_server::ServerOptions;
@@ -140,4 +141,46 @@ fn connections_are_kept() {
         }
     }
     assert_eq!(Answer::read(&mut stream).status, 200);
+}
+
+/// Bytes of this process that are in memory.
+#[cfg(target_os = "linux")]
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux has it");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+/// Connections that do nothing, or that have sent half a head, cost little memory each, and others are answered beside them.
+#[cfg(target_os = "linux")]
+#[test]
+fn idle_connections_cost_little() {
+    // The other tests of this program hold memory too: it is measured in a process of its own.
+    const ALONE: &str = "NS_LLM_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let mut alone = Command::new(std::env::current_exe().expect("this program"));
+        alone.args(["--exact", "limits::idle_connections_cost_little", "--nocapture"]).env(ALONE, "1");
+        let output = alone.output().expect("it starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "it ran");
+        return;
+    }
+    let running = Running::with(ServerOptions { head_timeout: Duration::from_secs(3_600), ..ServerOptions::default() });
+    let open = |num: usize| {
+        let connections: Vec<_> = (0..num).map(|_| running.connect()).collect();
+        for mut stream in connections.iter().step_by(2) {
+            stream.write_all(b"GET /health HTTP/1.1\r\nHost: ").expect("sent");
+        }
+        // Accepted in order: once this one is answered, they all are.
+        assert_eq!(running.get("/health").status, 200);
+        connections
+    };
+    let first = open(20);
+    let before = resident_bytes();
+    let idle = open(400);
+    let bytes = resident_bytes().saturating_sub(before);
+    assert!(bytes <= 400 * (32 << 10), "{} KiB each", bytes / 400 / 1024);
+    let body = json!({ "prompt": "A", "max_tokens": 2 });
+    assert_eq!(running.post("/v1/completions", &body).status, 200);
+    drop((first, idle));
 }

@@ -1,9 +1,12 @@
 //! Many at once: nothing is lost, nothing is mixed up, and what is too much is refused with a time to come again.
 
 use std::io::{Read, Write};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
-use ns_llm::Request;
+use ns_llm::{EmbeddingRequest, Engine, Request, RequestStream};
 use ns_llm_server::{ApiKey, ServerOptions};
 use serde_json::{Value, json};
 
@@ -115,4 +118,120 @@ fn keys_share_fairly() {
     assert_eq!(Answer::read(&mut other).status, 200);
     assert!(running.engine.stats().requests_total <= 10, "most of the crowd still waits: {:?}", running.engine.stats());
     drop(crowd);
+}
+
+/// Many times what fits, at once: who is refused is told so at once and costs nothing, who is accepted gets all of its answer, and
+/// nothing was computed that nobody got; afterwards everything is as before.
+#[test]
+fn overload_wastes_nothing() {
+    let running =
+        Running::with(ServerOptions { max_running_requests: 2, max_waiting_requests: 6, ..ServerOptions::default() });
+    let body = json!({ "prompt": "Once upon a time", "ignore_eos": true, "max_tokens": 12 }).to_string();
+    let (mut num_answered, mut num_refused) = (0, 0);
+    // Until it was overloaded: a fast machine may answer the first before the last has come.
+    while num_refused == 0 {
+        let mut streams: Vec<_> = (0..80).map(|_| running.connect()).collect();
+        for stream in &mut streams {
+            stream.write_all(request("POST", "/v1/completions", &[], &body).as_bytes()).expect("sent");
+        }
+        for mut stream in streams {
+            let answer = Answer::read(&mut stream);
+            match answer.status {
+                200 => {
+                    assert_eq!(answer.json()["usage"]["completion_tokens"], 12);
+                    num_answered += 1;
+                }
+                status => {
+                    assert_eq!((status, answer.header("retry-after")), (503, Some("1")), "{answer:?}");
+                    num_refused += 1;
+                }
+            }
+        }
+    }
+    let stats = running.idle_stats();
+    assert!(num_answered >= 8, "{num_answered} of the places were used");
+    assert_eq!((stats.requests_total, stats.requests_finished), (num_answered, num_answered), "{stats:?}");
+    assert_eq!(stats.generation_tokens_total, 12 * num_answered);
+    assert_eq!((stats.kv_blocks_used, stats.requests_refused, stats.num_requests_preparing), (0, 0, 0), "{stats:?}");
+    assert_eq!(running.get("/ready").status, 200);
+}
+
+/// A reader that, when it is woken, holds the thread that wakes it until it is told to go on.
+struct HeldWaker(Mutex<Receiver<()>>);
+
+impl Wake for HeldWaker {
+    fn wake(self: Arc<Self>) {
+        // Whoever waits has been let go when the sender is gone.
+        let _ = self.0.lock().expect("one thread").recv();
+    }
+}
+
+/// Makes the thread that tells next of what `begin` gives stand still until the sender is dropped.
+fn stand_still(begin: impl Fn() -> RequestStream) -> (Sender<()>, RequestStream) {
+    let (go_on, held) = channel();
+    let waker = Waker::from(Arc::new(HeldWaker(Mutex::new(held))));
+    let mut cx = Context::from_waker(&waker);
+    loop {
+        let mut stream = begin();
+        let pending = loop {
+            match stream.poll_next(&mut cx) {
+                Poll::Ready(Some(_)) => {}
+                Poll::Ready(None) => break false,
+                Poll::Pending => break true,
+            }
+        };
+        // Otherwise it has ended before it could be held up.
+        if pending {
+            return (go_on, stream);
+        }
+    }
+}
+
+/// V7: when work is there and a stage of the engine does nothing, the server is not ready and says why, and everybody who
+/// waits (for a place, for a whole answer, for the next piece of a stream) is told so. When it goes on, so does the server.
+#[test]
+fn a_standstill_is_told() {
+    // The worker is held when it tells of a token, intake when it refuses an input that is too long.
+    let worker = |engine: &Engine| {
+        let mut request = Request::prompt("Once upon a time").max_tokens(1_900);
+        request.ignore_eos = true;
+        let mut stream = engine.submit(request).expect("it is taken");
+        stream.next().expect("a token").expect("no error");
+        stream
+    };
+    let intake = |engine: &Engine| {
+        let mut request = EmbeddingRequest::new(["word ".repeat(200_000)]);
+        request.truncate = false;
+        engine.submit_embedding(request).expect("it is taken")
+    };
+    let stages: [(fn(&Engine) -> RequestStream, &str); 2] =
+        [(worker, "work is waiting and no step was completed"), (intake, "requests are waiting and none was admitted")];
+    for (hold, cause) in stages {
+        let options = ServerOptions {
+            max_running_requests: 2,
+            step_stall: Duration::from_millis(500),
+            ..ServerOptions::default()
+        };
+        let running = Running::with(options);
+        let body = |stream| json!({ "prompt": "A", "stream": stream, "ignore_eos": true, "max_tokens": 8 }).to_string();
+        let (go_on, held) = stand_still(|| hold(&running.engine));
+        let mut waiting: Vec<_> = (0..3).map(|_| running.connect()).collect();
+        for (idx, stream) in waiting.iter_mut().enumerate() {
+            stream.write_all(request("POST", "/v1/completions", &[], &body(idx == 1)).as_bytes()).expect("sent");
+        }
+        for stream in &mut waiting {
+            let answer = Answer::read(stream);
+            assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")), "{cause}: {answer:?}");
+            let error = &answer.json()["error"];
+            assert_eq!(error["code"], "stalled");
+            assert!(error["message"].as_str().expect("a text").ends_with(cause), "{error}");
+        }
+        let ready = running.get("/ready");
+        assert_eq!((ready.status, &ready.json()["reason"]), (503, &json!(cause)));
+        assert_eq!(running.get("/health").status, 200, "it may go on");
+        drop((go_on, held));
+        // A machine that is slow enough looks as if it stood still, for a while.
+        while running.send("POST", "/v1/completions", &[], &body(false)).status != 200 {}
+        while running.get("/ready").status != 200 {}
+    }
 }

@@ -3,6 +3,7 @@
 
 mod access;
 mod bad_input;
+mod charter;
 mod chat;
 mod client;
 mod completions;

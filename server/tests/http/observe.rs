@@ -1,11 +1,14 @@
 //! What those who watch are told: the truth about engines and queue, and numbers that Prometheus can read.
 
 use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::Duration;
 
 use ns_llm_server::{Model, ServerOptions};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::client::{Running, demo_engine};
+use crate::client::{Answer, Running, demo_engine, request};
 
 /// Every line is a comment or a number; each series is told once, after its kind.
 fn series(text: &str) -> HashMap<String, f64> {
@@ -43,9 +46,17 @@ fn metrics_are_counted() {
     assert_eq!(value("ns_llm:generation_tokens_total{model_name=\"demo\"}"), 10.0);
     assert_eq!(value("ns_llm:prompt_tokens_total{model_name=\"demo\"}"), stats.prompt_tokens_total as f64);
     assert_eq!(value("ns_llm:request_success_total{model_name=\"demo\",finished_reason=\"length\"}"), 2.0);
-    for name in ["time_to_first_token_seconds", "e2e_request_latency_seconds", "inter_token_latency_seconds"] {
-        assert_eq!(value(&format!("ns_llm:{name}_count{{model_name=\"demo\"}}")), 2.0, "{name}");
-        assert_eq!(value(&format!("ns_llm:{name}_bucket{{model_name=\"demo\",le=\"+Inf\"}}")), 2.0);
+    for (name, count) in [
+        ("time_to_first_token_seconds", 2.0),
+        ("e2e_request_latency_seconds", 2.0),
+        ("request_prompt_tokens", 2.0),
+        // Five tokens have four times between them.
+        ("inter_token_latency_seconds", 8.0),
+        ("iteration_time_seconds", stats.steps_total as f64),
+        ("iteration_tokens_total", stats.steps_total as f64),
+    ] {
+        assert_eq!(value(&format!("ns_llm:{name}_count{{model_name=\"demo\"}}")), count, "{name}");
+        assert_eq!(value(&format!("ns_llm:{name}_bucket{{model_name=\"demo\",le=\"+Inf\"}}")), count);
         assert!(value(&format!("ns_llm:{name}_sum{{model_name=\"demo\"}}")) > 0.0);
     }
     assert!(series.contains_key("ns_llm:time_to_first_token_seconds_bucket{model_name=\"demo\",le=\"0.001\"}"));
@@ -63,6 +74,104 @@ fn names_may_be_vllms() {
     let series = series(&running.get("/metrics").body);
     assert!(series.contains_key("vllm:num_requests_running{model_name=\"demo\"}"));
     assert!(!series.keys().any(|name| name.starts_with("ns_llm:")));
+}
+
+/// A trace is there only where it was asked for; it shows steps and, under the ids that clients gave, what each request got of
+/// them; one at a time; and a client that hangs up ends its own.
+#[test]
+fn traces_are_recorded_on_demand() {
+    let closed = Running::start();
+    assert_eq!(closed.get("/trace?seconds=0.1").status, 404);
+    drop(closed);
+    let running = Running::with(ServerOptions { trace_route: true, ..ServerOptions::default() });
+    for wrong in ["0", "-1", "61", "x"] {
+        let answer = running.get(&format!("/trace?seconds={wrong}"));
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("seconds")), "{wrong}");
+    }
+    let mut impatient = running.connect();
+    impatient.write_all(request("GET", "/trace?seconds=60", &[], "").as_bytes()).expect("sent");
+    // It runs when another one is refused; then its client is gone, and with it the recording.
+    while running.get("/trace?seconds=0.001").status != 409 {}
+    drop(impatient);
+    let parent = "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let body = json!({ "prompt": "Once upon a time", "max_tokens": 4, "ignore_eos": true }).to_string();
+    let trace = loop {
+        let mut recording = running.connect();
+        recording.write_all(request("GET", "/trace?seconds=1", &[], "").as_bytes()).expect("sent");
+        let answer = running.send("POST", "/v1/completions", &["X-Request-Id: from-outside", parent], &body);
+        assert_eq!((answer.status, answer.header("x-request-id")), (200, Some("from-outside")));
+        let trace = Answer::read(&mut recording);
+        // The first one may still be running; and a slow machine may not have begun in time.
+        if trace.status == 200 && trace.body.contains("from-outside") {
+            break trace.ok();
+        }
+    };
+    let events = trace["traceEvents"].as_array().expect("a list");
+    let lane = events.iter().find(|event| event["args"]["name"].as_str().is_some_and(|n| n.contains("from-outside")));
+    let lane = lane.expect("its lane");
+    assert!(lane["args"]["name"].as_str().expect("a name").contains("0af7651916cd43dd8448eb211c80319c"), "{lane}");
+    let slices: Vec<&str> = events
+        .iter()
+        .filter(|event| event["ph"] == "X" && (&event["pid"], &event["tid"]) == (&lane["pid"], &lane["tid"]))
+        .filter_map(|event| event["name"].as_str())
+        .collect();
+    assert!(slices.contains(&"decode"), "{slices:?}");
+    let steps = events.iter().filter(|event| event["name"] == "step").count();
+    assert!(steps >= 3, "{steps} steps of one prompt and four tokens");
+}
+
+/// A collector gets a span of each request, child of its client's, with its parts in order; what a collector does not take is
+/// counted, and harms nobody.
+#[test]
+fn spans_reach_a_collector() {
+    let collector = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let endpoint = format!("http://{}", collector.local_addr().expect("bound"));
+    let running = Running::with(ServerOptions { otlp_endpoint: Some(endpoint), ..ServerOptions::default() });
+    let parent = "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let body = json!({ "prompt": "Once upon a time", "max_tokens": 4, "ignore_eos": true }).to_string();
+    assert_eq!(running.send("POST", "/v1/completions", &["X-Request-Id: mine", parent], &body).status, 200);
+    let (mut stream, _) = collector.accept().expect("a connection");
+    let mut bytes = Vec::new();
+    let posted = loop {
+        let mut piece = [0; 4_096];
+        let length = stream.read(&mut piece).expect("a request");
+        assert!(length > 0, "it ended early");
+        bytes.extend_from_slice(&piece[..length]);
+        let text = String::from_utf8_lossy(&bytes);
+        if let Some(body) = text.split_once("\r\n\r\n").and_then(|(_, body)| serde_json::from_str::<Value>(body).ok()) {
+            assert!(text.starts_with("POST /v1/traces HTTP/1.1\r\n"), "{text}");
+            break body;
+        }
+    };
+    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}").expect("sent");
+    drop(stream);
+    let spans = posted["resourceSpans"][0]["scopeSpans"][0]["spans"].as_array().expect("spans").clone();
+    let names: Vec<_> = spans.iter().map(|span| span["name"].as_str().expect("a name")).collect();
+    assert_eq!(names, ["generate", "queue", "prefill", "decode"]);
+    assert_eq!(spans[0]["parentSpanId"], "b7ad6b7169203331");
+    let nanos = |span: &Value, name: &str| span[name].as_str().expect("digits").parse::<u64>().expect("a number");
+    for (idx, span) in spans.iter().enumerate() {
+        assert_eq!(span["traceId"], "0af7651916cd43dd8448eb211c80319c");
+        assert!(idx == 0 || span["parentSpanId"] == spans[0]["spanId"], "{span}");
+        assert!(nanos(span, "startTimeUnixNano") <= nanos(span, "endTimeUnixNano"), "{span}");
+        assert!(idx < 2 || span["startTimeUnixNano"] == spans[idx - 1]["endTimeUnixNano"], "{span}");
+    }
+    let attribute = |name: &str| {
+        let attributes = spans[0]["attributes"].as_array().expect("a list");
+        attributes.iter().find(|attribute| attribute["key"] == name).map(|found| found["value"].clone())
+    };
+    assert_eq!(attribute("gen_ai.request.id"), Some(json!({ "stringValue": "mine" })));
+    assert_eq!(attribute("gen_ai.usage.completion_tokens"), Some(json!({ "intValue": "4" })));
+    let spans_are = |outcome: &str, count: usize| {
+        let line = format!("\nns_llm:otlp_spans_total{{outcome=\"{outcome}\"}} {count}\n");
+        while !running.get("/metrics").body.contains(&line) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    spans_are("sent", 4);
+    drop(collector);
+    assert_eq!(running.send("POST", "/v1/completions", &[], &body).status, 200);
+    spans_are("dropped", 4);
 }
 
 /// Health and readiness tell of an engine that has ended, among several.
