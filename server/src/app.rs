@@ -13,6 +13,7 @@ use ns_llm::{Canceller, Engine, Stats};
 use sha2::{Digest, Sha256};
 
 use crate::admission::Admission;
+use crate::affinity::PrefixLog;
 use crate::clock::unix_seconds;
 use crate::error::{ApiError, ApiResult};
 use crate::helper::Helper;
@@ -110,6 +111,7 @@ pub(crate) struct App {
     pub(crate) stored: StoredResponses,
     pub(crate) helper: Helper,
     pub(crate) gpu_history: GpuHistory,
+    pub(crate) prefixes: PrefixLog,
     pub(crate) started: Instant,
     /// Set once, by the listener: new work is refused from then on.
     stopping: AtomicBool,
@@ -146,6 +148,7 @@ impl App {
             stored: StoredResponses::default(),
             helper: Helper::default(),
             gpu_history: GpuHistory::default(),
+            prefixes: PrefixLog::default(),
             started: now,
             stopping: AtomicBool::new(false),
             live: Mutex::default(),

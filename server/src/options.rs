@@ -44,6 +44,11 @@ pub const MAX_PROMPTS: usize = 64;
 pub const MAX_STORED_RESPONSES: usize = 1_024;
 /// Bytes of all their texts; beyond it the oldest is forgotten.
 pub const MAX_STORED_RESPONSE_BYTES: usize = 64 << 20;
+/// Bytes of a prompt whose hash is its `x-ns-llm-prefix`: requests that share so much go to one server. Shorter shared
+/// beginnings are computed sooner than a queue is waited for.
+pub const PREFIX_AFFINITY_BYTES: usize = 256;
+/// Answered prompts whose `x-ns-llm-prefix` a server remembers; beyond it the oldest is forgotten.
+pub const MAX_REMEMBERED_PREFIXES: usize = 256;
 /// Operations whose times the performance routes look at.
 pub const MAX_OPERATIONS: usize = 10_000;
 /// `X-Request-Id` of a client, bytes; a longer one is replaced.
@@ -118,6 +123,8 @@ pub struct ServerOptions {
     pub any_model: bool,
     /// Whether metrics are named as vLLM names its own, for dashboards that cannot be changed.
     pub vllm_metric_names: bool,
+    /// Whether there is a page at `/`.
+    pub page: bool,
     /// See [`MAX_BODY_BYTES`].
     pub max_body_bytes: usize,
     /// See [`MAX_CONNECTIONS`].
@@ -151,6 +158,7 @@ impl Default for ServerOptions {
             public_probes: false,
             any_model: false,
             vllm_metric_names: false,
+            page: true,
             max_body_bytes: MAX_BODY_BYTES,
             max_connections: MAX_CONNECTIONS,
             max_running_requests: MAX_RUNNING_REQUESTS,

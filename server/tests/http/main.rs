@@ -14,6 +14,7 @@ mod mounted;
 mod ns_node;
 mod observe;
 mod ollama;
+mod page;
 mod responses;
 mod stop;
 mod text;
