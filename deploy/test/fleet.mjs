@@ -78,7 +78,10 @@ export class Fleet {
   /** A server on `port`; ready when this resolves. */
   async server(port, args = []) {
     const model = join(ROOT, 'models', 'demo');
-    const all = ['serve', '--model', model, '--port', String(port), '--threads', '1', '--kv-mib', '32', '--grace', '2', ...args];
+    const all = ['serve', '--model', model, '--port', String(port), '--threads', '1', '--grace', '2', ...args];
+    if (!args.includes('--kv-mib')) {
+      all.push('--kv-mib', '32');
+    }
     const child = this.start(PROGRAM, all, { env: { NS_LLM_API_KEY: '' } });
     const address = await new Promise((resolve, reject) => {
       createInterface({ input: child.stderr }).on('line', (line) => {
