@@ -14,8 +14,8 @@ const WINDOW_MS = 60_000;
 
 const get = (id) => document.getElementById(id);
 const whole = (value) => Math.round(value).toLocaleString('en');
-const rate = (value) => (value < 10 ? value.toFixed(1) : whole(value));
-const ms = (value) => (value < 10 ? `${value.toFixed(1)} ms` : value < 10_000 ? `${whole(value)} ms` : `${(value / 1000).toFixed(1)} s`);
+const rate = (value) => (value > 0 && value < 10 ? value.toFixed(1) : whole(value));
+const ms = (value) => (value > 0 && value < 10 ? `${value.toFixed(1)} ms` : value < 10_000 ? `${whole(value)} ms` : `${(value / 1000).toFixed(1)} s`);
 const percent = (value) => `${value < 10 && value > 0 ? value.toFixed(1) : Math.round(value)} %`;
 const UNITS = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
 
@@ -99,7 +99,7 @@ export class Dashboard {
       this.#charts.push({ chart: new Chart(get('charts'), title, series, options), values: lines.map(([, , value]) => value) });
     };
     chart('Tokens per second', [['generated', rate, (p) => p.generated], ['prompt', rate, (p) => p.prompted]]);
-    chart('Latency', [['first token p50', ms, (p) => p.firstP50], ['p95', ms, (p) => p.firstP95], ['per token p95', ms, (p) => p.tokenP95]]);
+    chart('Latency', [['first p50', ms, (p) => p.firstP50], ['first p95', ms, (p) => p.firstP95], ['next p95', ms, (p) => p.tokenP95]]);
     chart('Requests', [['running', whole, (p) => p.running], ['waiting', whole, (p) => p.waiting]], { least: 4, isWhole: true });
     chart('KV blocks', [['used', whole, (p) => p.kv.used], ['cached', whole, (p) => p.kv.cached], ['free', whole, (p) => p.kv.free]], { least: 10, isWhole: true });
     chart('Prompt tokens found in the cache', [['hit rate', percent, (p) => p.hitPercent]], { max: 100 });
