@@ -47,8 +47,9 @@ describe('prometheus', () => {
       fleet.start('prometheus', [`--config.file=${file}`, `--storage.tsdb.path=${join(fleet.folder, 'data')}`, `--web.listen-address=127.0.0.1:${port}`]);
       const query = async (expression) => {
         const address = `http://127.0.0.1:${port}/api/v1/query?query=${encodeURIComponent(expression)}`;
-        const found = await fetch(address).then((response) => response.json(), () => undefined);
-        return found?.data?.result ?? [];
+        // While it starts it answers otherwise, or not at all.
+        const response = await fetch(address).catch(() => undefined);
+        return response?.ok ? (await response.json()).data.result : [];
       };
       await until(async () => (await query('up == 1')).length === 1, 'Prometheus reads the server');
       await until(async () => (await query('up == 0')).length === 2, 'the two that are not there are seen, too');
