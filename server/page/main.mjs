@@ -30,16 +30,20 @@ function show(name, { focus = false } = {}) {
   dashboard.setVisible(name === 'dashboard');
 }
 
+/** Shows a view, and has the address say so. */
+function go(name, options) {
+  history.replaceState(null, '', `#${name}`);
+  show(name, options);
+}
+
 const viewOfAddress = () => (location.hash === '#dashboard' ? 'dashboard' : 'chat');
 
 for (const view of VIEWS) {
   const tab = get(`tab-${view}`);
-  tab.addEventListener('click', () => history.replaceState(null, '', `#${view}`) ?? show(view));
+  tab.addEventListener('click', () => go(view));
   tab.addEventListener('keydown', (event) => {
     if (event.key === 'ArrowRight' || event.key === 'ArrowLeft') {
-      const other = view === 'chat' ? 'dashboard' : 'chat';
-      history.replaceState(null, '', `#${other}`);
-      show(other, { focus: true });
+      go(view === 'chat' ? 'dashboard' : 'chat', { focus: true });
     }
   });
 }
@@ -49,8 +53,7 @@ addEventListener('keydown', (event) => {
   const isTyping = event.target instanceof HTMLElement && event.target.matches('input, textarea, select');
   if (event.key === '/' && !isTyping && !get('key-dialog').open) {
     event.preventDefault();
-    history.replaceState(null, '', '#chat');
-    show('chat');
+    go('chat');
     get('text').focus();
   }
 });
