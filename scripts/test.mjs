@@ -14,6 +14,10 @@ const NODE_TESTS = join(ROOT, 'bindings-node', 'dist', 'test');
 const SCRIPT_TESTS = [
   join(ROOT, 'benches', 'peers', 'peers.test.mjs'),
   join(ROOT, 'server', 'clients', 'clients.test.mjs'),
+  join(ROOT, 'server', 'page', 'page.test.mjs'),
+  join(ROOT, 'deploy', 'test', 'files.test.mjs'),
+  join(ROOT, 'deploy', 'test', 'fleet.test.mjs'),
+  join(ROOT, 'deploy', 'test', 'readme.test.mjs'),
 ];
 
 const total = { passed: 0, failed: 0, skipped: 0 };

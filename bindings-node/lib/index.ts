@@ -29,6 +29,8 @@ export { ChatCompletionStream } from './openai/chat.js';
 export type { Chat, ChatCompletions } from './openai/chat.js';
 export type { EmbeddingResource } from './openai/embeddings.js';
 export type * from './openai/types.js';
+export { PREFIX_AFFINITY_HEADER, prefixAffinity } from './prefix_affinity.js';
+export type { AffinityRequest } from './prefix_affinity.js';
 export type { GenerateOptions, Message, Prompt, TokenIds } from './request.js';
 export type {
   ResponseCache,

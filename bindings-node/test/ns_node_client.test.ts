@@ -27,7 +27,7 @@ test('import and require give the same class, which is what require gives itself
     const names = Object.keys(imported).sort();
     console.log(names.join(), required === Client, names.every((name) => imported[name] === required[name]));`;
   const { stdout, stderr } = await runScript(script, 'module');
-  const names = 'GpuResourceManager,KvCacheService,NsNodeClient,PROMETHEUS_CONTENT_TYPE,PerformanceProfiler,default,embed,prometheusText,query,status';
+  const names = 'GpuResourceManager,KvCacheService,NsNodeClient,PREFIX_AFFINITY_HEADER,PROMETHEUS_CONTENT_TYPE,PerformanceProfiler,default,embed,prefixAffinity,prometheusText,query,status';
   assert.equal(stdout, `${names} true true\n`, stderr);
 });
 

@@ -48,6 +48,9 @@ pub(crate) struct Options {
     /// Let /health and /ready be asked without a key
     #[arg(long)]
     public_probes: bool,
+    /// Serve no page at /
+    #[arg(long)]
+    no_page: bool,
     /// Call metrics as vLLM calls its own
     #[arg(long)]
     vllm_metric_names: bool,
@@ -122,6 +125,7 @@ fn server_options(options: &Options) -> Result<ServerOptions, Box<dyn std::error
     server.vllm_metric_names = options.vllm_metric_names;
     server.trace_route = options.trace_route;
     server.otlp_endpoint = options.otlp_endpoint.clone();
+    server.page = !options.no_page;
     server.max_body_bytes = usize::from(options.max_body_mib) << 20;
     server.max_connections = options.max_connections;
     server.max_running_requests = options.max_running;

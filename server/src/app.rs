@@ -13,6 +13,7 @@ use ns_llm::{Canceller, Engine};
 use sha2::{Digest, Sha256};
 
 use crate::admission::Admission;
+use crate::affinity::PrefixLog;
 use crate::clock::unix_seconds;
 use crate::error::{ApiError, ApiResult};
 use crate::helper::Helper;
@@ -149,6 +150,7 @@ pub(crate) struct App {
     pub(crate) gpu_history: GpuHistory,
     /// Where spans go, if they go anywhere.
     pub(crate) exporter: Option<Exporter>,
+    pub(crate) prefixes: PrefixLog,
     pub(crate) started: Instant,
     /// Set once, by the listener: new work is refused from then on.
     stopping: AtomicBool,
@@ -191,6 +193,7 @@ impl App {
             helper: Helper::default(),
             gpu_history: GpuHistory::default(),
             exporter,
+            prefixes: PrefixLog::default(),
             started: now,
             stopping: AtomicBool::new(false),
             live: Mutex::default(),

@@ -11,6 +11,7 @@ use ns_llm::{Canceller, Embedding, EmbeddingRequest, Error, Event, FinishReason,
 use ns_llm::{Origin, Summary, TokenLogprobs};
 
 use crate::admission::Place;
+use crate::affinity::prefix_affinity;
 use crate::app::{App, Patience, Served};
 use crate::error::{ApiError, ApiResult};
 use crate::keys::Caller;
@@ -36,6 +37,8 @@ struct Ticket {
     caller: Caller,
     model: usize,
     kind: Kind,
+    /// How the prompt begins, for those who choose between servers.
+    prefix: Option<String>,
     /// Given back with the last ticket that shares it.
     _place: Arc<Place>,
     /// In the server's list of what can be cancelled.
@@ -69,6 +72,13 @@ impl Work {
             Work::Generate(request) => &mut request.timeout_ms,
             Work::Embed(request) => &mut request.timeout_ms,
         }
+    }
+
+    /// How the prompt begins. What a caller adds to its namespace stands behind the name of its key.
+    fn prefix(&self, model: &str) -> Option<String> {
+        let Work::Generate(request) = self else { return None };
+        let salt = request.namespace.as_deref().and_then(|namespace| namespace.split_once('\n')).map(|(_, salt)| salt);
+        Some(prefix_affinity(model, salt, &request.prompt))
     }
 
     /// Ranges are told before anything waits.
@@ -124,6 +134,7 @@ impl Generation {
             // It counts from the arrival: what the queue has taken is not left for the engine.
             *work.timeout_ms() = Some(timeout_ms);
             let origin = Origin { arrived, label: Some(caller.label()) };
+            let prefix = work.prefix(&model.name);
             let (kind, stream) = match work {
                 Work::Generate(request) => (Kind::Generate, model.engine.submit_from(request, origin)?),
                 Work::Embed(request) => (Kind::Embed, model.engine.submit_embedding_from(request, origin)?),
@@ -135,6 +146,7 @@ impl Generation {
                 caller: caller.clone(),
                 model: model.idx,
                 kind,
+                prefix,
                 _place: place.clone(),
                 arrived,
                 first_token: None,
@@ -244,6 +256,9 @@ impl Ticket {
             return;
         }
         let now = Instant::now();
+        if let (Some(_), Some(prefix)) = (summary, self.prefix.take()) {
+            self.app.prefixes.note(self.caller.name(), prefix);
+        }
         let usage = summary.map(|summary| summary.usage).unwrap_or_default();
         let tokens = if summary.is_some() { usage.completion_tokens } else { self.num_tokens };
         let since_arrival = |moment: Instant| millis(moment.saturating_duration_since(self.arrived));

@@ -19,6 +19,7 @@ use crate::app::App;
 use crate::error::{ApiError, ApiResult, PlainError};
 use crate::options::{MAX_HEAD_BYTES, MAX_HEADERS, MAX_REQUEST_ID_BYTES, MAX_URI_BYTES};
 use crate::otlp::TraceParent;
+use crate::page;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Paths of probes, which may be open to all.
@@ -66,8 +67,10 @@ async fn check(app: &Arc<App>, request: Request, id: &HeaderValue) -> ApiResult<
         // Carries no key, and does nothing. Without a page that may ask, `check_origin` has refused it.
         return Ok(Checked::Preflight);
     }
-    let is_open = app.options.public_probes && PROBES.contains(&request.uri().path());
-    if is_open {
+    let path = request.uri().path();
+    let is_open = app.options.public_probes && PROBES.contains(&path);
+    let is_page = app.options.page && page::has(path) && matches!(*request.method(), Method::GET | Method::HEAD);
+    if is_open || is_page {
         return Ok(Checked::Route(Box::new(request)));
     }
     let mut caller = app.keys.caller(request.headers())?;

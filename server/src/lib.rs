@@ -21,6 +21,7 @@
 //! can make grow is bounded in [`options`].
 
 mod admission;
+mod affinity;
 mod app;
 mod clock;
 mod error;
@@ -39,6 +40,7 @@ mod ollama;
 mod openai;
 pub mod options;
 mod otlp;
+mod page;
 mod parameters;
 mod response;
 mod routes;
@@ -54,6 +56,7 @@ use std::sync::Arc;
 use axum::Router;
 use hyper_util::rt::TokioTimer;
 
+pub use affinity::prefix_affinity;
 use app::App;
 pub use app::Model;
 pub use keys::ApiKey;
@@ -80,7 +83,7 @@ impl Server {
         self.router.clone()
     }
 
-    /// Method and path of every route.
+    /// Method and path of every route; the files of the page at `/`, which need no key, are beside them.
     pub fn routes() -> Vec<(&'static str, &'static str)> {
         routes::table().into_iter().map(|route| (route.method, route.path)).collect()
     }

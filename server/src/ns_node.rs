@@ -1,6 +1,7 @@
 //! The routes of ns-node, and of the NS-LLM service beside it: shapes that their pages and scripts read, filled from the
 //! engines and from what this server has counted.
 
+pub(crate) mod cluster;
 pub(crate) mod generate;
 pub(crate) mod gpu;
 pub(crate) mod kv_cache;

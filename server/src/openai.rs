@@ -7,7 +7,7 @@ pub(crate) mod embeddings;
 pub(crate) mod models;
 pub(crate) mod responses;
 
-use ns_llm::{Engine, Logprob, Summary, Timings, Usage};
+use ns_llm::{CacheTier, Engine, Logprob, PrefixMiss, Summary, Timings, Usage};
 use serde::Serialize;
 
 use crate::app::{App, Served};
@@ -50,6 +50,27 @@ pub(crate) struct UsageObject {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 struct PromptTokensDetails {
     cached_tokens: usize,
+    /// The same by the place where their keys and values were.
+    cached_by_tier: CachedByTier,
+    /// Why the rest was computed; null when all was found that can be.
+    prefix_miss: Option<PrefixMissObject>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+struct CachedByTier {
+    pool: usize,
+    host: usize,
+    disk: usize,
+    remote: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct PrefixMissObject {
+    /// Position of the first prompt token that was not found.
+    token: usize,
+    reason: &'static str,
+    /// Who has given it up.
+    tier: Option<&'static str>,
 }
 
 impl UsageObject {
@@ -57,7 +78,17 @@ impl UsageObject {
         self.prompt_tokens += usage.prompt_tokens;
         self.completion_tokens += usage.completion_tokens;
         self.total_tokens += usage.prompt_tokens + usage.completion_tokens;
-        self.prompt_tokens_details.cached_tokens += usage.cached_tokens;
+        let details = &mut self.prompt_tokens_details;
+        details.cached_tokens += usage.cached_tokens;
+        let (sum, more) = (&mut details.cached_by_tier, usage.cached_by_tier);
+        (sum.pool, sum.host) = (sum.pool + more.pool, sum.host + more.host);
+        (sum.disk, sum.remote) = (sum.disk + more.disk, sum.remote + more.remote);
+        let miss = |miss: PrefixMiss| {
+            let tier = miss.reason.tier().map(CacheTier::as_str);
+            PrefixMissObject { token: miss.token, reason: miss.reason.as_str(), tier }
+        };
+        // Of several prompts it is the first that says why.
+        details.prefix_miss = details.prefix_miss.or(usage.prefix_miss.map(miss));
     }
 }
 

@@ -56,6 +56,11 @@ pub const MAX_PROMPTS: usize = 64;
 pub const MAX_STORED_RESPONSES: usize = 1_024;
 /// Bytes of all their texts; beyond it the oldest is forgotten.
 pub const MAX_STORED_RESPONSE_BYTES: usize = 64 << 20;
+/// Bytes of a prompt whose hash is its `x-ns-llm-prefix`: requests that share so much go to one server. Shorter shared
+/// beginnings are computed sooner than a queue is waited for.
+pub const PREFIX_AFFINITY_BYTES: usize = 256;
+/// Answered prompts whose `x-ns-llm-prefix` a server remembers; beyond it the oldest is forgotten.
+pub const MAX_REMEMBERED_PREFIXES: usize = 256;
 /// Operations whose times the performance routes look at.
 pub const MAX_OPERATIONS: usize = 10_000;
 /// `X-Request-Id` of a client, bytes; a longer one is replaced.
@@ -135,6 +140,8 @@ pub struct ServerOptions {
     /// Address of an OpenTelemetry collector, `http://host:port`, that gets a trace of each request (OTLP over HTTP, JSON); only of
     /// a server that listens by itself.
     pub otlp_endpoint: Option<String>,
+    /// Whether there is a page at `/`.
+    pub page: bool,
     /// See [`MAX_BODY_BYTES`].
     pub max_body_bytes: usize,
     /// See [`MAX_CONNECTIONS`].
@@ -172,6 +179,7 @@ impl Default for ServerOptions {
             vllm_metric_names: false,
             trace_route: false,
             otlp_endpoint: None,
+            page: true,
             max_body_bytes: MAX_BODY_BYTES,
             max_connections: MAX_CONNECTIONS,
             max_running_requests: MAX_RUNNING_REQUESTS,

@@ -1,5 +1,5 @@
 //! The table of all routes. What is not in it does not exist; what is in it is behind the guard, and in the test that
-//! asks every route without a key.
+//! asks every route without a key; but for the files of the page, which hold nothing that a key protects.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use axum::routing::{MethodRouter, delete, get, post};
 use crate::app::App;
 use crate::error::ApiError;
 use crate::guard::guard;
-use crate::{ns_node, observe, ollama, openai, text, trace};
+use crate::{ns_node, observe, ollama, openai, page, text, trace};
 
 /// One route.
 pub(crate) struct Route {
@@ -67,7 +67,10 @@ pub(crate) fn table() -> Vec<Route> {
 }
 
 pub(crate) fn router(app: &Arc<App>) -> Router {
-    let router = table().into_iter().fold(Router::new(), |router, route| router.route(route.path, route.handler));
+    let mut router = table().into_iter().fold(Router::new(), |router, route| router.route(route.path, route.handler));
+    if app.options.page {
+        router = page::paths().fold(router, |router, path| router.route(path, get(page::file)));
+    }
     router
         .fallback(async || ApiError::not_found("unknown_route", "there is no such route"))
         .method_not_allowed_fallback(async || {

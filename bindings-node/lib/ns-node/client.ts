@@ -8,6 +8,7 @@ import { loadavg } from 'node:os';
 import type { Engine } from '../engine.js';
 import { NsLlmError } from '../errors.js';
 import { ADDON } from '../native.js';
+import { prefixAffinity } from '../prefix_affinity.js';
 import { describe } from '../request.js';
 import type { GenerateOptions, Message, Prompt } from '../request.js';
 import type { CachedTokens, Completion } from '../stream.js';
@@ -264,6 +265,7 @@ export class NsNodeClient {
           }
         }
         const completion = await stream.result;
+        notePrefix(model, call, prompt);
         const result = resultOf(completion, model, startedAt);
         const end: StreamEnd = { stream_token: '', idx, done: true, ...result };
         await tell(end);
@@ -302,7 +304,9 @@ export class NsNodeClient {
       const deadline = new Deadline(call);
       return this.#withEngine(call.model, 'generate', deadline, async ({ engine, model }) => {
         const waitedMs = clock() - startedAt;
-        const completion = await engine.generate(prompt(engine), requestOptions(call, deadline));
+        const asked = prompt(engine);
+        const completion = await engine.generate(asked, requestOptions(call, deadline));
+        notePrefix(model, call, asked);
         return [resultOf(completion, model, startedAt), countsOf(completion, waitedMs)];
       });
     });
@@ -357,6 +361,14 @@ function requestOptions(call: ReturnType<typeof readOptions<GenerateCallOptions>
     timeoutMs: deadline.leftMs,
     signal: deadline.signal,
   };
+}
+
+/** How an answered prompt began, for those who choose between nodes. */
+function notePrefix(model: InstalledModel, call: GenerateCallOptions, prompt: Prompt): void {
+  const asked = typeof prompt === 'string' ? { prompt } : prompt;
+  if ('messages' in asked || ('prompt' in asked && typeof asked.prompt === 'string')) {
+    state.prefixes.note(prefixAffinity({ model: model.name, cache_salt: readContextId(call.contextId), ...asked }));
+  }
 }
 
 function resultOf({ text, usage, finishReason }: Completion, model: InstalledModel, startedAt: number): GenerateResult {

@@ -76,6 +76,26 @@ export interface UtilizationTrend {
 export interface NetworkMetadata {
   gpu: Omit<GpuCapabilities, 'hasGpu' | 'providers'> & { available: boolean; currentLoad: number };
   cpu: { model: string; cores: number; loadAverage: number };
+  /** What is loaded, how much room there is and how much work. */
+  models: NodeModel[];
+  /** Requests that are computed, and those that wait. */
+  queue: { depth: number; running: number };
+  /** How the newest answered prompts began, newest first: names of `prefixAffinity`. */
+  prefixes: string[];
+  /** Whether new requests are taken. */
+  accepting: boolean;
+}
+
+/** A model that a node has loaded. */
+export interface NodeModel {
+  name: string;
+  /** `cpu` or `cuda`. */
+  device: string;
+  contextTokens: number;
+  running: number;
+  waiting: number;
+  /** Blocks that are cached are given to whoever needs them. */
+  kvBlocks: { total: number; used: number; cached: number; free: number };
 }
 
 /** Age at which `getStatus` looks again, milliseconds. */
@@ -157,6 +177,7 @@ export class GpuResourceManager {
     return {
       gpu: { available: hasGpu, vendor, deviceCount, totalVram, computeCapability, currentLoad },
       cpu: { ...processor(), loadAverage: loadavg()[0] ?? 0 },
+      ...work(),
     };
   }
 
@@ -189,6 +210,20 @@ export class GpuResourceManager {
     const most = Math.max(...usable.map(({ memoryFree }) => memoryFree));
     return `${required} MiB are needed, the GPU with most room has ${most} MiB`;
   }
+}
+
+/** The engines of this process as those see them who choose between nodes. */
+function work(): Pick<NetworkMetadata, 'models' | 'queue' | 'prefixes' | 'accepting'> {
+  const models = state.engines.open().map((engine): NodeModel => {
+    const { name, device, contextTokens } = engine.info;
+    const stats = engine.stats();
+    const { kvBlocksTotal: total, kvBlocksUsed: used, kvBlocksCached: cached, kvBlocksFree: free } = stats;
+    const [running, waiting] = [stats.numRequestsRunning, stats.numRequestsWaiting];
+    return { name, device, contextTokens, running, waiting, kvBlocks: { total, used, cached, free } };
+  });
+  const depth = models.reduce((sum, { waiting }) => sum + waiting, 0);
+  const running = models.reduce((sum, model) => sum + model.running, 0);
+  return { models, queue: { depth, running }, prefixes: state.prefixes.newest(), accepting: true };
 }
 
 function plain(gpu: NativeGpu): GpuDevice {

@@ -26,6 +26,7 @@ export type {
   GpuSnapshot,
   GpuStatus,
   NetworkMetadata,
+  NodeModel,
   Placement,
   UtilizationTrend,
 } from './gpu_resource_manager.js';
@@ -33,6 +34,8 @@ export { KvCacheService } from './kv_cache_service.js';
 export type { CacheContext, CachedResponse, KvCacheOptions, KvCacheStats } from './kv_cache_service.js';
 export { embed, query, status } from './local_llm.js';
 export type { AdapterAnswer } from './local_llm.js';
+export { PREFIX_AFFINITY_HEADER, prefixAffinity } from '../prefix_affinity.js';
+export type { AffinityRequest } from '../prefix_affinity.js';
 export { PerformanceProfiler } from './performance_profiler.js';
 export type { Checkpoint, EndedProfile, PerformanceMetrics, ProcessMemory, Profile } from './performance_profiler.js';
 export { PROMETHEUS_CONTENT_TYPE, prometheusText } from './prometheus.js';

@@ -5,6 +5,7 @@
 
 import { GpuWatch } from './gpu_watch.js';
 import { OperationLog } from './operation_log.js';
+import { PrefixLog } from './prefix_log.js';
 import { SharedEngines } from './shared_engines.js';
 import { VERSION } from './version.js';
 
@@ -13,13 +14,19 @@ export interface SharedState {
   engines: SharedEngines;
   operations: OperationLog;
   gpus: GpuWatch;
+  prefixes: PrefixLog;
 }
 
 const KEY = Symbol.for(`ns-llm/ns-node@${VERSION}`);
 
 function shared(): SharedState {
   const home = globalThis as { [KEY]?: SharedState };
-  home[KEY] ??= { engines: new SharedEngines(), operations: new OperationLog(), gpus: new GpuWatch() };
+  home[KEY] ??= {
+    engines: new SharedEngines(),
+    operations: new OperationLog(),
+    gpus: new GpuWatch(),
+    prefixes: new PrefixLog(),
+  };
   return home[KEY];
 }
 

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use axum::Extension;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{Response, Uri};
@@ -14,6 +15,8 @@ use crate::app::App;
 use crate::clock::unix_millis;
 use crate::error::PlainError;
 use crate::fields::Fields;
+use crate::keys::Caller;
+use crate::ns_node::cluster;
 use crate::ns_node::machine::{load_average, memory, processor};
 use crate::ns_node::query_number;
 use crate::response::json_response;
@@ -141,21 +144,21 @@ fn trend(samples: &[f64]) -> Value {
 }
 
 /// `GET /api/gpu/metadata`: what a node tells its peers.
-pub(crate) async fn metadata(State(app): State<Arc<App>>) -> Answer {
+pub(crate) async fn metadata(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> Answer {
     let gpus = look(&app).await?;
     let capabilities = capabilities(&app, &gpus);
     let (model, cores) = processor();
-    Ok(json_response(&json!({
-        "gpu": {
+    let mut metadata = cluster::view(&app, caller.name());
+    metadata["gpu"] = json!({
             "available": capabilities["hasGpu"],
             "vendor": capabilities["vendor"],
             "deviceCount": capabilities["deviceCount"],
             "totalVram": capabilities["totalVram"],
             "computeCapability": capabilities["computeCapability"],
             "currentLoad": mean_utilization(&gpus),
-        },
-        "cpu": { "model": model, "cores": cores, "loadAverage": load_average()[0] },
-    })))
+    });
+    metadata["cpu"] = json!({ "model": model, "cores": cores, "loadAverage": load_average()[0] });
+    Ok(json_response(&metadata))
 }
 
 /// `GET /api/gpu/peers`: this server knows none.

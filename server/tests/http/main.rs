@@ -15,6 +15,7 @@ mod mounted;
 mod ns_node;
 mod observe;
 mod ollama;
+mod page;
 mod responses;
 mod stop;
 mod text;
