@@ -228,13 +228,13 @@ pub(crate) struct ResponseTiers {
 impl ResponseTiers {
     /// Starts a thread for each store. `identity`: of the engine. `budget`: how long an asker waits.
     pub(crate) fn start(stores: Vec<Box<dyn AnswerStore>>, identity: [u8; 32], budget: Duration) -> Result<Self> {
-        let shared = |store: &Box<dyn AnswerStore>| {
+        let shared = |store: &dyn AnswerStore| {
             let (id, epoch, mut state) = (store.id(), Instant::now(), State::default());
             (state.stats.entries, state.stats.bytes) = store.held();
             let (state, changed) = (Mutex::new(state), Condvar::new());
             Arc::new(Shared { id, identity, budget, epoch, state, changed })
         };
-        let tiers: Vec<Arc<Shared>> = stores.iter().map(shared).collect();
+        let tiers: Vec<Arc<Shared>> = stores.iter().map(|store| shared(&**store)).collect();
         // Made first: if a thread cannot be started, dropping it ends those that were.
         let started = ResponseTiers { tiers, threads: Mutex::default(), budget, gave_up: AtomicU64::new(0) };
         for (idx, store) in stores.into_iter().enumerate() {

@@ -194,7 +194,7 @@ impl World {
     fn disturb(&mut self, sim: &mut Simulation, tally: &mut Tally) {
         let rng = &mut self.rng;
         sim.now_ms += rng.range(0, 3) as u64;
-        if sim.now_ms % 211 == 0 {
+        if sim.now_ms.is_multiple_of(211) {
             sim.scheduler.clear_prefix_cache(sim.now_ms * 1_000);
         }
         let num_added = sim.tracked.len() + sim.encodings.len();
