@@ -1,6 +1,7 @@
 //! What every request passes before its route, whichever that is: its id, its size, the host it was sent to, the page it
 //! comes from, its key, that key's rate, and its body, read whole and in time. Routes added later are behind it too.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,6 +23,11 @@ use crate::options::{MAX_HEAD_BYTES, MAX_HEADERS, MAX_REQUEST_ID_BYTES, MAX_URI_
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Paths of probes, which may be open to all.
 const PROBES: [&str; 2] = ["/health", "/ready"];
+
+/// The server's own end of the connection that a request came by, as an extension of it: a host that mounts the router says so,
+/// and the guard keeps [`crate::ServerOptions::check_address`] for it.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalAddress(pub IpAddr);
 
 /// The layer around all routes.
 pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response<Body> {
@@ -59,6 +65,7 @@ enum Checked {
 
 async fn check(app: &Arc<App>, request: Request) -> ApiResult<Checked> {
     check_head(request.uri(), request.headers())?;
+    check_address(app, request.extensions().get())?;
     check_host(app, request.uri(), request.headers())?;
     check_origin(app, request.headers())?;
     if request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
@@ -110,6 +117,18 @@ fn check_head(uri: &Uri, headers: &HeaderMap) -> ApiResult<()> {
         return Err(ApiError::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", message));
     }
     Ok(())
+}
+
+/// Without a key, only those on this machine are answered.
+fn check_address(app: &App, address: Option<&LocalAddress>) -> ApiResult<()> {
+    let is_closed = address.is_some_and(|address| app.options.check_address(address.0.to_canonical()).is_err());
+    match is_closed {
+        true => {
+            let message = "this server has no API key: it answers on its own machine alone";
+            Err(ApiError::new(StatusCode::FORBIDDEN, "open_to_all", message))
+        }
+        false => Ok(()),
+    }
 }
 
 /// The name by which the server was asked for must be one of its own: a page whose name was made to point here is not.

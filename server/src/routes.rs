@@ -65,6 +65,19 @@ pub(crate) fn table() -> Vec<Route> {
     ]
 }
 
+/// Whether `path` is one that `pattern` stands for, as the router reads patterns.
+pub(crate) fn fits(pattern: &str, path: &str) -> bool {
+    let (mut pattern, mut path) = (pattern.split('/'), path.split('/'));
+    loop {
+        match (pattern.next(), path.next()) {
+            (None, None) => return true,
+            (Some(wanted), Some(given)) if wanted.starts_with("{*") => return !given.is_empty() || path.next().is_some(),
+            (Some(wanted), Some(given)) if wanted == given || (wanted.starts_with('{') && !given.is_empty()) => {}
+            _ => return false,
+        }
+    }
+}
+
 pub(crate) fn router(app: &Arc<App>) -> Router {
     let router = table().into_iter().fold(Router::new(), |router, route| router.route(route.path, route.handler));
     router
