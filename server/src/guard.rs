@@ -108,6 +108,10 @@ fn check_head(uri: &Uri, headers: &HeaderMap) -> ApiResult<()> {
         let message = format!("the target has {uri_bytes} bytes, at most {MAX_URI_BYTES} are allowed");
         return Err(ApiError::new(StatusCode::URI_TOO_LONG, "uri_too_long", message));
     }
+    if !is_text(uri.path()) {
+        let message = "the path is not UTF-8 when it is decoded";
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "invalid_path", message));
+    }
     let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
     if headers.len() > MAX_HEADERS || bytes > MAX_HEAD_BYTES {
         let message = format!(
@@ -117,6 +121,28 @@ fn check_head(uri: &Uri, headers: &HeaderMap) -> ApiResult<()> {
         return Err(ApiError::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", message));
     }
     Ok(())
+}
+
+/// Whether a path is text as its routes decode it (RFC 3986, section 2.1); what is no code is taken as it stands.
+fn is_text(path: &str) -> bool {
+    if !path.contains('%') {
+        return true;
+    }
+    let (mut rest, mut decoded) = (path.as_bytes(), Vec::with_capacity(path.len()));
+    while let [first, after @ ..] = rest {
+        let digit = |idx: usize| after.get(idx).and_then(|&byte| (byte as char).to_digit(16));
+        match (first, digit(0), digit(1)) {
+            (b'%', Some(high), Some(low)) => {
+                decoded.push((high * 16 + low) as u8);
+                rest = &after[2..];
+            }
+            _ => {
+                decoded.push(*first);
+                rest = after;
+            }
+        }
+    }
+    std::str::from_utf8(&decoded).is_ok()
 }
 
 /// Without a key, only those on this machine are answered.

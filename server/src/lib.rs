@@ -21,6 +21,7 @@
 //! can make grow is bounded in [`options`].
 
 mod admission;
+mod api_document;
 mod app;
 mod clock;
 mod error;
@@ -87,6 +88,11 @@ impl Server {
     /// Method and path of every route.
     pub fn routes() -> Vec<(&'static str, &'static str)> {
         routes::table().into_iter().map(|route| (route.method, route.path)).collect()
+    }
+
+    /// The OpenAPI document of all routes, as `/openapi.json` gives it.
+    pub fn api_document() -> serde_json::Value {
+        api_document::document()
     }
 
     /// Whether there is a route at `path`, of any method: what a server that has other routes, too, asks first.

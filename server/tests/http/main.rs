@@ -2,18 +2,21 @@
 //! promise.
 
 mod access;
+mod api_document;
 mod bad_input;
 mod chat;
 mod client;
 mod completions;
 mod disconnect;
 mod embeddings;
+mod fuzz;
 mod limits;
 mod load;
 mod mounted;
 mod ns_node;
 mod observe;
 mod ollama;
+mod open_webui;
 mod responses;
 mod stop;
 mod text;
