@@ -69,16 +69,21 @@ pub(crate) fn table() -> Vec<Route> {
     ]
 }
 
-/// Whether `path` is one that `pattern` stands for, as the router reads patterns.
+/// Whether `path` is one that `pattern` stands for, as the router reads patterns: only at its end is a part not empty.
 pub(crate) fn fits(pattern: &str, path: &str) -> bool {
-    let (mut pattern, mut path) = (pattern.split('/'), path.split('/'));
+    let (mut pattern, mut path) = (pattern.split('/'), path.split('/').peekable());
     loop {
         match (pattern.next(), path.next()) {
             (None, None) => return true,
-            (Some(wanted), Some(given)) if wanted.starts_with("{*") => {
-                return !given.is_empty() || path.next().is_some();
+            (Some(wanted), Some(given)) => {
+                let is_something = !given.is_empty() || path.peek().is_some();
+                if wanted.starts_with("{*") {
+                    return is_something;
+                }
+                if wanted != given && !(wanted.starts_with('{') && is_something) {
+                    return false;
+                }
             }
-            (Some(wanted), Some(given)) if wanted == given || (wanted.starts_with('{') && !given.is_empty()) => {}
             _ => return false,
         }
     }
