@@ -243,7 +243,8 @@ describe('LangChain', { skip }, () => {
     const { ChatOpenAI } = await import('@langchain/openai');
     const chat = new ChatOpenAI({ ...fields(), maxTokens: 12, temperature: 0 });
     const answer = await chat.invoke([['system', 'Tell stories.'], ['human', 'Tell me of a fox.']]);
-    assert.equal(answer.usage_metadata.output_tokens, 12);
+    const { output_tokens: count } = answer.usage_metadata;
+    assert.ok(count > 0 && count <= 12, String(count));
     let text = '';
     for await (const chunk of await chat.stream([['system', 'Tell stories.'], ['human', 'Tell me of a fox.']])) {
       text += chunk.content;
