@@ -494,9 +494,10 @@ fn responses(path: &str, answer: &Answer) -> Value {
         Answer::Object(members) => json!({ "application/json": object(members) }),
         Answer::ObjectOrStream(members, stream) => json!({
             "application/json": object(members),
-            *stream: { "schema": { "type": "string" } },
+            // Events and lines: each is an object of its own.
+            *stream: {},
         }),
-        Answer::Text(content_type) => json!({ *content_type: { "schema": { "type": "string" } } }),
+        Answer::Text(content_type) => json!({ *content_type: {} }),
     };
     let error = if path.starts_with("/api/") { "PlainError" } else { "Error" };
     let schema = json!({ "$ref": format!("#/components/schemas/{error}") });
