@@ -133,6 +133,9 @@ export interface TokenizeOptions {
   addSpecial?: boolean | undefined;
 }
 
+/** The addon's engine behind a handle, for other parts of this package. */
+export let nativeOf: (engine: Engine) => NativeEngine;
+
 /** A model, ready to answer any number of requests at once. Close it when it is not needed any more. */
 export class Engine {
   /** What is loaded, and how it is run. Stays readable after {@link close}. */
@@ -145,6 +148,10 @@ export class Engine {
   readonly responses: ResponseCache;
   readonly #native: NativeEngine;
   #closing: Promise<void> | undefined;
+
+  static {
+    nativeOf = (engine) => engine.#native;
+  }
 
   private constructor(engine: NativeEngine) {
     if (!(engine instanceof native.NativeEngine)) {

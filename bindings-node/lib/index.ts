@@ -38,6 +38,15 @@ export type {
   ResponseCacheStats,
   ResponsePutOptions,
 } from './response_cache.js';
+export { createHandler } from './server.js';
+export type {
+  ApiKeyOptions,
+  Handler,
+  HandlerOptions,
+  HandlerRequest,
+  HandlerResponse,
+  ServedModel,
+} from './server.js';
 export { ResponseStream } from './stream.js';
 export type {
   CachedTokens,

@@ -13,8 +13,10 @@ export type {
   NativeEmbedding,
   NativeEmbeddings,
   NativeEngine,
+  NativeExchange,
   NativeOpening,
   NativeResponses,
+  NativeServer,
   NativeStream,
   NativeSummary,
 } from '../native.js';

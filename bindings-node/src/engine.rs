@@ -157,7 +157,7 @@ impl NativeEngine {
         NativeEngine { state: Rc::new(RefCell::new(State::Open(engine))), reported_bytes: Rc::new(Cell::new(bytes)) }
     }
 
-    fn open_engine(&self) -> Result<Engine> {
+    pub(crate) fn open_engine(&self) -> Result<Engine> {
         match &*self.state.borrow() {
             State::Open(engine) => Ok(engine.clone()),
             State::Closing(_) | State::Closed(_) => Err(to_js(&Error::Closed)),

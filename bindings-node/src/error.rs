@@ -3,6 +3,7 @@
 
 use napi::Status;
 use ns_llm::Error;
+use ns_llm_server::OptionsError;
 
 /// Result of every function that JavaScript calls.
 pub(crate) type Result<T> = std::result::Result<T, napi::Error<Code>>;
@@ -33,6 +34,19 @@ pub(crate) fn to_js(error: &Error) -> napi::Error<Code> {
         other => other.to_string(),
     };
     napi::Error::new(Code(error.code()), message)
+}
+
+/// A server that cannot be made like this.
+pub(crate) fn invalid_server_options(error: &OptionsError) -> napi::Error<Code> {
+    let message = match error {
+        OptionsError::OutOfRange { field, value, expected } => {
+            // Times are durations there and milliseconds here.
+            let unit = if field.ends_with("timeout") || field.ends_with("interval") { "_ms" } else { "" };
+            format!("{} is {value}, must be {expected}", camel_case(&format!("{field}{unit}")))
+        }
+        other => other.to_string(),
+    };
+    napi::Error::new(Code("invalid_argument"), message)
 }
 
 /// Carries an error of the JavaScript interface itself (such as an exception thrown by a getter) outwards.

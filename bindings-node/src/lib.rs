@@ -16,5 +16,6 @@ mod gpu;
 mod offload;
 mod request;
 mod responses;
+mod server;
 mod stats;
 mod stream;

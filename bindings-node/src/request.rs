@@ -203,7 +203,7 @@ pub(crate) fn read_put_options(object: &Object) -> Result<PutOptions> {
 
 const CACHE_USES: &[(&str, CacheUse)] =
     &[("off", CacheUse::Off), ("read", CacheUse::Read), ("read-write", CacheUse::ReadWrite)];
-const PRIORITIES: &[(&str, Priority)] =
+pub(crate) const PRIORITIES: &[(&str, Priority)] =
     &[("high", Priority::High), ("normal", Priority::Normal), ("background", Priority::Background)];
 const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
 const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
@@ -246,15 +246,15 @@ fn read_sampling(fields: &Fields) -> Result<SamplingOptions> {
 }
 
 /// A count that is beyond the engine's limits anyway keeps being so.
-fn as_usize(value: u64) -> usize {
+pub(crate) fn as_usize(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }
 
 /// The properties of one object, read by name and type. `undefined` and `null` mean: not given.
-struct Fields<'a, 'env>(&'a Object<'env>);
+pub(crate) struct Fields<'a, 'env>(&'a Object<'env>);
 
 impl<'a, 'env> Fields<'a, 'env> {
-    fn of(object: &'a Object<'env>, known: &[&str]) -> Result<Self> {
+    pub(crate) fn of(object: &'a Object<'env>, known: &[&str]) -> Result<Self> {
         for name in Object::keys(object).map_err(from_napi)? {
             if !known.contains(&name.as_str()) {
                 return Err(to_js(&invalid("option", format!("\"{name}\""), &format!("one of {}", known.join(", ")))));
@@ -272,7 +272,7 @@ impl<'a, 'env> Fields<'a, 'env> {
         self.get(name)?.map(|value| object(name, value, expected)).transpose()
     }
 
-    fn boolean(&self, name: &'static str) -> Result<Option<bool>> {
+    pub(crate) fn boolean(&self, name: &'static str) -> Result<Option<bool>> {
         self.get(name)?.map(|value| cast(name, value, ValueType::Boolean, "true or false")).transpose()
     }
 
@@ -284,21 +284,27 @@ impl<'a, 'env> Fields<'a, 'env> {
         Ok(self.double(name)?.map(|value| value as f32))
     }
 
-    fn integer(&self, name: &'static str) -> Result<Option<u64>> {
+    pub(crate) fn integer(&self, name: &'static str) -> Result<Option<u64>> {
         self.double(name)?.map(|value| integer(name, value, MAX_SAFE_INTEGER)).transpose()
     }
 
-    fn u32(&self, name: &'static str) -> Result<Option<u32>> {
+    pub(crate) fn u32(&self, name: &'static str) -> Result<Option<u32>> {
         let value = self.double(name)?.map(|value| integer(name, value, f64::from(u32::MAX))).transpose()?;
         Ok(value.map(|value| value as u32))
     }
 
-    fn string(&self, name: &'static str) -> Result<Option<String>> {
+    pub(crate) fn string(&self, name: &'static str) -> Result<Option<String>> {
         self.get(name)?.map(|value| read_text(name, value)).transpose()
     }
 
+    /// An array of at most `max` objects; none when it is not there.
+    pub(crate) fn objects(&self, name: &'static str, max: usize, expected: &str) -> Result<Vec<Object<'env>>> {
+        let Some(value) = self.get(name)? else { return Ok(Vec::new()) };
+        elements(name, value, max, expected)?.into_iter().map(|element| object(name, element, expected)).collect()
+    }
+
     /// A string, or an array of at most `max` strings.
-    fn strings(&self, name: &'static str, max: usize) -> Result<Vec<String>> {
+    pub(crate) fn strings(&self, name: &'static str, max: usize) -> Result<Vec<String>> {
         let Some(value) = self.get(name)? else { return Ok(Vec::new()) };
         if matches!(value.get_type(), Ok(ValueType::String)) {
             return Ok(vec![read_text(name, value)?]);
@@ -370,7 +376,7 @@ impl<'a, 'env> Fields<'a, 'env> {
         Ok(Some(seed))
     }
 
-    fn one_of<T: Copy>(&self, name: &'static str, choices: &[(&str, T)]) -> Result<Option<T>> {
+    pub(crate) fn one_of<T: Copy>(&self, name: &'static str, choices: &[(&str, T)]) -> Result<Option<T>> {
         let Some(value) = self.string(name)? else { return Ok(None) };
         if let Some(&(_, choice)) = choices.iter().find(|(text, _)| *text == value) {
             return Ok(Some(choice));

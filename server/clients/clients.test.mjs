@@ -1,9 +1,9 @@
 // The published clients against `ns-llm serve` with the model that ships: as they are installed, with nothing changed but
-// their address. What this machine lacks (the program, Python's client) is skipped by name.
+// their address. What this machine lacks (the program, Python's packages) is skipped by name.
 
 import assert from 'node:assert/strict';
-import { spawn, spawnSync } from 'node:child_process';
-import { existsSync } from 'node:fs';
+import { execFile, spawn, spawnSync } from 'node:child_process';
+import { existsSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -21,24 +21,63 @@ const require = createRequire(import.meta.url);
 /** Why clients cannot be tried here; `false` when they can. */
 const skip = existsSync(program) ? false : 'cargo has not built ns-llm';
 
+/** Packages for Python, in a folder of their own that git ignores. */
+const PYTHON_PACKAGES = ['openai==3.54.0', 'schemathesis==4.32.5'];
+const packages = join(ROOT, 'target', 'clients', ...PYTHON_PACKAGES.map((name) => name.replace('==', '-')));
+const pythonEnv = { ...process.env, PYTHONPATH: packages, PYTHONDONTWRITEBYTECODE: '1' };
+
+function python(args) {
+  return spawnSync('python3', args, { encoding: 'utf8', env: pythonEnv });
+}
+
+/** The same, while this process goes on. */
+function pythonAsync(args) {
+  return new Promise((resolve) => {
+    execFile('python3', args, { env: pythonEnv, maxBuffer: 64 << 20 }, (error, stdout, stderr) => {
+      resolve({ status: error ? (error.code ?? 1) : 0, stdout, stderr });
+    });
+  });
+}
+
+/** Why Python's packages cannot be tried; they are fetched once. */
+function fetchPackages() {
+  const marker = join(packages, 'complete');
+  if (existsSync(marker)) {
+    return false;
+  }
+  const pip = ['-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-compile', '--retries', '1', '--timeout', '10'];
+  const { error, status } = python([...pip, '--target', packages, ...PYTHON_PACKAGES]);
+  if (error || status !== 0) {
+    return `pip cannot fetch ${PYTHON_PACKAGES.join(' and ')}`;
+  }
+  writeFileSync(marker, '');
+  return false;
+}
+
+const withoutPython = skip || fetchPackages();
+
+/** A server of the model that ships, on a free port. */
+async function start(more) {
+  const model = join(ROOT, 'models', 'demo');
+  const options = ['--port', '0', '--threads', '1', '--kv-mib', '32', '--alias', 'llama3.2', ...more];
+  const env = { ...process.env, NS_LLM_API_KEY: KEY };
+  const child = spawn(program, ['serve', '--model', model, ...options], { env, stdio: ['ignore', 'ignore', 'pipe'] });
+  for await (const line of createInterface({ input: child.stderr })) {
+    const address = /http:\S+/.exec(line)?.[0];
+    if (address) {
+      return { child, address };
+    }
+  }
+  throw new Error('the server did not say where it listens');
+}
+
 let child;
 let address;
 
 before(async () => {
-  if (skip) {
-    return;
+  if (!skip) {
+    ({ child, address } = await start(['--public-probes']));
   }
-  const model = join(ROOT, 'models', 'demo');
-  const options = ['--port', '0', '--threads', '1', '--kv-mib', '32', '--alias', 'llama3.2', '--public-probes'];
-  const env = { ...process.env, NS_LLM_API_KEY: KEY };
-  child = spawn(program, ['serve', '--model', model, ...options], { env, stdio: ['ignore', 'ignore', 'pipe'] });
-  for await (const line of createInterface({ input: child.stderr })) {
-    address = /http:\S+/.exec(line)?.[0];
-    if (address) {
-      break;
-    }
-  }
-  assert.ok(address, 'the server says where it listens');
 });
 
 after(() => child?.kill());
@@ -166,10 +205,63 @@ describe('ollama', { skip }, () => {
   });
 });
 
-const python = spawnSync('python3', ['-c', 'import openai'], { stdio: 'ignore' });
-const withoutPython = python.status === 0 ? skip : 'Python has no openai';
+describe('ai, with the provider for servers of OpenAI\'s kind', { skip }, () => {
+  const provider = async () => {
+    const { createOpenAICompatible } = await import('@ai-sdk/openai-compatible');
+    return createOpenAICompatible({ name: 'ns-llm', baseURL: `${address}/v1`, apiKey: KEY, includeUsage: true });
+  };
 
-test('openai of Python', { skip: withoutPython }, () => {
+  test('text is generated, whole and in pieces, and counted', async () => {
+    const { generateText, streamText } = await import('ai');
+    const asked = { model: (await provider())('demo'), messages, maxOutputTokens: 12, seed: 5, temperature: 0.8, maxRetries: 0 };
+    const { text, usage, finishReason } = await generateText(asked);
+    assert.deepEqual([usage.outputTokens, finishReason], [12, 'length']);
+    const stream = streamText(asked);
+    let streamed = '';
+    for await (const piece of stream.textStream) {
+      streamed += piece;
+    }
+    assert.equal(streamed, text);
+    assert.equal((await stream.usage).outputTokens, 12);
+  });
+
+  test('vectors are made, and tools are refused by name', async () => {
+    const { embedMany, generateText, jsonSchema, tool } = await import('ai');
+    const { embeddings } = await embedMany({ model: (await provider()).embeddingModel('demo'), values: ['a fox', 'a hare'] });
+    assert.ok(embeddings.length === 2 && embeddings[0].length > 0);
+    const inputSchema = jsonSchema({ type: 'object', properties: {} });
+    const tools = { look: tool({ description: 'looks', inputSchema, execute: () => 'a fox' }) };
+    const withTools = generateText({ model: (await provider())('demo'), messages, tools, maxRetries: 0 });
+    await assert.rejects(withTools, (error) => error.statusCode === 400 && /tools/.test(error.message));
+  });
+});
+
+describe('LangChain', { skip }, () => {
+  const fields = () => ({ model: 'demo', apiKey: KEY, configuration: { baseURL: `${address}/v1` }, maxRetries: 0 });
+
+  test('ChatOpenAI answers, whole and in pieces, and refuses tools by name', async () => {
+    const { ChatOpenAI } = await import('@langchain/openai');
+    const chat = new ChatOpenAI({ ...fields(), maxTokens: 12, temperature: 0 });
+    const answer = await chat.invoke([['system', 'Tell stories.'], ['human', 'Tell me of a fox.']]);
+    const { output_tokens: count } = answer.usage_metadata;
+    assert.ok(count > 0 && count <= 12, String(count));
+    let text = '';
+    for await (const chunk of await chat.stream([['system', 'Tell stories.'], ['human', 'Tell me of a fox.']])) {
+      text += chunk.content;
+    }
+    assert.equal(text, answer.content);
+    const tools = [{ type: 'function', function: { name: 'look', description: 'looks', parameters: { type: 'object', properties: {} } } }];
+    await assert.rejects(chat.bindTools(tools).invoke('Look.'), /tools/);
+  });
+
+  test('OpenAIEmbeddings makes vectors', async () => {
+    const { OpenAIEmbeddings } = await import('@langchain/openai');
+    const vectors = await new OpenAIEmbeddings(fields()).embedDocuments(['a fox', 'a hare']);
+    assert.ok(vectors.length === 2 && vectors[0].length > 0);
+  });
+});
+
+test('openai of Python', { skip: skip || withoutPython }, () => {
   const script = `
 from openai import OpenAI, BadRequestError
 client = OpenAI(api_key="${KEY}", base_url="${address}/v1", max_retries=0)
@@ -185,6 +277,20 @@ try:
 except BadRequestError as error:
     assert error.param == "tools", error
 `;
-  const { status, stderr } = spawnSync('python3', ['-c', script], { encoding: 'utf8' });
+  const { status, stderr } = python(['-c', script]);
   assert.equal(status, 0, stderr);
+});
+
+test('requests made from the OpenAPI document are answered as it says', { skip: skip || withoutPython }, async () => {
+  // What asks for long answers gets one second.
+  const own = await start(['--request-timeout', '1']);
+  const checks = 'not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,ignored_auth';
+  const { status, stdout, stderr } = await pythonAsync([
+    ...['-m', 'schemathesis.cli', 'run', join(ROOT, 'server', 'openapi.json'), '--url', own.address],
+    ...['--header', `Authorization: Bearer ${KEY}`, '--checks', checks, '--phases', 'examples,fuzzing'],
+    ...['--max-examples', process.env.NS_LLM_SOAK ? '500' : '3', '--seed', '1', '--no-shrink', '--suppress-health-check', 'all'],
+    ...['--exclude-path', '/api/kv-cache/clear'],
+  ]);
+  own.child.kill();
+  assert.equal(status, 0, stdout + stderr);
 });

@@ -1,6 +1,7 @@
 //! What every request passes before its route, whichever that is: its id, its size, the host it was sent to, the page it
 //! comes from, its key, that key's rate, and its body, read whole and in time. Routes added later are behind it too.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -24,6 +25,11 @@ use crate::page;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Paths of probes, which may be open to all.
 const PROBES: [&str; 2] = ["/health", "/ready"];
+
+/// The server's own end of the connection that a request came by, as an extension of it: a host that mounts the router says so,
+/// and the guard keeps [`crate::ServerOptions::check_address`] for it.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalAddress(pub IpAddr);
 
 /// The layer around all routes.
 pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response<Body> {
@@ -61,6 +67,7 @@ enum Checked {
 
 async fn check(app: &Arc<App>, request: Request, id: &HeaderValue) -> ApiResult<Checked> {
     check_head(request.uri(), request.headers())?;
+    check_address(app, request.extensions().get())?;
     check_host(app, request.uri(), request.headers())?;
     check_origin(app, request.headers())?;
     if request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
@@ -107,6 +114,10 @@ fn check_head(uri: &Uri, headers: &HeaderMap) -> ApiResult<()> {
         let message = format!("the target has {uri_bytes} bytes, at most {MAX_URI_BYTES} are allowed");
         return Err(ApiError::new(StatusCode::URI_TOO_LONG, "uri_too_long", message));
     }
+    if !is_text(uri.path()) {
+        let message = "the path is not UTF-8 when it is decoded";
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "invalid_path", message));
+    }
     let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
     if headers.len() > MAX_HEADERS || bytes > MAX_HEAD_BYTES {
         let message = format!(
@@ -116,6 +127,40 @@ fn check_head(uri: &Uri, headers: &HeaderMap) -> ApiResult<()> {
         return Err(ApiError::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", message));
     }
     Ok(())
+}
+
+/// Whether a path is text as its routes decode it (RFC 3986, section 2.1); what is no code is taken as it stands.
+fn is_text(path: &str) -> bool {
+    if !path.contains('%') {
+        return true;
+    }
+    let (mut rest, mut decoded) = (path.as_bytes(), Vec::with_capacity(path.len()));
+    while let [first, after @ ..] = rest {
+        let digit = |idx: usize| after.get(idx).and_then(|&byte| (byte as char).to_digit(16));
+        match (first, digit(0), digit(1)) {
+            (b'%', Some(high), Some(low)) => {
+                decoded.push((high * 16 + low) as u8);
+                rest = &after[2..];
+            }
+            _ => {
+                decoded.push(*first);
+                rest = after;
+            }
+        }
+    }
+    std::str::from_utf8(&decoded).is_ok()
+}
+
+/// Without a key, only those on this machine are answered.
+fn check_address(app: &App, address: Option<&LocalAddress>) -> ApiResult<()> {
+    let is_closed = address.is_some_and(|address| app.options.check_address(address.0.to_canonical()).is_err());
+    match is_closed {
+        true => {
+            let message = "this server has no API key: it answers on its own machine alone";
+            Err(ApiError::new(StatusCode::FORBIDDEN, "open_to_all", message))
+        }
+        false => Ok(()),
+    }
 }
 
 /// The name by which the server was asked for must be one of its own: a page whose name was made to point here is not.

@@ -1,6 +1,6 @@
 //! The HTTP face: OpenAI's routes, and what a server needs around them, over one or several [`ns_llm::Engine`]s. HTTP/1.1,
 //! no TLS of its own. [`Server::router`] is a `tower` service that needs no socket and no runtime, so that another server
-//! can mount it; [`Server::serve`] listens by itself, on tokio.
+//! can mount it, with [`Server::ask`] for one that is no Rust; [`Server::serve`] listens by itself, on tokio (feature `listen`).
 //!
 //! ```no_run
 //! use ns_llm::{Engine, EngineOptions};
@@ -22,15 +22,18 @@
 
 mod admission;
 mod affinity;
+mod api_document;
 mod app;
 mod clock;
 mod error;
 mod event_body;
+mod exchange;
 mod fields;
 mod generation;
 mod guard;
 mod helper;
 mod keys;
+#[cfg(feature = "listen")]
 mod listen;
 mod messages;
 mod metrics;
@@ -46,19 +49,20 @@ mod response;
 mod routes;
 mod stored;
 mod text;
+mod timer;
 mod trace;
 
-use std::future::Future;
-use std::io;
-use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use axum::Router;
-use hyper_util::rt::TokioTimer;
 
 pub use affinity::prefix_affinity;
 use app::App;
 pub use app::Model;
+pub use axum::body::Bytes;
+pub use axum::http;
+pub use exchange::{BodySender, Exchange, Head};
+pub use guard::LocalAddress;
 pub use keys::ApiKey;
 pub use options::{OptionsError, ServerOptions};
 
@@ -67,6 +71,8 @@ pub use options::{OptionsError, ServerOptions};
 pub struct Server {
     app: Arc<App>,
     router: Router,
+    /// Of all routes.
+    paths: Arc<[&'static str]>,
 }
 
 impl Server {
@@ -74,7 +80,8 @@ impl Server {
     pub fn new(models: Vec<Model>, options: ServerOptions) -> Result<Server, OptionsError> {
         let app = Arc::new(App::new(models, options)?);
         let router = routes::router(&app);
-        Ok(Server { app, router })
+        let paths = routes::table().into_iter().map(|route| route.path).collect();
+        Ok(Server { app, router, paths })
     }
 
     /// All routes, as a service that takes requests and gives answers. It runs anywhere; where nothing sleeps for it (see
@@ -88,19 +95,52 @@ impl Server {
         routes::table().into_iter().map(|route| (route.method, route.path)).collect()
     }
 
+    /// The OpenAPI document of all routes, as `/openapi.json` gives it.
+    pub fn api_document() -> serde_json::Value {
+        api_document::document()
+    }
+
+    /// Whether there is a route at `path`, of any method: what a server that has other routes, too, asks first.
+    pub fn has_path(&self, path: &str) -> bool {
+        self.paths.iter().any(|pattern| routes::fits(pattern, path))
+    }
+
+    /// The limits and times that it keeps.
+    pub fn options(&self) -> &ServerOptions {
+        &self.app.options
+    }
+
+    /// Refuses new work from now on, with 503; what runs may finish.
+    pub fn stop(&self) {
+        self.app.stop();
+    }
+
+    /// Ends every request that runs.
+    pub fn cancel_all(&self) {
+        self.app.cancel_all();
+    }
+
+    /// A timer for [`ServerOptions::timer`] that needs no runtime: one thread for all timers of the process.
+    pub fn thread_timer() -> Arc<dyn hyper::rt::Timer + Send + Sync> {
+        Arc::new(timer::ThreadTimer)
+    }
+}
+
+#[cfg(feature = "listen")]
+impl Server {
     /// A listener at `address`, which must be a loopback one unless there are keys.
-    pub fn bind(&self, address: SocketAddr) -> io::Result<TcpListener> {
+    pub fn bind(&self, address: std::net::SocketAddr) -> std::io::Result<std::net::TcpListener> {
         listen::bind(&self.app, address)
     }
 
     /// Answers connections, on a tokio runtime, until `stop` is ready; then lets running requests finish within
     /// [`ServerOptions::grace`], and refuses new ones.
-    pub async fn serve(&self, listener: TcpListener, stop: impl Future<Output = ()>) -> io::Result<()> {
+    pub async fn serve(&self, listener: std::net::TcpListener, stop: impl Future<Output = ()>) -> std::io::Result<()> {
         listen::serve(&self.app, &self.router, listener, stop).await
     }
 
     /// A timer for [`ServerOptions::timer`], where a tokio runtime is.
     pub fn tokio_timer() -> Arc<dyn hyper::rt::Timer + Send + Sync> {
-        Arc::new(TokioTimer::new())
+        Arc::new(hyper_util::rt::TokioTimer::new())
     }
 }

@@ -39,6 +39,39 @@ pub(crate) async fn tags(State(app): State<Arc<App>>) -> Response<Body> {
     json_response(&json!({ "models": models }))
 }
 
+/// `GET /api/ps`: what is in memory, which is all that is served, and stays.
+pub(crate) async fn loaded(State(app): State<Arc<App>>) -> Response<Body> {
+    let entry = |model: &Served| {
+        let mut entry = tag(model, &model.name);
+        entry["expires_at"] = json!("9999-12-31T23:59:59Z");
+        entry["size_vram"] = json!(0);
+        entry
+    };
+    json_response(&json!({ "models": app.models.iter().map(entry).collect::<Vec<_>>() }))
+}
+
+/// `POST /api/show`: what a model is.
+pub(crate) async fn show(State(app): State<Arc<App>>, body: Bytes) -> Answer {
+    let mut fields = Fields::parse(&body)?;
+    let (model, name) = named_model(&app, &mut fields)?;
+    let (info, entry) = (model.engine.info(), tag(model, &name));
+    let family = entry["details"]["family"].as_str().unwrap_or_default();
+    Ok(json_response(&json!({
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "details": entry["details"],
+        "model_info": {
+            "general.architecture": family,
+            "general.parameter_count": info.num_parameters,
+            format!("{family}.context_length"): info.context_tokens,
+            format!("{family}.embedding_length"): info.embedding_dimensions,
+        },
+        "capabilities": ["completion", "embedding"],
+        "modified_at": entry["modified_at"],
+    })))
+}
+
 fn tag(model: &Served, name: &str) -> Value {
     let info = model.engine.info();
     let tagged = if name.contains(':') { name.to_string() } else { format!("{name}:latest") };

@@ -124,6 +124,8 @@ pub enum OptionsError {
 pub struct ServerOptions {
     /// Who may call; empty: everybody who reaches the server.
     pub api_keys: Vec<ApiKey>,
+    /// Whether something in front decides who may call: then no key is needed where others reach the server.
+    pub behind_auth: bool,
     /// Values of `Host` that are answered, without port and in lower case; one that is `*` allows all. A page of another
     /// site that has its own name point at this machine is told 421.
     pub allowed_hosts: Vec<String>,
@@ -172,6 +174,7 @@ impl Default for ServerOptions {
     fn default() -> Self {
         ServerOptions {
             api_keys: Vec::new(),
+            behind_auth: false,
             allowed_hosts: ["localhost", "127.0.0.1", "[::1]"].map(str::to_string).to_vec(),
             cors_origins: Vec::new(),
             public_probes: false,
@@ -229,7 +232,7 @@ impl ServerOptions {
 
     /// Whether a server with these options may listen at `address`.
     pub fn check_address(&self, address: IpAddr) -> Result<(), OptionsError> {
-        match address.is_loopback() || !self.api_keys.is_empty() {
+        match address.is_loopback() || !self.api_keys.is_empty() || self.behind_auth {
             true => Ok(()),
             false => Err(OptionsError::OpenToAll { address }),
         }
@@ -253,6 +256,8 @@ mod tests {
             assert!(error.contains(open) && error.contains("API key"), "{error}");
         }
         options.api_keys = vec![ApiKey::unnamed("a-secret-of-some-length").expect("valid")];
+        assert_eq!(options.check_address(address("0.0.0.0")), Ok(()));
+        options = ServerOptions { behind_auth: true, ..ServerOptions::default() };
         assert_eq!(options.check_address(address("0.0.0.0")), Ok(()));
     }
 

@@ -3,21 +3,19 @@
 //! Spans are given off in batches, by a task beside the connections; a collector that is slow or away costs spans, which are
 //! counted, and nothing else.
 
+#[cfg(feature = "listen")]
+mod post;
+
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::body::{Body, to_bytes};
-use axum::http::header::{CONTENT_TYPE, HOST};
-use axum::http::{HeaderMap, HeaderValue, Request, Uri};
-use hyper::client::conn::http1::handshake;
-use hyper_util::rt::TokioIo;
+use axum::http::{HeaderMap, Uri};
 use ns_llm::Summary;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
 
-use crate::options::{MAX_SPANS, OTLP_INTERVAL, OTLP_TIMEOUT, OptionsError};
+use crate::options::{MAX_SPANS, OptionsError};
 
 /// Where traces are posted, below the collector's address.
 const TRACES_PATH: &str = "/v1/traces";
@@ -67,7 +65,9 @@ pub(crate) struct EndedRequest<'a> {
 /// Spans on their way to a collector.
 pub(crate) struct Exporter {
     /// `host:port`.
+    #[cfg_attr(not(feature = "listen"), allow(dead_code, reason = "only who listens posts"))]
     authority: String,
+    #[cfg_attr(not(feature = "listen"), allow(dead_code, reason = "only who listens posts"))]
     path: String,
     /// Locked for a push, or to take all.
     queue: Mutex<VecDeque<Value>>,
@@ -107,43 +107,6 @@ impl Exporter {
             return;
         }
         queue.extend(spans);
-    }
-
-    /// Sends what there is, now and then, for ever.
-    pub(crate) async fn run(&self) {
-        loop {
-            tokio::time::sleep(OTLP_INTERVAL).await;
-            self.flush().await;
-        }
-    }
-
-    /// Sends what there is.
-    pub(crate) async fn flush(&self) {
-        let spans: Vec<Value> = self.lock().drain(..).collect();
-        if spans.is_empty() {
-            return;
-        }
-        let num = spans.len() as u64;
-        let sent = tokio::time::timeout(OTLP_TIMEOUT, self.post(export_request(&spans).to_string())).await;
-        let counter = if sent == Ok(Some(())) { &self.num_sent } else { &self.num_dropped };
-        counter.fetch_add(num, Ordering::Relaxed);
-    }
-
-    /// Nothing when it was not taken, whatever the reason.
-    async fn post(&self, body: String) -> Option<()> {
-        let stream = TcpStream::connect(&self.authority).await.ok()?;
-        let (mut sender, connection) = handshake::<_, Body>(TokioIo::new(stream)).await.ok()?;
-        tokio::spawn(connection);
-        let request = Request::post(&self.path)
-            .header(HOST, &self.authority)
-            .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
-            .body(Body::from(body))
-            .ok()?;
-        let response = sender.send_request(request).await.ok()?;
-        let status = response.status();
-        // Read to its end, so that the collector is not cut off; what it says beside its status is of no use here.
-        to_bytes(Body::new(response.into_body()), 64 << 10).await.ok()?;
-        status.is_success().then_some(())
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Value>> {
@@ -227,6 +190,7 @@ fn text_attribute(name: &str, value: &str) -> Value {
     json!({ "key": name, "value": { "stringValue": value } })
 }
 
+#[cfg(any(feature = "listen", test))]
 fn export_request(spans: &[Value]) -> Value {
     let resource = json!({ "attributes": [text_attribute("service.name", "ns-llm")] });
     let scope = json!({ "name": "ns-llm", "version": env!("CARGO_PKG_VERSION") });
@@ -235,6 +199,8 @@ fn export_request(spans: &[Value]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::HeaderValue;
+
     use super::*;
 
     /// Only addresses that can be posted to are taken, and a `traceparent` is read or left.

@@ -9,6 +9,7 @@ use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodRouter, delete, get, post};
 
+use crate::api_document;
 use crate::app::App;
 use crate::error::ApiError;
 use crate::guard::guard;
@@ -25,6 +26,7 @@ pub(crate) struct Route {
 pub(crate) fn table() -> Vec<Route> {
     let route = |method, path, handler| Route { method, path, handler };
     vec![
+        route("GET", "/openapi.json", get(api_document::get)),
         route("GET", "/health", get(observe::health)),
         route("GET", "/ready", get(observe::ready)),
         route("GET", "/metrics", get(observe::metrics)),
@@ -43,6 +45,8 @@ pub(crate) fn table() -> Vec<Route> {
         // Ollama's. Two of them are also NS-LLM's, which names its prompt `text`.
         route("GET", "/api/version", get(ollama::version)),
         route("GET", "/api/tags", get(ollama::tags)),
+        route("GET", "/api/ps", get(ollama::loaded)),
+        route("POST", "/api/show", post(ollama::show)),
         route("POST", "/api/generate", post(ollama::generate)),
         route("POST", "/api/chat", post(ollama::chat)),
         route("POST", "/api/embed", post(ollama::embed)),
@@ -64,6 +68,26 @@ pub(crate) fn table() -> Vec<Route> {
         route("GET", "/api/performance/bottlenecks", get(ns_node::performance::bottlenecks)),
         route("POST", "/api/performance/clear", post(ns_node::performance::clear)),
     ]
+}
+
+/// Whether `path` is one that `pattern` stands for, as the router reads patterns: only at its end is a part not empty.
+pub(crate) fn fits(pattern: &str, path: &str) -> bool {
+    let (mut pattern, mut path) = (pattern.split('/'), path.split('/').peekable());
+    loop {
+        match (pattern.next(), path.next()) {
+            (None, None) => return true,
+            (Some(wanted), Some(given)) => {
+                let is_something = !given.is_empty() || path.peek().is_some();
+                if wanted.starts_with("{*") {
+                    return is_something;
+                }
+                if wanted != given && !(wanted.starts_with('{') && is_something) {
+                    return false;
+                }
+            }
+            _ => return false,
+        }
+    }
 }
 
 pub(crate) fn router(app: &Arc<App>) -> Router {

@@ -1,7 +1,7 @@
 /** A user's program, compiled but never run: the types of the package as `import` sees them. */
 
-import { AbortError, Engine, NsLlmError } from 'ns-llm';
-import type { ChatCompletion, Chunk, Completion, Embedding, Embeddings, GenerateOptions } from 'ns-llm';
+import { AbortError, createHandler, Engine, NsLlmError } from 'ns-llm';
+import type { ChatCompletion, Chunk, Completion, Embedding, Embeddings, GenerateOptions, Handler } from 'ns-llm';
 import Client, { KvCacheService, type GenerateResult, type PerformanceReport, PerformanceProfiler } from 'ns-llm/ns-node';
 
 export async function serve(signal: AbortSignal): Promise<string> {
@@ -51,6 +51,15 @@ export async function asOpenAi(engine: Engine, signal: AbortSignal): Promise<str
   const packed = await engine.embeddings.create({ input: 'a', encoding_format: 'base64' });
   const bytes: string = packed.data[0]?.embedding ?? '';
   return `${text} ${numbers.length} ${bytes}`;
+}
+
+export function mounted(engine: Engine): Handler {
+  const apiKeys = ['a-secret-of-some-length', { secret: 'another-secret-of-ours', tokensPerMinute: 10_000 }];
+  const handler: Handler = createHandler([{ engine, aliases: ['gpt-4'] }], { apiKeys, basePath: '/llm' });
+  handler({ method: 'GET', url: '/', rawHeaders: [] }, { statusCode: 200, headersSent: false }, (error) => explain(error));
+  // @ts-expect-error: a misspelt option
+  createHandler(engine, { keys: [] });
+  return handler;
 }
 
 export function explain(error: unknown): string {

@@ -15,6 +15,30 @@ use tokio::sync::oneshot;
 /// No answer takes longer, unless something hangs.
 const PATIENCE: Duration = Duration::from_secs(1_000);
 
+/// Size of a test: the small one, or with `NS_LLM_SOAK` set the one that takes its time.
+pub(crate) fn scaled(short: usize, long: usize) -> usize {
+    if std::env::var_os("NS_LLM_SOAK").is_some() { long } else { short }
+}
+
+/// A small seeded generator (Vigna's splitmix64), so that a failure can be repeated.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % n as u64) as usize
+    }
+}
+
+/// Bytes of this process that are in memory, where the system tells.
+pub(crate) fn resident_bytes() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
+    text.split(' ').nth(1)?.parse::<usize>().ok().map(|pages| pages * 4096)
+}
+
 /// The model that ships, on one thread.
 pub(crate) fn demo_engine() -> Engine {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/demo");

@@ -7,7 +7,7 @@ use std::time::Duration;
 use ns_llm_server::ServerOptions;
 use serde_json::json;
 
-use crate::client::{Answer, Running, request};
+use crate::client::{Answer, Running, request, resident_bytes, scaled};
 
 /// Heads beyond their limits are refused, within them accepted.
 #[test]
@@ -99,27 +99,59 @@ fn slow_clients_are_hung_up() {
     assert_eq!((answer.status, &answer.json()["error"]["code"]), (408, &json!("body_timeout")));
 }
 
-/// A reader that takes nothing of its stream is hung up after its time, and its request cancelled.
+/// Connections that do nothing cost little, and delay nobody.
 #[test]
-fn stalled_readers_are_hung_up() {
-    let running =
-        Running::with(ServerOptions { stall_timeout: Duration::from_millis(200), ..ServerOptions::default() });
-    // The system takes some megabytes on the reader's behalf: the answer has to be longer than that.
-    let body = json!({
-        "prompt": "Once", "stream": true, "ignore_eos": true, "max_tokens": 1_900, "n": 8, "logprobs": 20,
-    });
-    let mut stalled = running.connect();
-    stalled.write_all(request("POST", "/v1/completions", &[], &body.to_string()).as_bytes()).expect("sent");
-    let stats = loop {
-        let stats = running.engine.stats();
-        if stats.requests_cancelled + stats.requests_finished > 0 {
-            break stats;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    assert_eq!((stats.requests_cancelled, stats.kv_blocks_used), (1, 0), "it was hung up: {stats:?}");
-    drop(stalled);
+fn idle_connections_cost_little() {
+    let count = scaled(50, 1_000);
+    let running = Running::with(ServerOptions { head_timeout: Duration::from_secs(600), ..ServerOptions::default() });
     assert_eq!(running.get("/health").status, 200);
+    let before = resident_bytes();
+    let idle: Vec<_> = (0..count).map(|_| running.connect()).collect();
+    assert_eq!(running.post("/tokenize", &json!({ "prompt": "A" })).status, 200);
+    if let (Some(before), Some(after), true) = (before, resident_bytes(), scaled(0, 1) == 1) {
+        let grown = after.saturating_sub(before);
+        println!("{count} idle connections: {} KiB", grown >> 10);
+        assert!(grown <= 32 << 20, "{grown} bytes");
+    }
+    drop(idle);
+}
+
+/// Readers that take nothing of their streams are hung up after their time, and their requests cancelled; until then no more
+/// than a little of each answer waits here.
+#[test]
+fn stalled_readers_cost_little() {
+    let count = scaled(1, 200);
+    let running =
+        Running::with(ServerOptions { stall_timeout: Duration::from_millis(500), ..ServerOptions::default() });
+    // In the long form the pool of KV blocks is in memory before anything is measured.
+    let whole_pool = json!({ "prompt": "A", "ignore_eos": true, "max_tokens": scaled(2, 1_900), "n": 8 });
+    assert_eq!(running.post("/v1/completions", &whole_pool).status, 200);
+    let before = resident_bytes();
+    // The system takes some megabytes on a reader's behalf: the answer has to be longer than that.
+    let body =
+        json!({ "prompt": "Once", "stream": true, "ignore_eos": true, "max_tokens": 1_900, "n": 8, "logprobs": 20 });
+    let whole = request("POST", "/v1/completions", &[], &body.to_string());
+    let stalled: Vec<_> = (0..count)
+        .map(|_| {
+            let mut stream = running.connect();
+            stream.write_all(whole.as_bytes()).expect("sent");
+            stream
+        })
+        .collect();
+    let (mut most, mut stats) = (0, running.engine.stats());
+    while stats.requests_cancelled + stats.requests_finished < 1 + count as u64 {
+        most = most.max(resident_bytes().unwrap_or(0));
+        std::thread::sleep(Duration::from_millis(5));
+        stats = running.engine.stats();
+    }
+    assert_eq!((stats.requests_cancelled as usize, stats.kv_blocks_used), (count, 0), "{stats:?}");
+    assert_eq!(running.get("/health").status, 200);
+    if let (Some(before), true) = (before, scaled(0, 1) == 1) {
+        let grown = most.saturating_sub(before);
+        println!("{count} stalled readers: {} KiB", grown >> 10);
+        assert!(grown <= 64 << 20, "{grown} bytes");
+    }
+    drop(stalled);
 }
 
 /// A connection that is kept open serves one request after the other.

@@ -2,6 +2,7 @@
 //! promise.
 
 mod access;
+mod api_document;
 mod bad_input;
 mod charter;
 mod chat;
@@ -9,12 +10,14 @@ mod client;
 mod completions;
 mod disconnect;
 mod embeddings;
+mod fuzz;
 mod limits;
 mod load;
 mod mounted;
 mod ns_node;
 mod observe;
 mod ollama;
+mod open_webui;
 mod page;
 mod responses;
 mod stop;
