@@ -47,6 +47,8 @@ pub(crate) struct Worker<E: Executor> {
     tiering: Tiering,
     /// Sequences are live, and none of them can be computed before something arrives.
     is_waiting: bool,
+    /// Why nothing can be computed any more.
+    lost: Option<Error>,
     totals: Totals,
 }
 
@@ -98,6 +100,7 @@ impl<E: Executor> Worker<E> {
             in_flight: VecDeque::new(),
             tiering: Tiering::new(tier_threads),
             is_waiting: false,
+            lost: None,
             totals: Totals::default(),
         };
         worker.publish_stats();
@@ -147,7 +150,7 @@ impl<E: Executor> Worker<E> {
         let expired = self.scheduler.expire(self.now_ms());
         self.deliver(expired);
         self.is_waiting = false;
-        while self.in_flight.len() < self.executor.max_in_flight() {
+        while self.lost.is_none() && self.in_flight.len() < self.executor.max_in_flight() {
             let step = self.scheduler.schedule(self.now_ms());
             // Also without a step: what was planned and taken back may have moved blocks.
             if let Err(error) = self.move_blocks() {
@@ -161,6 +164,9 @@ impl<E: Executor> Worker<E> {
         }
         self.collect();
         self.encode();
+        if let Some(error) = self.lost.take() {
+            return Turn::Fail(error);
+        }
         if let Err(error) = self.move_blocks() {
             return Turn::Fail(error);
         }
@@ -206,9 +212,21 @@ impl<E: Executor> Worker<E> {
                 while !self.in_flight.is_empty() {
                     self.collect();
                 }
-                let events = self.scheduler.fail_step(step, &error);
+                let events = self.failed(step, &error);
                 self.deliver(events);
             }
+        }
+    }
+
+    /// The sequences of a step that failed end. Where the device is gone, all others will.
+    fn failed(&mut self, step: Step, error: &Error) -> Vec<SequenceEvent> {
+        self.note_lost(error);
+        self.scheduler.fail_step(step, error)
+    }
+
+    fn note_lost(&mut self, error: &Error) {
+        if matches!(error, Error::DeviceLost { .. }) {
+            self.lost.get_or_insert_with(|| error.clone());
         }
     }
 
@@ -230,7 +248,7 @@ impl<E: Executor> Worker<E> {
                 self.note_prefill(step.num_tokens, start);
                 self.scheduler.apply(step, &sampled, self.now_ms())
             }
-            Err(error) => self.scheduler.fail_step(step, &error),
+            Err(error) => self.failed(step, &error),
         };
         self.deliver(events);
     }
@@ -254,6 +272,9 @@ impl<E: Executor> Worker<E> {
         self.is_waiting = false;
         self.mark_started(step.sequences());
         let vectors = self.executor.encode(&step.batch(self.executor.encode_block_tokens()));
+        if let Err(error) = &vectors {
+            self.note_lost(error);
+        }
         let events = self.scheduler.apply_encoding(step, vectors);
         self.deliver(events);
     }

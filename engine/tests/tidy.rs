@@ -14,6 +14,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
         "engine",
         &[
             "command",
+            "device",
             "embedding",
             "intake",
             "memory_plan",
@@ -26,7 +27,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "text_model",
         ],
     ),
-    ("inspect", &["loader", "memory_plan", "open"]),
+    ("inspect", &["device", "loader", "memory_plan", "open"]),
     ("quantize", &["inspect", "loader", "model", "open", "tensor"]),
     (
         "open",
@@ -34,6 +35,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "backend",
             "chat",
             "command",
+            "device",
             "executor",
             "intake",
             "kv_cache",
@@ -105,6 +107,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("backend", &["batch", "sampler", "tensor"]),
     ("sampler", &["batch", "request"]),
     ("memory_plan", &["backend"]),
+    ("device", &["backend"]),
     // Files and text.
     ("loader", &["tensor"]),
     ("chat", &["request"]),

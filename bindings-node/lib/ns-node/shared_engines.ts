@@ -103,7 +103,9 @@ export class SharedEngines {
     if (root !== undefined) {
       await this.#epoch.enter(root);
     }
-    return Engine.open({ ...settings, ...cache, model: folder });
+    // The addon knows the names of devices, and refuses others.
+    const device = (settings.device ?? (process.env['COMPUTE_DEVICE'] || undefined)) as OpenOptions['device'];
+    return Engine.open({ ...settings, ...cache, device, model: folder });
   }
 
   /** Forgets an engine that takes no requests any more, and frees it, so that the next one opens the model again. */
