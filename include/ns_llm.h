@@ -246,6 +246,8 @@ typedef enum ns_llm_status {
     NS_LLM_DEVICE_UNAVAILABLE = 401,
     /** A cache tier could not bring to its medium what it holds. Requests are not touched by it. */
     NS_LLM_STORAGE = 402,
+    /** The device was lost while it computed. Every request of the engine ends with this; free it, and open another. */
+    NS_LLM_DEVICE_LOST = 403,
 } ns_llm_status;
 
 /**
@@ -342,11 +344,14 @@ typedef void (*ns_llm_log_callback)(enum ns_llm_log_level level, const char *lin
 
 /** Where an engine computes. */
 typedef enum ns_llm_device {
-    /** The best that is there. */
+    /**
+     * The first CUDA device, if the library was built with CUDA, the machine has a driver and a device for it, and the model fits;
+     * else the CPU. `device_reason` of ns_llm_engine_info() says why.
+     */
     NS_LLM_DEVICE_AUTO = 0,
     /** The CPU. */
     NS_LLM_DEVICE_CPU = 1,
-    /** The first CUDA device. */
+    /** The CUDA device number `device_ordinal`. */
     NS_LLM_DEVICE_CUDA = 2,
 } ns_llm_device;
 
@@ -426,7 +431,10 @@ typedef struct ns_llm_engine_params {
     uint32_t threads;
     /** Longest sequence, prompt and answer, in tokens. 0: the model's own, as far as the KV pool holds it. */
     size_t context_tokens;
-    /** Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB. */
+    /**
+     * Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights and steps
+     * leave of nine tenths of its free memory.
+     */
     uint64_t kv_bytes;
     /** Tokens in a KV block, a multiple of 16. 0: 16. */
     size_t block_tokens;
@@ -448,8 +456,8 @@ typedef struct ns_llm_engine_params {
     void *log_user_data;
     /** A value of `ns_llm_kv_dtype`. */
     uint32_t kv_dtype;
-    /** 0. */
-    uint32_t reserved;
+    /** With NS_LLM_DEVICE_CUDA the number of the device, from 0; else 0. */
+    uint32_t device_ordinal;
     /**
      * What weights and KV pool may take together, bytes. With NS_LLM_WEIGHTS_AUTO weights that are too large are rounded to
      * the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what
@@ -593,7 +601,7 @@ typedef struct ns_llm_model_info {
     ns_llm_text kv_dtype;
     /** "cpu" or "cuda". */
     ns_llm_text device;
-    /** The instruction set in use, such as "avx2" or "portable". */
+    /** The instruction set in use, such as "avx2" or "portable"; on a CUDA device its architecture, such as "sm_90". */
     ns_llm_text isa;
     /** Numbers in all weights. */
     uint64_t num_parameters;
@@ -607,7 +615,7 @@ typedef struct ns_llm_model_info {
     uint64_t embedding_dimensions;
     /** Longest input of an embedding request, tokens; more is cut. */
     uint64_t max_embedding_tokens;
-    /** Compute threads. */
+    /** Compute threads; 0 on a CUDA device. */
     uint64_t threads;
     /** What opening took, milliseconds. */
     double load_ms;
@@ -615,6 +623,10 @@ typedef struct ns_llm_model_info {
     uint32_t can_generate;
     /** 1 if messages can be turned into a prompt, else 0. */
     uint32_t has_chat_template;
+    /** Which device: "cpu", or number and name of a CUDA device, such as "cuda:0 NVIDIA H200". */
+    ns_llm_text device_name;
+    /** Why it was chosen: that it was asked for, or what NS_LLM_DEVICE_AUTO found. */
+    ns_llm_text device_reason;
 } ns_llm_model_info;
 
 /** What an engine has done and is doing. Those named `_total` only grow. */

@@ -63,8 +63,11 @@ export interface KvRemoteOptions {
 export interface OpenOptions {
   /** The model: its folder (`config.json`, safetensors, `tokenizer.json`) or a GGUF file. Default: the one that ships. */
   model?: string | undefined;
-  /** Where to compute. Default `auto`: the best that is there. */
-  device?: 'auto' | 'cpu' | 'cuda' | undefined;
+  /**
+   * Where to compute. Default `auto`: the first CUDA device, if the addon was built with CUDA, the machine has a driver and a device for
+   * it, and the model fits; else the CPU. `info.deviceReason` says why. `cuda:1` is the second device.
+   */
+  device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}` | undefined;
   /** Form of the weights. Default `auto`: as the checkpoint has them, or under a `memoryLimit` the best form that fits. */
   weights?: 'auto' | WeightForm | undefined;
   /**

@@ -34,6 +34,7 @@ export type ErrorCode =
   | 'unknown_architecture'
   | 'out_of_memory'
   | 'device_unavailable'
+  | 'device_lost'
   | 'storage'
   | 'addon_unavailable'
   | (string & {});

@@ -130,7 +130,10 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
     let model =
         model.ok_or_else(|| to_js(&invalid("model", "no path", "the path of a model folder or of a GGUF file")))?;
     let mut options = EngineOptions::new(model);
-    options.device = fields.one_of("device", DEVICES)?.unwrap_or_default();
+    if let Some(name) = fields.string("device")? {
+        let quoted = || invalid("device", format!("\"{}\"", shortened(&name)), DEVICES);
+        options.device = Device::from_name(&name).map_err(|_| to_js(&quoted()))?;
+    }
     let weights: Vec<_> = WeightFormat::all().map(|format| (format.name(), format)).collect();
     options.weights = fields.one_of("weights", &weights)?.unwrap_or_default();
     options.kv_dtype = fields.one_of("kvDtype", KV_DTYPES)?.flatten();
@@ -205,7 +208,8 @@ const CACHE_USES: &[(&str, CacheUse)] =
     &[("off", CacheUse::Off), ("read", CacheUse::Read), ("read-write", CacheUse::ReadWrite)];
 pub(crate) const PRIORITIES: &[(&str, Priority)] =
     &[("high", Priority::High), ("normal", Priority::Normal), ("background", Priority::Background)];
-const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
+/// Names that [`Device::from_name`] takes, for errors.
+const DEVICES: &str = "one of \"auto\", \"cpu\", \"cuda\", \"cuda:N\"";
 const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
     ("auto", None),
     ("f32", Some(KvDtype::F32)),

@@ -201,9 +201,13 @@ pub struct ModelInfo {
     pub kv_dtype: String,
     /// Device kind: "cpu" or "cuda".
     pub device: String,
-    /// Instruction set in use: "avx512bf16", "avx512", "avx2", "neoni8mm", "neondotprod", "neon", "portable".
+    /// Which device: "cpu", or number and name of a CUDA device, such as "cuda:0 NVIDIA H200".
+    pub device_name: String,
+    /// Why it was chosen: that it was asked for, or what `auto` found.
+    pub device_reason: String,
+    /// Instruction set in use (on a CUDA device its architecture, such as "sm_90"): "avx512bf16", "avx512", "avx2", "neoni8mm", "neondotprod", "neon", "portable".
     pub isa: String,
-    /// Compute threads.
+    /// Compute threads; 0 on a CUDA device.
     pub threads: f64,
     /// Milliseconds that opening took.
     pub load_ms: f64,
@@ -225,6 +229,8 @@ impl From<&ns_llm::ModelInfo> for ModelInfo {
             weights: info.weights.to_string(),
             kv_dtype: info.kv_dtype.to_string(),
             device: info.device.to_string(),
+            device_name: info.device_name.clone(),
+            device_reason: info.device_reason.clone(),
             isa: info.isa.to_string(),
             threads: info.threads as f64,
             load_ms: info.load_ms,

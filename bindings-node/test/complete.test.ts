@@ -122,7 +122,8 @@ test('info, memory and stats tell what is loaded, held and done', async () => {
   const { architecture, numParameters, vocabSize, hasChatTemplate, threads, device } = engine.info;
   assert.equal(architecture, 'Qwen3ForCausalLM');
   assert.ok(numParameters > 5e6 && numParameters < 6e6 && vocabSize === 2048 && hasChatTemplate);
-  assert.deepEqual([threads, device], [1, 'cpu']);
+  assert.deepEqual([threads, device, engine.info.deviceName], [1, 'cpu', 'cpu']);
+  assert.match(engine.info.deviceReason, /^(no CUDA device: |it was asked for)/);
   const { weightsBytes, kvReservedBytes } = engine.memory();
   assert.ok(weightsBytes >= numParameters * 2 && kvReservedBytes <= 64 << 20, JSON.stringify(engine.memory()));
   const stats = await until(engine, 'idleness', isIdle);

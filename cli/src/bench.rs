@@ -140,6 +140,7 @@ fn report(engine: &Engine, options: &Options, block_tokens: usize, single: &[Sin
         "model": info.name,
         "weights": info.weights,
         "kv_dtype": info.kv_dtype,
+        "device": info.device_name,
         "isa": info.isa,
         "threads": info.threads,
         "load_ms": round(info.load_ms),

@@ -29,7 +29,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
         eprintln!(
             "{} on {} ({}). An empty line or Ctrl-D ends it.",
             engine.info().name,
-            engine.info().device,
+            engine.info().device_name,
             engine.info().isa
         );
     }

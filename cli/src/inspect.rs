@@ -48,9 +48,12 @@ fn to_json(i: &Inspection, tiers: &[(&str, u64)]) -> serde_json::Value {
         "tokenizer": { "vocab_size": i.tokenizer_vocab_size, "special_tokens": i.special_tokens },
         "chat_template": i.chat_template,
         "eos_token_ids": i.eos_token_ids,
+        "device": i.device_name,
+        "device_reason": i.device_reason,
         "memory": {
             "weights": i.weights,
             "weights_bytes": i.plan.weights_bytes,
+            "workspace_bytes": i.plan.workspace_bytes,
             "kv_dtype": i.kv_dtype,
             "kv_block_bytes": i.plan.block_bytes,
             "kv_blocks": i.plan.num_blocks,
@@ -87,6 +90,7 @@ fn to_table(i: &Inspection, tiers: &[(&str, u64)]) -> Result<String, std::fmt::E
     writeln!(out, "tokenizer         {} entries, special: {}", i.tokenizer_vocab_size, i.special_tokens.join(" "))?;
     writeln!(out, "end tokens        {:?}", i.eos_token_ids)?;
     writeln!(out, "chat template     {}", if i.chat_template.is_some() { "yes" } else { "no" })?;
+    writeln!(out, "device            {}: {}", i.device_name, i.device_reason)?;
     writeln!(out, "memory plan")?;
     writeln!(out, "  weights         {} as {}", mib(i.plan.weights_bytes), i.weights)?;
     writeln!(
@@ -97,6 +101,9 @@ fn to_table(i: &Inspection, tiers: &[(&str, u64)]) -> Result<String, std::fmt::E
         i.plan.num_blocks,
         i.plan.block_bytes
     )?;
+    if i.plan.workspace_bytes > 0 {
+        writeln!(out, "  steps           {}", mib(i.plan.workspace_bytes))?;
+    }
     for (name, bytes) in tiers {
         writeln!(out, "  KV, {name:<4}        {}: some {} blocks", mib(*bytes), bytes / i.plan.block_bytes)?;
     }

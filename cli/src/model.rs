@@ -20,9 +20,9 @@ pub(crate) struct ModelOptions {
     /// Compute threads (default: all cores; one is left to the system when there are more than two)
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) device: DeviceName,
+    /// Where to compute: auto (a CUDA device if there is one and the model fits, else the CPU), cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = |name: &str| Device::from_name(name))]
+    pub(crate) device: Device,
     /// Form in which weights are kept: auto, f32, bf16, f16, or quantized as q8_0, q6_k, q5_k, q4_k, q3_k, q2_k, q5_1,
     /// q5_0, q4_1, q4_0, iq4_nl, mxfp4
     #[arg(long, value_name = "FORM", default_value = "auto", value_parser = |name: &str| WeightFormat::from_name(name))]
@@ -73,14 +73,6 @@ pub(crate) struct ModelOptions {
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
-pub(crate) enum DeviceName {
-    #[default]
-    Auto,
-    Cpu,
-    Cuda,
-}
-
-#[derive(Clone, Copy, Default, ValueEnum)]
 pub(crate) enum KvDtypeName {
     #[default]
     Auto,
@@ -96,11 +88,7 @@ impl ModelOptions {
         let mut options = EngineOptions::new(&self.model);
         options.threads = self.threads;
         options.thread_priority = ThreadPriority::Normal;
-        options.device = match self.device {
-            DeviceName::Auto => Device::Auto,
-            DeviceName::Cpu => Device::Cpu,
-            DeviceName::Cuda => Device::Cuda,
-        };
+        options.device = self.device;
         options.weights = self.weights;
         options.kv_dtype = match self.kv_dtype {
             KvDtypeName::Auto => None,

@@ -93,7 +93,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
     let server = Server::new(vec![Model { engine: engine.clone(), name, aliases: options.alias }], server_options)?;
     let listener = server.bind(address)?;
     let (info, address) = (engine.info(), listener.local_addr()?);
-    eprintln!("{} on {} ({}), listening at http://{address}", info.name, info.device, info.isa);
+    eprintln!("{} on {} ({}), listening at http://{address}", info.name, info.device_name, info.isa);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let served = runtime.block_on(async { server.serve(listener, told_to_end()?).await });
     let traced = options.trace.finish(&engine);

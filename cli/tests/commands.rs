@@ -275,3 +275,30 @@ fn broken_pipe_is_no_fault() {
     let output = child.wait_with_output().expect("it ends");
     assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// Where no CUDA driver is (or this build has no CUDA), `auto` runs on the CPU and says why; who asks for CUDA is told what is missing, by
+/// name, and nothing else happens. With a driver that works, the device is named.
+#[test]
+fn devices_are_chosen_and_named() {
+    let plan = json("inspect", &["--json"]);
+    let asked = run("generate", &[&PROMPT[..], &["--max-tokens", "2", "--device", "cuda:0"]].concat());
+    let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+    if plan["device"] == "cpu" {
+        assert!(!asked.status.success() && asked.stdout.is_empty(), "{said}");
+        let missing = match cfg!(feature = "cuda") {
+            // A driver that is there may be too old, or have no device.
+            true => ["no CUDA driver is installed", "CUDA"],
+            false => ["this build has no CUDA support"; 2],
+        };
+        assert!(said.contains("`cuda:0` is not available") && missing.iter().any(|text| said.contains(text)), "{said}");
+        let reason = plan["device_reason"].as_str().expect("a reason");
+        assert!(reason.starts_with("no CUDA device: ") && missing.iter().any(|text| reason.contains(text)), "{reason}");
+    } else {
+        assert!(asked.status.success(), "{said}");
+        assert!(plan["device"].as_str().expect("a name").starts_with("cuda:0 "), "{}", plan["device"]);
+    }
+    let text = succeed("generate", &[&PROMPT[..], &["--max-tokens", "2", "--device", "cpu"]].concat());
+    assert!(!text.trim().is_empty());
+    let wrong = run("generate", &[&PROMPT[..], &["--device", "cuda:one"]].concat());
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("auto, cpu, cuda or cuda:N"));
+}

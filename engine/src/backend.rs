@@ -6,14 +6,16 @@
 //! model; never on the other rows of the batch, on how a prompt was cut into chunks, or on the number of threads.
 
 pub mod cpu;
+pub mod cuda;
 pub mod measure;
 
 use std::sync::Arc;
 
 use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 pub use crate::config::KvDtype;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+use ns_llm_kernels::cpu::pooling;
 
 /// Sizes of one attention layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -213,4 +215,20 @@ pub trait Backend: Sized + Send + 'static {
     /// Gives a block what [`Backend::read_block`] gave.
     /// [`Error::Internal`](crate::Error::Internal) for bytes of another length.
     fn write_block(&self, kv: &mut Self::Kv, block: BlockId, bytes: &[u8]) -> Result<()>;
+}
+
+/// One vector `[width]` per sequence of the batch from `states` `[tokens, width]`, which are in the host's memory.
+fn pooled_on_host(states: &[f32], width: usize, batch: &Batch, pooling: Pooling) -> Result<Vec<Vec<f32>>> {
+    let row = |idx: usize| states[idx * width..(idx + 1) * width].to_vec();
+    let vectors = batch.sequences.iter().map(|sequence| match pooling {
+        Pooling::First => Ok(row(sequence.rows.start)),
+        Pooling::Last => Ok(row(sequence.rows.end - 1)),
+        Pooling::Mean => {
+            let mut mean = vec![0.0; width];
+            let own = &states[sequence.rows.start * width..sequence.rows.end * width];
+            pooling::mean_rows(own, &mut mean).map_err(|error| Error::Internal { reason: error.to_string() })?;
+            Ok(mean)
+        }
+    });
+    vectors.collect()
 }

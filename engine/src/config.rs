@@ -204,17 +204,54 @@ pub const MAX_BUDGET_TOKENS: usize = 65_536;
 /// Longest waiting queue that an engine may be told to keep, requests.
 pub const MAX_WAITING_REQUESTS_LIMIT: usize = 1_000_000;
 
+/// Share of a CUDA device's free memory that an engine takes: the rest is for its driver, and for whoever else uses the device.
+pub const DEVICE_MEMORY_SHARE: f64 = 0.9;
+
 /// Where the arithmetic runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Device {
-    /// The best that is there.
+    /// The first CUDA device, if this build has CUDA, the machine a driver and a device that it can use, and the model fits; else the
+    /// CPU. [`ModelInfo::device_reason`](crate::ModelInfo::device_reason) says why.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
-    /// The first CUDA device.
-    Cuda,
+    /// The CUDA device of this number, from 0.
+    Cuda(usize),
+}
+
+impl Device {
+    /// The device of that name: "auto", "cpu", "cuda" (the first) or "cuda:N".
+    pub fn from_name(name: &str) -> Result<Device> {
+        let refused = || Error::InvalidArgument {
+            field: "device",
+            value: name.to_string(),
+            expected: "auto, cpu, cuda or cuda:N".to_string(),
+        };
+        match name {
+            "auto" => Ok(Device::Auto),
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(0)),
+            // Digits alone: a number may also begin with a plus sign.
+            _ => match name.strip_prefix("cuda:") {
+                Some(ordinal) if !ordinal.is_empty() && ordinal.bytes().all(|byte| byte.is_ascii_digit()) => {
+                    ordinal.parse().map(Device::Cuda).map_err(|_| refused())
+                }
+                _ => Err(refused()),
+            },
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Auto => f.write_str("auto"),
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
 }
 
 /// In which form weights are kept and multiplied.
@@ -463,7 +500,8 @@ pub struct EngineOptions {
     pub thread_priority: ThreadPriority,
     /// Longest sequence, prompt and answer, in tokens; `None`: the model's own, as far as the pool holds it.
     pub context_tokens: Option<usize>,
-    /// Bytes of the KV pool; `None`: a quarter of the available memory, at most 2 GiB.
+    /// Bytes of the KV pool; `None`: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights and working
+    /// memory leave of [`DEVICE_MEMORY_SHARE`].
     pub kv_bytes: Option<u64>,
     /// Bytes that weights and KV pool may take together; `None`: what is available. With [`WeightFormat::Auto`] weights
     /// that are too large as they are stored are rounded to the best form that fits: the first of

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::command::{Command, Pending, RequestId, Submission, Work};
 use crate::config::{EngineOptions, FLUSH_MS, MAX_TRACE_EVENTS};
+use crate::device::{CudaDevices, MachineDevices};
 use crate::embedding::{EmbeddingRequest, Embeddings};
 use crate::error::{Error, Result};
 use crate::instruments::Instruments;
@@ -98,8 +99,14 @@ impl Engine {
     /// Loads a model and starts its worker. Blocks until it can answer; see
     /// [`EngineOptions::on_progress`] to watch or cancel.
     pub fn open(options: EngineOptions) -> Result<Engine> {
+        Engine::open_among(options, MachineDevices)
+    }
+
+    /// The same with these CUDA devices instead of the machine's own: for tests.
+    #[doc(hidden)]
+    pub fn open_among(options: EngineOptions, devices: impl CudaDevices + 'static) -> Result<Engine> {
         let max_waiting_requests = options.max_waiting_requests;
-        let running = open::start(options)?;
+        let running = open::start(options, devices)?;
         let inner = Inner {
             commands: running.commands,
             submissions: Mutex::new(Some(running.submissions)),

@@ -225,6 +225,15 @@ pub enum Error {
         /// As the caller named it.
         device: String,
         /// Why not.
+        reason: DeviceRefusal,
+    },
+    /// The device was lost while it computed: a kernel broke a rule, or the hardware failed. All requests of the engine end with this, and
+    /// it is closed; the process lives, and may open another engine.
+    #[error("device `{device}` was lost: {reason}")]
+    DeviceLost {
+        /// Which device.
+        device: String,
+        /// What its driver said.
         reason: String,
     },
     /// A cache tier could not bring to its medium what it holds. The requests that it served are not touched.
@@ -268,9 +277,60 @@ impl Error {
             Error::UnknownArchitecture { .. } => "unknown_architecture",
             Error::OutOfMemory { .. } => "out_of_memory",
             Error::DeviceUnavailable { .. } => "device_unavailable",
+            Error::DeviceLost { .. } => "device_lost",
             Error::Storage { .. } => "storage",
         }
     }
+}
+
+/// Why a device cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum DeviceRefusal {
+    /// The library was built without it.
+    #[error("this build has no CUDA support")]
+    NotBuilt,
+    /// No driver is installed.
+    #[error("no CUDA driver is installed (libcuda.so.1 could not be loaded)")]
+    NoDriver,
+    /// The driver cannot run the kernels.
+    #[error("the CUDA driver supports CUDA {found}, needed is {needed} (driver 580 or later)")]
+    DriverTooOld {
+        /// Newest CUDA version of the driver.
+        found: String,
+        /// That of the kernels.
+        needed: String,
+    },
+    /// There is no such device.
+    #[error("there is no CUDA device {ordinal} (devices: {count})")]
+    NoSuchDevice {
+        /// Which was asked for, from 0.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The device is older than the kernels.
+    #[error("`{name}` has compute capability {found}, needed is {needed}")]
+    DeviceTooOld {
+        /// As the driver calls it.
+        name: String,
+        /// What it has.
+        found: String,
+        /// What the kernels were compiled for.
+        needed: String,
+    },
+    /// There is no kernel for something that the model needs.
+    #[error("there is no CUDA kernel for {missing}")]
+    NoKernel {
+        /// What is missing.
+        missing: String,
+    },
+    /// The driver refused a call.
+    #[error("{reason}")]
+    Driver {
+        /// Call and answer.
+        reason: String,
+    },
 }
 
 /// What a panic said, if it said something. For the boundaries of this project's crates.

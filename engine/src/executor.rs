@@ -30,6 +30,30 @@ pub trait Executor: Send {
     }
 }
 
+impl<E: Executor + ?Sized> Executor for Box<E> {
+    fn launch(&mut self, batch: &Batch) -> Result<()> {
+        (**self).launch(batch)
+    }
+    fn collect(&mut self) -> Result<Vec<Sampled>> {
+        (**self).collect()
+    }
+    fn encode(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>> {
+        (**self).encode(batch)
+    }
+    fn encode_block_tokens(&self) -> usize {
+        (**self).encode_block_tokens()
+    }
+    fn read_block(&mut self, block: BlockId) -> Result<Arc<[u8]>> {
+        (**self).read_block(block)
+    }
+    fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {
+        (**self).write_block(block, bytes)
+    }
+    fn max_in_flight(&self) -> usize {
+        (**self).max_in_flight()
+    }
+}
+
 /// Runs one model on one backend. Owns the weights, the KV blocks and the device.
 pub struct ModelExecutor<B: Backend> {
     backend: B,

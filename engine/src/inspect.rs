@@ -1,12 +1,11 @@
 //! What a model's files hold and what running it would take, from its headers alone: no weight is read.
 
-use crate::config::{EngineOptions, WeightFormat};
+use crate::config::{Device, EngineOptions, WeightFormat};
+use crate::device::{self, CudaDevices, MachineDevices, Target};
 use crate::error::Result;
 use crate::loader::PoolingMode;
 use crate::memory_plan::MemoryPlan;
-use crate::open::{
-    ModelFiles, WeightLevel, check_device, max_embedding_tokens, memory_limit_bytes, plan_memory, weight_levels,
-};
+use crate::open::{ModelFiles, WeightLevel, max_embedding_tokens, memory_limit_bytes, plan_memory, weight_levels};
 
 /// One tensor of the checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +39,10 @@ pub struct Inspection {
     pub chat_template: Option<String>,
     /// Tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
+    /// Where it would run: as in [`ModelInfo::device_name`](crate::ModelInfo::device_name).
+    pub device_name: String,
+    /// Why there.
+    pub device_reason: String,
     /// How the weights would be kept.
     pub weights: &'static str,
     /// How keys and values would be kept.
@@ -69,15 +72,26 @@ pub struct WeightPlan {
 
 /// Looks at the model that `options` name, as an engine with these options would run it.
 pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
+    inspect_among(options, &MachineDevices)
+}
+
+/// The same with these CUDA devices instead of the machine's own: for tests.
+#[doc(hidden)]
+pub fn inspect_among(options: &EngineOptions, devices: &dyn CudaDevices) -> Result<Inspection> {
     options.validate()?;
-    check_device(options.device)?;
     let files = ModelFiles::open(options)?;
-    let levels = weight_levels(options, &files)?;
-    let planned = plan_memory(options, &files);
+    let (place, (levels, planned, limit_bytes)) = device::place(options.device, devices, |target| {
+        let limit_bytes = memory_limit_bytes(options, target)?;
+        let (levels, planned) = (weight_levels(options, &files, target)?, plan_memory(options, &files, target));
+        if options.device == Device::Auto && matches!(target, Target::Cuda(_)) {
+            // Then it would run elsewhere.
+            planned.clone()?.plan.check(limit_bytes)?;
+        }
+        Ok((levels, planned, limit_bytes))
+    })?;
     // A model that fits in no form is still shown, in its smallest.
     let smallest = levels.last().copied().expect("the weights as stored are always a level");
     let WeightLevel { format, layout, plan, .. } = *planned.as_ref().unwrap_or(&smallest);
-    let limit_bytes = memory_limit_bytes(options);
     let levels = levels.into_iter().map(|level| WeightPlan {
         weights: level.format.name(),
         is_stored: level.wanted == WeightFormat::Auto,
@@ -121,6 +135,8 @@ pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
         special_tokens: files.tokenizer.special_tokens().map(|(_, text)| text.to_string()).collect(),
         chat_template: files.tokenizer_config.chat_template.clone(),
         eos_token_ids: files.eos_token_ids.clone(),
+        device_name: place.target.name(),
+        device_reason: place.reason,
         weights: format.name(),
         kv_dtype: layout.dtype.name(),
         plan,

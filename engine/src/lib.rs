@@ -27,6 +27,8 @@
 
 mod command;
 pub mod config;
+#[doc(hidden)]
+pub mod device;
 mod embedding;
 mod engine;
 mod error;
@@ -86,7 +88,7 @@ pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
 pub use engine::{Choice, Completion, Engine, Warmed};
 #[doc(hidden)]
 pub use error::panic_text;
-pub use error::{Error, Result};
+pub use error::{DeviceRefusal, Error, Result};
 pub use ns_llm_kernels::host::gpu::{Gpu, GpuVendor, gpus};
 pub use ns_llm_kernels::quant::QuantType;
 pub use request::{

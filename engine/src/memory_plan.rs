@@ -9,12 +9,40 @@ use crate::error::{Error, Result};
 pub struct MemoryPlan {
     /// Weights, packed: exactly what loading then takes.
     pub weights_bytes: u64,
+    /// What steps need beside, on a device whose memory is planned in full; 0 on the CPU.
+    pub workspace_bytes: u64,
     /// One KV block over all layers.
     pub block_bytes: u64,
     /// Blocks of the pool.
     pub num_blocks: usize,
     /// Longest sequence, tokens.
     pub context_tokens: usize,
+}
+
+/// The memory that a plan divides.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MemoryRoom {
+    /// For weights, pool and working memory together.
+    pub available_bytes: u64,
+    /// What steps need of it.
+    pub workspace_bytes: u64,
+    /// Share of what weights and steps leave that the pool gets by default.
+    pub pool_share: f64,
+    /// The pool gets no more by default.
+    pub max_pool_bytes: u64,
+}
+
+impl MemoryRoom {
+    /// The host's memory, which others want too.
+    pub fn host(available_bytes: u64) -> MemoryRoom {
+        let (pool_share, max_pool_bytes) = (DEFAULT_KV_MEMORY_SHARE, DEFAULT_KV_MAX_BYTES);
+        MemoryRoom { available_bytes, workspace_bytes: 0, pool_share, max_pool_bytes }
+    }
+
+    /// A device's memory, which is there for this.
+    pub fn device(available_bytes: u64, workspace_bytes: u64) -> MemoryRoom {
+        MemoryRoom { available_bytes, workspace_bytes, pool_share: 1.0, max_pool_bytes: u64::MAX }
+    }
 }
 
 impl MemoryPlan {
@@ -24,12 +52,13 @@ impl MemoryPlan {
         layout: &KvLayout,
         weights_bytes: u64,
         model_context_tokens: usize,
-        available_bytes: u64,
+        room: MemoryRoom,
     ) -> Result<MemoryPlan> {
         let block_tokens = layout.block_tokens;
         let block_bytes = layout.block_bytes();
         let wanted_context = wanted_context(options, model_context_tokens)?;
-        let free_bytes = available_bytes.saturating_sub(weights_bytes);
+        let taken_bytes = weights_bytes.saturating_add(room.workspace_bytes);
+        let free_bytes = room.available_bytes.saturating_sub(taken_bytes);
         let pool_bytes = match options.kv_bytes {
             Some(bytes) if bytes < block_bytes => {
                 return Err(Error::InvalidArgument {
@@ -39,12 +68,13 @@ impl MemoryPlan {
                 });
             }
             Some(bytes) => bytes,
-            None => default_pool_bytes(options, wanted_context, block_tokens, block_bytes, free_bytes),
+            None => default_pool_bytes(options, wanted_context, (block_tokens, block_bytes), free_bytes, room),
         };
         // Slots are numbered in 32 bits.
         let num_blocks = (pool_bytes / block_bytes).min(u64::from(u32::MAX) / block_tokens as u64) as usize;
         let context_tokens = wanted_context.min(num_blocks * block_tokens);
-        Ok(MemoryPlan { weights_bytes, block_bytes, num_blocks, context_tokens })
+        let workspace_bytes = room.workspace_bytes;
+        Ok(MemoryPlan { weights_bytes, workspace_bytes, block_bytes, num_blocks, context_tokens })
     }
 
     /// The plan of a model that only encodes. It keeps no keys and values from step to step: its pool is the smallest
@@ -56,7 +86,8 @@ impl MemoryPlan {
         model_context_tokens: usize,
     ) -> Result<MemoryPlan> {
         let context_tokens = wanted_context(options, model_context_tokens)?;
-        Ok(MemoryPlan { weights_bytes, block_bytes: layout.block_bytes(), num_blocks: 1, context_tokens })
+        let (block_bytes, num_blocks) = (layout.block_bytes(), 1);
+        Ok(MemoryPlan { weights_bytes, workspace_bytes: 0, block_bytes, num_blocks, context_tokens })
     }
 
     /// The pool.
@@ -64,9 +95,9 @@ impl MemoryPlan {
         self.block_bytes.saturating_mul(self.num_blocks as u64)
     }
 
-    /// Weights and pool together.
+    /// Weights, pool and working memory together.
     pub fn needed_bytes(&self) -> u64 {
-        self.weights_bytes.saturating_add(self.kv_bytes())
+        self.weights_bytes.saturating_add(self.workspace_bytes).saturating_add(self.kv_bytes())
     }
 
     /// Fails when the plan does not fit what is available.
@@ -96,15 +127,15 @@ fn wanted_context(options: &EngineOptions, model_context_tokens: usize) -> Resul
 fn default_pool_bytes(
     options: &EngineOptions,
     context_tokens: usize,
-    block_tokens: usize,
-    block_bytes: u64,
+    (block_tokens, block_bytes): (usize, u64),
     free_bytes: u64,
+    room: MemoryRoom,
 ) -> u64 {
     let bytes_of = |tokens: usize| tokens.div_ceil(block_tokens) as u64 * block_bytes;
-    let share = (free_bytes as f64 * DEFAULT_KV_MEMORY_SHARE) as u64;
+    let share = (free_bytes as f64 * room.pool_share) as u64;
     let all_sequences = bytes_of(context_tokens).saturating_mul(options.max_running_sequences as u64);
     let one_sequence = bytes_of(context_tokens.min(DEFAULT_KV_MIN_TOKENS));
-    share.min(DEFAULT_KV_MAX_BYTES).min(all_sequences).max(one_sequence)
+    share.min(room.max_pool_bytes).min(all_sequences).max(one_sequence)
 }
 
 #[cfg(test)]
@@ -129,7 +160,7 @@ mod tests {
     fn plan(change: impl FnOnce(&mut EngineOptions), context: usize, available: u64) -> Result<MemoryPlan> {
         let mut options = EngineOptions::new("");
         change(&mut options);
-        let plan = MemoryPlan::new(&options, &layout(), GIB, context, available)?;
+        let plan = MemoryPlan::new(&options, &layout(), GIB, context, MemoryRoom::host(available))?;
         plan.check(available)?;
         Ok(plan)
     }
@@ -152,6 +183,23 @@ mod tests {
         assert_eq!(tight.num_blocks, 4096 / 16);
         let small_model = plan(|o| o.max_running_sequences = 2, 100, 64 * GIB).expect("fits");
         assert_eq!((small_model.num_blocks, small_model.context_tokens), (14, 100));
+    }
+
+    /// On a device the pool gets all that weights and steps leave, up to what all sequences together could use.
+    #[test]
+    fn pool_of_a_device() {
+        let (options, block) = (EngineOptions::new(""), layout().block_bytes());
+        let on_device =
+            |available| MemoryPlan::new(&options, &layout(), GIB, 40_960, MemoryRoom::device(available, GIB));
+        let plan = on_device(10 * GIB).expect("fits");
+        assert_eq!((plan.num_blocks as u64, plan.workspace_bytes), (8 * GIB / block, GIB));
+        assert!(plan.needed_bytes() <= 10 * GIB && plan.check(10 * GIB).is_ok());
+        assert!(plan.check(plan.needed_bytes() - 1).is_err());
+        let most = 40_960 / 16 * options.max_running_sequences;
+        assert_eq!(on_device(1000 * GIB).expect("fits").num_blocks, most);
+        let tight = on_device(2 * GIB + GIB / 8).expect("planned");
+        assert_eq!(tight.num_blocks, 4096 / 16, "one sequence of useful length, whether it fits or not");
+        assert!(tight.check(2 * GIB + GIB / 8).is_err());
     }
 
     /// An encoder gets one block, however much memory there is or is offered, and its model's whole context.

@@ -3,6 +3,8 @@
 //! The worker thread loads the model itself: what it will own is made where it will live, and the compute pool packs
 //! weights with the same threads that later multiply them. A load that fails ends that thread and leaves nothing.
 
+mod levels;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -16,15 +18,15 @@ pub(crate) use ns_llm_kernels::host::return_free_memory;
 use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::{CpuBackend, CpuBackendOptions};
-use crate::backend::measure::Measure;
+use crate::backend::cuda::CudaBackend;
 use crate::backend::{Backend, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    AUTO_WEIGHT_FORMATS, Device, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
-    MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ResponseCacheOptions,
-    ThreadPriority, WRITE_QUEUE_BYTES, WeightFormat,
+    EngineOptions, KvRemoteOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS, MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS,
+    MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ResponseCacheOptions, ThreadPriority, WRITE_QUEUE_BYTES, WeightFormat,
 };
+use crate::device::{self, CudaDevices, MachineDevices, Place, Target};
 use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
 use crate::instruments::Instruments;
@@ -43,21 +45,24 @@ use crate::response_tiers::{AnswerStore, DiskAnswers, RemoteAnswers, ResponseTie
 use crate::responses::Responses;
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::ModelInfo;
-use crate::tensor::{DType, Encoding};
 use crate::text_model::TextModel;
 use crate::tier_thread::TierThread;
 use crate::tokenizer::{Tokenizer, TokenizerConfig};
 use crate::worker::Worker;
+use levels::encode_kv_dtype;
+pub(crate) use levels::{WeightLevel, measure_weights, memory_limit_bytes, plan_memory, weight_levels};
 
 /// Version of the CPU kernels' numerics: changes when any of them may give other bits than before.
 const CPU_NUMERICS_VERSION: u32 = 1;
+/// The same of the CUDA kernels.
+const CUDA_NUMERICS_VERSION: u32 = 1;
 /// Version of the layout of a KV block.
 const KV_LAYOUT_VERSION: u32 = 1;
 
 /// A loaded model with everything that runs it.
 pub struct Loaded {
     /// Weights, KV blocks and device.
-    pub executor: ModelExecutor<CpuBackend>,
+    pub executor: Box<dyn Executor>,
     /// Over an empty pool.
     pub scheduler: Scheduler,
     /// What does the jobs of the tiers that the scheduler's pool has below it.
@@ -98,7 +103,7 @@ struct Ready {
 }
 
 /// Loads a model on a worker thread of its own and starts the intake thread.
-pub(crate) fn start(options: EngineOptions) -> Result<Running> {
+pub(crate) fn start(options: EngineOptions, devices: impl CudaDevices + 'static) -> Result<Running> {
     options.validate()?;
     let epoch = Instant::now();
     let responses = Responses::new(options.response_cache)?;
@@ -112,7 +117,7 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
         let (instruments, ended, tier_answers) = (instruments.clone(), ended.clone(), command_sender.clone());
         spawn("ns-llm-worker", move || {
             let priority = options.thread_priority;
-            if let Some((loaded, ready)) = load_and_report(options, &ready_sender) {
+            if let Some((loaded, ready)) = load_and_report(options, &devices, &ready_sender) {
                 // The worker computes too. Only now: the threads that it started have inherited its priority.
                 if priority == ThreadPriority::BelowNormal {
                     host::lower_thread_priority();
@@ -150,8 +155,12 @@ pub(crate) fn start(options: EngineOptions) -> Result<Running> {
 }
 
 /// Loads, or reports why not; a panic while loading is a typed error like any other.
-fn load_and_report(options: EngineOptions, ready: &SyncSender<Result<Ready>>) -> Option<(Loaded, Ready)> {
-    let loaded = catch_unwind(AssertUnwindSafe(|| load(options)))
+fn load_and_report(
+    options: EngineOptions,
+    devices: &dyn CudaDevices,
+    ready: &SyncSender<Result<Ready>>,
+) -> Option<(Loaded, Ready)> {
+    let loaded = catch_unwind(AssertUnwindSafe(|| load_among(options, devices)))
         .unwrap_or_else(|panic| Err(Error::Internal { reason: panic_text(panic.as_ref()) }));
     match loaded {
         Ok(mut loaded) => {
@@ -267,17 +276,6 @@ fn eos_token_ids(generation: &GenerationConfig, config: &ModelConfig) -> Result<
     }
 }
 
-/// Refuses a device that this build does not have.
-pub(crate) fn check_device(device: Device) -> Result<()> {
-    match device {
-        Device::Auto | Device::Cpu => Ok(()),
-        Device::Cuda => Err(Error::DeviceUnavailable {
-            device: "cuda".to_string(),
-            reason: "this build has no CUDA support".to_string(),
-        }),
-    }
-}
-
 /// All cores, but one is left to the host program where there are more than two.
 fn default_threads() -> usize {
     match host::usable_cores() {
@@ -286,132 +284,68 @@ fn default_threads() -> usize {
     }
 }
 
-/// A form of the weights, the KV pool beside it, and the bytes of both.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct WeightLevel {
-    /// What the backend is told: [`WeightFormat::Auto`] for weights as they are stored.
-    pub(crate) wanted: WeightFormat,
-    /// The form of most weights.
-    pub(crate) format: WeightFormat,
-    pub(crate) layout: KvLayout,
-    pub(crate) plan: MemoryPlan,
+/// Loads a model on the calling thread, where `options` say.
+pub fn load(options: EngineOptions) -> Result<Loaded> {
+    load_among(options, &MachineDevices)
 }
 
-/// The level that an engine with these options gets: the one that is asked for, or the best that fits the limit.
-pub(crate) fn plan_memory(options: &EngineOptions, files: &ModelFiles) -> Result<WeightLevel> {
-    let limit_bytes = memory_limit_bytes(options);
-    if options.weights != WeightFormat::Auto || options.memory_limit_bytes.is_none() {
-        return weight_level(options, files, options.weights, limit_bytes);
-    }
-    let levels = weight_levels(options, files)?;
-    let smallest = levels.iter().map(|level| level.plan.needed_bytes()).min().unwrap_or(u64::MAX);
-    levels.into_iter().find(|level| level.plan.check(limit_bytes).is_ok()).ok_or(Error::OutOfMemory {
-        purpose: "KV pool and weights in their smallest form",
-        needed_bytes: smallest,
-        available_bytes: limit_bytes,
-    })
-}
-
-/// Every level that may be chosen, best first: the weights as they are stored, then each form of
-/// [`AUTO_WEIGHT_FORMATS`] that is smaller than those before it.
-pub(crate) fn weight_levels(options: &EngineOptions, files: &ModelFiles) -> Result<Vec<WeightLevel>> {
-    let limit_bytes = memory_limit_bytes(options);
-    let mut levels = vec![weight_level(options, files, WeightFormat::Auto, limit_bytes)?];
-    for wanted in AUTO_WEIGHT_FORMATS {
-        let level = weight_level(options, files, wanted, limit_bytes)?;
-        if levels.iter().all(|other| level.plan.weights_bytes < other.plan.weights_bytes) {
-            levels.push(level);
-        }
-    }
-    Ok(levels)
-}
-
-fn weight_level(
-    options: &EngineOptions,
-    files: &ModelFiles,
-    wanted: WeightFormat,
-    limit_bytes: u64,
-) -> Result<WeightLevel> {
-    let format = if wanted == WeightFormat::Auto { stored_format(&files.weights) } else { wanted };
-    let dtype = options.kv_dtype.unwrap_or(default_kv_dtype(format));
-    let can_generate = files.config.architecture.can_generate();
-    let dtype = if can_generate { dtype } else { encode_kv_dtype(dtype, format) };
-    let layout = files.config.kv_layout(0, options.block_tokens, dtype);
-    let weights_bytes = measure_weights(wanted, &files.weights, &files.config)?;
-    let model_context_tokens = files.config.max_position_embeddings;
-    let plan = if can_generate {
-        MemoryPlan::new(options, &layout, weights_bytes, model_context_tokens, limit_bytes)?
-    } else {
-        MemoryPlan::for_encoder(options, &layout, weights_bytes, model_context_tokens)?
-    };
-    Ok(WeightLevel { wanted, format, layout: KvLayout { num_blocks: plan.num_blocks, ..layout }, plan })
-}
-
-/// What weights and KV pool may take together: what is available, or less if the user says so.
-pub(crate) fn memory_limit_bytes(options: &EngineOptions) -> u64 {
-    let available_bytes = host::available_memory_bytes().unwrap_or(u64::MAX);
-    options.memory_limit_bytes.map_or(available_bytes, |limit| limit.min(available_bytes))
-}
-
-/// Bytes of all weights once they are packed in the form `wanted`. Goes through the model as loading does, and so fails where
-/// that would fail for what is missing, superfluous or of another shape; reads no weight.
-pub(crate) fn measure_weights(wanted: WeightFormat, weights: &Weights, config: &ModelConfig) -> Result<u64> {
-    let measure = Measure::new(wanted);
-    // The context only decides the size of tables that are no weights.
-    model::load(&measure, weights.outline(), config, 1, &mut |_| true)?;
-    Ok(measure.weights_bytes())
-}
-
-/// As exact as the weights make it worth.
-fn default_kv_dtype(format: WeightFormat) -> KvDtype {
-    if format == WeightFormat::F32 { KvDtype::F32 } else { KvDtype::F16 }
-}
-
-/// In steps that encode. Their keys and values are gone with the step: 8 bits would cost accuracy and save nothing.
-fn encode_kv_dtype(dtype: KvDtype, format: WeightFormat) -> KvDtype {
-    if dtype == KvDtype::Int8 { default_kv_dtype(format) } else { dtype }
-}
-
-/// The form in which the checkpoint has most of its numbers.
-fn stored_format(weights: &Weights) -> WeightFormat {
-    let mut counts: Vec<(WeightFormat, u64)> = Vec::new();
-    for (_, shape, dtype) in weights.entries() {
-        let format = match dtype.encoding() {
-            Some(Encoding::Plain(DType::F32)) => WeightFormat::F32,
-            Some(Encoding::Plain(DType::F16)) => WeightFormat::F16,
-            Some(Encoding::Plain(DType::Bf16)) => WeightFormat::Bf16,
-            Some(Encoding::Blocks(quant_type)) => WeightFormat::Quant(quant_type),
-            // No model can use it; loading will say so by name.
-            None => continue,
-        };
-        let count = shape.iter().map(|&n| n as u64).product::<u64>();
-        match counts.iter_mut().find(|(other, _)| *other == format) {
-            Some((_, sum)) => *sum += count,
-            None => counts.push((format, count)),
-        }
-    }
-    counts.into_iter().max_by_key(|&(_, count)| count).map_or(WeightFormat::F32, |(format, _)| format)
-}
-
-/// Loads a model on the calling thread.
-pub fn load(mut options: EngineOptions) -> Result<Loaded> {
+/// The same with these CUDA devices.
+pub fn load_among(options: EngineOptions, devices: &dyn CudaDevices) -> Result<Loaded> {
     let start = Instant::now();
-    check_device(options.device)?;
     let files = ModelFiles::open(&options)?;
+    let (place, level) = device::place(options.device, devices, |target| {
+        let level = plan_memory(&options, &files, target)?;
+        level.plan.check(memory_limit_bytes(&options, target)?)?;
+        Ok(level)
+    })?;
+    let threads = options.threads.unwrap_or_else(default_threads);
+    match &place.target {
+        Target::Cpu => {
+            let (priority, weights) = (options.thread_priority, level.wanted);
+            let backend = CpuBackend::new(CpuBackendOptions { threads, priority, weights })?;
+            let (isa, weights_bytes) = (backend.isa_name(), CpuBackend::weights_bytes);
+            let numerics = format!("cpu {isa} v{CPU_NUMERICS_VERSION}");
+            let compute = Compute { backend, weights_bytes, isa, threads, numerics };
+            load_on(options, files, level, &place, compute, start)
+        }
+        Target::Cuda(cuda) => {
+            let backend = CudaBackend::new(cuda.driver.clone(), cuda.name(), level.wanted);
+            let (isa, weights_bytes) = (cuda.architecture(), CudaBackend::weights_bytes);
+            let numerics = format!("cuda {isa} v{CUDA_NUMERICS_VERSION}");
+            let compute = Compute { backend, weights_bytes, isa, threads: 0, numerics };
+            load_on(options, files, level, &place, compute, start)
+        }
+    }
+}
+
+/// A backend that is ready, and what there is to say about it.
+struct Compute<B> {
+    backend: B,
+    /// Bytes of what was loaded so far.
+    weights_bytes: fn(&B) -> u64,
+    isa: &'static str,
+    threads: usize,
+    /// Whatever may change the bits of a result.
+    numerics: String,
+}
+
+fn load_on<B: Backend>(
+    mut options: EngineOptions,
+    files: ModelFiles,
+    level: WeightLevel,
+    place: &Place,
+    compute: Compute<B>,
+    start: Instant,
+) -> Result<Loaded> {
+    let Compute { backend, weights_bytes, isa, threads, numerics } = compute;
+    let WeightLevel { wanted, format, layout, mut plan } = level;
     if !files.config.architecture.can_generate() {
         // Its keys and values end with each step.
         (options.kv_host_bytes, options.kv_cache_dir) = (0, None);
         options.response_cache.max_bytes = 0;
     }
-    let WeightLevel { wanted, format, layout, mut plan } = plan_memory(&options, &files)?;
-    plan.check(memory_limit_bytes(&options))?;
-    let backend = CpuBackend::new(CpuBackendOptions {
-        threads: options.threads.unwrap_or_else(default_threads),
-        priority: options.thread_priority,
-        weights: wanted,
-    })?;
-    let fingerprint = fingerprint(&options, &files, backend.threads())?;
-    let identity = kv_identity(fingerprint, wanted, &layout, &backend);
+    let fingerprint = fingerprint(&options, &files, threads.max(1))?;
+    let identity = kv_identity(fingerprint, wanted, &layout, &numerics);
     let disk = options.kv_cache_dir.as_deref().map(|directory| open_disk(directory, &options, &plan)).transpose()?;
     let remote = options.kv_remote.as_ref().map(|remote| open_remote(remote, "kv", plan.block_bytes)).transpose()?;
     let answer_identity = answer_identity(&identity, plan.context_tokens, &files.text_fingerprint);
@@ -420,8 +354,8 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
     let weights = files.weights;
     let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut *on_progress)?;
-    debug_assert_eq!(plan.weights_bytes, backend.weights_bytes(), "the plan of {}", options.model.display());
-    plan.weights_bytes = backend.weights_bytes();
+    debug_assert_eq!(plan.weights_bytes, weights_bytes(&backend), "the plan of {}", options.model.display());
+    plan.weights_bytes = weights_bytes(&backend);
     let kv = backend.allocate_kv(layout)?;
     let max_embedding_tokens = max_embedding_tokens(&config, &files.sentence, &plan);
     let info = ModelInfo {
@@ -437,9 +371,11 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
         has_chat_template: files.chat_template.is_some(),
         weights: format.name(),
         kv_dtype: layout.dtype.name(),
-        device: "cpu",
-        isa: backend.isa_name(),
-        threads: backend.threads(),
+        device: place.target.kind(),
+        device_name: place.target.name(),
+        device_reason: place.reason.clone(),
+        isa,
+        threads,
         load_ms: start.elapsed().as_secs_f64() * 1e3,
     };
     let text = Arc::new(TextModel {
@@ -464,7 +400,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
             identity,
             prefix_cache: options.prefix_cache,
             namespace_share: options.kv_namespace_share,
-            tiers: tiers_config(&options, &layout, &plan),
+            tiers: tiers_config(&options, &layout, &plan, &place.target),
         }),
     );
     let mut tier_stores: Vec<Box<dyn TierStore>> = Vec::new();
@@ -478,7 +414,7 @@ pub fn load(mut options: EngineOptions) -> Result<Loaded> {
     if let Some(remote) = remote.filter(|_| scheduler.tiers().is_some()) {
         tier_stores.push(Box::new(remote));
     }
-    Ok(Loaded { executor, scheduler, tier_stores, answer_stores, text, info, plan })
+    Ok(Loaded { executor: Box::new(executor), scheduler, tier_stores, answer_stores, text, info, plan })
 }
 
 /// Blocks that leave the process are found by the weights' contents. Those that do not need only tell engines of one
@@ -547,7 +483,7 @@ fn open_remote(options: &KvRemoteOptions, kind: &'static str, max_payload_bytes:
 }
 
 /// `None`: the pool is all that there is.
-fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan) -> Option<TiersConfig> {
+fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan, target: &Target) -> Option<TiersConfig> {
     let disk = options.kv_cache_dir.iter().map(|_| TierId::Disk);
     let tiers: Vec<TierId> = disk.chain(options.kv_remote.iter().map(|_| TierId::Remote)).collect();
     if tiers.is_empty() && options.kv_host_bytes == 0 {
@@ -556,7 +492,7 @@ fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan) -
     // What the longest step publishes at once.
     let step_blocks = (options.prefill_budget_tokens / layout.block_tokens) as u64 + MIN_WRITE_QUEUE_BLOCKS;
     Some(TiersConfig {
-        layout: layout_id(layout),
+        layout: layout_id(layout, target),
         block_tokens: layout.block_tokens,
         block_bytes: usize::try_from(plan.block_bytes).ok()?,
         host_bytes: options.kv_host_bytes,
@@ -566,11 +502,15 @@ fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan) -
     })
 }
 
-/// Everything that says what the bytes of a block mean.
-fn layout_id(layout: &KvLayout) -> LayoutId {
+/// Everything that says what the bytes of a block mean. Keys lie transposed on the CPU alone.
+fn layout_id(layout: &KvLayout, target: &Target) -> LayoutId {
     let KvLayout { num_layers, num_blocks: _, block_tokens, num_kv_heads, head_dim, dtype } = layout;
     let sizes = format!("{num_layers} layers {num_kv_heads} heads of {head_dim} block {block_tokens} {}", dtype.name());
-    LayoutId(Sha256::digest(format!("ns-llm KV layout v{KV_LAYOUT_VERSION} {sizes}")).into())
+    let of_device = match target {
+        Target::Cpu => "",
+        Target::Cuda(_) => " cuda",
+    };
+    LayoutId(Sha256::digest(format!("ns-llm KV layout v{KV_LAYOUT_VERSION} {sizes}{of_device}")).into())
 }
 
 /// Longest input that is turned into a vector, tokens. A decoder has others to serve beside.
@@ -615,11 +555,11 @@ fn scheduler_config(
 }
 
 /// What the contents of a block depend on.
-fn kv_identity(fingerprint: [u8; 32], weights: WeightFormat, layout: &KvLayout, backend: &CpuBackend) -> KvIdentity {
+fn kv_identity(fingerprint: [u8; 32], weights: WeightFormat, layout: &KvLayout, numerics: &str) -> KvIdentity {
     KvIdentity {
         fingerprint,
         kv_layout: format!("v{KV_LAYOUT_VERSION} {} block {}", layout.dtype.name(), layout.block_tokens),
-        numerics_id: format!("cpu {} v{CPU_NUMERICS_VERSION} weights {}", backend.isa_name(), weights.name()),
+        numerics_id: format!("{numerics} weights {}", weights.name()),
         adapter: String::new(),
     }
 }
@@ -651,6 +591,7 @@ pub(crate) fn model_name(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::KvDtype;
 
     /// Blocks of one element type are never found under the keys of another, and a smaller type has more blocks in the
     /// same bytes.
@@ -659,15 +600,12 @@ mod tests {
         let mut options = EngineOptions::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo")).threads(1);
         options.kv_bytes = Some(32 << 20);
         let files = ModelFiles::open(&options).expect("the model that ships");
-        let weights = WeightFormat::Bf16;
-        let backend = CpuBackend::new(CpuBackendOptions { threads: 1, priority: ThreadPriority::Normal, weights });
-        let backend = backend.expect("one thread");
         let mut seen = Vec::new();
         for dtype in [None, Some(KvDtype::F32), Some(KvDtype::Bf16), Some(KvDtype::Int8)] {
             options.kv_dtype = dtype;
-            let WeightLevel { wanted, layout, plan, .. } = plan_memory(&options, &files).expect("fits");
+            let WeightLevel { wanted, layout, plan, .. } = plan_memory(&options, &files, &Target::Cpu).expect("fits");
             assert_eq!(layout.dtype, dtype.unwrap_or(KvDtype::F16));
-            seen.push((kv_identity([0; 32], wanted, &layout, &backend).kv_layout, plan.num_blocks));
+            seen.push((kv_identity([0; 32], wanted, &layout, "cpu").kv_layout, plan.num_blocks));
         }
         let mut names: Vec<_> = seen.iter().map(|(name, _)| name).collect();
         names.dedup();

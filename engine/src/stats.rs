@@ -244,9 +244,13 @@ pub struct ModelInfo {
     pub kv_dtype: &'static str,
     /// Device kind: "cpu" or "cuda".
     pub device: &'static str,
-    /// Instruction set in use, such as "avx2" or "portable".
+    /// Which device: "cpu", or a CUDA device's number and name, such as "cuda:0 NVIDIA H200".
+    pub device_name: String,
+    /// Why it was chosen: that it was asked for, or what `auto` found.
+    pub device_reason: String,
+    /// Instruction set in use, such as "avx2" or "portable"; on a CUDA device its architecture, such as "sm_90".
     pub isa: &'static str,
-    /// Compute threads.
+    /// Compute threads; 0 on a CUDA device.
     pub threads: usize,
     /// Milliseconds that opening took.
     pub load_ms: f64,

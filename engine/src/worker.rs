@@ -49,6 +49,8 @@ pub(crate) struct Worker<E: Executor> {
     tiering: Tiering,
     /// Sequences are live, and none of them can be computed before something arrives.
     is_waiting: bool,
+    /// Why nothing can be computed any more.
+    lost: Option<Error>,
     totals: Totals,
 }
 
@@ -102,6 +104,7 @@ impl<E: Executor> Worker<E> {
             in_flight: VecDeque::new(),
             tiering: Tiering::new(tier_threads),
             is_waiting: false,
+            lost: None,
             totals: Totals::default(),
         };
         worker.publish_stats();
@@ -151,7 +154,7 @@ impl<E: Executor> Worker<E> {
         let expired = self.scheduler.expire(self.now_ms());
         self.deliver(expired);
         self.is_waiting = false;
-        while self.in_flight.len() < self.executor.max_in_flight() {
+        while self.lost.is_none() && self.in_flight.len() < self.executor.max_in_flight() {
             let step = self.scheduler.schedule(self.now_ms());
             // Also without a step: what was planned and taken back may have moved blocks.
             if let Err(error) = self.move_blocks() {
@@ -165,6 +168,9 @@ impl<E: Executor> Worker<E> {
         }
         self.collect();
         self.encode();
+        if let Some(error) = self.lost.take() {
+            return Turn::Fail(error);
+        }
         if let Err(error) = self.move_blocks() {
             return Turn::Fail(error);
         }
@@ -211,7 +217,7 @@ impl<E: Executor> Worker<E> {
                 while !self.in_flight.is_empty() {
                     self.collect();
                 }
-                let events = self.scheduler.fail_step(step, &error);
+                let events = self.failed(step, &error);
                 self.deliver(events);
             }
         }
@@ -230,6 +236,18 @@ impl<E: Executor> Worker<E> {
             Some(PartOfStep { request, choice, num_tokens, context_tokens: sequence.context_tokens, is_decode })
         };
         batch.sequences.iter().filter_map(part).collect()
+    }
+
+    /// The sequences of a step that failed end. Where the device is gone, all others will.
+    fn failed(&mut self, step: Step, error: &Error) -> Vec<SequenceEvent> {
+        self.note_lost(error);
+        self.scheduler.fail_step(step, error)
+    }
+
+    fn note_lost(&mut self, error: &Error) {
+        if matches!(error, Error::DeviceLost { .. }) {
+            self.lost.get_or_insert_with(|| error.clone());
+        }
     }
 
     /// The first step that computes some of these sequences begins.
@@ -255,7 +273,7 @@ impl<E: Executor> Worker<E> {
                 self.note_prefill(step.num_tokens, start);
                 self.scheduler.apply(step, &sampled, self.now_ms())
             }
-            Err(error) => self.scheduler.fail_step(step, &error),
+            Err(error) => self.failed(step, &error),
         };
         self.deliver(events);
     }
@@ -284,6 +302,9 @@ impl<E: Executor> Worker<E> {
         let vectors = self.executor.encode(&batch);
         let end = Instant::now();
         self.instruments.meters.step(batch.token_ids.len(), end.saturating_duration_since(start));
+        if let Err(error) = &vectors {
+            self.note_lost(error);
+        }
         if !slices.is_empty() {
             timeline::encoding(&self.instruments.tracer, &slices, start, end);
         }

@@ -14,6 +14,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
         "engine",
         &[
             "command",
+            "device",
             "embedding",
             "instruments",
             "intake",
@@ -27,7 +28,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "text_model",
         ],
     ),
-    ("inspect", &["loader", "memory_plan", "open"]),
+    ("inspect", &["device", "loader", "memory_plan", "open"]),
     ("quantize", &["inspect", "loader", "model", "open", "tensor"]),
     (
         "open",
@@ -35,6 +36,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "backend",
             "chat",
             "command",
+            "device",
             "executor",
             "instruments",
             "intake",
@@ -115,6 +117,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("backend", &["batch", "sampler", "tensor"]),
     ("sampler", &["batch", "request"]),
     ("memory_plan", &["backend"]),
+    ("device", &["backend"]),
     // Files and text.
     ("loader", &["tensor"]),
     ("chat", &["request"]),

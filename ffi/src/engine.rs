@@ -28,11 +28,12 @@ pub type ns_llm_engine = u64;
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ns_llm_device {
-    /// The best that is there.
+    /// The first CUDA device, if the library was built with CUDA, the machine has a driver and a device for it, and the model fits;
+    /// else the CPU. `device_reason` of ns_llm_engine_info() says why.
     NS_LLM_DEVICE_AUTO = 0,
     /// The CPU.
     NS_LLM_DEVICE_CPU = 1,
-    /// The first CUDA device.
+    /// The CUDA device number `device_ordinal`.
     NS_LLM_DEVICE_CUDA = 2,
 }
 
@@ -128,7 +129,8 @@ pub struct ns_llm_engine_params {
     pub threads: u32,
     /// Longest sequence, prompt and answer, in tokens. 0: the model's own, as far as the KV pool holds it.
     pub context_tokens: usize,
-    /// Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB.
+    /// Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights and steps
+    /// leave of nine tenths of its free memory.
     pub kv_bytes: u64,
     /// Tokens in a KV block, a multiple of 16. 0: 16.
     pub block_tokens: usize,
@@ -150,8 +152,8 @@ pub struct ns_llm_engine_params {
     pub log_user_data: *mut c_void,
     /// A value of `ns_llm_kv_dtype`.
     pub kv_dtype: u32,
-    /// 0.
-    pub reserved: u32,
+    /// With NS_LLM_DEVICE_CUDA the number of the device, from 0; else 0.
+    pub device_ordinal: u32,
     /// What weights and KV pool may take together, bytes. With NS_LLM_WEIGHTS_AUTO weights that are too large are rounded to
     /// the best form that fits: bfloat16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; if none does, NS_LLM_OUT_OF_MEMORY, with what
     /// the smallest needs in the text. 0: what is available.
@@ -306,12 +308,9 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     }
     // SAFETY: promised by the caller.
     let mut options = EngineOptions::new(unsafe { read_text("model", params.model, MAX_PATH_BYTES) }?);
-    options.device = device(params.device)?;
+    options.device = device(params.device, params.device_ordinal)?;
     options.weights = weights(params.weights)?;
     options.kv_dtype = kv_dtype(params.kv_dtype)?;
-    if params.reserved != 0 {
-        return Err(Failure::invalid("reserved", params.reserved, "0"));
-    }
     options.threads = unless_zero(params.threads as usize);
     if params.threads as usize > MAX_THREADS {
         return Err(Failure::invalid("threads", params.threads, format!("at most {MAX_THREADS}")));
@@ -377,11 +376,12 @@ fn unless_zero<T: Default + PartialEq>(value: T) -> Option<T> {
     (value != T::default()).then_some(value)
 }
 
-fn device(value: u32) -> Result<Device, Failure> {
+fn device(value: u32, ordinal: u32) -> Result<Device, Failure> {
     match value {
+        0 | 1 if ordinal != 0 => Err(Failure::invalid("device_ordinal", ordinal, "0 without NS_LLM_DEVICE_CUDA")),
         0 => Ok(Device::Auto),
         1 => Ok(Device::Cpu),
-        2 => Ok(Device::Cuda),
+        2 => Ok(Device::Cuda(ordinal as usize)),
         _ => Err(Failure::invalid("device", value, "a value of ns_llm_device")),
     }
 }

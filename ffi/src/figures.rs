@@ -27,7 +27,7 @@ pub struct ns_llm_model_info {
     pub kv_dtype: ns_llm_text,
     /// "cpu" or "cuda".
     pub device: ns_llm_text,
-    /// The instruction set in use, such as "avx2" or "portable".
+    /// The instruction set in use, such as "avx2" or "portable"; on a CUDA device its architecture, such as "sm_90".
     pub isa: ns_llm_text,
     /// Numbers in all weights.
     pub num_parameters: u64,
@@ -41,7 +41,7 @@ pub struct ns_llm_model_info {
     pub embedding_dimensions: u64,
     /// Longest input of an embedding request, tokens; more is cut.
     pub max_embedding_tokens: u64,
-    /// Compute threads.
+    /// Compute threads; 0 on a CUDA device.
     pub threads: u64,
     /// What opening took, milliseconds.
     pub load_ms: f64,
@@ -49,6 +49,10 @@ pub struct ns_llm_model_info {
     pub can_generate: u32,
     /// 1 if messages can be turned into a prompt, else 0.
     pub has_chat_template: u32,
+    /// Which device: "cpu", or number and name of a CUDA device, such as "cuda:0 NVIDIA H200".
+    pub device_name: ns_llm_text,
+    /// Why it was chosen: that it was asked for, or what NS_LLM_DEVICE_AUTO found.
+    pub device_reason: ns_llm_text,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers and raw pointers.
@@ -310,6 +314,8 @@ impl From<&ModelInfo> for ns_llm_model_info {
             load_ms: info.load_ms,
             can_generate: u32::from(info.can_generate),
             has_chat_template: u32::from(info.has_chat_template),
+            device_name: ns_llm_text::view(&info.device_name),
+            device_reason: ns_llm_text::view(&info.device_reason),
         }
     }
 }

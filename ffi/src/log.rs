@@ -74,7 +74,7 @@ impl Log {
             let (info, memory) = (engine.info(), engine.memory());
             format!(
                 "loaded {} ({}, {} parameters) in {:.0} ms: weights {} in {} bytes, KV pool {} in {} bytes, \
-                 context {} tokens, {} {} with {} threads",
+                 context {} tokens, {} ({}) {} with {} threads",
                 info.name,
                 info.architecture,
                 info.num_parameters,
@@ -84,7 +84,8 @@ impl Log {
                 info.kv_dtype,
                 memory.kv_reserved_bytes,
                 info.context_tokens,
-                info.device,
+                info.device_name,
+                info.device_reason,
                 info.isa,
                 info.threads,
             )

@@ -102,6 +102,8 @@ pub enum ns_llm_status {
     NS_LLM_DEVICE_UNAVAILABLE = 401,
     /// A cache tier could not bring to its medium what it holds. Requests are not touched by it.
     NS_LLM_STORAGE = 402,
+    /// The device was lost while it computed. Every request of the engine ends with this; free it, and open another.
+    NS_LLM_DEVICE_LOST = 403,
 }
 
 use ns_llm_status::*;
@@ -150,6 +152,7 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
     (NS_LLM_OUT_OF_MEMORY, c"out_of_memory"),
     (NS_LLM_DEVICE_UNAVAILABLE, c"device_unavailable"),
     (NS_LLM_STORAGE, c"storage"),
+    (NS_LLM_DEVICE_LOST, c"device_lost"),
 ];
 
 /// Longest text of ns_llm_last_error(), bytes; what is longer is cut at a character.

@@ -5,6 +5,7 @@
  *  | --- | --- | --- |
  *  | quantize_rows | x f32 `[rows, columns]` | codes i8 `[rows, columns]`, scales f32 and sums i32 `[rows, groups]` |
  *  | matvec_q8_0 | codes and scales of x; codes i8 `[features, columns]`, scales f16 `[features, groups]`; bias or null | out `[rows, features]`, as `finish` says |
+ *  | embed_q8_0, embed_q4_k | weights as below, indices `[rows]` | out f32 `[rows, columns]`: row `indices[i]` of the matrix; NaN where there is none |
  *  | matvec_q4_k | codes, scales, sums of x; blocks of 144 bytes `[features, columns / 256]` as in a GGUF file; bias or null | the same |
  *
  *  A group is 32 columns. With q the weight's codes, x those of the activations, d the scale(s) of the weight in the group:
@@ -215,4 +216,39 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec_q4_k(
         store_slice<1>(slice_sums, slice, 0, sums);
     }
     finish_block(slice_sums, x, bias, out, features, finish);
+}
+
+/** Numbers of the matrix as they are, for tokens: a block has a row, a thread a number at a time. */
+extern "C" __global__ void __launch_bounds__(256) embed_q8_0(
+    const int8_t* __restrict__ codes, const __half* __restrict__ scales, const uint32_t* __restrict__ indices,
+    float* __restrict__ out, int table_rows, int columns) {
+    const uint32_t index = indices[blockIdx.x];
+    const bool exists = index < static_cast<uint32_t>(table_rows);
+    const size_t source = exists ? static_cast<size_t>(index) * columns : 0;
+    float* target = out + static_cast<size_t>(blockIdx.x) * columns;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+        const float value = __half2float(scales[(source + i) / kGroupColumns]) * static_cast<float>(codes[source + i]);
+        target[i] = exists ? value : __int_as_float(0x7fc00000);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) embed_q4_k(
+    const uint8_t* __restrict__ blocks, const uint32_t* __restrict__ indices, float* __restrict__ out, int table_rows,
+    int columns) {
+    const uint32_t index = indices[blockIdx.x];
+    const bool exists = index < static_cast<uint32_t>(table_rows);
+    const uint8_t* row = blocks + (exists ? static_cast<size_t>(index) * (columns / kSliceColumns) * kQ4KBytes : 0);
+    float* target = out + static_cast<size_t>(blockIdx.x) * columns;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+        const uint8_t* block = row + i / kSliceColumns * kQ4KBytes;
+        const uint4 header = load_16_bytes(block);
+        // Two groups share a plane of 32 bytes: the first has the lower halves.
+        const int group = i % kSliceColumns / kGroupColumns;
+        const uint32_t byte = block[kQ4KHeader + group / 2 * kGroupColumns + i % kGroupColumns];
+        const GroupScale group_scale(header, group);
+        const float code = static_cast<float>(byte >> group % 2 * 4 & 15);
+        const float scale = half_of(header.x, 0) * static_cast<float>(group_scale.scale);
+        const float min = half_of(header.x, 1) * static_cast<float>(group_scale.min);
+        target[i] = exists ? scale * code - min : __int_as_float(0x7fc00000);
+    }
 }

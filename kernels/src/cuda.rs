@@ -3,17 +3,16 @@
 //!
 //! A launcher checks sizes, chooses the grid and hands a [`launch::Launch`] to a [`launch::Stream`]; it knows neither
 //! driver nor device. So launchers and kernels run in tests on a stream that executes kernels on the CPU
-//! (`kernels/shim/`), and only what speaks to the driver (`device`,
-//! `module`, `buffer`, `graph`) needs the feature `cuda`.
+//! (`kernels/shim/`), and only what speaks to the driver itself (`device`, `module`, `graph`) needs the feature `cuda`. Whoever
+//! also needs memory asks a [`driver::Driver`], which has two forms: the device, and the shim.
 
 pub mod activation;
 pub mod attention;
 mod attention_decode;
 mod attention_prefill;
 #[cfg(feature = "cuda")]
-pub mod buffer;
-#[cfg(feature = "cuda")]
 pub mod device;
+pub mod driver;
 pub mod embedding;
 #[cfg(feature = "cuda")]
 pub mod graph;
@@ -22,6 +21,7 @@ pub mod launch;
 mod matmul;
 pub mod matmul_quant;
 mod matvec;
+pub mod memory;
 #[cfg(feature = "cuda")]
 mod module;
 pub mod norm;

@@ -134,6 +134,14 @@ pub enum Error {
         /// What the kernels were compiled for.
         needed: String,
     },
+    /// The device answers nothing any more: a kernel broke a rule, or the hardware failed. Nothing in its memory can be used.
+    #[error("the device was lost in {call}: {reason}")]
+    DeviceLost {
+        /// Which function or kernel said so; what ran before it may be the cause.
+        call: &'static str,
+        /// What the driver said.
+        reason: String,
+    },
     /// A call of the CUDA driver failed.
     #[error("{call}: {reason}")]
     CudaDriver {

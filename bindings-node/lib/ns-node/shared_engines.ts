@@ -108,7 +108,9 @@ export class SharedEngines {
     if (root !== undefined || cache.kvRemote !== undefined) {
       flushAtEnd(() => this.flush());
     }
-    return Engine.open({ ...settings, ...cache, model: folder });
+    // The addon knows the names of devices, and refuses others.
+    const device = (settings.device ?? (process.env['COMPUTE_DEVICE'] || undefined)) as OpenOptions['device'];
+    return Engine.open({ ...settings, ...cache, device, model: folder });
   }
 
   /** Forgets an engine that takes no requests any more, and frees it, so that the next one opens the model again. */

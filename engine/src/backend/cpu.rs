@@ -14,10 +14,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ns_llm_kernels as kernels;
 use ns_llm_kernels::cpu::linear::{MatrixSource, OperandFormat, PackedLinear};
 use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
-use ns_llm_kernels::cpu::{Cpu, attention, embedding, kv_blocks, linear, norm, pooling, rope};
+use ns_llm_kernels::cpu::{Cpu, attention, embedding, kv_blocks, linear, norm, rope};
 
 use crate::backend::{
     AttentionLayer, AttentionShape, Backend, Gelu, KvDtype, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable,
+    pooled_on_host,
 };
 use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
@@ -358,19 +359,7 @@ impl Backend for CpuBackend {
     }
 
     fn pool(&self, hidden: &CpuRows, batch: &Batch, pooling: Pooling) -> Result<Vec<Vec<f32>>> {
-        let (states, width) = (hidden.dense(), hidden.width);
-        let row = |idx: usize| states[idx * width..(idx + 1) * width].to_vec();
-        let vectors = batch.sequences.iter().map(|sequence| match pooling {
-            Pooling::First => Ok(row(sequence.rows.start)),
-            Pooling::Last => Ok(row(sequence.rows.end - 1)),
-            Pooling::Mean => {
-                let mut mean = vec![0.0; width];
-                let own = &states[sequence.rows.start * width..sequence.rows.end * width];
-                pooling::mean_rows(own, &mut mean).map_err(internal)?;
-                Ok(mean)
-            }
-        });
-        vectors.collect()
+        pooled_on_host(hidden.dense(), hidden.width, batch, pooling)
     }
 
     fn read_block(&self, kv: &kv_blocks::KvBlocks, block: BlockId) -> Result<Arc<[u8]>> {

@@ -1,11 +1,10 @@
-//! A backend that only counts: loading a model on it, from the outline of its weights, tells the bytes that the CPU would
+//! A backend that only counts: loading a model on it, from the outline of its weights, tells the bytes that a device would
 //! take, exactly and without reading any. It goes the same way as a real load, so it also finds what is missing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::cpu::packed_bytes;
-use crate::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearWeight, Pooling, RopeTable};
+use crate::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearWeight, Pooling, RopeTable, cpu, cuda};
 use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 use crate::config::WeightFormat;
 use crate::error::{Error, Result};
@@ -14,13 +13,20 @@ use crate::tensor::Tensor;
 /// Counts the bytes of matrices and norms.
 pub struct Measure {
     weights: WeightFormat,
+    /// Bytes of a matrix in that form; `None` if nothing can count them.
+    packed_bytes: fn(WeightFormat, &LinearWeight<'_>) -> Option<u64>,
     bytes: AtomicU64,
 }
 
 impl Measure {
-    /// For matrices in the form that a user who wants `weights` gets.
-    pub fn new(weights: WeightFormat) -> Measure {
-        Measure { weights, bytes: AtomicU64::new(0) }
+    /// For matrices in the form that a user who wants `weights` gets on the CPU.
+    pub fn cpu(weights: WeightFormat) -> Measure {
+        Measure { weights, packed_bytes: cpu::packed_bytes, bytes: AtomicU64::new(0) }
+    }
+
+    /// The same on a CUDA device.
+    pub fn cuda(weights: WeightFormat) -> Measure {
+        Measure { weights, packed_bytes: cuda::packed_bytes, bytes: AtomicU64::new(0) }
     }
 
     /// What was loaded so far.
@@ -55,7 +61,7 @@ impl Backend for Measure {
     type Kv = ();
 
     fn load_linear(&self, weight: LinearWeight<'_>) -> Result<()> {
-        let num_bytes = packed_bytes(self.weights, &weight).ok_or(Error::OutOfMemory {
+        let num_bytes = (self.packed_bytes)(self.weights, &weight).ok_or(Error::OutOfMemory {
             purpose: "a matrix of the model",
             needed_bytes: u64::MAX,
             available_bytes: 0,

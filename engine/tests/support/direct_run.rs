@@ -17,6 +17,8 @@ const BLOCK_TOKENS: usize = 16;
 /// A loaded model with its KV blocks and the sequences that were begun.
 pub struct DirectRun<B: Backend> {
     pub config: ModelConfig,
+    /// How keys and values of [`DirectRun::encode`] are kept.
+    pub encode_dtype: KvDtype,
     backend: B,
     model: Box<dyn Model<B>>,
     kv: B::Kv,
@@ -48,7 +50,15 @@ impl<B: Backend> DirectRun<B> {
         let kv = backend.allocate_kv(config.kv_layout(num_blocks, BLOCK_TOKENS, kv_dtype))?;
         let mut free: Vec<_> = (0..num_blocks as u32).map(BlockId).collect();
         free.sort_by_key(|block| block.0.wrapping_mul(0x9E37_79B9));
-        Ok(DirectRun { config, backend, model: loaded.model, kv, free, sequences: Vec::new() })
+        Ok(DirectRun {
+            config,
+            encode_dtype: KvDtype::F32,
+            backend,
+            model: loaded.model,
+            kv,
+            free,
+            sequences: Vec::new(),
+        })
     }
 
     /// Begins a sequence.
@@ -61,7 +71,7 @@ impl<B: Backend> DirectRun<B> {
     pub fn encode(&mut self, sequences: &[&[u32]], pooling: Pooling) -> Result<Vec<Vec<f32>>> {
         let numbered = sequences.iter().enumerate().map(|(idx, tokens)| (SeqId(idx as u64), *tokens));
         let batch = Batch::whole_sequences(numbered, BLOCK_TOKENS);
-        let layout = self.config.kv_layout(batch.block_tables.len(), BLOCK_TOKENS, KvDtype::F32);
+        let layout = self.config.kv_layout(batch.block_tables.len(), BLOCK_TOKENS, self.encode_dtype);
         let mut kv = self.backend.allocate_kv(KvLayout { num_layers: 1, ..layout })?;
         let hidden = self.model.encode(&self.backend, &batch, &mut kv)?;
         self.backend.pool(&hidden, &batch, pooling)

@@ -30,6 +30,7 @@ static void info_is_told(ns_llm_engine engine) {
     CHECK(info.num_parameters > info.num_layer_parameters && info.num_layer_parameters > 1000000);
     CHECK(info.vocab_size > 100 && info.context_tokens > 100 && info.embedding_dimensions > 8);
     CHECK(info.threads == 1 && info.load_ms > 0 && info.can_generate == 1 && info.has_chat_template == 1);
+    CHECK(is(info.device_name, "cpu") && info.device_reason.size > 10);
     CHECK(info.weights.size > 0 && info.kv_dtype.size > 0 && info.isa.size > 0 && info.max_embedding_tokens > 0);
 }
 

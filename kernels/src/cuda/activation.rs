@@ -1,4 +1,4 @@
-//! Launches `activation.cu`: SwiGLU and GELU of a product that has neither fused.
+//! Launches `activation.cu`: SwiGLU and GELU of a product that has neither fused, and rounding to bf16.
 
 use half::bf16;
 
@@ -13,10 +13,31 @@ const THREADS: usize = 256;
 
 /// `out = silu(gate) * up`: `gate_up` `[rows, 2 width]`, each row gate and then up; `out` `[rows, width]`.
 pub fn swiglu(stream: &impl Stream, gate_up: Slice<'_, f32>, width: usize, out: &mut SliceMut<'_, bf16>) -> Result<()> {
-    let sizes = Sizes { operation: "swiglu" };
+    launch_swiglu(stream, "swiglu", gate_up, width, (out.argument(), out.len()))
+}
+
+/// The same in f32, to be rounded to 8 bits.
+pub fn swiglu_rows(
+    stream: &impl Stream,
+    gate_up: Slice<'_, f32>,
+    width: usize,
+    out: &mut SliceMut<'_, f32>,
+) -> Result<()> {
+    launch_swiglu(stream, "swiglu_rows", gate_up, width, (out.argument(), out.len()))
+}
+
+/// `out`: argument and length.
+fn launch_swiglu(
+    stream: &impl Stream,
+    kernel: &'static str,
+    gate_up: Slice<'_, f32>,
+    width: usize,
+    (out, out_len): (Argument<'_>, usize),
+) -> Result<()> {
+    let sizes = Sizes { operation: kernel };
     sizes.require("width", width, width > 0 && width.is_multiple_of(VECTOR), "a positive multiple of 8")?;
-    let rows = out.len() / width;
-    sizes.equal("elements of out", rows * width, out.len())?;
+    let rows = out_len / width;
+    sizes.equal("elements of out", rows * width, out_len)?;
     sizes.equal("elements of gate and up", 2 * rows * width, gate_up.len())?;
     sizes.require("rows", rows, rows <= MAX_GRID_YZ, "at most 65,535")?;
     if rows == 0 {
@@ -24,11 +45,29 @@ pub fn swiglu(stream: &impl Stream, gate_up: Slice<'_, f32>, width: usize, out: 
     }
     stream.launch(&Launch {
         file: "activation",
-        kernel: "swiglu",
+        kernel,
         grid: [sizes.blocks("width", width.div_ceil(VECTOR * THREADS))?, rows as u32, 1],
         threads: THREADS as u32,
         shared_bytes: 0,
-        arguments: &[gate_up.argument(), out.argument(), Argument::Int(sizes.int("width", width)?)],
+        arguments: &[gate_up.argument(), out, Argument::Int(sizes.int("width", width)?)],
+    })
+}
+
+/// Rounds each number to bf16.
+pub fn round_rows(stream: &impl Stream, x: Slice<'_, f32>, out: &mut SliceMut<'_, bf16>) -> Result<()> {
+    let (sizes, elements) = (Sizes { operation: "round_rows" }, x.len());
+    sizes.require("elements", elements, elements.is_multiple_of(VECTOR), "a multiple of 8")?;
+    sizes.equal("elements of out", elements, out.len())?;
+    if elements == 0 {
+        return Ok(());
+    }
+    stream.launch(&Launch {
+        file: "activation",
+        kernel: "round_rows",
+        grid: [sizes.blocks("elements", elements.div_ceil(VECTOR * THREADS))?, 1, 1],
+        threads: THREADS as u32,
+        shared_bytes: 0,
+        arguments: &[x.argument(), out.argument(), Argument::Int(sizes.int("elements", elements)?)],
     })
 }
 

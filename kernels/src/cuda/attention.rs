@@ -11,6 +11,7 @@ use super::kv_blocks::{KvBlocks, KvDtype};
 use super::launch::{DeviceStruct, Sizes, Slice, SliceMut, Stream};
 use crate::cpu::attention::AttentionSequence;
 use crate::error::{Error, Result};
+use crate::host::Plain;
 
 /// Keys of a span (`kSpanKeys`), the part of a sequence that a block of decode has. Part of the numerics.
 pub(super) const SPAN_KEYS: usize = 256;
@@ -80,6 +81,11 @@ pub struct PrefillTile {
     sequence: u32,
     tile: u32,
 }
+
+// SAFETY: `repr(C)`, of `u32` alone: every bit pattern is a value, and there is no padding.
+unsafe impl Plain for SequenceRows {}
+// SAFETY: as above.
+unsafe impl Plain for PrefillTile {}
 
 /// A step, ready to be copied to the device; made once for all layers.
 #[derive(Debug, Clone, PartialEq, Eq)]

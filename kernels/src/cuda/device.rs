@@ -10,6 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
+use super::driver::{DeviceInfo, Driver};
 use super::launch::{Launch, Stream};
 use super::module::Modules;
 use crate::error::{Error, Result};
@@ -18,21 +19,6 @@ use crate::error::{Error, Result};
 const NEEDED_DRIVER: i32 = 13_000;
 /// Oldest compute capability that kernels are compiled for: `cp.async` and bf16 on tensor cores came with it.
 const NEEDED_CAPABILITY: (i32, i32) = (8, 0);
-
-/// What a device is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceInfo {
-    /// As the driver calls it.
-    pub name: String,
-    /// Major and minor number: (9, 0) is Hopper.
-    pub compute_capability: (i32, i32),
-    /// Streaming multiprocessors.
-    pub num_multiprocessors: i32,
-    /// All of its memory.
-    pub memory_bytes: u64,
-    /// Most shared memory that a block can have.
-    pub max_shared_bytes: i32,
-}
 
 /// An open device.
 pub struct Device {
@@ -76,7 +62,7 @@ impl Device {
             return Err(Error::NoCudaDevice { ordinal, count });
         }
         let handle = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
-        let info = DeviceInfo::of(handle)?;
+        let info = device_info(handle)?;
         check_capability(&info)?;
         // SAFETY: the handle is that of a device.
         let context = unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
@@ -87,18 +73,6 @@ impl Device {
         device.stream = result::stream::create(kind).map_err(failed("cuStreamCreate"))?;
         device.modules = Some(Modules::load(device.info.max_shared_bytes)?);
         Ok(Arc::new(device))
-    }
-
-    /// What it is.
-    pub fn info(&self) -> &DeviceInfo {
-        &self.info
-    }
-
-    /// Bytes of its memory that are free now, whoever has the rest.
-    pub fn free_memory_bytes(&self) -> Result<u64> {
-        self.enter()?;
-        let (free, _) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
-        Ok(free as u64)
     }
 
     /// Waits until all that was enqueued has run.
@@ -134,7 +108,63 @@ impl Stream for Device {
             let threads = (launch.threads, 1, 1);
             result::launch_kernel(function, (x, y, z), threads, launch.shared_bytes, self.stream, &mut values)
         };
-        status.map_err(|error| Error::Launch { kernel: launch.kernel, reason: describe(error) })
+        status.map_err(|error| match is_lost(error.0) {
+            true => Error::DeviceLost { call: launch.kernel, reason: describe(error) },
+            false => Error::Launch { kernel: launch.kernel, reason: describe(error) },
+        })
+    }
+}
+
+impl Driver for Device {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn free_memory_bytes(&self) -> Result<u64> {
+        self.enter()?;
+        let (free, _) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
+        Ok(free as u64)
+    }
+
+    fn allocate(&self, purpose: &'static str, num_bytes: usize) -> Result<u64> {
+        self.enter()?;
+        // SAFETY: the context is current.
+        unsafe { result::malloc_sync(num_bytes) }.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory {
+                purpose,
+                needed_bytes: num_bytes as u64,
+                available_bytes: result::mem_get_info().map_or(0, |(free, _)| free as u64),
+            },
+            _ => failed("cuMemAlloc")(error),
+        })
+    }
+
+    unsafe fn free(&self, address: u64) {
+        if self.enter().is_ok() {
+            // SAFETY: promised by the caller; the driver waits for kernels that use it.
+            let _ = unsafe { result::free_sync(address) };
+        }
+    }
+
+    unsafe fn fill(&self, address: u64, byte: u8, num_bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: promised by the caller; the stream orders it.
+        unsafe { result::memset_d8_async(address, byte, num_bytes, self.stream) }.map_err(failed("cuMemsetD8Async"))
+    }
+
+    /// The driver copies pageable memory to a place of its own before it returns, so nothing waits here.
+    unsafe fn upload(&self, address: u64, source: &[u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: promised by the caller. Vectors and slices are pageable memory, of which the call has made a copy, or which
+        // it has read, when it returns ("API synchronization behavior" of the driver's manual).
+        unsafe { result::memcpy_htod_async(address, source, self.stream) }.map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
+    unsafe fn download(&self, target: &mut [u8], address: u64) -> Result<()> {
+        self.enter()?;
+        // SAFETY: promised by the caller; the bytes have arrived when `synchronize` returns, and are borrowed until then.
+        unsafe { result::memcpy_dtoh_async(target, address, self.stream) }.map_err(failed("cuMemcpyDtoHAsync"))?;
+        self.synchronize()
     }
 }
 
@@ -157,26 +187,24 @@ impl Drop for Device {
     }
 }
 
-impl DeviceInfo {
-    fn of(handle: sys::CUdevice) -> Result<DeviceInfo> {
-        use sys::CUdevice_attribute_enum as Attribute;
-        let attribute = |attribute| {
-            // SAFETY: the handle is that of a device.
-            unsafe { result::device::get_attribute(handle, attribute) }.map_err(failed("cuDeviceGetAttribute"))
-        };
-        // SAFETY: as above.
-        let memory_bytes = unsafe { result::device::total_mem(handle) }.map_err(failed("cuDeviceTotalMem"))?;
-        Ok(DeviceInfo {
-            name: result::device::get_name(handle).map_err(failed("cuDeviceGetName"))?,
-            compute_capability: (
-                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-            ),
-            num_multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            memory_bytes: memory_bytes as u64,
-            max_shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        })
-    }
+fn device_info(handle: sys::CUdevice) -> Result<DeviceInfo> {
+    use sys::CUdevice_attribute_enum as Attribute;
+    let attribute = |attribute| {
+        // SAFETY: the handle is that of a device.
+        unsafe { result::device::get_attribute(handle, attribute) }.map_err(failed("cuDeviceGetAttribute"))
+    };
+    // SAFETY: as above.
+    let memory_bytes = unsafe { result::device::total_mem(handle) }.map_err(failed("cuDeviceTotalMem"))?;
+    Ok(DeviceInfo {
+        name: result::device::get_name(handle).map_err(failed("cuDeviceGetName"))?,
+        compute_capability: (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        num_multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        memory_bytes: memory_bytes as u64,
+        max_shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+    })
 }
 
 fn check_driver(found: i32) -> Result<()> {
@@ -202,7 +230,34 @@ fn check_capability(info: &DeviceInfo) -> Result<()> {
 
 /// An error of the driver, for `map_err`.
 pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
-    move |error| Error::CudaDriver { call, reason: describe(error) }
+    move |error| match is_lost(error.0) {
+        true => Error::DeviceLost { call, reason: describe(error) },
+        false => Error::CudaDriver { call, reason: describe(error) },
+    }
+}
+
+/// Whether the driver answers everything in this context with the same error from now on.
+fn is_lost(error: sys::CUresult) -> bool {
+    use sys::CUresult as Status;
+    matches!(
+        error,
+        Status::CUDA_ERROR_ILLEGAL_ADDRESS
+            | Status::CUDA_ERROR_LAUNCH_FAILED
+            | Status::CUDA_ERROR_LAUNCH_TIMEOUT
+            | Status::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | Status::CUDA_ERROR_MISALIGNED_ADDRESS
+            | Status::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | Status::CUDA_ERROR_INVALID_PC
+            | Status::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | Status::CUDA_ERROR_ASSERT
+            | Status::CUDA_ERROR_ECC_UNCORRECTABLE
+            | Status::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | Status::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | Status::CUDA_ERROR_DEVICE_UNAVAILABLE
+            | Status::CUDA_ERROR_EXTERNAL_DEVICE
+            | Status::CUDA_ERROR_DEINITIALIZED
+            | Status::CUDA_ERROR_UNKNOWN
+    )
 }
 
 /// The driver's name of an error and its sentence.
@@ -232,6 +287,20 @@ mod tests {
         assert_eq!(Device::count(), Err(Error::NoCudaDriver));
         assert_eq!(Device::open(0).err(), Some(Error::NoCudaDriver));
         assert!(Error::NoCudaDriver.to_string().contains("libcuda"));
+    }
+
+    /// What ends a context is that error; a full memory or a wrong argument is not.
+    #[test]
+    fn a_lost_device_is_told_from_a_failed_call() {
+        let error = |status| failed("cuMemAlloc")(DriverError(status));
+        // Without a driver there is nobody to ask for the error's name.
+        // SAFETY: looks for the library and calls nothing in it.
+        if unsafe { sys::is_culib_present() } {
+            assert!(matches!(error(sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS), Error::DeviceLost { .. }));
+            assert!(matches!(error(sys::CUresult::CUDA_ERROR_INVALID_VALUE), Error::CudaDriver { .. }));
+        }
+        assert!(is_lost(sys::CUresult::CUDA_ERROR_ECC_UNCORRECTABLE));
+        assert!(!is_lost(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY));
     }
 
     /// Drivers and devices below what the kernels are compiled for are refused with both numbers; the first that will do is not.

@@ -14,6 +14,12 @@ pub trait Stream {
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
 }
 
+impl<S: Stream + ?Sized> Stream for std::sync::Arc<S> {
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        (**self).launch(launch)
+    }
+}
+
 /// One kernel with its grid and arguments.
 #[derive(Debug)]
 pub struct Launch<'a> {

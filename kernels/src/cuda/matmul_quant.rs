@@ -159,8 +159,52 @@ pub fn multiply_quant(
     })
 }
 
+/// Threads of a block of [`embed_quant`], which has a row of hundreds of numbers at least.
+const EMBED_THREADS: u32 = 256;
+
+/// Row `indices[i]` of the matrix into row `i` of `out` `[indices, columns]`. Where there is no such row, `out` gets NaN.
+pub fn embed_quant(
+    stream: &impl Stream,
+    matrix: &QuantMatrix<'_>,
+    indices: Slice<'_, u32>,
+    out: &mut SliceMut<'_, f32>,
+) -> Result<()> {
+    let (sizes, &QuantMatrix { features, columns, .. }) = (Sizes { operation: "embed_quant" }, matrix);
+    check_weights(sizes, matrix)?;
+    sizes.equal("elements of out", indices.len() * columns, out.len())?;
+    if indices.len() == 0 {
+        return Ok(());
+    }
+    let (kernel, mut arguments) = match matrix.weights {
+        QuantWeights::Q8_0 { codes, scales } => ("embed_q8_0", vec![codes.argument(), scales.argument()]),
+        QuantWeights::Q4K { blocks } => ("embed_q4_k", vec![blocks.argument()]),
+    };
+    arguments.extend([indices.argument(), out.argument()]);
+    for (dimension, size) in [("features", features), ("columns", columns)] {
+        arguments.push(Argument::Int(sizes.int(dimension, size)?));
+    }
+    stream.launch(&Launch {
+        file: "matmul_quant",
+        kernel,
+        grid: [sizes.blocks("indices", indices.len())?, 1, 1],
+        threads: EMBED_THREADS,
+        shared_bytes: 0,
+        arguments: &arguments,
+    })
+}
+
 /// Returns the number of rows.
 fn check_product(sizes: Sizes, x: &QuantRows<'_>, matrix: &QuantMatrix<'_>) -> Result<usize> {
+    let columns = matrix.columns;
+    check_weights(sizes, matrix)?;
+    let rows = x.codes.len() / columns;
+    sizes.equal("codes of x", rows * columns, x.codes.len())?;
+    sizes.equal("scales of x", rows * columns / GROUP_COLUMNS, x.scales.len())?;
+    sizes.equal("sums of x", rows * columns / GROUP_COLUMNS, x.sums.len())?;
+    Ok(rows)
+}
+
+fn check_weights(sizes: Sizes, matrix: &QuantMatrix<'_>) -> Result<()> {
     let &QuantMatrix { features, columns, bias, weights } = matrix;
     sizes.require("features", features, features > 0, "at least 1")?;
     match weights {
@@ -176,10 +220,5 @@ fn check_product(sizes: Sizes, x: &QuantRows<'_>, matrix: &QuantMatrix<'_>) -> R
             sizes.equal("bytes of the weights", QuantType::Q4_K.size_bytes(features * columns)?, blocks.len())?;
         }
     }
-    sizes.equal("elements of bias", features, bias.map_or(features, |bias| bias.len()))?;
-    let rows = x.codes.len() / columns;
-    sizes.equal("codes of x", rows * columns, x.codes.len())?;
-    sizes.equal("scales of x", rows * columns / GROUP_COLUMNS, x.scales.len())?;
-    sizes.equal("sums of x", rows * columns / GROUP_COLUMNS, x.sums.len())?;
-    Ok(rows)
+    sizes.equal("elements of bias", features, bias.map_or(features, |bias| bias.len()))
 }

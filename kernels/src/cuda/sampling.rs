@@ -2,6 +2,7 @@
 
 use super::launch::{Argument, Launch, Sizes, Slice, SliceMut, Stream};
 use crate::error::Result;
+use crate::host::Plain;
 
 /// Threads of a block (`kSamplingThreads`).
 const THREADS: u32 = 1024;
@@ -53,6 +54,11 @@ pub struct LogitBias {
     /// How much.
     pub bias: f32,
 }
+
+// SAFETY: `repr(C)`, two `u64` and twelve fields of 4 bytes: every bit pattern is a value, and there is no padding.
+unsafe impl Plain for SamplingRow {}
+// SAFETY: as above, of two fields of 4 bytes.
+unsafe impl Plain for LogitBias {}
 
 /// Rows to choose tokens for, in a device's memory. Token ids of bias and history are below the size of the vocabulary.
 #[derive(Debug, Clone, Copy)]

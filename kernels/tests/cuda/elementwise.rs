@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use ns_llm_kernels::cpu;
-use ns_llm_kernels::cuda::activation::{gelu, swiglu};
+use ns_llm_kernels::cuda::activation::{gelu, round_rows, swiglu, swiglu_rows};
 use ns_llm_kernels::cuda::embedding::{Table, add_embedding, embed, select_rows};
 use ns_llm_kernels::cuda::kv_blocks::{KvBlocks, KvDtype, KvLayout};
 use ns_llm_kernels::cuda::launch::Stream;
@@ -14,7 +14,7 @@ use ns_llm_kernels::error::Result;
 use crate::Test;
 use crate::check::{F32, Random, check, widened};
 use crate::scalar::{self, Weights};
-use crate::shim::{Schedule, Shim, slice, slice_mut};
+use crate::shim::{Schedule, Shim, schedules, slice, slice_mut};
 
 /// The tests of this file.
 pub(crate) const TESTS: &[Test] = &[
@@ -38,7 +38,7 @@ fn rows_are_taken() {
         let row = |i: usize| table[i * width..(i + 1) * width].iter().map(|x| x.to_f32());
         let want: Vec<f32> = [4, 0, 4].into_iter().flat_map(row).collect();
         let wide = widened(&table);
-        for schedule in Schedule::all() {
+        for schedule in schedules() {
             let shim = Shim::new(schedule);
             let (taken, added) = (Table { rows: slice(&table), width }, Table { rows: slice(&wide), width });
             let mut out = vec![-1.0; 4 * width];
@@ -86,6 +86,11 @@ fn activations_have_the_scalar_bits() {
     swiglu(&shim, slice(&finite), width, &mut slice_mut(&mut out)).expect("sizes fit");
     let [gate, up] = [0, width].map(|first| Weights::selection(first, width, 2 * width));
     same(&out, &bits(&scalar::product_swiglu(&finite, &gate, &up)), "swiglu");
+    let (mut unrounded, mut rounded) = (vec![f32::NAN; rows * width], vec![bf16::NAN; rows * width]);
+    swiglu_rows(&shim, slice(&finite), width, &mut slice_mut(&mut unrounded)).expect("sizes fit");
+    round_rows(&shim, slice(&unrounded), &mut slice_mut(&mut rounded)).expect("sizes fit");
+    assert_eq!(rounded, out, "swiglu in two passes");
+    assert!(unrounded.iter().zip(&rounded).any(|(x, rounded)| *x != rounded.to_f32()), "nothing was rounded");
 }
 
 /// A layer and a batch for [`rope_and_store`].
@@ -214,7 +219,7 @@ fn all_heads() -> Vec<Heads> {
 fn heads_are_the_scalar_ones() {
     for heads in all_heads() {
         let want = heads.scalar_qkv();
-        for schedule in Schedule::all() {
+        for schedule in schedules() {
             let what = format!("{} heads of {}, {schedule:?}", heads.num_heads, heads.layout.head_dim);
             check(&heads.run(&Shim::new(schedule)).0, &want, F32, &what);
         }
@@ -224,7 +229,7 @@ fn heads_are_the_scalar_ones() {
 /// Slots hold the nearest 16-bit numbers of what stands in qkv; every other element is as it was.
 fn keys_and_values_are_stored() {
     for heads in all_heads() {
-        for schedule in Schedule::all() {
+        for schedule in schedules() {
             let (qkv, elements) = heads.run(&Shim::new(schedule));
             assert!(elements == heads.blocks_of(&qkv), "{} heads of {}", heads.num_heads, heads.layout.head_dim);
         }

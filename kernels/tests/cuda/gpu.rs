@@ -3,9 +3,10 @@
 
 use std::sync::{Arc, OnceLock};
 
-use ns_llm_kernels::cuda::buffer::Buffer;
 use ns_llm_kernels::cuda::device::Device;
+use ns_llm_kernels::cuda::driver::Driver;
 use ns_llm_kernels::cuda::launch::{Launch, Stream};
+use ns_llm_kernels::cuda::memory::{self, Buffer};
 use ns_llm_kernels::error::Result;
 
 use crate::mirror::{Memory, launch_mirrored};
@@ -14,7 +15,10 @@ use crate::mirror::{Memory, launch_mirrored};
 const DEVICE_VARIABLE: &str = "NS_LLM_TEST_DEVICE";
 
 /// A device, and copies in its memory.
-pub(crate) struct Gpu(Arc<Device>);
+pub(crate) struct Gpu {
+    device: Arc<Device>,
+    memory: Arc<memory::Memory>,
+}
 
 impl Gpu {
     /// The device that the environment names. Panics when it cannot be opened: whoever asks for a GPU wants to hear that.
@@ -25,7 +29,7 @@ impl Gpu {
             let ordinal = ordinal.parse().unwrap_or_else(|_| panic!("{DEVICE_VARIABLE} is no number: {ordinal}"));
             let device = Device::open(ordinal).unwrap_or_else(|error| panic!("device {ordinal}: {error}"));
             eprintln!("tests run on {:?}", device.info());
-            Some(Gpu(device))
+            Some(Gpu { memory: memory::Memory::new(device.clone()), device })
         };
         WANTED.get_or_init(open).as_ref()
     }
@@ -33,25 +37,25 @@ impl Gpu {
     /// Launches with arguments in the host's memory, and waits.
     pub(crate) fn launch_with_copies(&self, launch: &Launch<'_>) -> Result<()> {
         launch_mirrored(self, launch)?;
-        self.0.synchronize()
+        self.device.synchronize()
     }
 }
 
 impl Stream for Gpu {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        self.0.launch(launch)
+        self.device.launch(launch)
     }
 }
 
 impl Memory for Gpu {
     type Copy = Buffer<u8>;
     fn upload(&self, bytes: &[u8]) -> Result<Buffer<u8>> {
-        Buffer::from_slice(&self.0, "a test's numbers", bytes)
+        self.memory.filled("a test's numbers", &[bytes])
     }
     fn address(copy: &Buffer<u8>) -> u64 {
-        copy.slice(0..copy.len()).address()
+        copy.all().address()
     }
     fn download(&self, copy: &Buffer<u8>, bytes: &mut [u8]) -> Result<()> {
-        copy.read_into(bytes)
+        copy.download(0, bytes)
     }
 }

@@ -7,7 +7,7 @@ use ns_llm_kernels::cuda::product::{Form, Gelu, Matrix, Output, multiply, multip
 use crate::Test;
 use crate::check::{BF16, F32, Random, check, compare, widened};
 use crate::scalar::{self, Weights};
-use crate::shim::{Schedule, Shim, slice, slice_mut};
+use crate::shim::{Schedule, Shim, schedules, slice, slice_mut};
 
 /// The tests of this file.
 pub(crate) const TESTS: &[Test] = &[
@@ -50,7 +50,7 @@ fn check_stored(forms: &[Form], shapes: &[(usize, usize, usize)]) {
         let weights = random_weights(&mut random, features, columns, features % 2 == 1);
         let x = random.bf16s(rows * columns);
         let want = scalar::product(&widened(&x), &weights);
-        for (schedule, &form) in Schedule::all().flat_map(|schedule| forms.iter().map(move |form| (schedule, form))) {
+        for (schedule, &form) in schedules().flat_map(|schedule| forms.iter().map(move |form| (schedule, form))) {
             let what = format!("{form:?}, {rows} x {columns} by {features}, {schedule:?}");
             check(&stored(&Shim::new(schedule), form, &x, &weights), &want, F32, &what);
         }
@@ -130,7 +130,7 @@ fn wrong_schedules(plant: Option<&'static str>, form: Form, (rows, features, col
         let shim = plant.map_or(Shim::new(*schedule), |plant| Shim::with_planted(*schedule, plant));
         compare(&stored(&shim, form, &x, &weights), &want, F32).is_err()
     };
-    Schedule::all().filter(is_wrong).count()
+    schedules().filter(is_wrong).count()
 }
 
 fn shows(plant: &'static str, form: Form, shape: (usize, usize, usize)) {
@@ -157,7 +157,7 @@ fn matmul_shows_a_loose_wait() {
 fn matvec_shows_divergent_lanes() {
     let weights = random_weights(&mut Random(6), 8, 512, false);
     let (matrix, x) = (matrix(&weights), vec![bf16::ONE; 512]);
-    for schedule in Schedule::all() {
+    for schedule in schedules() {
         let (shim, mut out) = (Shim::with_planted(schedule, "PLANT_DIVERGENT_GROUP"), vec![0.0; 8]);
         let output = Output::Store(&mut slice_mut(&mut out));
         let error = multiply(&shim, Form::Matvec, slice(&x), &matrix, output).expect_err("a deadlock").to_string();

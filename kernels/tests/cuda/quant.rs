@@ -3,7 +3,8 @@
 use half::f16;
 use ns_llm_kernels::cpu::linear::{MatrixSource, Operand, OperandFormat, PackedLinear, WeightFormat, matmul};
 use ns_llm_kernels::cuda::matmul_quant::{
-    QuantMatrix, QuantOutput, QuantRows, QuantRowsMut, QuantWeights, multiply_quant, quantize_rows, split_q8_0,
+    QuantMatrix, QuantOutput, QuantRows, QuantRowsMut, QuantWeights, embed_quant, multiply_quant, quantize_rows,
+    split_q8_0,
 };
 use ns_llm_kernels::dtype::Encoding;
 use ns_llm_kernels::quant::{self, QuantType};
@@ -11,13 +12,14 @@ use ns_llm_kernels::quant::{self, QuantType};
 use crate::Test;
 use crate::check::{Random, Tolerance, check};
 use crate::scalar;
-use crate::shim::{Schedule, Shim, slice, slice_mut};
+use crate::shim::{Schedule, Shim, schedules, slice, slice_mut};
 
 /// The tests of this file.
 pub(crate) const TESTS: &[Test] = &[
     ("products with quantized weights are the scalar ones", products_are_the_scalar_ones),
     ("a row of quantized products is the same in any company", products_are_row_invariant),
     ("what is not finite makes its own row NaN", what_is_not_finite_shows),
+    ("rows of quantized matrices are those of the blocks", rows_are_decoded),
     ("quantized products refuse sizes that do not fit", sizes_are_checked),
 ];
 
@@ -99,7 +101,7 @@ fn products_are_the_scalar_ones() {
         let weights = Weights::random(&mut random, quant_type, features, columns);
         let (x, residual) = (random.floats(rows * columns), random.floats(rows * features));
         let want = weights.scalar_product(&x);
-        for schedule in Schedule::all() {
+        for schedule in schedules() {
             let what = format!("{quant_type:?}, {rows} x {columns} by {features}, {schedule:?}");
             let shim = Shim::new(schedule);
             let got = weights.product(&shim, &x, None);
@@ -138,6 +140,27 @@ fn what_is_not_finite_shows() {
         assert!(out[..2 * 9].iter().all(|x| x.is_nan()), "{quant_type:?}: {out:?}");
         assert_eq!(out[2 * 9..3 * 9], weights.bias, "{quant_type:?}");
         assert!(out[3 * 9..].iter().all(|x| x.is_finite()), "{quant_type:?}");
+    }
+}
+
+/// Rows by their index are the numbers that the blocks stand for, in any order and twice; an index that no row has gives NaN.
+fn rows_are_decoded() {
+    let (mut random, indices) = (Random(15), [6_u32, 0, 6, 7, 3]);
+    for (quant_type, columns) in [(QuantType::Q8_0, 96), (QuantType::Q4_K, 512)] {
+        let weights = Weights::random(&mut random, quant_type, 7, columns);
+        let mut decoded = vec![0.0; 7 * columns];
+        quant::decode(quant_type, &weights.blocks, &mut decoded).expect("whole blocks");
+        for schedule in schedules() {
+            let mut out = vec![7.0_f32; indices.len() * columns];
+            embed_quant(&Shim::new(schedule), &weights.matrix(), slice(&indices), &mut slice_mut(&mut out))
+                .expect("sizes fit");
+            for (row, &index) in out.chunks_exact(columns).zip(&indices) {
+                match decoded.chunks_exact(columns).nth(index as usize) {
+                    Some(want) => check(row, want, Tolerance { relative: 1e-6, absolute: 1e-7 }, "a row"),
+                    None => assert!(row.iter().all(|x| x.is_nan()), "{quant_type:?}: row {index}"),
+                }
+            }
+        }
     }
 }
 

@@ -1,0 +1,91 @@
+//! What can be said about a model on a CUDA device before anything is loaded: whether there are kernels for it, and how many bytes its
+//! steps take.
+
+use ns_llm_kernels::cuda::attention::HEAD_DIMS;
+use ns_llm_kernels::cuda::memory::scratch_size;
+
+use super::sample::TILE_ROWS;
+use crate::backend::KvLayout;
+use crate::config::WeightFormat;
+use crate::tensor::QuantType;
+
+/// Types of keys and values that there are kernels for, in words.
+pub(crate) const KV_DTYPES: &str = "f16 or bf16 on CUDA";
+/// Forms of weights that there are kernels for.
+pub(crate) const WEIGHT_FORMATS: [WeightFormat; 4] = [
+    WeightFormat::Auto,
+    WeightFormat::Bf16,
+    WeightFormat::Quant(QuantType::Q8_0),
+    WeightFormat::Quant(QuantType::Q4_K),
+];
+/// The same, in words.
+pub(crate) const WEIGHT_FORMAT_NAMES: &str = "auto, bf16, q8_0 or q4_k on CUDA";
+/// Rows of matrices begin at multiples of 16 bytes.
+const VECTOR: usize = 8;
+/// Widest input of a product, and of the pair of a SwiGLU: slices of its sums lie in shared memory.
+const MAX_COLUMNS: usize = 50_176;
+/// Largest vocabulary that sampling takes.
+const MAX_VOCAB_SIZE: usize = 1 << 23;
+/// Keys that one block of attention has; part of the size of its partial results.
+const SPAN_KEYS: usize = 256;
+/// Most memory that is set aside for partial results of attention. A step that needs more asks for it.
+const MAX_PARTIAL_BYTES: usize = 1 << 30;
+
+/// Sizes of a model that decide what its steps take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ModelSizes {
+    pub(crate) hidden_size: usize,
+    pub(crate) intermediate_size: usize,
+    pub(crate) num_heads: usize,
+    pub(crate) vocab_size: usize,
+}
+
+/// What there is no kernel for, in words; `None`: nothing is missing.
+pub(crate) fn missing_kernel(sizes: &ModelSizes, layout: &KvLayout) -> Option<String> {
+    if !HEAD_DIMS.contains(&layout.head_dim) {
+        return Some(format!("attention with heads of {} numbers (there are {HEAD_DIMS:?})", layout.head_dim));
+    }
+    if !layout.block_tokens.is_power_of_two() {
+        return Some(format!("KV blocks of {} tokens (there are powers of two)", layout.block_tokens));
+    }
+    for (name, width) in [("hidden_size", sizes.hidden_size), ("intermediate_size", sizes.intermediate_size)] {
+        if !width.is_multiple_of(VECTOR) || width > MAX_COLUMNS {
+            return Some(format!("{name} {width} (there are multiples of {VECTOR} up to {MAX_COLUMNS})"));
+        }
+    }
+    // The pair of gate and up has twice the sums.
+    if sizes.hidden_size > MAX_COLUMNS / 2 {
+        return Some(format!("hidden_size {} (there is none above {})", sizes.hidden_size, MAX_COLUMNS / 2));
+    }
+    (sizes.vocab_size > MAX_VOCAB_SIZE)
+        .then(|| format!("a vocabulary of {} (there is none above {MAX_VOCAB_SIZE})", sizes.vocab_size))
+}
+
+/// Bytes of the buffers that steps of up to `max_tokens` tokens and `max_sequences` sequences of `context_tokens` keep. Decoding beside
+/// prompts of a few tokens in contexts of many may ask for more.
+pub(crate) fn workspace_bytes(
+    sizes: &ModelSizes,
+    layout: &KvLayout,
+    max_tokens: usize,
+    max_sequences: usize,
+    context_tokens: usize,
+) -> u64 {
+    let ModelSizes { hidden_size, intermediate_size, num_heads, vocab_size } = *sizes;
+    let attention_width = num_heads * layout.head_dim;
+    let qkv_width = attention_width + 2 * layout.num_kv_heads * layout.head_dim;
+    let widest = hidden_size.max(attention_width).max(intermediate_size);
+    let spans = context_tokens.div_ceil(SPAN_KEYS);
+    let partials = max_sequences * num_heads * spans * (layout.head_dim + 2) * size_of::<f32>();
+    let buffers = [
+        2 * max_tokens * hidden_size * size_of::<f32>(),
+        max_tokens * qkv_width * size_of::<f32>(),
+        // Gate and up, their product, and an operand in both of its forms.
+        3 * max_tokens * intermediate_size * size_of::<f32>(),
+        max_tokens * widest * (2 * size_of::<u16>() + size_of::<f32>()),
+        // Logits, and the counters of sampling.
+        2 * TILE_ROWS * vocab_size * size_of::<f32>(),
+        partials.min(MAX_PARTIAL_BYTES),
+        max_sequences * context_tokens.div_ceil(layout.block_tokens) * size_of::<u32>(),
+    ];
+    buffers.iter().map(|&bytes| scratch_size(bytes) as u64).sum()
+}

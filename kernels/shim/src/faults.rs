@@ -1,0 +1,145 @@
+//! Devices for tests of what happens around the kernels: one that computes nothing and is fast, and one that fails from a given call
+//! on.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ns_llm_kernels::cuda::driver::{DeviceInfo, Driver};
+use ns_llm_kernels::cuda::launch::{Launch, Stream};
+use ns_llm_kernels::error::{Error, Result};
+
+use crate::device::{HostMemory, driver_on_host_memory};
+
+/// A device whose kernels do nothing, so that every result is zero: for tests of memory, order and faults.
+pub struct IdleDevice {
+    memory: HostMemory,
+}
+
+impl IdleDevice {
+    /// With `memory_bytes` of memory.
+    pub fn new(memory_bytes: u64) -> Arc<IdleDevice> {
+        Arc::new(IdleDevice { memory: HostMemory::new("a device that does nothing", memory_bytes, 0) })
+    }
+
+    /// Bytes that are allocated now.
+    pub fn used_bytes(&self) -> u64 {
+        self.memory.used_bytes()
+    }
+}
+
+impl Stream for IdleDevice {
+    fn launch(&self, _: &Launch<'_>) -> Result<()> {
+        Ok(())
+    }
+}
+
+driver_on_host_memory!(IdleDevice);
+
+/// How a device fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// There is no memory for whoever asks for some.
+    OutOfMemory,
+    /// Every call fails: the device is gone.
+    Lost,
+    /// Kernels cannot be launched.
+    Launch,
+}
+
+/// A device that works until a given call, and then has a fault until it is healed.
+pub struct FaultyDevice {
+    inner: Arc<dyn Driver>,
+    fault: Fault,
+    num_calls: AtomicU64,
+    /// The first call that meets the fault.
+    from_call: Mutex<Option<u64>>,
+    num_faults: AtomicU64,
+}
+
+impl FaultyDevice {
+    /// `inner`, until it is [told](Self::fail_from) to fail.
+    pub fn new(inner: Arc<dyn Driver>, fault: Fault) -> Arc<FaultyDevice> {
+        let (num_calls, num_faults) = (AtomicU64::new(0), AtomicU64::new(0));
+        Arc::new(FaultyDevice { inner, fault, num_calls, from_call: Mutex::new(None), num_faults })
+    }
+
+    /// Calls so far.
+    pub fn num_calls(&self) -> u64 {
+        self.num_calls.load(Ordering::Relaxed)
+    }
+    /// Calls that failed.
+    pub fn num_faults(&self) -> u64 {
+        self.num_faults.load(Ordering::Relaxed)
+    }
+    /// The fault begins at call `call`, counted from 0; `None`: it ends.
+    pub fn fail_from(&self, call: Option<u64>) {
+        *self.from_call.lock().unwrap_or_else(PoisonError::into_inner) = call;
+    }
+
+    /// Counts a call, which fails if it is one of those that the fault is about.
+    fn call(&self, name: &'static str, concerned: bool, error: impl FnOnce() -> Error) -> Result<()> {
+        let call = self.num_calls.fetch_add(1, Ordering::Relaxed);
+        let from = *self.from_call.lock().unwrap_or_else(PoisonError::into_inner);
+        if from.is_none_or(|from| call < from) {
+            return Ok(());
+        }
+        match self.fault {
+            Fault::Lost => {
+                self.num_faults.fetch_add(1, Ordering::Relaxed);
+                Err(Error::DeviceLost { call: name, reason: "a test took it away".to_owned() })
+            }
+            _ if concerned => {
+                self.num_faults.fetch_add(1, Ordering::Relaxed);
+                Err(error())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn other(&self, name: &'static str) -> Result<()> {
+        self.call(name, false, || unreachable!("only a lost device fails here"))
+    }
+}
+
+impl Stream for FaultyDevice {
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        let refused = || Error::Launch { kernel: launch.kernel, reason: "a test forbade it".to_owned() };
+        self.call(launch.kernel, self.fault == Fault::Launch, refused)?;
+        self.inner.launch(launch)
+    }
+}
+
+impl Driver for FaultyDevice {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+    fn free_memory_bytes(&self) -> Result<u64> {
+        self.other("cuMemGetInfo")?;
+        self.inner.free_memory_bytes()
+    }
+    fn allocate(&self, purpose: &'static str, num_bytes: usize) -> Result<u64> {
+        let full = || Error::OutOfMemory { purpose, needed_bytes: num_bytes as u64, available_bytes: 0 };
+        self.call("cuMemAlloc", self.fault == Fault::OutOfMemory, full)?;
+        self.inner.allocate(purpose, num_bytes)
+    }
+    unsafe fn free(&self, address: u64) {
+        // Whatever the state of a device, its memory is no longer ours.
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.free(address) };
+    }
+    unsafe fn fill(&self, address: u64, byte: u8, num_bytes: usize) -> Result<()> {
+        self.other("cuMemsetD8Async")?;
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.fill(address, byte, num_bytes) }
+    }
+    unsafe fn upload(&self, address: u64, source: &[u8]) -> Result<()> {
+        self.other("cuMemcpyHtoDAsync")?;
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.upload(address, source) }
+    }
+    unsafe fn download(&self, target: &mut [u8], address: u64) -> Result<()> {
+        self.other("cuMemcpyDtoHAsync")?;
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.download(target, address) }
+    }
+}

@@ -1,0 +1,262 @@
+//! A device's memory: what lasts (weights, KV blocks) is taken from the driver and given back to it; what a step needs is kept for
+//! the next step, because asking a driver for memory waits for the device.
+//!
+//! That memory is used again at once when its buffer is dropped: whatever is enqueued later runs later.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::driver::Driver;
+use super::launch::{Slice, SliceMut};
+use crate::error::{Error, Result};
+use crate::host::Plain;
+
+/// Sizes are rounded up to a multiple of this, and above to an eighth of their power of two, so that steps of nearly the same
+/// size share buffers.
+const MIN_SCRATCH_BYTES: usize = 4_096;
+/// What memory holds before it is written, in builds with assertions: NaN as a number, no valid index.
+const POISON: u8 = 0xff;
+
+/// The memory of one device.
+pub struct Memory {
+    driver: Arc<dyn Driver>,
+    /// Addresses that nobody uses, by size.
+    idle: Mutex<BTreeMap<usize, Vec<u64>>>,
+}
+
+/// An array in a device's memory.
+pub struct Buffer<T> {
+    memory: Arc<Memory>,
+    address: u64,
+    len: usize,
+    /// Bytes to keep when it is dropped; `None`: they are given back to the driver.
+    scratch_bytes: Option<usize>,
+    numbers: std::marker::PhantomData<T>,
+}
+
+impl Memory {
+    /// The memory of this device.
+    pub fn new(driver: Arc<dyn Driver>) -> Arc<Memory> {
+        Arc::new(Memory { driver, idle: Mutex::default() })
+    }
+
+    /// Whose memory it is.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+
+    /// `len` zeros that last; `purpose` is named when there is no room.
+    pub fn zeroed<T: Plain>(self: &Arc<Self>, purpose: &'static str, len: usize) -> Result<Buffer<T>> {
+        let buffer = self.lasting(purpose, len)?;
+        // SAFETY: the bytes are the buffer's.
+        unsafe { self.driver.fill(buffer.address, 0, buffer.size_bytes()) }?;
+        Ok(buffer)
+    }
+
+    /// Numbers that last, one slice behind the other.
+    pub fn filled<T: Plain>(self: &Arc<Self>, purpose: &'static str, parts: &[&[T]]) -> Result<Buffer<T>> {
+        let mut buffer = self.lasting(purpose, parts.iter().map(|part| part.len()).sum())?;
+        let mut start = 0;
+        for part in parts {
+            buffer.upload(start, part)?;
+            start += part.len();
+        }
+        Ok(buffer)
+    }
+
+    /// Room for `len` numbers during a step. They hold anything, in builds with assertions poison.
+    pub fn scratch<T: Plain>(self: &Arc<Self>, purpose: &'static str, len: usize) -> Result<Buffer<T>> {
+        let num_bytes = scratch_size(self.size_of::<T>(purpose, len)?);
+        let (num_bytes, address) = match self.take_idle(num_bytes) {
+            Some(found) => found,
+            None => (num_bytes, self.allocate(purpose, num_bytes)?),
+        };
+        let memory = self.clone();
+        let buffer = Buffer { memory, address, len, scratch_bytes: Some(num_bytes), numbers: std::marker::PhantomData };
+        if cfg!(debug_assertions) {
+            // SAFETY: the bytes are the buffer's.
+            unsafe { self.driver.fill(address, POISON, num_bytes) }?;
+        }
+        Ok(buffer)
+    }
+
+    fn lasting<T: Plain>(self: &Arc<Self>, purpose: &'static str, len: usize) -> Result<Buffer<T>> {
+        // No byte at all is nothing that a driver allocates.
+        let address = self.allocate(purpose, self.size_of::<T>(purpose, len)?.max(1))?;
+        Ok(Buffer { memory: self.clone(), address, len, scratch_bytes: None, numbers: std::marker::PhantomData })
+    }
+
+    fn size_of<T>(&self, purpose: &'static str, len: usize) -> Result<usize> {
+        len.checked_mul(size_of::<T>()).ok_or(Error::OutOfMemory {
+            purpose,
+            needed_bytes: u64::MAX,
+            available_bytes: self.driver.info().memory_bytes,
+        })
+    }
+
+    /// From the driver; when it has no more, what lies idle here is given back to it first.
+    fn allocate(&self, purpose: &'static str, num_bytes: usize) -> Result<u64> {
+        match self.driver.allocate(purpose, num_bytes) {
+            Err(Error::OutOfMemory { .. }) if self.give_back_idle() => self.driver.allocate(purpose, num_bytes),
+            allocated => allocated,
+        }
+    }
+
+    /// The smallest that is large enough, however large: a step of few tokens runs in the memory of one of many.
+    fn take_idle(&self, num_bytes: usize) -> Option<(usize, u64)> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let (&size, addresses) = idle.range_mut(num_bytes..).next()?;
+        let address = addresses.pop()?;
+        if addresses.is_empty() {
+            idle.remove(&size);
+        }
+        Some((size, address))
+    }
+
+    /// Whether there was anything.
+    fn give_back_idle(&self) -> bool {
+        let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        for &address in idle.values().flatten() {
+            // SAFETY: idle memory is an allocation that no buffer has.
+            unsafe { self.driver.free(address) };
+        }
+        !idle.is_empty()
+    }
+}
+
+/// The size that is really taken for a buffer of a step.
+pub fn scratch_size(num_bytes: usize) -> usize {
+    let step = (num_bytes.max(1).next_power_of_two() / 8).max(MIN_SCRATCH_BYTES);
+    num_bytes.max(1).div_ceil(step) * step
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.give_back_idle();
+    }
+}
+
+impl<T: Plain> Buffer<T> {
+    /// How many numbers.
+    #[allow(clippy::len_without_is_empty, reason = "sizes are compared, emptiness is never asked")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Bytes of these.
+    pub fn size_bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+
+    /// Overwrites numbers from `start` on, behind the kernels that were launched before. Panics unless they are inside.
+    pub fn upload(&mut self, start: usize, values: &[T]) -> Result<()> {
+        if values.is_empty() {
+            return Ok(());
+        }
+        let address = self.address_of(&(start..start + values.len()));
+        // SAFETY: a plain type has no padding, so all bytes are initialized.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
+        // SAFETY: the range was checked to be inside.
+        unsafe { self.memory.driver.upload(address, bytes) }
+    }
+
+    /// Waits for the kernels that were launched before, and reads numbers from `start` on. Panics unless they are inside.
+    pub fn download(&self, start: usize, out: &mut [T]) -> Result<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        let address = self.address_of(&(start..start + out.len()));
+        // SAFETY: every bit pattern of a plain type is a value.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), size_of_val(out)) };
+        // SAFETY: the range was checked to be inside.
+        unsafe { self.memory.driver.download(bytes, address) }
+    }
+
+    /// Overwrites bytes from `start_byte` on. Panics unless they are inside.
+    pub fn upload_bytes(&mut self, start_byte: usize, bytes: &[u8]) -> Result<()> {
+        assert!(start_byte + bytes.len() <= self.size_bytes(), "{} bytes at {start_byte}", bytes.len());
+        // SAFETY: the range was checked to be inside; every bit pattern of a plain type is a value.
+        unsafe { self.memory.driver.upload(self.address + start_byte as u64, bytes) }
+    }
+
+    /// Waits for the kernels that were launched before, and reads bytes from `start_byte` on. Panics unless they are inside.
+    pub fn download_bytes(&self, start_byte: usize, out: &mut [u8]) -> Result<()> {
+        assert!(start_byte + out.len() <= self.size_bytes(), "{} bytes at {start_byte}", out.len());
+        // SAFETY: the range was checked to be inside.
+        unsafe { self.memory.driver.download(out, self.address + start_byte as u64) }
+    }
+
+    /// For kernels that read. Panics when the range is not inside.
+    pub fn slice(&self, range: Range<usize>) -> Slice<'_, T> {
+        let address = self.address_of(&range);
+        // SAFETY: memory of a buffer that is dropped is freed, or used again, behind the kernels that were launched with the
+        // slice; the borrow keeps it from being written from the host meanwhile.
+        unsafe { Slice::from_raw(address, range.len()) }
+    }
+
+    /// For kernels that read all of it.
+    pub fn all(&self) -> Slice<'_, T> {
+        self.slice(0..self.len)
+    }
+
+    /// All of it as bytes, for kernels that are told the type.
+    pub fn bytes(&self) -> Slice<'_, u8> {
+        // SAFETY: as in `slice`; the bytes are the numbers'.
+        unsafe { Slice::from_raw(self.address, self.size_bytes()) }
+    }
+
+    /// For kernels that write. Panics when the range is not inside.
+    pub fn slice_mut(&mut self, range: Range<usize>) -> SliceMut<'_, T> {
+        let address = self.address_of(&range);
+        // SAFETY: as in `slice`; the borrow is exclusive, and kernels of one stream run one after the other.
+        unsafe { SliceMut::from_raw(address, range.len()) }
+    }
+
+    /// For kernels that write all of it.
+    pub fn all_mut(&mut self) -> SliceMut<'_, T> {
+        self.slice_mut(0..self.len)
+    }
+
+    /// All of it as bytes, for kernels that are told the type.
+    pub fn bytes_mut(&mut self) -> SliceMut<'_, u8> {
+        // SAFETY: as in `slice_mut`; the bytes are the numbers'.
+        unsafe { SliceMut::from_raw(self.address, self.size_bytes()) }
+    }
+
+    fn address_of(&self, range: &Range<usize>) -> u64 {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} numbers", self.len);
+        self.address + (range.start * size_of::<T>()) as u64
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        match self.scratch_bytes {
+            Some(num_bytes) => {
+                let mut idle = self.memory.idle.lock().unwrap_or_else(PoisonError::into_inner);
+                idle.entry(num_bytes).or_default().push(self.address);
+            }
+            // SAFETY: allocated for this buffer, and freed once.
+            None => unsafe { self.memory.driver.free(self.address) },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes grow with what is asked, by an eighth at most where they are large, and near sizes are one.
+    #[test]
+    fn scratch_sizes_are_few() {
+        assert_eq!(scratch_size(0), MIN_SCRATCH_BYTES);
+        assert_eq!(scratch_size(4_096), 4_096);
+        for num_bytes in (100_000..10_000_000).step_by(77_777) {
+            let size = scratch_size(num_bytes);
+            assert!(size >= num_bytes && size <= num_bytes + num_bytes / 4, "{num_bytes}: {size}");
+        }
+        let sizes: std::collections::BTreeSet<_> = (1 << 20..1 << 21).step_by(1000).map(scratch_size).collect();
+        assert!(sizes.len() <= 9, "{sizes:?}");
+    }
+}
