@@ -2,18 +2,21 @@
 //! blocking, counted and paid for; and it is cancelled when nobody wants it any more, by being dropped.
 
 use std::future::poll_fn;
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use ns_llm::{Canceller, Embedding, EmbeddingRequest, Error, Event, FinishReason, Priority, Request, RequestStream};
-use ns_llm::{Summary, TokenLogprobs};
+use ns_llm::{EmbeddingInput, Prompt, Summary, TokenLogprobs};
 
 use crate::admission::Place;
 use crate::app::{App, Served};
 use crate::error::{ApiError, ApiResult};
 use crate::keys::Caller;
 use crate::metrics::{Kind, Operation, Outcome, millis};
+
+/// Bytes of text that one token stands for, about.
+const BYTES_PER_TOKEN: usize = 4;
 
 /// What is asked of the engine.
 pub(crate) enum Work {
@@ -33,8 +36,10 @@ struct Ticket {
     caller: Caller,
     model: usize,
     kind: Kind,
-    /// Given back with the last ticket that shares it.
-    _place: Arc<Place>,
+    /// Given back when the engine has ended the request: a reader that is slow to take the rest holds up nobody.
+    place: HeldPlace,
+    /// What its prompt costs a caller who does not wait for the end, tokens; as far as can be told without a tokenizer.
+    prompt_estimate: usize,
     /// In the server's list of what can be cancelled.
     number: u64,
     arrived: Instant,
@@ -43,6 +48,18 @@ struct Ticket {
     num_tokens: usize,
     reasons: Vec<FinishReason>,
     settled: bool,
+}
+
+/// A place at the engine, given back by whoever does so first.
+#[derive(Clone)]
+struct HeldPlace(Arc<Mutex<Option<Place>>>);
+
+impl HeldPlace {
+    fn give_back(&self) {
+        // It goes to the next outside of the lock.
+        let place = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(place);
+    }
 }
 
 /// One finished choice.
@@ -69,6 +86,24 @@ impl Work {
         }
     }
 
+    /// Tokens of its prompt, about: text has some four bytes for each.
+    fn prompt_estimate(&self) -> usize {
+        let of_text = |text: &str| text.len().div_ceil(BYTES_PER_TOKEN);
+        match self {
+            Work::Generate(request) => match &request.prompt {
+                Prompt::Text(text) => of_text(text),
+                Prompt::Tokens(ids) => ids.len(),
+                Prompt::Chat(messages) => messages.iter().map(|message| of_text(&message.content)).sum(),
+            },
+            Work::Embed(request) => request.inputs.iter().fold(0, |sum, input| {
+                sum + match input {
+                    EmbeddingInput::Text(text) => of_text(text),
+                    EmbeddingInput::Tokens(ids) => ids.len(),
+                }
+            }),
+        }
+    }
+
     /// Ranges are told before anything waits.
     fn validate(&self) -> ApiResult<()> {
         match self {
@@ -86,7 +121,8 @@ impl Generation {
         all.pop().ok_or_else(|| Error::Closed.into())
     }
 
-    /// Waits for one place and submits everything that one caller asks for at once. If one part is refused, all are.
+    /// Submits everything that one caller asks for at once, each part when it has a place of its own: many prompts of one
+    /// request wait for their turns as many requests do. If one part is refused, all are.
     pub(crate) async fn start_all(
         app: &Arc<App>,
         caller: &Caller,
@@ -103,21 +139,26 @@ impl Generation {
             priority = priority.min(*work.priority());
             timeout_ms = work.timeout_ms().map_or(timeout_ms, |wanted| wanted.min(timeout_ms));
         }
-        let entering = app.admission.enter(caller.name(), priority);
-        let place = app.within(Duration::from_millis(timeout_ms), entering).await;
-        let place = Arc::new(place.ok_or_else(|| ApiError::deadline(timeout_ms))??);
-        if app.is_stopping() {
-            return Err(ApiError::stopping());
-        }
-        let waited = arrived.elapsed();
-        // What the queue has taken is not left for the engine; a request whose time is over is never computed.
-        let left_ms = timeout_ms.saturating_sub(waited.as_millis() as u64);
-        if left_ms == 0 {
-            return Err(ApiError::deadline(timeout_ms));
-        }
-        let submit = |mut work: Work| {
+        let mut generations = Vec::with_capacity(works.len());
+        for mut work in works {
+            let entering = app.admission.enter(caller.name(), priority);
+            let left = Duration::from_millis(timeout_ms).saturating_sub(arrived.elapsed());
+            // Those that were submitted before it give their places back when they have ended, read or not.
+            let place = app.within(left, entering).await;
+            let place = place.ok_or_else(|| ApiError::deadline(timeout_ms))??;
+            // What has begun may finish.
+            if app.is_stopping() && generations.is_empty() {
+                return Err(ApiError::stopping());
+            }
+            let waited = arrived.elapsed();
+            // What the queue has taken is not left for the engine; a request whose time is over is never computed.
+            let left_ms = timeout_ms.saturating_sub(waited.as_millis() as u64);
+            if left_ms == 0 {
+                return Err(ApiError::deadline(timeout_ms));
+            }
             *work.timeout_ms() = Some(left_ms);
-            let (kind, stream) = match work {
+            let prompt_estimate = work.prompt_estimate();
+            let (kind, mut stream) = match work {
                 Work::Generate(request) => (Kind::Generate, model.engine.submit(request)?),
                 Work::Embed(request) => (Kind::Embed, model.engine.submit_embedding(request)?),
             };
@@ -128,7 +169,8 @@ impl Generation {
                 caller: caller.clone(),
                 model: model.idx,
                 kind,
-                _place: place.clone(),
+                place: HeldPlace(Arc::new(Mutex::new(Some(place)))),
+                prompt_estimate,
                 arrived,
                 waited,
                 first_token: None,
@@ -136,9 +178,11 @@ impl Generation {
                 reasons: Vec::new(),
                 settled: false,
             };
-            Ok(Generation { stream, ticket })
-        };
-        works.into_iter().map(submit).collect()
+            let place = ticket.place.clone();
+            stream.on_end(move || place.give_back());
+            generations.push(Generation { stream, ticket });
+        }
+        Ok(generations)
     }
 
     /// A handle that cancels it from anywhere.
@@ -205,12 +249,22 @@ impl Ticket {
             }
             Err(error) => {
                 let is_cancelled = error == Error::Cancelled;
+                if is_cancelled || matches!(error, Error::DeadlineExceeded { .. }) {
+                    self.charge_prompt();
+                }
                 self.settle(if is_cancelled { Outcome::Cancelled } else { Outcome::Failed }, None);
                 match is_cancelled && self.app.is_stopping() {
                     true => Err(ApiError::stopping()),
                     false => Err(error.into()),
                 }
             }
+        }
+    }
+
+    /// Pays for the prompt of a request that ends before its end. What is refused is not computed, and costs nothing.
+    fn charge_prompt(&self) {
+        if !self.settled {
+            self.caller.charge_tokens(self.prompt_estimate, Instant::now());
         }
     }
 
@@ -244,8 +298,15 @@ impl Ticket {
     }
 }
 
-impl Drop for Ticket {
+impl Drop for Generation {
     fn drop(&mut self) {
-        self.settle(Outcome::Cancelled, None);
+        // What was computed and not read is paid for all the same; and before the engine is told that nobody wants more.
+        let mut cx = Context::from_waker(Waker::noop());
+        while let Poll::Ready(Some(event)) = self.stream.poll_next(&mut cx) {
+            let _ = self.ticket.see(event);
+        }
+        self.ticket.charge_prompt();
+        self.ticket.settle(Outcome::Cancelled, None);
+        self.ticket.place.give_back();
     }
 }
