@@ -13,6 +13,9 @@ use crate::CommandResult;
 use crate::model::{ModelOptions, open_default};
 use crate::trace::TraceOptions;
 
+/// Exit status of a process that was told twice to end, as shells have it.
+const INTERRUPTED: i32 = 130;
+
 #[derive(Args)]
 pub(crate) struct Options {
     #[command(flatten)]
@@ -110,7 +113,7 @@ fn server_options(options: &Options) -> Result<ServerOptions, Box<dyn std::error
     server.api_keys = secrets.map(|secret| ApiKey::unnamed(secret)).collect::<Result<_, _>>()?;
     if let Some(path) = &options.api_key_file {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        server.api_keys.extend(ApiKey::parse_file(&text)?);
+        server.api_keys.extend(ApiKey::parse_file(&text).map_err(|error| format!("{}: {error}", path.display()))?);
     }
     server.allowed_hosts.extend(options.allowed_host.iter().map(|host| host.to_ascii_lowercase()));
     if !options.host.is_unspecified() {
@@ -136,9 +139,36 @@ fn server_options(options: &Options) -> Result<ServerOptions, Box<dyn std::error
     Ok(server)
 }
 
-/// Ready when the process gets SIGTERM or is interrupted. The second time the system's own answer follows: it ends at once.
-#[cfg(unix)]
+/// Ready when the process gets SIGTERM or is interrupted. From then on a second one ends the process at once.
 fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
+    let told = signalled()?;
+    Ok(async move {
+        told.await;
+        // A thread of its own: the other one may be busy with the end when the second comes.
+        let waiting = std::thread::Builder::new().name("ns-llm-signals".to_string());
+        if let Err(error) = waiting.spawn(end_at_once_when_told) {
+            eprintln!("a second signal will not end the process at once: {error}");
+        }
+    })
+}
+
+fn end_at_once_when_told() {
+    let told = || -> std::io::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            signalled()?.await;
+            Ok(())
+        })
+    };
+    match told() {
+        Ok(()) => std::process::exit(INTERRUPTED),
+        Err(error) => eprintln!("a second signal will not end the process at once: {error}"),
+    }
+}
+
+/// Ready with the next SIGTERM or interrupt.
+#[cfg(unix)]
+fn signalled() -> std::io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     Ok(poll_fn(move |cx| {
@@ -148,7 +178,7 @@ fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
 }
 
 #[cfg(not(unix))]
-fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
+fn signalled() -> std::io::Result<impl Future<Output = ()>> {
     Ok(async {
         let _ = tokio::signal::ctrl_c().await;
     })

@@ -38,6 +38,8 @@ struct State {
     waker: Option<Waker>,
     /// That reader waits for the end, not for the next event.
     waits_for_end: bool,
+    /// Called at the end, whether or not anybody reads.
+    on_end: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Channel {
@@ -99,12 +101,17 @@ impl EventSender {
     }
 
     fn end_once(&self, last: Result<Event>) {
+        let mut on_end = None;
         self.update(|state| {
             if !state.ended {
                 state.ended = true;
                 state.queue.push_back(last);
+                on_end = state.on_end.take();
             }
         });
+        if let Some(on_end) = on_end {
+            call(on_end);
+        }
     }
 
     fn update(&self, change: impl FnOnce(&mut State)) {
@@ -162,6 +169,11 @@ fn wake_or_hold_back(waker: Waker) {
         None => Some(waker),
     });
     at_once.into_iter().for_each(wake);
+}
+
+/// What a reader asked for is foreign code, as a waker is.
+fn call(on_end: Box<dyn FnOnce() + Send>) {
+    let _ = catch_unwind(AssertUnwindSafe(on_end));
 }
 
 /// A waker is foreign code: it runs outside of every lock, and its panic is not the worker's.
@@ -275,6 +287,20 @@ impl RequestStream {
         if has_ended { Poll::Ready(()) } else { Poll::Pending }
     }
 
+    /// Calls `on_end` once, when the engine has ended the request, whether or not its events were read: from the engine's
+    /// thread, so that it must be short; at once when that has happened. A second one takes the place of the first.
+    pub fn on_end(&mut self, on_end: impl FnOnce() + Send + 'static) {
+        let on_end: Box<dyn FnOnce() + Send> = Box::new(on_end);
+        let mut state = self.channel().lock();
+        let has_ended = state.ended;
+        // The earlier one is foreign code too, and so is its drop.
+        let left = if has_ended { Some(on_end) } else { state.on_end.replace(on_end) };
+        drop(state);
+        if has_ended && let Some(on_end) = left {
+            call(on_end);
+        }
+    }
+
     /// Waits until the request is admitted or refused; a refusal is the error, and ends the stream.
     pub(crate) fn wait_admitted(&mut self) -> Result<()> {
         let mut state = self.channel().lock();
@@ -384,6 +410,30 @@ mod tests {
         sender.end(Err(Error::Closed));
         drop(stream);
         assert_eq!(heard.load(Ordering::Relaxed), 1, "a request that has ended is not cancelled");
+    }
+
+    /// The end is told once, to one who reads nothing as well as to one who comes late; its panic harms nobody.
+    #[test]
+    fn the_end_is_told_without_a_reader() {
+        let told = Arc::new(AtomicUsize::new(0));
+        let tell = |told: &Arc<AtomicUsize>| {
+            let told = told.clone();
+            move || {
+                told.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let (sender, mut stream) = quiet();
+        stream.on_end(tell(&told));
+        sender.send(delta(0, "unread"));
+        assert_eq!(told.load(Ordering::Relaxed), 0);
+        sender.end(Ok(Event::Done(Summary::default())));
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+        stream.on_end(tell(&told));
+        assert_eq!(told.load(Ordering::Relaxed), 2, "it had ended");
+        let (sender, mut stream) = quiet();
+        stream.on_end(|| panic!("a reader's own defect"));
+        drop(sender);
+        assert_eq!(stream.next_event(), Some(Err(Error::Closed)));
     }
 
     /// A reader's waker that panics harms nobody else, and a wait beyond the range of the clock is no panic.

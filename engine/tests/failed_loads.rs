@@ -91,9 +91,9 @@ fn nothing_is_left_of_a_thousand_failed_loads() {
             }
         }
     };
-    fail_all(15);
+    fail_all(40);
     let (threads, files, bytes) = settled_resources();
-    fail_all(125);
+    fail_all(100);
     let (threads_after, files_after, bytes_after) = settled_resources();
     assert_eq!((threads_after, files_after), (threads, files));
     assert!(bytes_after <= bytes + (1 << 20), "{bytes} bytes resident became {bytes_after}");

@@ -289,7 +289,6 @@ test('requests made from the OpenAPI document are answered as it says', { skip: 
     ...['-m', 'schemathesis.cli', 'run', join(ROOT, 'server', 'openapi.json'), '--url', own.address],
     ...['--header', `Authorization: Bearer ${KEY}`, '--checks', checks, '--phases', 'examples,fuzzing'],
     ...['--max-examples', process.env.NS_LLM_SOAK ? '500' : '3', '--seed', '1', '--no-shrink', '--suppress-health-check', 'all'],
-    ...['--exclude-path', '/api/kv-cache/clear'],
   ]);
   own.child.kill();
   assert.equal(status, 0, stdout + stderr);

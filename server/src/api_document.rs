@@ -279,6 +279,11 @@ fn described() -> Vec<Described> {
             "Whether new requests should be sent here, and why not.",
             Answer::Object(&["ready", "queue", "models"]),
         ),
+        get(
+            "/trace",
+            "Chrome's trace events of the next seconds, where they may be asked for.",
+            Answer::Object(&["traceEvents"]),
+        ),
         get("/metrics", "Counts and times for Prometheus.", Answer::Text("text/plain")),
         get("/v1/models", "What is served.", Answer::Object(&["object", "data"])),
         get("/v1/models/{*id}", "One model.", Answer::Object(&["id", "object", "created", "owned_by"])),

@@ -4,7 +4,7 @@
 
 use axum::body::Body;
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
-use axum::http::{HeaderValue, Response, StatusCode};
+use axum::http::{HeaderName, HeaderValue, Response, StatusCode};
 use axum::response::IntoResponse;
 use ns_llm::Error;
 use serde_json::{Value, json};
@@ -121,6 +121,10 @@ impl ApiError {
         if let Some(seconds) = self.retry_after_s {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if matches!(self.code, "deadline_exceeded" | "cancelled") {
+            // OpenAI's clients would ask again after 408 and 409, for work that was ended on purpose.
+            headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
+        }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -204,6 +208,18 @@ mod tests {
             assert_eq!(api.to_json()["error"]["message"], message);
             assert_eq!(api.retry_after_s.is_some(), status == 503, "{code}");
         }
+    }
+
+    /// Work that was ended on purpose is not asked for again by clients that retry 408 and 409; a full queue is.
+    #[test]
+    fn what_was_ended_is_not_retried() {
+        let retry = |error: Error| {
+            let response = ApiError::from(error).into_response();
+            response.headers().get("x-should-retry").map(|value| value.as_bytes().to_vec())
+        };
+        assert_eq!(retry(Error::DeadlineExceeded { timeout_ms: 5 }).as_deref(), Some(&b"false"[..]));
+        assert_eq!(retry(Error::Cancelled).as_deref(), Some(&b"false"[..]));
+        assert_eq!(retry(Error::Overloaded { queue: "queue", waiting: 2, limit: 2 }), None);
     }
 
     /// What an engine says about files, memory and its own defects does not leave the server.

@@ -4,6 +4,7 @@
 use serde_json::{Map, Value};
 
 use crate::error::{ApiError, ApiResult};
+use crate::options::{MAX_BODY_CONTAINERS, MAX_BODY_VALUES};
 
 /// Nesting of a body. What is parsed recursively is bounded before it is parsed.
 const MAX_DEPTH: usize = 64;
@@ -21,9 +22,16 @@ pub(crate) struct Fields {
 impl Fields {
     /// The object that is a request's body.
     pub(crate) fn parse(body: &[u8]) -> ApiResult<Fields> {
-        let depth = depth(body);
-        if depth > MAX_DEPTH {
-            return Err(ApiError::invalid("body (nesting)", depth.to_string(), format!("at most {MAX_DEPTH}")));
+        let Shape { depth, containers, commas } = shape(body);
+        // What is parsed takes many times the memory of its text.
+        for (param, value, limit) in [
+            ("body (nesting)", depth, MAX_DEPTH),
+            ("body (objects and arrays)", containers, MAX_BODY_CONTAINERS),
+            ("body (values)", commas, MAX_BODY_VALUES),
+        ] {
+            if value > limit {
+                return Err(ApiError::invalid(param, value.to_string(), format!("at most {limit}")));
+            }
         }
         let value = serde_json::from_slice(body).map_err(|error| {
             // The parser's own words quote no content beyond a character.
@@ -165,9 +173,17 @@ pub(crate) fn shown(value: &Value) -> String {
     }
 }
 
-/// The deepest nesting of brackets outside of strings.
-fn depth(body: &[u8]) -> usize {
-    let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
+/// What a body is made of, outside of its strings.
+#[derive(Debug, Default, PartialEq)]
+struct Shape {
+    /// The deepest nesting of brackets.
+    depth: usize,
+    containers: usize,
+    commas: usize,
+}
+
+fn shape(body: &[u8]) -> Shape {
+    let (mut shape, mut depth, mut in_string, mut escaped) = (Shape::default(), 0usize, false, false);
     for &byte in body {
         match (in_string, byte) {
             (true, _) if escaped => escaped = false,
@@ -176,13 +192,15 @@ fn depth(body: &[u8]) -> usize {
             (false, b'"') => in_string = true,
             (false, b'{' | b'[') => {
                 depth += 1;
-                deepest = deepest.max(depth);
+                shape.depth = shape.depth.max(depth);
+                shape.containers += 1;
             }
+            (false, b',') => shape.commas += 1,
             (false, b'}' | b']') => depth = depth.saturating_sub(1),
             _ => {}
         }
     }
-    deepest
+    shape
 }
 
 #[cfg(test)]
@@ -192,12 +210,27 @@ mod tests {
     /// Nesting is counted outside of strings only, and refused beyond its limit before anything recurses.
     #[test]
     fn nesting_is_bounded() {
-        assert_eq!(depth(br#"{"a": ["[[[[\"[[", {}]}"#), 3);
+        assert_eq!(shape(br#"{"a": ["[[,[[\"[[", {}]}"#), Shape { depth: 3, containers: 3, commas: 1 });
         let nested = |n: usize| format!("{{\"a\":{}{}}}", "[".repeat(n), "]".repeat(n));
         assert!(Fields::parse(nested(MAX_DEPTH - 1).as_bytes()).is_ok());
         let error = Fields::parse(nested(MAX_DEPTH).as_bytes()).expect_err("too deep");
         assert!(error.message.contains("65") && error.message.contains("64"), "{}", error.message);
         assert!(Fields::parse("[".repeat(1 << 20).as_bytes()).is_err());
+    }
+
+    /// A small text does not become a large tree: objects, arrays and values are counted before they are parsed.
+    #[test]
+    fn values_are_counted_before_they_are_parsed() {
+        let of = |value: &str, n: usize| format!("{{\"x\":[{}]}}", vec![value; n].join(","));
+        // The body and its array are containers, too; between n values are n - 1 commas.
+        assert!(Fields::parse(of("{}", MAX_BODY_CONTAINERS - 2).as_bytes()).is_ok());
+        assert!(Fields::parse(of("0", MAX_BODY_VALUES + 1).as_bytes()).is_ok());
+        for (body, limit) in
+            [(of("{}", MAX_BODY_CONTAINERS - 1), MAX_BODY_CONTAINERS), (of("0", MAX_BODY_VALUES + 2), MAX_BODY_VALUES)]
+        {
+            let error = Fields::parse(body.as_bytes()).expect_err("too many");
+            assert!(error.message.contains(&(limit + 1).to_string()), "{}", error.message);
+        }
     }
 
     /// Each type is refused by the field's full name; null is as good as nothing.

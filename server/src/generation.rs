@@ -3,12 +3,12 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use ns_llm::{Canceller, Embedding, EmbeddingRequest, Error, Event, FinishReason, Priority, Request, RequestStream};
-use ns_llm::{Origin, Summary, TokenLogprobs};
+use ns_llm::{EmbeddingInput, Origin, Prompt, Summary, TokenLogprobs};
 
 use crate::admission::Place;
 use crate::affinity::prefix_affinity;
@@ -17,6 +17,9 @@ use crate::error::{ApiError, ApiResult};
 use crate::keys::Caller;
 use crate::metrics::{Kind, Operation, Outcome, millis};
 use crate::otlp::EndedRequest;
+
+/// Bytes of text that one token stands for, about.
+const BYTES_PER_TOKEN: usize = 4;
 
 /// What is asked of the engine.
 pub(crate) enum Work {
@@ -39,8 +42,10 @@ struct Ticket {
     kind: Kind,
     /// How the prompt begins, for those who choose between servers.
     prefix: Option<String>,
-    /// Given back with the last ticket that shares it.
-    _place: Arc<Place>,
+    /// Given back when the engine has ended the request: a reader that is slow to take the rest holds up nobody.
+    place: HeldPlace,
+    /// What its prompt costs a caller who does not wait for the end, tokens; as far as can be told without a tokenizer.
+    prompt_estimate: usize,
     /// In the server's list of what can be cancelled.
     number: u64,
     arrived: Instant,
@@ -48,6 +53,18 @@ struct Ticket {
     num_tokens: usize,
     reasons: Vec<FinishReason>,
     settled: bool,
+}
+
+/// A place at the engine, given back by whoever does so first.
+#[derive(Clone)]
+struct HeldPlace(Arc<Mutex<Option<Place>>>);
+
+impl HeldPlace {
+    fn give_back(&self) {
+        // It goes to the next outside of the lock.
+        let place = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(place);
+    }
 }
 
 /// One finished choice.
@@ -81,6 +98,24 @@ impl Work {
         Some(prefix_affinity(model, salt, &request.prompt))
     }
 
+    /// Tokens of its prompt, about: text has some four bytes for each.
+    fn prompt_estimate(&self) -> usize {
+        let of_text = |text: &str| text.len().div_ceil(BYTES_PER_TOKEN);
+        match self {
+            Work::Generate(request) => match &request.prompt {
+                Prompt::Text(text) => of_text(text),
+                Prompt::Tokens(ids) => ids.len(),
+                Prompt::Chat(messages) => messages.iter().map(|message| of_text(&message.content)).sum(),
+            },
+            Work::Embed(request) => request.inputs.iter().fold(0, |sum, input| {
+                sum + match input {
+                    EmbeddingInput::Text(text) => of_text(text),
+                    EmbeddingInput::Tokens(ids) => ids.len(),
+                }
+            }),
+        }
+    }
+
     /// Ranges are told before anything waits.
     fn validate(&self) -> ApiResult<()> {
         match self {
@@ -98,7 +133,8 @@ impl Generation {
         all.pop().ok_or_else(|| Error::Closed.into())
     }
 
-    /// Waits for one place and submits everything that one caller asks for at once. If one part is refused, all are.
+    /// Submits everything that one caller asks for at once, each part when it has a place of its own: many prompts of one
+    /// request wait for their turns as many requests do. If one part is refused, all are.
     pub(crate) async fn start_all(
         app: &Arc<App>,
         caller: &Caller,
@@ -115,27 +151,31 @@ impl Generation {
             priority = priority.min(*work.priority());
             timeout_ms = work.timeout_ms().map_or(timeout_ms, |wanted| wanted.min(timeout_ms));
         }
-        let mut entering = pin!(app.admission.enter(caller.name(), priority));
-        let mut patience = Patience::default();
-        let entering = poll_fn(|cx| match entering.as_mut().poll(cx) {
-            Poll::Ready(place) => Poll::Ready(place),
-            Poll::Pending => patience.poll(app, model.idx, cx).map(Err),
-        });
-        let place = app.within(Duration::from_millis(timeout_ms), entering).await;
-        let place = Arc::new(place.ok_or_else(|| ApiError::deadline(timeout_ms))??);
-        if app.is_stopping() {
-            return Err(ApiError::stopping());
-        }
-        // A request whose time is over is never computed.
-        if arrived.elapsed().as_millis() as u64 >= timeout_ms {
-            return Err(ApiError::deadline(timeout_ms));
-        }
-        let submit = |mut work: Work| {
+        let mut generations = Vec::with_capacity(works.len());
+        for mut work in works {
+            let mut entering = pin!(app.admission.enter(caller.name(), priority));
+            let mut patience = Patience::default();
+            let entering = poll_fn(|cx| match entering.as_mut().poll(cx) {
+                Poll::Ready(place) => Poll::Ready(place),
+                Poll::Pending => patience.poll(app, model.idx, cx).map(Err),
+            });
+            let left = Duration::from_millis(timeout_ms).saturating_sub(arrived.elapsed());
+            // Those that were submitted before it give their places back when they have ended, read or not.
+            let place = app.within(left, entering).await;
+            let place = place.ok_or_else(|| ApiError::deadline(timeout_ms))??;
+            // What has begun may finish.
+            if app.is_stopping() && generations.is_empty() {
+                return Err(ApiError::stopping());
+            }
+            // A request whose time is over is never computed.
+            if arrived.elapsed().as_millis() as u64 >= timeout_ms {
+                return Err(ApiError::deadline(timeout_ms));
+            }
             // It counts from the arrival: what the queue has taken is not left for the engine.
             *work.timeout_ms() = Some(timeout_ms);
             let origin = Origin { arrived, label: Some(caller.label()) };
-            let prefix = work.prefix(&model.name);
-            let (kind, stream) = match work {
+            let (prefix, prompt_estimate) = (work.prefix(&model.name), work.prompt_estimate());
+            let (kind, mut stream) = match work {
                 Work::Generate(request) => (Kind::Generate, model.engine.submit_from(request, origin)?),
                 Work::Embed(request) => (Kind::Embed, model.engine.submit_embedding_from(request, origin)?),
             };
@@ -147,16 +187,19 @@ impl Generation {
                 model: model.idx,
                 kind,
                 prefix,
-                _place: place.clone(),
+                place: HeldPlace(Arc::new(Mutex::new(Some(place)))),
+                prompt_estimate,
                 arrived,
                 first_token: None,
                 num_tokens: 0,
                 reasons: Vec::new(),
                 settled: false,
             };
-            Ok(Generation { stream, ticket, patience: Patience::default() })
-        };
-        works.into_iter().map(submit).collect()
+            let place = ticket.place.clone();
+            stream.on_end(move || place.give_back());
+            generations.push(Generation { stream, ticket, patience: Patience::default() });
+        }
+        Ok(generations)
     }
 
     /// A handle that cancels it from anywhere.
@@ -241,12 +284,22 @@ impl Ticket {
             }
             Err(error) => {
                 let is_cancelled = error == Error::Cancelled;
+                if is_cancelled || matches!(error, Error::DeadlineExceeded { .. }) {
+                    self.charge_prompt();
+                }
                 self.settle(if is_cancelled { Outcome::Cancelled } else { Outcome::Failed }, None);
                 match is_cancelled && self.app.is_stopping() {
                     true => Err(ApiError::stopping()),
                     false => Err(error.into()),
                 }
             }
+        }
+    }
+
+    /// Pays for the prompt of a request that ends before its end. What is refused is not computed, and costs nothing.
+    fn charge_prompt(&self) {
+        if !self.settled {
+            self.caller.charge_tokens(self.prompt_estimate, Instant::now());
         }
     }
 
@@ -289,8 +342,15 @@ impl Ticket {
     }
 }
 
-impl Drop for Ticket {
+impl Drop for Generation {
     fn drop(&mut self) {
-        self.settle(Outcome::Cancelled, None);
+        // What was computed and not read is paid for all the same; and before the engine is told that nobody wants more.
+        let mut cx = Context::from_waker(Waker::noop());
+        while let Poll::Ready(Some(event)) = self.stream.poll_next(&mut cx) {
+            let _ = self.ticket.see(event);
+        }
+        self.ticket.charge_prompt();
+        self.ticket.settle(Outcome::Cancelled, None);
+        self.ticket.place.give_back();
     }
 }

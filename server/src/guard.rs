@@ -9,8 +9,8 @@ use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
-    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD, CONNECTION, CONTENT_ENCODING,
-    CONTENT_LENGTH, HOST, ORIGIN, VARY,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+    ACCESS_CONTROL_REQUEST_METHOD, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, ORIGIN, VARY,
 };
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri};
 use axum::middleware::Next;
@@ -38,7 +38,7 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     let origin = allowed_origin(&app, request.headers());
     let result = match check(&app, request, &id).await {
         Ok(Checked::Route(request)) => Ok(next.run(*request).await),
-        Ok(Checked::Preflight) => Ok(preflight()),
+        Ok(Checked::Preflight(wanted)) => Ok(preflight(wanted)),
         Err(error) => Err(error),
     };
     let mut response = result.unwrap_or_else(|error| match has_plain_errors {
@@ -61,8 +61,8 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
 enum Checked {
     /// It may go to its route.
     Route(Box<Request>),
-    /// A browser asks whether it may ask.
-    Preflight,
+    /// A browser asks whether it may ask, with these headers.
+    Preflight(Option<HeaderValue>),
 }
 
 async fn check(app: &Arc<App>, request: Request, id: &HeaderValue) -> ApiResult<Checked> {
@@ -72,7 +72,7 @@ async fn check(app: &Arc<App>, request: Request, id: &HeaderValue) -> ApiResult<
     check_origin(app, request.headers())?;
     if request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
         // Carries no key, and does nothing. Without a page that may ask, `check_origin` has refused it.
-        return Ok(Checked::Preflight);
+        return Ok(Checked::Preflight(request.headers().get(ACCESS_CONTROL_REQUEST_HEADERS).cloned()));
     }
     let path = request.uri().path();
     let is_open = app.options.public_probes && PROBES.contains(&path);
@@ -211,13 +211,15 @@ fn allowed_origin(app: &App, headers: &HeaderMap) -> Option<HeaderValue> {
     app.options.cors_origins.iter().any(|allowed| allowed.as_bytes() == origin.as_bytes()).then(|| origin.clone())
 }
 
-fn preflight() -> Response<Body> {
+/// Clients add headers of their own, none of which says more than the key: a page that may ask may send what it likes.
+fn preflight(wanted: Option<HeaderValue>) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
     let headers = response.headers_mut();
     headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE"));
-    let allowed = HeaderValue::from_static("authorization, content-type, x-api-key, x-request-id");
-    headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, allowed);
+    let usual = HeaderValue::from_static("authorization, content-type, x-api-key, x-request-id");
+    headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, wanted.unwrap_or(usual));
+    headers.append(VARY, HeaderValue::from_static("access-control-request-headers"));
     headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
     response
 }

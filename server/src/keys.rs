@@ -63,12 +63,14 @@ impl ApiKey {
     }
 
     /// Keys of a file: a line is `NAME SECRET`, then any of `requests_per_minute=N`, `tokens_per_minute=N` and
-    /// `priority=high|normal|background`; `#` begins a comment.
+    /// `priority=high|normal|background`; `#` at its beginning or after a space begins a comment. A file without a key is
+    /// an error: its server would let everybody in.
     pub fn parse_file(text: &str) -> Result<Vec<ApiKey>, OptionsError> {
-        let lines = text.lines().enumerate().map(|(idx, line)| (idx + 1, line.split('#').next().unwrap_or_default()));
+        let lines = text.lines().enumerate().map(|(idx, line)| (idx + 1, without_comment(line)));
         let keys =
             lines.filter(|(_, line)| !line.trim().is_empty()).map(|(number, line)| ApiKey::parse_line(number, line));
-        keys.collect()
+        let keys = keys.collect::<Result<Vec<_>, _>>()?;
+        if keys.is_empty() { Err(OptionsError::NoApiKeys) } else { Ok(keys) }
     }
 
     fn parse_line(number: usize, line: &str) -> Result<ApiKey, OptionsError> {
@@ -94,6 +96,13 @@ impl ApiKey {
         }
         Ok(key)
     }
+}
+
+/// A secret may have a `#` in it.
+fn without_comment(line: &str) -> &str {
+    let begins = |idx: usize| line[..idx].chars().next_back().is_none_or(char::is_whitespace);
+    let comment = line.match_indices('#').map(|(idx, _)| idx).find(|&idx| begins(idx));
+    &line[..comment.unwrap_or(line.len())]
 }
 
 fn digest(secret: &str) -> [u8; 32] {
@@ -311,6 +320,17 @@ mod tests {
             assert!(error.contains("line 2") && !error.contains(SECRET), "{error}");
         }
         assert!(!format!("{:?}", keys[0]).contains(SECRET));
+    }
+
+    /// A file without a key opens no server, and a secret with a `#` in it is whole.
+    #[test]
+    fn files_of_keys_hide_nothing() {
+        for empty in ["", "\n \n", "# one a-secret-of-some-length\n\t# two"] {
+            assert_eq!(ApiKey::parse_file(empty), Err(OptionsError::NoApiKeys), "{empty:?}");
+        }
+        let secret = "a-secret-of#some-length#";
+        let keys = ApiKey::parse_file(&format!("one {secret} # mine")).expect("valid");
+        assert_eq!(keys, [ApiKey::new("one", secret).expect("valid")]);
     }
 
     /// Rates are spent, refused with the time to wait, and grow back; tokens are paid afterwards.

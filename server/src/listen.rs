@@ -5,13 +5,14 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
@@ -128,11 +129,28 @@ impl Drop for AbortOnDrop {
 async fn connection(app: Arc<App>, router: Router, stream: TcpStream, mut is_stopping: watch::Receiver<bool>) {
     // Each token is a small packet that must not wait for the next.
     let _ = stream.set_nodelay(true);
-    let io = StallGuard { io: TokioIo::new(stream), stall_timeout: app.options.stall_timeout, stalled: None };
+    let deadline = Arc::<Mutex<Option<Instant>>>::default();
+    let io = StallGuard {
+        io: TokioIo::new(stream),
+        stall_timeout: app.options.stall_timeout,
+        stalled: None,
+        deadline: deadline.clone(),
+    };
+    // A reader that takes a little now and then is not stalled, and must not hold its answer for ever.
+    let longest = app.options.request_timeout + app.options.stall_timeout;
+    let routes = TowerToHyperService::new(router);
+    let timed = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        let (answer, deadline) = (routes.call(request), deadline.clone());
+        async move {
+            let answer = answer.await;
+            *deadline.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now().checked_add(longest);
+            answer
+        }
+    });
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(app.options.head_timeout);
     builder.max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD_BYTES);
-    let mut serving = pin!(builder.serve_connection(io, TowerToHyperService::new(router)));
+    let mut serving = pin!(builder.serve_connection(io, timed));
     let mut stopping = pin!(async move {
         let _ = is_stopping.wait_for(|is_stopping| *is_stopping).await;
     });
@@ -155,6 +173,8 @@ struct StallGuard {
     stall_timeout: Duration,
     /// Runs while a write waits.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// When the last answer has to be out; set when it begins.
+    deadline: Arc<Mutex<Option<Instant>>>,
 }
 
 impl StallGuard {
@@ -164,7 +184,9 @@ impl StallGuard {
             self.stalled = None;
             return written;
         }
-        let deadline = Instant::now() + self.stall_timeout;
+        let stall = Instant::now() + self.stall_timeout;
+        let last = *self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadline = last.map_or(stall, |last| last.min(stall));
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
         ready!(stalled.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))

@@ -9,6 +9,7 @@ use axum::extract::State;
 use axum::http::Response;
 use ns_llm::{EmbeddingRequest, Event, FinishReason, Message, Request, Summary};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::app::{App, Served};
 use crate::clock::rfc3339;
@@ -81,7 +82,7 @@ fn tag(model: &Served, name: &str) -> Value {
         "model": tagged,
         "modified_at": rfc3339(),
         "size": model.engine.memory().weights_bytes,
-        "digest": "",
+        "digest": digest(model, name),
         "details": {
             "parent_model": "",
             "format": "ns-llm",
@@ -91,6 +92,12 @@ fn tag(model: &Served, name: &str) -> Value {
             "quantization_level": info.weights.to_ascii_uppercase(),
         },
     })
+}
+
+/// What Ollama's clients take a model's short id from: 64 hexadecimal digits that change with it.
+fn digest(model: &Served, name: &str) -> String {
+    let hash = Sha256::digest(format!("{name}\n{}", model.fingerprint));
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// `POST /api/generate`. A prompt is answered as a user's message where the model knows messages, unless it is `raw`.
@@ -128,6 +135,13 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, Extension(caller): Extensi
     let (model, name) = named_model(&app, &mut fields)?;
     check_unset(&fields, &["tools"])?;
     let messages = fields.require("messages", "an array of {role, content}")?;
+    if messages.as_array().is_some_and(Vec::is_empty) {
+        // The same, of a conversation.
+        let message = json!({ "role": "assistant", "content": "" });
+        let object =
+            json!({ "model": name, "created_at": rfc3339(), "message": message, "done": true, "done_reason": "load" });
+        return Ok(json_response(&object));
+    }
     let mut request = Request::chat(read_messages(messages, "messages")?);
     read_options(&mut fields, model, &mut request, &caller)?;
     answer(&app, &caller, model, fields, request, Lines::new(name, Form::Chat)).await
@@ -150,6 +164,7 @@ pub(crate) async fn embed(State(app): State<Arc<App>>, Extension(caller): Extens
     let mut request = EmbeddingRequest::new(inputs);
     request.truncate = fields.bool("truncate")?.unwrap_or(true);
     request.dimensions = fields.count("dimensions")?;
+    drop(fields);
     let generation = Generation::start(&app, &caller, model, Work::Embed(request)).await?;
     let (embeddings, summary) = generation.finish_embedding(num_inputs).await?;
     let vectors: Vec<&[f32]> = embeddings.iter().map(|embedding| embedding.values.as_slice()).collect();
@@ -172,6 +187,7 @@ pub(crate) async fn embeddings(
     drop(body);
     let (model, _) = named_model(&app, &mut fields)?;
     let prompt = fields.text("prompt")?.ok_or_else(|| ApiError::invalid("prompt", "missing", "a string"))?;
+    drop(fields);
     let work = Work::Embed(EmbeddingRequest::new([prompt]));
     let (embeddings, _) = Generation::start(&app, &caller, model, work).await?.finish_embedding(1).await?;
     Ok(json_response(&json!({ "embedding": embeddings[0].values })))
@@ -234,6 +250,7 @@ async fn answer(
     mut lines: Lines,
 ) -> Answer {
     let is_stream = fields.bool("stream")?.unwrap_or(true);
+    drop(fields);
     let renamed = |error: ApiError| error.renamed("max_tokens", "num_predict");
     let generation = Generation::start(app, caller, model, Work::Generate(request)).await.map_err(renamed)?;
     if is_stream {

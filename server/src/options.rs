@@ -12,6 +12,10 @@ use crate::keys::ApiKey;
 
 /// Body of a request, bytes; beyond it 413. The engine's longest prompt is 4 MiB of text, which JSON may write longer.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
+/// Objects and arrays in a body, some 700 bytes of memory each; beyond it 400. Eight for each message of a conversation.
+pub const MAX_BODY_CONTAINERS: usize = 1 << 15;
+/// Commas between the values of a body, some 32 bytes of memory each; beyond it 400. Prompts may be lists of token ids.
+pub const MAX_BODY_VALUES: usize = 1 << 19;
 /// Target of a request line, bytes; beyond it 414.
 pub const MAX_URI_BYTES: usize = 8 << 10;
 /// Request line and headers together, bytes; beyond it 431.
@@ -54,13 +58,25 @@ pub const OTLP_TIMEOUT: Duration = Duration::from_secs(5);
 pub const MAX_PROMPTS: usize = 64;
 /// Stored answers of `/v1/responses`; beyond it the oldest is forgotten.
 pub const MAX_STORED_RESPONSES: usize = 1_024;
-/// Bytes of all their texts; beyond it the oldest is forgotten.
+/// Bytes of all of them, as objects and as conversations; beyond it the oldest is forgotten.
 pub const MAX_STORED_RESPONSE_BYTES: usize = 64 << 20;
 /// Bytes of a prompt whose hash is its `x-ns-llm-prefix`: requests that share so much go to one server. Shorter shared
 /// beginnings are computed sooner than a queue is waited for.
 pub const PREFIX_AFFINITY_BYTES: usize = 256;
 /// Answered prompts whose `x-ns-llm-prefix` a server remembers; beyond it the oldest is forgotten.
 pub const MAX_REMEMBERED_PREFIXES: usize = 256;
+/// Bytes of those of one key; beyond it that key's oldest is forgotten.
+pub const MAX_STORED_BYTES_PER_KEY: usize = 16 << 20;
+/// Pairs in the `metadata` of a response, as OpenAI has it; beyond it 400, as beyond the next three.
+pub const MAX_METADATA_PAIRS: usize = 16;
+/// Name of such a pair, characters.
+pub const MAX_METADATA_KEY_CHARS: usize = 64;
+/// Its value, characters.
+pub const MAX_METADATA_VALUE_CHARS: usize = 512;
+/// `user` of a response, characters.
+pub const MAX_USER_CHARS: usize = 512;
+/// Token ids of one `/detokenize` request; beyond it 400.
+pub const MAX_DETOKENIZE_IDS: usize = 1 << 18;
 /// Operations whose times the performance routes look at.
 pub const MAX_OPERATIONS: usize = 10_000;
 /// `X-Request-Id` of a client, bytes; a longer one is replaced.
@@ -101,6 +117,9 @@ pub enum OptionsError {
         /// What is wrong.
         reason: String,
     },
+    /// A file of keys has none: a server with it would be open to all.
+    #[error("file of API keys: there is no key in it")]
+    NoApiKeys,
     /// Others could reach the server, and nothing would keep them out.
     #[error("address {address} can be reached from outside: an API key is needed, or a loopback address")]
     OpenToAll {

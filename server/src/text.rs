@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
+use crate::options::MAX_DETOKENIZE_IDS;
 use crate::response::json_response;
 
 /// Text to ids.
@@ -30,6 +31,7 @@ pub(crate) async fn tokenize(State(app): State<Arc<App>>, body: Bytes) -> ApiRes
         Some(add_special) => add_special,
         None => fields.bool("add_special")?.unwrap_or(true),
     };
+    drop((fields, body));
     let engine = model.engine.clone();
     let ids = app.helper.run(move || engine.tokenize(&text, add_special)).await??;
     Ok(json_response(
@@ -45,6 +47,11 @@ pub(crate) async fn detokenize(State(app): State<Arc<App>>, body: Bytes) -> ApiR
         return Err(ApiError::invalid("tokens", "missing", "an array of token ids"));
     }
     let ids = fields.token_ids("tokens")?;
+    drop((fields, body));
+    if ids.len() > MAX_DETOKENIZE_IDS {
+        let (value, expected) = (format!("an array of {}", ids.len()), format!("at most {MAX_DETOKENIZE_IDS} ids"));
+        return Err(ApiError::invalid("tokens", value, expected));
+    }
     let engine = model.engine.clone();
     let text = app.helper.run(move || engine.detokenize(&ids)).await?;
     let text = text.map_err(|error| ApiError::from(error).renamed("ids", "tokens"))?;

@@ -1,6 +1,6 @@
 //! Whole engines on the shim: batching, the prefix cache, preemption, the host tier and sampling keep their promises there.
 
-use ns_llm::{Completion, Engine, Event, Request};
+use ns_llm::{Completion, Engine, Event, Priority, Request};
 
 use crate::demo::{Rng, fingerprint, with_logprobs};
 use crate::{Test, shim};
@@ -46,19 +46,27 @@ fn answers_are_the_requests_alone() {
         assert_eq!(fingerprint(&cached[idx]), *want, "from the cache");
         assert!(cached[idx].summary.usage.cached_tokens >= 32, "{:?}", cached[idx].summary.usage);
     }
-    // Seven blocks: the prompts take three and four, and the shorter one a fourth with its sixth token.
+    // Seven blocks: the prompts take three and four, and each one more for its answer. The second to come goes first.
     let block_bytes = 2 * 2 * 6 * 16 * 2 * 64;
     let small = shim::open(|options| {
         options.kv_bytes = Some(7 * block_bytes);
         options.prefix_cache = false;
     });
     assert_eq!(small.stats().kv_blocks_total, 7);
-    let mut longer: Vec<_> = requests.iter().map(request).collect();
-    longer.iter_mut().for_each(|request| request.max_tokens = Some(8));
-    let squeezed = together(&small, longer);
+    let (mut patient, mut urgent) = (request(&requests[1]), request(&requests[0]));
+    patient.priority = Priority::Background;
+    urgent.priority = Priority::High;
+    let squeezed = std::thread::scope(|scope| {
+        let patient = scope.spawn(|| small.complete(patient).expect("runs"));
+        while small.stats().generation_tokens_total == 0 {
+            std::thread::yield_now();
+        }
+        let urgent = small.complete(urgent).expect("runs");
+        [urgent, patient.join().expect("no panic")]
+    });
     assert!(small.stats().preemptions_total > 0, "nobody was preempted");
     for (got, want) in squeezed.iter().zip(&alone) {
-        assert_eq!(fingerprint(got).token_ids[0][..5], want.token_ids[0][..]);
+        assert_eq!(fingerprint(got), *want, "preempted");
     }
 }
 

@@ -28,6 +28,7 @@ pub(crate) async fn answer(app: &Arc<App>, caller: &Caller, mut fields: Fields) 
     let model = app.model(fields.text("model")?.as_deref())?;
     let is_stream = fields.bool("stream")?.unwrap_or(false);
     let (request, received) = read_request(&mut fields, caller)?;
+    drop(fields);
     let generation = Generation::start(app, caller, model, Work::Generate(request)).await?;
     if is_stream {
         let events = NamedEvents { model: model.name.clone(), received, idx: 0, has_begun: false };
@@ -52,6 +53,7 @@ pub(crate) async fn stream(State(app): State<Arc<App>>, Extension(caller): Exten
     drop(body);
     let model = app.model(fields.text("model")?.as_deref())?;
     let (request, _) = read_request(&mut fields, &caller)?;
+    drop(fields);
     let generation = Generation::start(&app, &caller, model, Work::Generate(request)).await?;
     Ok(event_body::stream(&app, vec![generation], TokenEvents { idx: 0 }).await?)
 }
@@ -61,6 +63,7 @@ pub(crate) async fn embed(app: &Arc<App>, caller: &Caller, mut fields: Fields) -
     let start = Instant::now();
     let model: &Served = app.model(fields.text("model")?.as_deref())?;
     let text = read_text(&mut fields)?;
+    drop(fields);
     let work = Work::Embed(EmbeddingRequest::new([text]));
     let (mut embeddings, summary) = Generation::start(app, caller, model, work).await?.finish_embedding(1).await?;
     let values = embeddings.pop().unwrap_or_default().values;

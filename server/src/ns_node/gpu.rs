@@ -92,6 +92,7 @@ pub(crate) async fn status(State(app): State<Arc<App>>) -> Answer {
 pub(crate) async fn can_handle(State(app): State<Arc<App>>, body: Bytes) -> Answer {
     let mut fields = if body.is_empty() { Fields::default() } else { Fields::parse(&body)? };
     let required = fields.number("requiredVram")?.map_or(0, |mebibytes| mebibytes.max(0.0) as u64);
+    drop((fields, body));
     let gpus = look(&app).await?;
     let has_gpu_engine = app.models.iter().any(|model| model.engine.info().device != "cpu");
     Ok(json_response(&placement(required, &gpus, has_gpu_engine, memory().total / MEBIBYTE)))

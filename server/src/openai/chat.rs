@@ -102,6 +102,7 @@ pub(crate) async fn create(
     // Without a limit an answer may take what is left of the context.
     request.max_tokens = Some(max_tokens.unwrap_or(model.engine.info().context_tokens));
     let (is_stream, with_usage) = read_stream(&mut fields)?;
+    drop(fields);
     let n = request.n;
     let named = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("logprobs", "top_logprobs");
     let generation = Generation::start(&app, &caller, model, Work::Generate(request)).await.map_err(named)?;

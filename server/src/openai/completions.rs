@@ -82,6 +82,7 @@ pub(crate) async fn create(
         return Err(ApiError::not_supported("best_of", best_of.to_string(), format!("n, which is {n}")));
     }
     let (is_stream, with_usage) = read_stream(&mut fields)?;
+    drop(fields);
     let named = |error: ApiError| error.renamed("max_tokens", max_tokens_name);
     let works = prompts.into_iter().map(|prompt| {
         let mut request = request.clone();

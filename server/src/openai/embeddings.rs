@@ -67,6 +67,7 @@ pub(crate) async fn create(
     request.truncate = false;
     request.dimensions = fields.count("dimensions")?;
     request.timeout_ms = fields.count("timeout_ms")?.map(|timeout_ms| timeout_ms as u64);
+    drop(fields);
     let generation = Generation::start(&app, &caller, model, Work::Embed(request)).await?;
     let (embeddings, summary) = generation.finish_embedding(num_inputs).await?;
     let vector = |values: Vec<f32>| if is_base64 { Vector::Base64(base64(&values)) } else { Vector::Numbers(values) };

@@ -18,6 +18,7 @@ use crate::fields::{Fields, shown};
 use crate::generation::{Generation, Work};
 use crate::keys::Caller;
 use crate::messages::read_messages;
+use crate::options::{MAX_METADATA_KEY_CHARS, MAX_METADATA_PAIRS, MAX_METADATA_VALUE_CHARS, MAX_USER_CHARS};
 use crate::parameters::{is_text_type, read_shared};
 use crate::response::json_response;
 use crate::stored::StoredResponse;
@@ -38,10 +39,12 @@ pub(crate) async fn create(
     let is_stream = fields.bool("stream")?.unwrap_or(false);
     let max_output_tokens = fields.count("max_output_tokens")?;
     draft.object["max_output_tokens"] = json!(max_output_tokens);
-    for name in ["temperature", "top_p", "user"] {
+    for name in ["temperature", "top_p"] {
         draft.object[name] = fields.get(name).cloned().unwrap_or(Value::Null);
     }
+    draft.object["user"] = json!(read_user(&mut fields)?);
     read_shared(&mut fields, &mut request, &caller)?;
+    drop(fields);
     if request.n != 1 {
         return Err(ApiError::not_supported("n", request.n.to_string(), "1"));
     }
@@ -153,7 +156,7 @@ impl Draft {
             "error": null,
             "incomplete_details": null,
             "instructions": fields.text("instructions")?,
-            "metadata": fields.take("metadata").unwrap_or(json!({})),
+            "metadata": read_metadata(fields)?,
             "model": model.name,
             "output": [],
             "parallel_tool_calls": true,
@@ -199,17 +202,61 @@ impl Draft {
         self.messages.push(Message::new("assistant", text));
     }
 
-    /// Keeps it as it is now.
+    /// Keeps it as it is now, for the first time.
     fn save(&self, canceller: Option<Canceller>) {
         if self.is_stored {
-            self.app.stored.put(StoredResponse {
-                id: self.object["id"].as_str().unwrap_or_default().to_string(),
-                owner: self.owner.clone(),
-                object: self.object.clone(),
-                messages: self.messages.clone(),
-                canceller,
-            });
+            self.app.stored.put(self.as_it_is(canceller));
         }
+    }
+
+    /// Keeps what has become of one that was kept while it grew.
+    fn save_end(&self) {
+        if self.is_stored {
+            self.app.stored.replace(self.as_it_is(None));
+        }
+    }
+
+    fn as_it_is(&self, canceller: Option<Canceller>) -> StoredResponse {
+        StoredResponse {
+            id: self.object["id"].as_str().unwrap_or_default().to_string(),
+            owner: self.owner.clone(),
+            object: self.object.clone(),
+            messages: self.messages.clone(),
+            canceller,
+        }
+    }
+}
+
+/// Texts by name, within OpenAI's limits: they are kept with the response.
+fn read_metadata(fields: &mut Fields) -> ApiResult<Value> {
+    let expected = format!(
+        "at most {MAX_METADATA_PAIRS} pairs of a name of {MAX_METADATA_KEY_CHARS} and a text of {MAX_METADATA_VALUE_CHARS} \
+         characters"
+    );
+    let pairs = match fields.take("metadata") {
+        None => return Ok(json!({})),
+        Some(Value::Object(pairs)) => pairs,
+        Some(other) => return Err(ApiError::invalid("metadata", shown(&other), expected)),
+    };
+    let fits = |text: &str, max_chars: usize| text.chars().nth(max_chars).is_none();
+    if pairs.len() > MAX_METADATA_PAIRS || pairs.keys().any(|name| !fits(name, MAX_METADATA_KEY_CHARS)) {
+        return Err(ApiError::invalid("metadata", format!("an object of {} pairs", pairs.len()), expected));
+    }
+    let wrong = |value: &Value| value.as_str().is_none_or(|text| !fits(text, MAX_METADATA_VALUE_CHARS));
+    match pairs.values().find(|value| wrong(value)) {
+        Some(value) => Err(ApiError::invalid("metadata", format!("an object with {}", shown(value)), expected)),
+        None => Ok(Value::Object(pairs)),
+    }
+}
+
+fn read_user(fields: &mut Fields) -> ApiResult<Option<String>> {
+    let user = fields.text("user")?;
+    match &user {
+        Some(text) if text.chars().nth(MAX_USER_CHARS).is_some() => {
+            let value = format!("{} bytes", text.len());
+            Err(ApiError::invalid("user", value, format!("at most {MAX_USER_CHARS} characters")))
+        }
+        _ => Ok(user),
     }
 }
 
@@ -290,7 +337,7 @@ impl Events {
 
     fn end_as_it_is(&mut self) {
         self.has_ended = true;
-        self.draft.save(None);
+        self.draft.save_end();
     }
 }
 

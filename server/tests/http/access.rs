@@ -1,11 +1,13 @@
 //! Who is let in: keys on every route, hosts and pages that may ask, rates of a key, caches apart from each other.
 
+use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use ns_llm_server::{ApiKey, Model, Server, ServerOptions};
 use serde_json::json;
 
-use crate::client::{Running, demo_engine};
+use crate::client::{Running, demo_engine, request};
 
 const SECRET: &str = "the-first-secret-of-all";
 const OTHER: &str = "another-secret-of-ours";
@@ -107,6 +109,16 @@ fn pages_need_leave() {
     let preflight = ["Origin: https://app.example", "Access-Control-Request-Method: POST"];
     let preflight = running.send("OPTIONS", "/v1/chat/completions", &preflight, "");
     assert_eq!((preflight.status, preflight.header("access-control-allow-methods")), (204, Some("GET, POST, DELETE")));
+    // OpenAI's client in a browser sends headers that tell of itself.
+    let wanted = "authorization,content-type,x-stainless-arch,x-stainless-os";
+    let asks = format!("Access-Control-Request-Headers: {wanted}");
+    let from = |origin: &str| {
+        let headers = [&format!("Origin: {origin}"), "Access-Control-Request-Method: POST", asks.as_str()];
+        let answer = running.send("OPTIONS", "/v1/chat/completions", &headers, "");
+        (answer.status, answer.header("access-control-allow-headers").map(str::to_string))
+    };
+    assert_eq!(from("https://app.example"), (204, Some(wanted.to_string())));
+    assert_eq!(from("https://evil.example"), (403, None));
     let nobody = running.get("/v1/models");
     assert_eq!((nobody.status, nobody.header("access-control-allow-origin")), (200, None));
 }
@@ -143,6 +155,41 @@ fn tokens_are_paid_per_key() {
     let refused = ask(SECRET);
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (429, &json!("rate_limited")));
     assert_eq!(ask(OTHER).status, 200);
+}
+
+/// Hanging up does not make an answer free: what was computed is paid, read or not, and the prompt with it.
+#[test]
+fn those_who_hang_up_pay() {
+    let mut keys = keys();
+    (keys[0].tokens_per_minute, keys[1].tokens_per_minute) = (Some(60), Some(60));
+    let running = Running::with(ServerOptions { api_keys: keys, ..ServerOptions::default() });
+    let ask = |secret: &str, body: &serde_json::Value| {
+        let mut stream = running.connect();
+        let text = request("POST", "/v1/completions", &[&bearer(secret)], &body.to_string());
+        stream.write_all(text.as_bytes()).expect("sent");
+        stream
+    };
+    let status = |secret: &str| {
+        running.send("POST", "/v1/completions", &[&bearer(secret)], r#"{"prompt": "A", "max_tokens": 1}"#).status
+    };
+    // A long prompt, read to its first token.
+    let long =
+        json!({ "prompt": "Once upon a time ".repeat(60), "stream": true, "ignore_eos": true, "max_tokens": 900 });
+    let mut stream = ask(SECRET, &long);
+    stream.read_exact(&mut [0; 16]).expect("it runs");
+    drop(stream);
+    running.idle_stats();
+    assert_eq!(status(SECRET), 429);
+    // A short prompt and an answer in one piece, of which nothing is read.
+    let whole = json!({ "prompt": "A", "ignore_eos": true, "max_tokens": 1_900 });
+    let computed = running.engine.stats().generation_tokens_total;
+    let stream = ask(OTHER, &whole);
+    while running.engine.stats().generation_tokens_total < computed + 100 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(stream);
+    running.idle_stats();
+    assert_eq!(status(OTHER), 429);
 }
 
 /// What one key's prompts left in the cache is not found by another, nor under another salt.

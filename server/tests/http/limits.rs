@@ -137,6 +137,30 @@ fn stalled_readers_cost_little() {
     drop(stalled);
 }
 
+/// A reader that takes a little now and then is hung up, too, when the time of its request is over.
+#[test]
+fn dripping_readers_are_hung_up() {
+    let running = Running::with(ServerOptions {
+        stall_timeout: Duration::from_millis(900),
+        request_timeout: Duration::from_millis(100),
+        body_timeout: Duration::from_secs(900),
+        ..ServerOptions::default()
+    });
+    // Each sign is several tokens: the answer is longer than what the system takes on the reader's behalf.
+    let body = json!({ "prompt": "\u{e000} ".repeat(700_000) }).to_string();
+    let mut dripping = running.connect();
+    dripping.write_all(request("POST", "/tokenize", &[], &body).as_bytes()).expect("sent");
+    let (mut bytes, mut piece) = (Vec::new(), vec![0; 64 << 10]);
+    // Until it is hung up, or the answer is whole.
+    while let Ok(taken @ 1..) = dripping.read(&mut piece) {
+        bytes.extend_from_slice(&piece[..taken]);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let answer = Answer::parse(&bytes);
+    let announced = answer.header("content-length").and_then(|bytes| bytes.parse::<usize>().ok());
+    assert!(announced.is_none_or(|announced| answer.body.len() < announced), "it took {} bytes", answer.body.len());
+}
+
 /// A connection that is kept open serves one request after the other.
 #[test]
 fn connections_are_kept() {

@@ -72,6 +72,29 @@ fn the_queue_is_bounded() {
     assert_eq!(running.get("/ready").status, 200);
 }
 
+/// Many prompts of one request have a place each: they take turns with the requests of others.
+#[test]
+fn prompts_take_places_one_by_one() {
+    let running = Running::with(ServerOptions { max_running_requests: 2, ..ServerOptions::default() });
+    let many = json!({ "prompt": vec!["A"; 40], "ignore_eos": true, "max_tokens": 40, "stream": true });
+    let mut crowd = running.connect();
+    crowd.write_all(request("POST", "/v1/completions", &[], &many.to_string()).as_bytes()).expect("sent");
+    let mut most = 0;
+    loop {
+        let stats = running.engine.stats();
+        most = most.max(stats.num_requests_running + stats.num_requests_waiting);
+        if stats.requests_finished == 40 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // One that has just ended may still be counted.
+    assert!((1..=4).contains(&most), "{most} were at the engine at once");
+    let chunks = Answer::read(&mut crowd).chunks();
+    let ends = chunks.iter().filter(|chunk| chunk["choices"][0]["finish_reason"] == "length").count();
+    assert_eq!(ends, 40);
+}
+
 /// A request whose time passes while it waits is told so, and is never computed.
 #[test]
 fn deadlines_hold_in_the_queue() {
@@ -158,19 +181,24 @@ fn overload_wastes_nothing() {
 }
 
 /// A reader that, when it is woken, holds the thread that wakes it until it is told to go on.
-struct HeldWaker(Mutex<Receiver<()>>);
+struct HeldWaker {
+    go_on: Mutex<Receiver<()>>,
+    /// Hears when the thread is held.
+    holds: Sender<()>,
+}
 
 impl Wake for HeldWaker {
     fn wake(self: Arc<Self>) {
+        let _ = self.holds.send(());
         // Whoever waits has been let go when the sender is gone.
-        let _ = self.0.lock().expect("one thread").recv();
+        let _ = self.go_on.lock().expect("one thread").recv();
     }
 }
 
 /// Makes the thread that tells next of what `begin` gives stand still until the sender is dropped.
 fn stand_still(begin: impl Fn() -> RequestStream) -> (Sender<()>, RequestStream) {
-    let (go_on, held) = channel();
-    let waker = Waker::from(Arc::new(HeldWaker(Mutex::new(held))));
+    let ((go_on, wait), (holds, held)) = (channel(), channel());
+    let waker = Waker::from(Arc::new(HeldWaker { go_on: Mutex::new(wait), holds }));
     let mut cx = Context::from_waker(&waker);
     loop {
         let mut stream = begin();
@@ -183,6 +211,7 @@ fn stand_still(begin: impl Fn() -> RequestStream) -> (Sender<()>, RequestStream)
         };
         // Otherwise it has ended before it could be held up.
         if pending {
+            held.recv().expect("the waker is there");
             return (go_on, stream);
         }
     }

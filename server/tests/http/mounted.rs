@@ -5,7 +5,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, HttpBody};
 use axum::http::{Request, Response};
@@ -200,4 +200,30 @@ fn paths_are_known_as_they_are_routed() {
     for path in paths {
         assert_eq!(server.has_path(&path), is_routed(&path), "{path}");
     }
+}
+
+/// A reader that does not take its answer holds no place: it is given back when the engine has ended the request.
+#[test]
+fn slow_readers_hold_no_place() {
+    let engine = demo_engine();
+    let options = ServerOptions { max_running_requests: 1, ..ServerOptions::default() };
+    let server = Server::new(vec![Model::new(engine.clone())], options).expect("valid");
+    let mut slow = ask(&server, json!({ "prompt": "Once", "stream": true, "max_tokens": 50, "ignore_eos": true }));
+    let num_running = || {
+        let request = Request::get("/ready").header("host", "localhost").body(Body::empty()).expect("a request");
+        let mut ready = block_on(server.router().oneshot(request)).expect("a router answers always");
+        let ready: serde_json::Value = serde_json::from_str(&frame(ready.body_mut()).expect("a body")).expect("JSON");
+        ready["queue"]["running"].as_u64().expect("a count")
+    };
+    let start = Instant::now();
+    while num_running() > 0 {
+        assert!(start.elapsed() < Duration::from_secs(600), "nobody reads, and its place is not given back");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(ask(&server, json!({ "prompt": "A", "max_tokens": 1 })).status(), 200, "the place is free");
+    let mut text = String::new();
+    while let Some(frame) = frame(slow.body_mut()) {
+        text += &frame;
+    }
+    assert!(text.contains("\"length\"") && text.ends_with("data: [DONE]\n\n"), "it is whole: {text}");
 }

@@ -20,6 +20,8 @@ fn names_are_listed() {
         tags["models"].as_array().expect("a list").iter().filter_map(|it| it["name"].as_str()).collect();
     assert_eq!(names, ["demo:latest", "llama3.2:latest"]);
     assert_eq!(tags["models"][0]["details"]["family"], "qwen3");
+    let digest = |idx: usize| tags["models"][idx]["digest"].as_str().expect("a digest");
+    assert!(digest(0).len() == 64 && digest(0).bytes().all(|byte| byte.is_ascii_hexdigit()) && digest(0) != digest(1));
     assert!(running.get("/api/version").ok()["version"].is_string());
 }
 
@@ -52,6 +54,8 @@ fn answers_are_the_engines_own() {
     let raw = json!({ "prompt": "A fox", "raw": true, "options": options });
     assert_eq!(whole("/api/generate", raw)["response"], own(Request::prompt("A fox")));
     assert_eq!(running.post("/api/generate", &json!({ "model": "demo" })).ok()["done_reason"], "load");
+    let loaded = running.post("/api/chat", &json!({ "model": "demo", "messages": [] })).ok();
+    assert_eq!((&loaded["done_reason"], &loaded["message"]["content"]), (&json!("load"), &json!("")));
 }
 
 /// Both forms of vectors.

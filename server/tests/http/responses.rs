@@ -98,6 +98,48 @@ fn a_growing_response_is_cancelled() {
     assert_eq!(running.post(&format!("{path}/cancel"), &json!({})).ok()["status"], "cancelled", "twice is once");
 }
 
+/// One that is deleted while it grows is ended, and does not come back at its end.
+#[test]
+fn a_deleted_response_stays_deleted() {
+    let running = Running::start();
+    let ask = json!({ "input": "Tell me of a fox.", "stream": true, "ignore_eos": true });
+    let mut stream = running.connect();
+    stream.write_all(request("POST", "/v1/responses", &[], &ask.to_string()).as_bytes()).expect("sent");
+    let mut lines = BufReader::new(stream).lines().map(|line| line.expect("a line"));
+    let created = lines.find_map(|line| line.strip_prefix("data: ").map(str::to_string)).expect("an event");
+    let created: Value = serde_json::from_str(&created).expect("JSON");
+    let path = format!("/v1/responses/{}", created["response"]["id"].as_str().expect("an id"));
+    assert_eq!(running.send("DELETE", &path, &[], "").ok()["deleted"], true);
+    assert!(lines.any(|line| line == "event: response.failed"), "its stream is told");
+    assert_eq!(running.idle_stats().requests_cancelled, 1);
+    assert_eq!(running.get(&path).status, 404);
+}
+
+/// What is kept with a response has OpenAI's limits, and comes back as it was given.
+#[test]
+fn what_is_kept_is_bounded() {
+    let running = Running::start();
+    let ask = |name: &str, value: Value| {
+        running.post("/v1/responses", &json!({ "input": "A", "max_output_tokens": 1, name: value }))
+    };
+    let pairs = |n: usize| Value::Object((0..n).map(|idx| (format!("key {idx}"), json!("x"))).collect());
+    assert_eq!(ask("metadata", pairs(16)).ok()["metadata"], pairs(16));
+    assert_eq!(ask("metadata", json!({ "k".repeat(64): "é".repeat(512) })).status, 200);
+    assert_eq!(ask("user", json!("somebody")).ok()["user"], "somebody");
+    for (name, value) in [
+        ("metadata", pairs(17)),
+        ("metadata", json!({ "k".repeat(65): "x" })),
+        ("metadata", json!({ "k": "x".repeat(513) })),
+        ("metadata", json!({ "k": 1 })),
+        ("metadata", json!("x")),
+        ("user", json!("x".repeat(513))),
+        ("user", json!({})),
+    ] {
+        let answer = ask(name, value.clone());
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(name)), "{value}");
+    }
+}
+
 /// Another key finds nothing of it; what cannot be followed is refused by name.
 #[test]
 fn responses_belong_to_their_keys() {

@@ -1,5 +1,6 @@
 //! `/tokenize`, `/detokenize` and `/v1/models`.
 
+use ns_llm_server::options::MAX_DETOKENIZE_IDS;
 use serde_json::json;
 
 use crate::client::Running;
@@ -18,6 +19,12 @@ fn text_becomes_tokens_and_back() {
     assert_eq!((&back["prompt"], &back["content"]), (&json!(text), &json!(text)));
     let outside = running.post("/detokenize", &json!({ "tokens": [1, 4_000_000] }));
     assert_eq!((outside.status, &outside.json()["error"]["param"]), (400, &json!("tokens")));
+    // Refused by their number, before anybody looks at them: the last one is no token.
+    let mut many = vec![1; MAX_DETOKENIZE_IDS];
+    many.push(4_000_000);
+    let refused = running.post("/detokenize", &json!({ "tokens": many }));
+    let message = &refused.json()["error"]["message"];
+    assert!(refused.status == 400 && message.as_str().is_some_and(|text| text.contains("at most")), "{message}");
 }
 
 /// Models are listed by name and found by any of their names.
