@@ -96,7 +96,8 @@ fn nothing_is_left_of_a_thousand_failed_loads() {
     fail_all(100);
     let (threads_after, files_after, bytes_after) = settled_resources();
     assert_eq!((threads_after, files_after), (threads, files));
-    assert!(bytes_after <= bytes + (1 << 20), "{bytes} bytes resident became {bytes_after}");
+    // A few pages more in one arena or another; what each load left would be a hundred times as much.
+    assert!(bytes_after <= bytes + (4 << 20), "{bytes} bytes resident became {bytes_after}");
 }
 
 /// A thread that was joined may take a moment to leave the list.
