@@ -32,7 +32,8 @@ test('after close every use is the error `closed`; info, stats and memory still 
   assert.equal(engine.info.architecture, 'Qwen3ForCausalLM');
   const { requestsFinished, generationTokensTotal } = engine.stats();
   assert.deepEqual([requestsFinished, generationTokensTotal], [1, before.generationTokensTotal]);
-  assert.deepEqual(Object.values(engine.memory()), [0, 0, 0, 0]);
+  const use = Object.values(engine.memory());
+  assert.ok(use.length > 0 && use.every((bytes) => bytes === 0), `${use}`);
 });
 
 test('close twice, at once or later, settles each time', async () => {
