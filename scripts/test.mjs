@@ -59,10 +59,10 @@ async function rustTests() {
 async function redisTests() {
   const program = process.env.NS_LLM_REDIS_SERVER ?? 'redis-server';
   if (spawnSync(program, ['--version']).status !== 0) {
-    console.log(`\n${program} is not here: the tests of engine/tests/{remote_redis,kv_remote}.rs are skipped`);
+    console.log(`\n${program} is not here: the tests of engine/tests/{storage/remote_redis,running/kv_remote}.rs are skipped`);
     return { passed: 0, failed: 0 };
   }
-  title(`Rust, with ${program}: cargo test --test remote_redis --test kv_remote`);
+  title(`Rust, with ${program}: cargo test --test storage --test running`);
   const counts = { passed: 0, failed: 0 };
   const onLine = (line) => {
     const match = /^test result: \S+ (\d+) passed; (\d+) failed;/.exec(line);
@@ -72,9 +72,9 @@ async function redisTests() {
     }
   };
   // A child is a part of another test.
-  const files = ['--test', 'remote_redis', '--test', 'kv_remote'];
-  const filter = ['--', '--ignored', '--skip', 'child_'];
-  const code = await run('cargo', ['test', '--package', 'ns-llm', ...files, ...filter], { onLine });
+  const programs = ['--test', 'storage', '--test', 'running'];
+  const filter = ['--', '--ignored', 'remote_redis::', 'kv_remote::', '--skip', 'child_'];
+  const code = await run('cargo', ['test', '--package', 'ns-llm', ...programs, ...filter], { onLine });
   return atLeastOneFailure(counts, code);
 }
 

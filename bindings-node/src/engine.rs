@@ -119,7 +119,7 @@ enum State {
     /// On its way to be closed; it still tells what it does and holds.
     Closing(Engine),
     /// What it did.
-    Closed(ns_llm::Stats),
+    Closed(Box<ns_llm::Stats>),
 }
 
 /// An engine. It closes when this and all its streams are gone, or by [`NativeEngine::close`].
@@ -133,7 +133,7 @@ pub struct NativeEngine {
 impl ObjectFinalize for NativeEngine {
     fn finalize(self, env: Env) -> napi::Result<()> {
         adjust_external_memory(&env, -self.reported_bytes.take());
-        release(self.state.replace(State::Closed(ns_llm::Stats::default())));
+        release(self.state.replace(State::Closed(Box::default())));
         Ok(())
     }
 }
@@ -246,7 +246,7 @@ impl NativeEngine {
     pub fn stats(&self) -> Result<Stats> {
         Ok(match &*self.state.borrow() {
             State::Open(engine) | State::Closing(engine) => engine.stats().into(),
-            State::Closed(stats) => stats.clone().into(),
+            State::Closed(stats) => (**stats).clone().into(),
         })
     }
 
@@ -286,7 +286,7 @@ impl NativeEngine {
         let poll = move |env: &Env, cx: &mut Context<'_>| {
             pending.poll(cx).map_ok(|stats| {
                 if let Some(stats) = stats {
-                    release(state.replace(State::Closed(stats)));
+                    release(state.replace(State::Closed(Box::new(stats))));
                 }
                 adjust_external_memory(env, -reported_bytes.take());
             })

@@ -252,8 +252,8 @@ async fn read_answer(response: Response<Incoming>, intended: Instant, sample: &m
     Ok(())
 }
 
-fn read_whole(body: Incoming) -> impl Future<Output = Result<Bytes, Failure>> {
-    async { Ok(body.collect().await.map_err(|_| Failure::Closed)?.to_bytes()) }
+async fn read_whole(body: Incoming) -> Result<Bytes, Failure> {
+    Ok(body.collect().await.map_err(|_| Failure::Closed)?.to_bytes())
 }
 
 /// Reads events to the connection's word that there are no more; the last must be `[DONE]`.

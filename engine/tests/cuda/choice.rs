@@ -67,7 +67,8 @@ fn devices_have_names() {
 /// CUDA; with `auto` the engine runs on the CPU and says so.
 fn missing_devices_are_typed() {
     let text = str::to_owned;
-    let cases: [(Box<dyn Fn() -> Box<dyn CudaDevices>>, DeviceRefusal); 6] = [
+    type Machine = Box<dyn Fn() -> Box<dyn CudaDevices>>;
+    let cases: [(Machine, DeviceRefusal); 6] = [
         (Box::new(|| Box::new(NotBuilt)), DeviceRefusal::NotBuilt),
         (Box::new(|| Box::new(Refused(KernelError::NoCudaDriver))), DeviceRefusal::NoDriver),
         (

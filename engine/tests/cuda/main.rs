@@ -11,7 +11,6 @@ mod models;
 mod shim;
 
 #[path = "../support/demo.rs"]
-#[allow(dead_code)]
 mod demo;
 #[path = "../support/direct_run.rs"]
 mod direct_run;

@@ -47,7 +47,7 @@ pub fn peak_bytes_of<T>(run: impl FnOnce() -> T) -> (T, u64) {
 }
 
 /// How often `run` asked for memory or gave some back: work that is counted, not timed.
-#[allow(dead_code, reason = "each test file uses a part")]
+#[allow(dead_code, reason = "each test program uses a part")]
 pub fn allocator_calls_of<T>(run: impl FnOnce() -> T) -> (T, u64) {
     let before = NUM_CALLS.get();
     let result = run();

@@ -1,6 +1,6 @@
 //! Runs a model without scheduler, worker or sampler: the test says which sequence computes which tokens in each step,
 //! and reads the logits of every row. Blocks are dealt out of order, so that no block table is contiguous.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::path::Path;
 use std::sync::Arc;

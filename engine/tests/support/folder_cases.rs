@@ -1,6 +1,6 @@
 //! Bad model folders, each a valid one with one thing changed, and the error that it must give: the table of
 //! `malformed_files.rs`, and what the fuzzing of folders begins from.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::fs;
 

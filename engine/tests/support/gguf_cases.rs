@@ -1,6 +1,6 @@
 //! Bad GGUF files, each a valid one with one thing changed, and the error that it must give: the table of `gguf_files.rs`,
 //! and what the fuzzing of GGUF begins from.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use crate::gguf_encoder_cases::encoder_cases;
 use crate::gguf_file::{GgufFile, GgufTensor, Value, string};

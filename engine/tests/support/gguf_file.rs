@@ -1,6 +1,6 @@
 //! GGUF files that tests build for themselves: any keys and tensors in any order, right or wrong, and the translation of a
 //! small model of `tiny_model.rs` as converters do it.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::f64::consts::TAU;
 

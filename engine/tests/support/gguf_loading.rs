@@ -1,5 +1,5 @@
 //! Small GGUF models that load, and the way in which tests load files that may not: what came of it and what it cost.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,5 +1,5 @@
 //! A real server for tests, on a free port of this machine, with nothing on disk; it ends with its value.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};

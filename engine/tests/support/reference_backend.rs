@@ -1,6 +1,6 @@
 //! The operations of a model as the papers write them: double precision, one loop per sum, no packing, no tiles, no
 //! threads. Slow on purpose; what it computes is what every other backend must come close to.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use ns_llm::Result;
 use ns_llm::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable};

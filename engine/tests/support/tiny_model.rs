@@ -1,6 +1,6 @@
 //! Model folders that tests build for themselves: `config.json` and weights of a counter-based generator keyed by each
 //! tensor's name, the same as in `golden/make_golden.py`. Nothing is downloaded and nothing large is stored.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::borrow::Cow;
 use std::fs;
