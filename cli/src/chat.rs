@@ -41,8 +41,6 @@ pub(crate) fn run(options: Options) -> CommandResult {
             std::io::stderr().flush()?;
         }
         let Some(line) = lines.next().transpose()?.filter(|line| !line.trim().is_empty()) else {
-            // Waits for what is still to be written to a KV cache directory.
-            engine.close();
             return Ok(());
         };
         messages.push(Message::new("user", line));

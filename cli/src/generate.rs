@@ -90,8 +90,6 @@ pub(crate) fn run(options: Options) -> CommandResult {
         show("\n")?;
     }
     options.trace.finish(&engine)?;
-    // Waits for what is still to be written to a KV cache directory.
-    engine.close();
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! The options of a model that every command has, and opening it.
 
 use std::io::IsTerminal;
+use std::ops::Deref;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -39,6 +40,12 @@ pub(crate) struct ModelOptions {
     /// What weights and KV pool may take together (MiB); weights that are too large are rounded to the best form that fits
     #[arg(long, value_name = "MIB")]
     pub(crate) memory_limit_mib: Option<u64>,
+    /// Tokens of a KV block, the unit in which prefixes are kept and found again
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) block_tokens: Option<usize>,
+    /// Part of the KV pool and of host memory that one namespace may keep while others want it (0 to 1; default: 1)
+    #[arg(long, value_name = "PART")]
+    pub(crate) kv_namespace_share: Option<f64>,
     /// Directory where keys and values are kept, and found again by the next run with the same model
     #[arg(long, value_name = "DIRECTORY")]
     pub(crate) kv_cache_dir: Option<PathBuf>,
@@ -57,6 +64,15 @@ pub(crate) struct ModelOptions {
     /// File with what all nodes know and the store does not: records that it does not authenticate are not used
     #[arg(long, value_name = "FILE", requires = "kv_remote_url")]
     pub(crate) kv_remote_secret_file: Option<PathBuf>,
+    /// Seconds after which the store forgets what was written to it
+    #[arg(long, value_name = "SECONDS", requires = "kv_remote_url")]
+    pub(crate) kv_remote_ttl_s: Option<u64>,
+    /// What the names of all records in the store begin with
+    #[arg(long, value_name = "TEXT", requires = "kv_remote_url")]
+    pub(crate) kv_remote_prefix: Option<String>,
+    /// Longest time of one call to the store (ms)
+    #[arg(long, value_name = "MS", requires = "kv_remote_url")]
+    pub(crate) kv_remote_timeout_ms: Option<u64>,
     /// Keep whole answers in so much memory, and give them again to requests for the same (MiB; default: 0). They are found
     /// again in --kv-cache-dir, and shared through --kv-remote-url
     #[arg(long, value_name = "MIB")]
@@ -64,6 +80,9 @@ pub(crate) struct ModelOptions {
     /// How long an answer is kept (milliseconds; default: one hour)
     #[arg(long, value_name = "MS")]
     pub(crate) response_ttl_ms: Option<u64>,
+    /// Keep an answer longer the more often it is asked for
+    #[arg(long)]
+    pub(crate) response_adaptive_ttl: bool,
     /// What the files with answers take at most, beneath --kv-cache-dir (MiB; 0: no answers there; default: 256)
     #[arg(long, value_name = "MIB")]
     pub(crate) response_disk_mib: Option<u64>,
@@ -101,6 +120,8 @@ impl ModelOptions {
         let bytes = |mib: Option<u64>| mib.map(|mib| mib.saturating_mul(1 << 20));
         options.kv_bytes = bytes(self.kv_mib);
         options.memory_limit_bytes = bytes(self.memory_limit_mib);
+        options.block_tokens = self.block_tokens.unwrap_or(options.block_tokens);
+        options.kv_namespace_share = self.kv_namespace_share.unwrap_or(options.kv_namespace_share);
         options.kv_cache_dir = self.kv_cache_dir.clone();
         options.kv_disk_bytes = bytes(self.kv_disk_mib).unwrap_or(options.kv_disk_bytes);
         options.kv_host_bytes = bytes(self.kv_host_mib).unwrap_or(options.kv_host_bytes);
@@ -108,6 +129,7 @@ impl ModelOptions {
         options.kv_remote = self.kv_remote()?;
         options.response_cache.max_bytes = bytes(self.response_cache_mib).unwrap_or(0);
         options.response_cache.ttl_ms = self.response_ttl_ms.unwrap_or(options.response_cache.ttl_ms);
+        options.response_cache.adaptive_ttl = self.response_adaptive_ttl;
         options.response_cache.disk_bytes = bytes(self.response_disk_mib).unwrap_or(options.response_cache.disk_bytes);
         options.response_cache.remote = !self.no_response_remote;
         Ok(options)
@@ -116,7 +138,12 @@ impl ModelOptions {
     /// The secret comes from a file: arguments are seen by everyone on the machine.
     fn kv_remote(&self) -> Result<Option<KvRemoteOptions>> {
         let Some(url) = &self.kv_remote_url else { return Ok(None) };
-        let remote = KvRemoteOptions::new(url);
+        let mut remote = KvRemoteOptions::new(url);
+        remote.ttl_s = self.kv_remote_ttl_s.unwrap_or(remote.ttl_s);
+        remote.timeout_ms = self.kv_remote_timeout_ms.unwrap_or(remote.timeout_ms);
+        if let Some(prefix) = &self.kv_remote_prefix {
+            remote.prefix.clone_from(prefix);
+        }
         let Some(path) = &self.kv_remote_secret_file else { return Ok(Some(remote)) };
         let secret = std::fs::read_to_string(path)
             .map_err(|error| Error::Io { path: path.clone(), reason: error.to_string() })?;
@@ -155,11 +182,28 @@ impl Drop for Bar {
     }
 }
 
+/// The engine of a command. However the command ends, what it computed is written to the places that outlive it.
+pub(crate) struct OpenModel(Engine);
+
+impl Deref for OpenModel {
+    type Target = Engine;
+
+    fn deref(&self) -> &Engine {
+        &self.0
+    }
+}
+
+impl Drop for OpenModel {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 /// Opens a model behind a bar.
-pub(crate) fn open(mut options: EngineOptions) -> Result<Engine> {
+pub(crate) fn open(mut options: EngineOptions) -> Result<OpenModel> {
     let bar = Bar::new("loading");
     options.on_progress = bar.callback();
-    Engine::open(options)
+    Engine::open(options).map(OpenModel)
 }
 
 /// What the places beside the KV pool hold and did, by their names.
@@ -181,6 +225,6 @@ pub(crate) fn kv_tiers(engine: &Engine) -> Value {
 }
 
 /// Opens a model with the options as they are.
-pub(crate) fn open_default(options: &ModelOptions) -> Result<Engine> {
+pub(crate) fn open_default(options: &ModelOptions) -> Result<OpenModel> {
     open(options.engine_options()?)
 }

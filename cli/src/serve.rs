@@ -93,14 +93,13 @@ pub(crate) fn run(options: Options) -> CommandResult {
     let engine = open_default(&options.model)?;
     options.trace.start(&engine)?;
     let name = options.name.unwrap_or_else(|| engine.info().name.clone());
-    let server = Server::new(vec![Model { engine: engine.clone(), name, aliases: options.alias }], server_options)?;
+    let server = Server::new(vec![Model { engine: (*engine).clone(), name, aliases: options.alias }], server_options)?;
     let listener = server.bind(address)?;
     let (info, address) = (engine.info(), listener.local_addr()?);
     eprintln!("{} on {} ({}), listening at http://{address}", info.name, info.device_name, info.isa);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let served = runtime.block_on(async { server.serve(listener, told_to_end()?).await });
     let traced = options.trace.finish(&engine);
-    engine.close();
     served?;
     traced?;
     Ok(())

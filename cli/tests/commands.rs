@@ -99,6 +99,21 @@ fn kv_outlives_a_run() {
     let report = json("bench", &[&bench[..], &["--kv-cache-dir", directory]].concat());
     assert!(report["kv_tiers"]["disk"]["blocks"].as_u64().is_some_and(|blocks| blocks >= disk / 16), "{report}");
     assert_eq!((&report["kv_tiers"]["disk"]["hits"], &report["kv_tiers"]["host"]["faults"]), (&0.into(), &0.into()));
+    // What a command computed is on disk when it has ended, be it by a reader that leaves.
+    let blocks = || {
+        let output = Command::new(env!("CARGO_BIN_EXE_ns-llm"))
+            .args(["cache", "stat", "--json", "--kv-cache-dir", directory])
+            .output();
+        let report: Value = serde_json::from_slice(&output.expect("it runs").stdout).expect("JSON");
+        report["records"].as_u64().expect("a number")
+    };
+    let before = blocks();
+    let mut left = command("generate");
+    left.args(["--prompt", &format!("Another day. {story}"), "--max-tokens", "8", "--temperature", "0"]).args(cache);
+    let mut left = left.stdout(Stdio::piped()).spawn().expect("the program starts");
+    drop(left.stdout.take());
+    assert!(left.wait().expect("it ends").success());
+    assert!(blocks() > before, "{before} blocks");
     std::fs::remove_dir_all(&folder).expect("it was made");
 
     let plan = json("inspect", &["--json", "--kv-cache-dir", directory, "--kv-disk-mib", "64", "--kv-host-mib", "8"]);

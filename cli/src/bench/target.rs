@@ -2,7 +2,6 @@
 //! came, piece by piece. HTTP/1.1 without TLS, as such servers speak themselves.
 
 use std::fmt;
-use std::future::Future;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
