@@ -1,6 +1,6 @@
 //! The fused operations that a device offers to models, and nothing else: no tensor library. Each is called by a
-//! model, enqueues its work and never waits for it (a CPU's queue has length zero); only [`Backend::sample`] reads
-//! back. Weights are packed when they are loaded, into a layout that only the backend knows.
+//! model, enqueues its work and never waits for it (a CPU's queue has length zero); only what ends a
+//! step (logits, tokens, vectors) or moves a KV block reads back. Weights are packed when they are loaded, into a layout that only the backend knows.
 //!
 //! Row invariance (ARCHITECTURE.md): each element of a result depends only on its own row, its position and the
 //! model; never on the other rows of the batch, on how a prompt was cut into chunks, or on the number of threads.
@@ -129,7 +129,7 @@ pub struct LinearPart<'a> {
 pub trait Backend: Sized + Send + 'static {
     /// f32 activations `[rows, width]`: the residual stream, projections.
     type Rows;
-    /// Activations `[rows, width]` in the form that matrix products read (f32, bf16, later int8 with scales).
+    /// Activations `[rows, width]` in the form that matrix products read (f32, bf16, 8 bits with scales).
     type Operand;
     /// A packed matrix with its bias. The token embedding is one too: an embedding row is a row of the matrix.
     type Linear: Send;

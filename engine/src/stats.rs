@@ -238,9 +238,9 @@ pub struct ModelInfo {
     pub max_embedding_tokens: usize,
     /// Whether messages can be rendered.
     pub has_chat_template: bool,
-    /// How the weights are kept: "f32", "bf16", "f16".
+    /// Form in which the weights are kept, by [`WeightFormat::name`](crate::WeightFormat::name).
     pub weights: &'static str,
-    /// How keys and values are kept: "f32", "f16".
+    /// Form in which keys and values are kept, by [`KvDtype::name`](crate::KvDtype::name).
     pub kv_dtype: &'static str,
     /// Device kind: "cpu" or "cuda".
     pub device: &'static str,

@@ -171,6 +171,10 @@ impl<E: Executor> Worker<E> {
         if let Some(error) = self.lost.take() {
             return Turn::Fail(error);
         }
+        // What the tiers have written during the step makes room for what the step has computed.
+        if self.take_what_is_there() == Turn::Close {
+            return Turn::Close;
+        }
         if let Err(error) = self.move_blocks() {
             return Turn::Fail(error);
         }
@@ -327,9 +331,15 @@ impl<E: Executor> Worker<E> {
                 Err(RecvTimeoutError::Disconnected) => return Turn::Close,
             }
         }
+        self.take_what_is_there()
+    }
+
+    fn take_what_is_there(&mut self) -> Turn {
         loop {
             match self.commands.try_recv() {
                 Ok(command) => {
+                    // It may be work that did not fit before, or room for it.
+                    self.is_waiting = false;
                     if self.take(command) == Turn::Close {
                         return Turn::Close;
                     }

@@ -61,14 +61,6 @@ pub enum Error {
         /// Which value, the first of several.
         value_idx: usize,
     },
-    /// Numbers of this type cannot be used there.
-    #[error("{operation}: element type {dtype} is not supported")]
-    UnsupportedDtype {
-        /// Name of the entry point.
-        operation: &'static str,
-        /// The type.
-        dtype: &'static str,
-    },
     /// The activations are in a form that this product does not read.
     #[error("{operation}: no kernel of `{isa}` multiplies {operand} activations with {weight} weights")]
     UnsupportedFormats {

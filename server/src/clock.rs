@@ -1,4 +1,4 @@
-//! The wall clock, in the two forms in which answers tell it.
+//! The wall clock, as answers tell it.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -4,10 +4,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use ns_llm::config::WRITE_QUEUE_BYTES;
 use ns_llm::{CachedTokens, Completion, Engine, EngineOptions, Error, KvDtype, Request, Warmed};
+use safetensors::Dtype;
 
 use crate::demo;
 use crate::demo::{Rng, fingerprint, with_logprobs};
+use crate::tiny_model::{TempFolder, small_config, write_model};
 
 /// A folder that is gone with the test.
 struct Folder(PathBuf);
@@ -381,4 +384,39 @@ fn cleared_blocks_are_gone() {
     assert!(reader.clear_prefix_cache().is_err_and(|error| error.code() == "storage"));
     assert_eq!(hits(&reader).total(), 0);
     assert_eq!(engine.clear_prefix_cache(), Err(Error::Closed));
+}
+
+/// Steps whose blocks take more than half of what may wait to be written: what is written during a step makes room for what it
+/// computed. (A disk that is slower than computing may lose blocks of one prompt, but not of ten.)
+#[test]
+fn long_prompts_are_stored_whole() {
+    let mut config = small_config();
+    // 16 tokens of keys and values: 1 MiB.
+    for (field, value) in [
+        ("num_hidden_layers", 1),
+        ("num_attention_heads", 32),
+        ("num_key_value_heads", 32),
+        ("head_dim", 256),
+        ("max_position_embeddings", 4_096),
+        ("vocab_size", 2_048),
+    ] {
+        config[field] = value.into();
+    }
+    let (model, folder) = (TempFolder::new("wide-kv"), Folder::new());
+    write_model(&model, &config, Dtype::F32, 1);
+    std::fs::copy(demo::path().join("tokenizer.json"), model.path().join("tokenizer.json")).expect("copied");
+    const STEP_TOKENS: usize = 640;
+    let mut options = EngineOptions::new(model.path()).threads(2).kv_cache_dir(&folder.0).kv_bytes(300 << 20);
+    (options.prefill_budget_tokens, options.kv_dtype) = (STEP_TOKENS, Some(KvDtype::F32));
+    let engine = Engine::open(options).expect("it opens");
+    let step_blocks = (STEP_TOKENS / 16) as u64;
+    let block_bytes = engine.memory().kv_reserved_bytes / engine.stats().kv_blocks_total as u64;
+    assert!(2 * step_blocks * block_bytes > WRITE_QUEUE_BYTES, "the steps are large");
+    let is_whole = (0..10).any(|round| {
+        let prompt: Vec<u32> = (0..3 * STEP_TOKENS as u32).map(|i| (i * 31 + round * 7 + 5) % 2_048).collect();
+        let before = tier(&engine, "disk").stored;
+        run(&engine, &prompt);
+        engine.flush().is_ok() && tier(&engine, "disk").stored - before >= 3 * step_blocks
+    });
+    assert!(is_whole, "{:?}", tier(&engine, "disk"));
 }
