@@ -14,14 +14,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::batch::{Batch, BatchSequence, SeqId};
+use crate::batch::{Batch, BatchSequence, BlockId, SeqId};
 use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, VectorForm};
-use crate::config::{CLOSE_WRITES_MS, MIN_MEASURED_PREFILL_TOKENS};
+use crate::config::{CLOSE_WRITES_MS, MAX_BLOCKS_READ_TOGETHER, MIN_MEASURED_PREFILL_TOKENS};
 use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
 use crate::instruments::Instruments;
-use crate::kv_cache::BlockTransfer;
 use crate::kv_cache::tiers::TierStats;
+use crate::kv_cache::{BlockTransfer, KeptBlock};
 use crate::request::{FinishReason, Origin, Summary, Usage};
 use crate::scheduler::{Scheduler, SequenceEvent, Step};
 use crate::stats::{Histograms, KvTierStats, Stats};
@@ -182,18 +182,44 @@ impl<E: Executor> Worker<E> {
     /// Carries out what the scheduler wants moved between the pool and the tiers.
     fn move_blocks(&mut self) -> Result<()> {
         let now_us = self.now_us();
+        let mut leaving: Vec<(BlockId, KeptBlock)> = Vec::new();
         for transfer in self.scheduler.take_transfers() {
             match transfer {
                 BlockTransfer::Keep { block, kept } => {
                     if self.scheduler.kv().would_keep(&kept, now_us) {
-                        // A cache may forget: what cannot be read is not kept.
-                        let Ok(bytes) = self.executor.read_block(block) else { continue };
-                        self.scheduler.keep_block(&kept, bytes, now_us);
+                        leaving.push((block, kept));
+                    }
+                    if leaving.len() == MAX_BLOCKS_READ_TOGETHER {
+                        self.keep_blocks(&mut leaving, now_us)?;
                     }
                 }
-                // It is shared already: if it cannot be written, nothing that follows is right.
-                BlockTransfer::Restore { block, bytes } => self.executor.write_block(block, &bytes)?,
+                BlockTransfer::Restore { block, bytes } => {
+                    // In their order: it may be one of those.
+                    self.keep_blocks(&mut leaving, now_us)?;
+                    // It is shared already: if it cannot be written, nothing that follows is right.
+                    self.executor.write_block(block, &bytes)?;
+                }
             }
+        }
+        self.keep_blocks(&mut leaving, now_us)
+    }
+
+    /// Reads blocks together and gives them to the tiers.
+    fn keep_blocks(&mut self, leaving: &mut Vec<(BlockId, KeptBlock)>, now_us: u64) -> Result<()> {
+        if leaving.is_empty() {
+            return Ok(());
+        }
+        let blocks: Vec<BlockId> = leaving.iter().map(|(block, _)| *block).collect();
+        match self.executor.read_blocks(&blocks) {
+            Ok(read) => {
+                for ((_, kept), bytes) in leaving.drain(..).zip(read) {
+                    self.scheduler.keep_block(&kept, bytes, now_us);
+                }
+            }
+            // Every later call would fail as this one, after as long a wait.
+            Err(error @ Error::DeviceLost { .. }) => return Err(error),
+            // A cache may forget: what cannot be read is not kept.
+            Err(_) => leaving.clear(),
         }
         Ok(())
     }
