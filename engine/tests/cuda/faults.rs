@@ -110,6 +110,8 @@ fn a_lost_device_ends_its_engine() {
         let streams: Vec<_> = (0..3).map(|seed| engine.submit(request(seed).max_tokens(200))).collect();
         for stream in streams {
             let last = stream.and_then(|stream| stream.into_iter().last().expect("an end"));
+            // Whoever sees the end finds the engine closed.
+            assert!(matches!(engine.health(), Err(Error::DeviceLost { .. })), "call {call}: {:?}", engine.health());
             // Also one that reaches a worker that is just leaving.
             assert!(matches!(&last, Err(Error::DeviceLost { .. })), "call {call}: {last:?}");
         }

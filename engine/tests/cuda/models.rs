@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use ns_llm::backend::cpu::{CpuBackend, CpuBackendOptions};
 use ns_llm::backend::cuda::CudaBackend;
 use ns_llm::backend::{KvDtype, Pooling};
-use ns_llm::{QuantType, ThreadPriority, WeightFormat};
+use ns_llm::{Device, EmbeddingRequest, Engine, EngineOptions, QuantType, Request, ThreadPriority, WeightFormat};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -22,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("vectors are near the CPU's", vectors_are_near_the_cpus),
     ("a model with learned positions is near the CPU's", learned_positions_are_near_the_cpus),
     ("an encoder's vectors are near the CPU's, in any company", encoders_are_near_the_cpus),
+    ("engines of both are planned and opened on a device", engines_of_both_run),
 ];
 
 /// Tokens of all sequences of a run.
@@ -249,4 +250,32 @@ fn encoders_are_near_the_cpus() {
             assert!(cuda.encode(&[input], Pooling::Mean).expect("runs")[0] == *together, "{} tokens", input.len());
         }
     }
+}
+
+/// Whole engines of both, planned to the byte, loaded and asked on the device; the encoder keeps no pool but the one block that there has
+/// to be.
+fn engines_of_both_run() {
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+    });
+    let open = |folder: &TempFolder| {
+        folder.write("tokenizer.json", tokenizer.to_string());
+        let mut options = EngineOptions::new(folder.path()).threads(1).kv_bytes(1 << 20);
+        options.device = Device::Cuda(0);
+        let engine = Engine::open_among(options, shim::One(shim::device())).expect("opens");
+        assert_eq!(engine.info().device, "cuda", "{}", engine.info().device_reason);
+        engine
+    };
+    let (gpt2, bert) = (gpt2(), bert());
+    let mut request = Request::tokens(ids(8, 20)).max_tokens(3).temperature(0.0);
+    request.ignore_eos = true;
+    let answer = open(&gpt2).complete(request).expect("runs");
+    assert_eq!(answer.choices[0].token_ids.len(), 3);
+    let encoder = open(&bert);
+    assert_eq!((encoder.info().can_generate, encoder.stats().kv_blocks_total), (false, 1));
+    let vectors = encoder.embed(EmbeddingRequest::new([ids(9, 12), ids(10, 5)])).expect("runs").embeddings;
+    assert!(vectors.iter().all(|vector| vector.values.len() == 64) && vectors[0].values != vectors[1].values);
 }
