@@ -10,6 +10,7 @@ mod check;
 mod elementwise;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod memory;
 mod mirror;
 mod norm;
 mod nvml;
@@ -42,7 +43,7 @@ fn main() {
     let no_toolkit = toolkit::nvcc(root).is_none().then_some("the CUDA toolkit");
     let mut all = trials(&on_shim, shim::missing());
     all.extend(trials(budget::TESTS, no_toolkit));
-    all.extend(trials(budget::TESTS_OF_THE_RULE, None));
+    all.extend(trials(&[budget::TESTS_OF_THE_RULE, memory::TESTS].concat(), None));
     // These run the others.
     if !shim::sanitized() {
         all.extend(trials(sanitizers::TESTS, sanitizers::missing()));
