@@ -8,6 +8,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { GpuResourceManager, KvCacheService, NsNodeClient, PerformanceProfiler } from '../lib/ns-node/index.js';
 import type { Distribution } from '../lib/ns-node/distribution.js';
 import type { GpuReader } from '../lib/ns-node/gpu_watch.js';
+import { gpuLines } from '../lib/ns-node/prometheus.js';
 import { bottlenecksOf, reportOf } from '../lib/ns-node/performance_report.js';
 import { assertPlain, LONG_PROMPT, SETTINGS } from './ns_node_support.js';
 import { runScript, STORY, withCode } from './support.js';
@@ -285,6 +286,16 @@ test('devices are told in the units of the endpoints, and what one does not tell
   await unused.initialize();
   assert.deepEqual((await unused.getStatus()).capabilities.providers, ['cpu']);
   assert.match(JSON.stringify(unused.canHandleInference(1)), /no engine of this process computes on a GPU/);
+});
+
+test('each device has metrics of what it tells, and of nothing else', () => {
+  const lines = gpuLines(DEVICES).filter((line) => !line.startsWith('#'));
+  const of = (name: string) => `ns_llm:${name}{gpu="0",gpu_name="RTX 3070"}`;
+  assert.deepEqual(lines.filter((line) => line.includes('RTX')), [
+    `${of('gpu_memory_total_bytes')} ${8_192 * 2 ** 20}`, `${of('gpu_memory_used_bytes')} ${2_048 * 2 ** 20}`,
+    `${of('gpu_utilization_perc')} 0.15`, `${of('gpu_temperature_celsius')} 52`, `${of('gpu_power_watts')} 31.5`,
+  ]);
+  assert.deepEqual(gpuLines([]), []);
 });
 
 test('a driver that fails or fades leaves what was known', async () => {

@@ -210,9 +210,9 @@ pub trait Backend: Sized + Send + 'static {
 
     // ---- between steps -------------------------------------------------------------------------------------------
 
-    /// What a block holds, all layers in one piece of [`KvLayout::block_bytes`], read back.
-    fn read_block(&self, kv: &Self::Kv, block: BlockId) -> Result<Arc<[u8]>>;
-    /// Gives a block what [`Backend::read_block`] gave.
+    /// What blocks hold, each all layers in one piece of [`KvLayout::block_bytes`], read back together.
+    fn read_blocks(&self, kv: &Self::Kv, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>>;
+    /// Gives a block what [`Backend::read_blocks`] gave.
     /// [`Error::Internal`](crate::Error::Internal) for bytes of another length.
     fn write_block(&self, kv: &mut Self::Kv, block: BlockId, bytes: &[u8]) -> Result<()>;
 }

@@ -57,6 +57,8 @@ pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
 pub const MAX_LOST_BLOCKS: usize = 16_384;
 /// Most bytes that a tier of the KV cache may be told to keep.
 pub const MAX_KV_TIER_BYTES: u64 = 1 << 50;
+/// Blocks that leave the pool and are read back together: more wait for the device once more.
+pub const MAX_BLOCKS_READ_TOGETHER: usize = 16;
 /// Smallest step that tells how fast prompts are computed, tokens.
 pub const MIN_MEASURED_PREFILL_TOKENS: usize = 32;
 /// Segment files that are held open at once.

@@ -19,9 +19,9 @@ pub trait Executor: Send {
     fn encode(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>>;
     /// Tokens of a block of [`Executor::encode`]'s batches.
     fn encode_block_tokens(&self) -> usize;
-    /// What a block holds, all layers in one piece, for a tier to keep. Ordered with the launches.
-    fn read_block(&mut self, block: BlockId) -> Result<Arc<[u8]>>;
-    /// Gives a block what [`Executor::read_block`] gave, in this process or an earlier one. Ordered with the launches.
+    /// What blocks hold, each all layers in one piece, for a tier to keep. Ordered with the launches.
+    fn read_blocks(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>>;
+    /// Gives a block what [`Executor::read_blocks`] gave, in this process or an earlier one. Ordered with the launches.
     fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()>;
     /// 1: a step must be collected before the next is launched. 2: the next may be launched first, with
     /// [`Feedback`](crate::batch::Feedback) for tokens that are not collected yet.
@@ -43,8 +43,8 @@ impl<E: Executor + ?Sized> Executor for Box<E> {
     fn encode_block_tokens(&self) -> usize {
         (**self).encode_block_tokens()
     }
-    fn read_block(&mut self, block: BlockId) -> Result<Arc<[u8]>> {
-        (**self).read_block(block)
+    fn read_blocks(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
+        (**self).read_blocks(blocks)
     }
     fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {
         (**self).write_block(block, bytes)
@@ -98,8 +98,8 @@ impl<B: Backend> Executor for ModelExecutor<B> {
         self.encode_block_tokens
     }
 
-    fn read_block(&mut self, block: BlockId) -> Result<Arc<[u8]>> {
-        self.backend.read_block(&self.kv, block)
+    fn read_blocks(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
+        self.backend.read_blocks(&self.kv, blocks)
     }
 
     fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {

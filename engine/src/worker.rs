@@ -14,14 +14,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::batch::{Batch, BatchSequence, SeqId};
+use crate::batch::{Batch, BatchSequence, BlockId, SeqId};
 use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, VectorForm};
-use crate::config::{CLOSE_WRITES_MS, MIN_MEASURED_PREFILL_TOKENS};
+use crate::config::{CLOSE_WRITES_MS, MAX_BLOCKS_READ_TOGETHER, MIN_MEASURED_PREFILL_TOKENS};
 use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
 use crate::instruments::Instruments;
-use crate::kv_cache::BlockTransfer;
 use crate::kv_cache::tiers::TierStats;
+use crate::kv_cache::{BlockTransfer, KeptBlock};
 use crate::request::{FinishReason, Origin, Summary, Usage};
 use crate::scheduler::{Scheduler, SequenceEvent, Step};
 use crate::stats::{Histograms, KvTierStats, Stats};
@@ -186,18 +186,44 @@ impl<E: Executor> Worker<E> {
     /// Carries out what the scheduler wants moved between the pool and the tiers.
     fn move_blocks(&mut self) -> Result<()> {
         let now_us = self.now_us();
+        let mut leaving: Vec<(BlockId, KeptBlock)> = Vec::new();
         for transfer in self.scheduler.take_transfers() {
             match transfer {
                 BlockTransfer::Keep { block, kept } => {
                     if self.scheduler.kv().would_keep(&kept, now_us) {
-                        // A cache may forget: what cannot be read is not kept.
-                        let Ok(bytes) = self.executor.read_block(block) else { continue };
-                        self.scheduler.keep_block(&kept, bytes, now_us);
+                        leaving.push((block, kept));
+                    }
+                    if leaving.len() == MAX_BLOCKS_READ_TOGETHER {
+                        self.keep_blocks(&mut leaving, now_us)?;
                     }
                 }
-                // It is shared already: if it cannot be written, nothing that follows is right.
-                BlockTransfer::Restore { block, bytes } => self.executor.write_block(block, &bytes)?,
+                BlockTransfer::Restore { block, bytes } => {
+                    // In their order: it may be one of those.
+                    self.keep_blocks(&mut leaving, now_us)?;
+                    // It is shared already: if it cannot be written, nothing that follows is right.
+                    self.executor.write_block(block, &bytes)?;
+                }
             }
+        }
+        self.keep_blocks(&mut leaving, now_us)
+    }
+
+    /// Reads blocks together and gives them to the tiers.
+    fn keep_blocks(&mut self, leaving: &mut Vec<(BlockId, KeptBlock)>, now_us: u64) -> Result<()> {
+        if leaving.is_empty() {
+            return Ok(());
+        }
+        let blocks: Vec<BlockId> = leaving.iter().map(|(block, _)| *block).collect();
+        match self.executor.read_blocks(&blocks) {
+            Ok(read) => {
+                for ((_, kept), bytes) in leaving.drain(..).zip(read) {
+                    self.scheduler.keep_block(&kept, bytes, now_us);
+                }
+            }
+            // Every later call would fail as this one, after as long a wait.
+            Err(error @ Error::DeviceLost { .. }) => return Err(error),
+            // A cache may forget: what cannot be read is not kept.
+            Err(_) => leaving.clear(),
         }
         Ok(())
     }
@@ -242,10 +268,11 @@ impl<E: Executor> Worker<E> {
         batch.sequences.iter().filter_map(part).collect()
     }
 
-    /// The sequences of a step that failed end. Where the device is gone, all others will.
+    /// The sequences of a step that failed end. Where the device is gone, they end with all others, once the engine says why: whoever
+    /// sees the end of a stream finds it closed.
     fn failed(&mut self, step: Step, error: &Error) -> Vec<SequenceEvent> {
         self.note_lost(error);
-        self.scheduler.fail_step(step, error)
+        if self.lost.is_some() { Vec::new() } else { self.scheduler.fail_step(step, error) }
     }
 
     fn note_lost(&mut self, error: &Error) {
@@ -294,7 +321,7 @@ impl<E: Executor> Worker<E> {
 
     /// One step of whole sequences, if any wait and no other step is in flight.
     fn encode(&mut self) {
-        if !self.in_flight.is_empty() {
+        if !self.in_flight.is_empty() || self.lost.is_some() {
             return;
         }
         let Some(step) = self.scheduler.schedule_encoding(self.now_ms()) else { return };
@@ -312,8 +339,10 @@ impl<E: Executor> Worker<E> {
         if !slices.is_empty() {
             timeline::encoding(&self.instruments.tracer, &slices, start, end);
         }
-        let events = self.scheduler.apply_encoding(step, vectors);
-        self.deliver(events);
+        if self.lost.is_none() {
+            let events = self.scheduler.apply_encoding(step, vectors);
+            self.deliver(events);
+        }
     }
 
     /// Takes what is there; sleeps for the next command when there is nothing else to do.

@@ -7,6 +7,7 @@
  *  | swiglu_rows | the same | the same as f32, to be rounded to 8 bits |
  *  | round_rows | x f32 `[elements]` | out bf16 `[elements]` |
  *  | gelu | x f32 `[elements]`; `tanh_form` chooses the form | out bf16 `[elements]` |
+ *  | gelu_rows | the same | the same as f32, to be rounded to 8 bits |
  *
  *  A thread takes 8 neighbouring numbers; blocks cover all of them along x (of both swiglu: of a row, `blockIdx.y`).
  *
@@ -61,13 +62,23 @@ extern "C" __global__ void __launch_bounds__(256) round_rows(
     store_16_bytes(out + i, pack_bf16x8(values));
 }
 
-extern "C" __global__ void __launch_bounds__(256) gelu(
-    const float* __restrict__ x, bf16* __restrict__ out, int elements, int tanh_form) {
+template <class T>
+__device__ __forceinline__ void gelu_of(const float* x, T* out, int elements, int tanh_form) {
     const int i = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= elements) return;
     alignas(16) float values[8];
     load_8_floats(x + i, values);
 #pragma unroll
     for (int j = 0; j < 8; j++) values[j] = tanh_form != 0 ? gelu_tanh(values[j]) : gelu_erf(values[j]);
-    store_16_bytes(out + i, pack_bf16x8(values));
+    store_8(out + i, values);
+}
+
+extern "C" __global__ void __launch_bounds__(256) gelu(
+    const float* __restrict__ x, bf16* __restrict__ out, int elements, int tanh_form) {
+    gelu_of(x, out, elements, tanh_form);
+}
+
+extern "C" __global__ void __launch_bounds__(256) gelu_rows(
+    const float* __restrict__ x, float* __restrict__ out, int elements, int tanh_form) {
+    gelu_of(x, out, elements, tanh_form);
 }

@@ -244,6 +244,11 @@ __device__ __forceinline__ void attention_decode(const AttentionArguments& args,
 // The launcher (src/cuda/attention_decode.rs) gives this many bytes.
 static_assert(sizeof(DecodeShared<128>) == 512 * (128 + 9) + 32 * (128 + 8) + 4, "shared memory");
 
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_f16_32(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<F16Kv, 32>(args, partials, max_queries);
+}
+
 extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_f16_64(
     const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
     attention_decode<F16Kv, 64>(args, partials, max_queries);
@@ -267,6 +272,11 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode
 extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_f16_256(
     const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
     attention_decode<F16Kv, 256>(args, partials, max_queries);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_bf16_32(
+    const __grid_constant__ AttentionArguments args, const __grid_constant__ AttentionPartials partials, int max_queries) {
+    attention_decode<Bf16Kv, 32>(args, partials, max_queries);
 }
 
 extern "C" __global__ void __launch_bounds__(kAttentionThreads) attention_decode_bf16_64(

@@ -175,6 +175,11 @@ __device__ __forceinline__ void attention_prefill(const AttentionArguments& args
 // The launcher (src/cuda/attention_prefill.rs) gives this many bytes.
 static_assert(sizeof(PrefillShared<128>) == 384 * (128 + 8) + 256 * 128, "shared memory");
 
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_f16_32(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<F16Kv, 32>(args, tiles);
+}
+
 extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_f16_64(
     const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
     attention_prefill<F16Kv, 64>(args, tiles);
@@ -193,6 +198,11 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_pre
 extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_f16_128(
     const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
     attention_prefill<F16Kv, 128>(args, tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_bf16_32(
+    const __grid_constant__ AttentionArguments args, const PrefillTile* __restrict__ tiles) {
+    attention_prefill<Bf16Kv, 32>(args, tiles);
 }
 
 extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2) attention_prefill_bf16_64(

@@ -5,8 +5,9 @@
  *  | embed | table bf16 `[table_rows, width]`, indices `[rows]` | out f32 `[rows, width]` |
  *  | add_embedding | the same | out f32 `[rows, width]` += |
  *  | select_rows | table f32 `[table_rows, width]`, indices `[rows]` | out f32 `[rows, width]` |
+ *  | add_rows | rows f32 `[elements]` | out f32 `[elements]` += |
  *
- *  One block a row; a thread takes 8 numbers at a time. An index that no row has makes its row NaN, which ends the sequence it
+ *  One block a row (of add_rows: as many as the numbers take); a thread takes 8 numbers at a time. An index that no row has makes its row NaN, which ends the sequence it
  *  belongs to and no other: indices may come from sampling on the device, where nobody looks at them in between.
  *
  *  Limits: width is a multiple of 8.
@@ -58,4 +59,15 @@ extern "C" __global__ void __launch_bounds__(512) select_rows(
     const float* __restrict__ table, const uint32_t* __restrict__ indices, float* __restrict__ out, int table_rows,
     int width) {
     take_row<false>(table, indices, out, table_rows, width);
+}
+
+extern "C" __global__ void __launch_bounds__(512) add_rows(
+    const float* __restrict__ rows, float* __restrict__ out, int elements) {
+    const int i = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= elements) return;
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+        const float4 v = load_float4(rows + i + j), w = load_float4(out + i + j);
+        store_float4(out + i + j, make_float4(w.x + v.x, w.y + v.y, w.z + v.z, w.w + v.w));
+    }
 }

@@ -1,13 +1,18 @@
-/** RMSNorm of rows (Zhang & Sennrich 2019, arXiv:1910.07467): `x / sqrt(mean(x^2) + eps) * weight`.
+/** RMSNorm of rows (Zhang & Sennrich 2019, arXiv:1910.07467): `x / sqrt(mean(x^2) + eps) * weight`; and LayerNorm (Ba et al. 2016,
+ *  arXiv:1607.06450): `(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`.
  *
  *  | kernel | reads | writes |
  *  | --- | --- | --- |
  *  | rms_norm_bf16 | x f32 `[rows, width]`, weight f32 `[width]` | out bf16 `[rows, width]`, what products read |
  *  | rms_norm_f32 | the same | out f32 `[rows, width]` |
  *  | add_rms_norm_bf16 | hidden, added f32 `[rows, width]`, weight | hidden += added; out bf16 of the sum |
+ *  | layer_norm_bf16 | x f32 `[rows, width]`, weight, bias f32 `[width]` | out bf16 `[rows, width]` |
+ *  | layer_norm_f32 | the same | out f32 `[rows, width]` |
+ *  | layer_norm_both | the same | normed f32 and out bf16, both `[rows, width]`: a residual stream that is normed itself |
  *
- *  One block a row (`blockIdx.x`); thread t has the vectors of four t, t + blockDim.x, .. The row is read twice, the second
- *  time from the L1 cache. The block's size must depend on the width alone: it fixes the order of the sum.
+ *  One block a row (`blockIdx.x`); thread t has the vectors of four t, t + blockDim.x, .. The row is read twice (of LayerNorm three times:
+ *  the variance is summed around the mean, which loses no bits), but for the first time from the L1 cache. The block's size must depend
+ *  on the width alone: it fixes the order of the sum.
  *
  *  Limits: width is a multiple of 4; rows are aligned to 16 bytes.
  *
@@ -72,4 +77,54 @@ extern "C" __global__ void __launch_bounds__(1024) add_rms_norm_bf16(
     }
     // Each thread reads back what it wrote itself.
     store_row(hidden + row, weight, out + row, width, eps, block_sum(sum, partial));
+}
+
+/** Writes the LayerNorm of the block's row: `store(i, v)` gets the four numbers from `i` on. */
+template <class Store>
+__device__ __forceinline__ void layer_norm(const float* x, const float* weight, const float* bias, int width, float eps,
+                                           float (&partial)[2][kMaxWarps], Store store) {
+    float sum = 0.0f;
+    for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
+        const float4 v = load_float4(x + i);
+        sum = sum + v.x + v.y + v.z + v.w;
+    }
+    const float mean = block_sum(sum, partial[0]) / width;
+    float squares = 0.0f;
+    for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
+        const float4 v = load_float4(x + i);
+        squares = add_squares(squares, make_float4(v.x - mean, v.y - mean, v.z - mean, v.w - mean));
+    }
+    const float factor = 1.0f / sqrtf(block_sum(squares, partial[1]) / width + eps);
+    for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
+        const float4 v = load_float4(x + i), w = load_float4(weight + i), b = load_float4(bias + i);
+        store(i, make_float4((v.x - mean) * factor * w.x + b.x, (v.y - mean) * factor * w.y + b.y,
+                             (v.z - mean) * factor * w.z + b.z, (v.w - mean) * factor * w.w + b.w));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024) layer_norm_bf16(
+    const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, bf16* __restrict__ out,
+    int width, float eps) {
+    __shared__ float partial[2][kMaxWarps];
+    const size_t row = static_cast<size_t>(blockIdx.x) * width;
+    layer_norm(x + row, weight, bias, width, eps, partial, [&](int i, float4 v) { store_normed(out + row + i, v); });
+}
+
+extern "C" __global__ void __launch_bounds__(1024) layer_norm_f32(
+    const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, float* __restrict__ out,
+    int width, float eps) {
+    __shared__ float partial[2][kMaxWarps];
+    const size_t row = static_cast<size_t>(blockIdx.x) * width;
+    layer_norm(x + row, weight, bias, width, eps, partial, [&](int i, float4 v) { store_normed(out + row + i, v); });
+}
+
+extern "C" __global__ void __launch_bounds__(1024) layer_norm_both(
+    const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
+    float* __restrict__ normed, bf16* __restrict__ out, int width, float eps) {
+    __shared__ float partial[2][kMaxWarps];
+    const size_t row = static_cast<size_t>(blockIdx.x) * width;
+    layer_norm(x + row, weight, bias, width, eps, partial, [&](int i, float4 v) {
+        store_normed(normed + row + i, v);
+        store_normed(out + row + i, v);
+    });
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, StatusCode};
-use ns_llm::{Histogram, Histograms, Stats};
+use ns_llm::{Gpu, Histogram, Histograms, Stats};
 use serde_json::json;
 
 use crate::app::{App, Served};
@@ -102,14 +102,27 @@ const HISTOGRAMS: &[HistogramFamily] = &[
     ("iteration_time_seconds", "Of a step.", |h| &h.step_seconds),
 ];
 
+type GpuFamily = (&'static str, &'static str, fn(&Gpu) -> Option<f64>);
+
+/// Of each device of the machine, whoever uses it.
+const OF_GPUS: &[GpuFamily] = &[
+    ("gpu_memory_total_bytes", "Memory of a device.", |gpu| gpu.memory_total_bytes.map(|bytes| bytes as f64)),
+    ("gpu_memory_used_bytes", "The part of it that is in use.", |gpu| gpu.memory_used_bytes.map(|bytes| bytes as f64)),
+    ("gpu_utilization_perc", "Share of the time in which it computed, 0 to 1.", |gpu| {
+        gpu.utilization_percent.map(|percent| percent / 100.0)
+    }),
+    ("gpu_temperature_celsius", "Temperature of its chip.", |gpu| gpu.temperature_celsius),
+    ("gpu_power_watts", "Power that it draws.", |gpu| gpu.power_watts),
+];
+
 /// Everything that is counted, as Prometheus reads it.
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response<Body> {
     // A look at the devices may take its time. Without an answer there is none.
-    let utilization = app.helper.run(|| mean_utilization(&ns_llm::gpus())).await.unwrap_or(0.0);
-    typed(PROMETHEUS_CONTENT_TYPE, prometheus_text(&app, utilization))
+    let gpus = app.helper.run(ns_llm::gpus).await.unwrap_or_default();
+    typed(PROMETHEUS_CONTENT_TYPE, prometheus_text(&app, &gpus))
 }
 
-fn prometheus_text(app: &App, gpu_utilization: f64) -> String {
+fn prometheus_text(app: &App, gpus: &[Gpu]) -> String {
     let prefix = if app.options.vllm_metric_names { "vllm:" } else { "ns_llm:" };
     let mut text = String::new();
     let labels: Vec<String> =
@@ -151,7 +164,7 @@ fn prometheus_text(app: &App, gpu_utilization: f64) -> String {
         ("request_queue_depth", "Requests that wait.", waiting as f64),
         ("active_requests", "Operations that are going on.", app.metrics.num_active() as f64),
         ("avg_latency_ms", "Mean time of all operations since the start.", app.metrics.average_ms()),
-        ("gpu_utilization", "Percent, the mean over all devices; 0 without one.", gpu_utilization),
+        ("gpu_utilization", "Percent, the mean over all devices; 0 without one.", mean_utilization(gpus)),
     ];
     if let Some(exporter) = &app.exporter {
         let counters = [("sent", &exporter.num_sent), ("dropped", &exporter.num_dropped)];
@@ -165,7 +178,22 @@ fn prometheus_text(app: &App, gpu_utilization: f64) -> String {
         head(&mut text, "", name, "gauge", help);
         line(&mut text, name, value);
     }
+    gpu_lines(&mut text, prefix, gpus);
     text
+}
+
+/// Of each device what it tells. A machine without one has none of these families.
+fn gpu_lines(text: &mut String, prefix: &str, gpus: &[Gpu]) {
+    for (name, help, value) in OF_GPUS {
+        let told: Vec<(&Gpu, f64)> = gpus.iter().filter_map(|gpu| Some((gpu, value(gpu)?))).collect();
+        if !told.is_empty() {
+            head(text, prefix, name, "gauge", help);
+        }
+        for (gpu, value) in told {
+            let (index, device) = (gpu.index, escaped(&gpu.name));
+            line(text, &format!("{prefix}{name}{{gpu=\"{index}\",gpu_name=\"{device}\"}}"), value);
+        }
+    }
 }
 
 fn head(text: &mut String, prefix: &str, name: &str, kind: &str, help: &str) {
@@ -194,4 +222,46 @@ fn kv_usage(stats: &Stats) -> f64 {
 
 fn escaped(label: &str) -> String {
     label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use ns_llm::GpuVendor;
+
+    use super::*;
+
+    /// Each device has a line for each value that it tells, in base units, with its number and its name; values that it does not tell,
+    /// and machines without a device, have none.
+    #[test]
+    fn devices_have_lines_of_their_own() {
+        let full = Gpu {
+            vendor: GpuVendor::Nvidia,
+            index: 0,
+            name: "A \"100\"".to_string(),
+            memory_total_bytes: Some(80 << 30),
+            memory_used_bytes: Some(1024),
+            utilization_percent: Some(50.0),
+            temperature_celsius: Some(41.5),
+            power_watts: None,
+            compute_capability: Some((8, 0)),
+        };
+        let bare = Gpu { index: 1, memory_used_bytes: None, temperature_celsius: None, ..full.clone() };
+        let mut text = String::new();
+        gpu_lines(&mut text, "ns_llm:", &[full, bare]);
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let of = |name: &str, gpu: usize| format!("ns_llm:{name}{{gpu=\"{gpu}\",gpu_name=\"A \\\"100\\\"\"}}");
+        let want = [
+            format!("{} 85899345920", of("gpu_memory_total_bytes", 0)),
+            format!("{} 85899345920", of("gpu_memory_total_bytes", 1)),
+            format!("{} 1024", of("gpu_memory_used_bytes", 0)),
+            format!("{} 0.5", of("gpu_utilization_perc", 0)),
+            format!("{} 0.5", of("gpu_utilization_perc", 1)),
+            format!("{} 41.5", of("gpu_temperature_celsius", 0)),
+        ];
+        assert_eq!(lines, want);
+        assert!(!text.contains("power"), "nobody told it:\n{text}");
+        let mut none = String::new();
+        gpu_lines(&mut none, "ns_llm:", &[]);
+        assert_eq!(none, "");
+    }
 }

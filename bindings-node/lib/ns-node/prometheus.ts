@@ -4,6 +4,7 @@
  */
 
 import type { Engine, KvTierStats, Stats } from '../engine.js';
+import type { NativeGpu } from '../../native.js';
 import type { Histogram } from './histogram.js';
 import { state } from './shared_state.js';
 
@@ -27,6 +28,17 @@ const OF_MODELS: readonly Family[] = [
   ['prefix_cache_hits_total', 'counter', 'Prompt tokens that were found there.', (stats) => stats.prefixCacheHitsTotal],
   ['num_preemptions_total', 'counter', 'Sequences that lost their blocks and were computed again.', (stats) => stats.preemptionsTotal],
   ['request_success_total', 'counter', 'Requests that ended by themselves.', (stats) => stats.requestsFinished],
+];
+
+type GpuFamily = readonly [name: string, help: string, value: (gpu: NativeGpu) => number | null | undefined];
+
+/** Of each device of the machine, whoever uses it. */
+const OF_GPUS: readonly GpuFamily[] = [
+  ['gpu_memory_total_bytes', 'Memory of a device.', (gpu) => gpu.memoryTotalBytes],
+  ['gpu_memory_used_bytes', 'The part of it that is in use.', (gpu) => gpu.memoryUsedBytes],
+  ['gpu_utilization_perc', 'Share of the time in which it computed, 0 to 1.', ({ utilizationPercent }) => utilizationPercent == null ? null : utilizationPercent / 100],
+  ['gpu_temperature_celsius', 'Temperature of its chip.', (gpu) => gpu.temperatureCelsius],
+  ['gpu_power_watts', 'Power that it draws.', (gpu) => gpu.powerWatts],
 ];
 
 /** Of each place beside the pool where a model's engine keeps KV blocks. */
@@ -71,7 +83,17 @@ export function prometheusText(): string {
   for (const [name, help, value] of gauges) {
     lines.push(...head(name, 'gauge', help), `${name} ${value}`);
   }
+  lines.push(...gpuLines(gpus.devices));
   return `${lines.join('\n')}\n`;
+}
+
+/** Of each device what it tells. A machine without one has none of these families. */
+export function gpuLines(devices: readonly NativeGpu[]): string[] {
+  return OF_GPUS.flatMap(([name, help, value]) => {
+    const told = devices.filter((gpu) => value(gpu) != null);
+    const line = (gpu: NativeGpu) => `${PREFIX}${name}{gpu="${gpu.index}",gpu_name="${escaped(gpu.name)}"} ${value(gpu)}`;
+    return told.length > 0 ? [...head(PREFIX + name, 'gauge', help), ...told.map(line)] : [];
+  });
 }
 
 /** Engines of one name, from folders of that name, are one line: no two lines may have the same labels. */

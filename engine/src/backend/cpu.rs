@@ -362,8 +362,8 @@ impl Backend for CpuBackend {
         pooled_on_host(hidden.dense(), hidden.width, batch, pooling)
     }
 
-    fn read_block(&self, kv: &kv_blocks::KvBlocks, block: BlockId) -> Result<Arc<[u8]>> {
-        Ok(kv.block(block.0).into())
+    fn read_blocks(&self, kv: &kv_blocks::KvBlocks, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
+        Ok(blocks.iter().map(|block| kv.block(block.0).into()).collect())
     }
 
     fn write_block(&self, kv: &mut kv_blocks::KvBlocks, block: BlockId, bytes: &[u8]) -> Result<()> {

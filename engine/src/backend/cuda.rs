@@ -3,7 +3,7 @@
 //! [`Driver`]: a GPU, or in tests a CPU that plays one.
 //!
 //! Matrices are kept in bf16, Q8_0 or Q4_K (`weights.rs`); activations are f32 between operations and bf16 (or 8 bits beside quantized
-//! weights) inside products; keys and values are f16 or bf16. There are no kernels for LayerNorm: models that have it run on the CPU.
+//! weights) inside products; keys and values are f16 or bf16.
 //!
 //! What kernels read of a step (ids, positions, slots, block tables) is copied once, when its embedding is asked for.
 
@@ -23,7 +23,9 @@ use ns_llm_kernels::cuda::attention::{
 use ns_llm_kernels::cuda::driver::Driver;
 use ns_llm_kernels::cuda::matmul_quant::{QuantOutput, QuantRows, QuantRowsMut, multiply_quant, quantize_rows};
 use ns_llm_kernels::cuda::memory::{Buffer, Memory};
-use ns_llm_kernels::cuda::norm::{RmsNorm, rms_norm, rms_norm_rows};
+use ns_llm_kernels::cuda::norm::{
+    LayerNorm, RmsNorm, layer_norm, layer_norm_both, layer_norm_rows, rms_norm, rms_norm_rows,
+};
 use ns_llm_kernels::cuda::product::{Form, Gelu as DeviceGelu, Output, multiply, multiply_swiglu};
 use ns_llm_kernels::cuda::{activation, embedding, kv_blocks, rope};
 
@@ -110,8 +112,12 @@ pub struct CudaKv {
     layout: kv_blocks::KvLayout,
 }
 
-/// A model that has LayerNorms is refused before it is loaded.
-pub enum NoLayerNorm {}
+/// A LayerNorm's weight, bias and epsilon.
+pub struct CudaLayerNorm {
+    weight: Buffer<f32>,
+    bias: Buffer<f32>,
+    eps: f32,
+}
 
 impl CudaBackend {
     /// On a device that is open. `name` is what the user calls it.
@@ -244,7 +250,7 @@ impl Backend for CudaBackend {
     type Operand = CudaOperand;
     type Linear = CudaLinear;
     type Norm = CudaNorm;
-    type LayerNorm = NoLayerNorm;
+    type LayerNorm = CudaLayerNorm;
     type Rope = CudaRope;
     type Kv = CudaKv;
 
@@ -267,8 +273,13 @@ impl Backend for CudaBackend {
         Ok(CudaNorm { weight, eps })
     }
 
-    fn load_layer_norm(&self, weight: &Tensor, _: &Tensor, _: f32) -> Result<NoLayerNorm> {
-        Err(Error::Internal { reason: format!("a model with LayerNorm `{}` was not refused", weight.name) })
+    fn load_layer_norm(&self, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<CudaLayerNorm> {
+        weight.expect_shape(&[weight.num_elements()])?;
+        bias.expect_shape(&[weight.num_elements()])?;
+        let purpose = "a norm on the device";
+        let (weight, bias) = (self.filled(purpose, &weight.to_f32())?, self.filled(purpose, &bias.to_f32())?);
+        self.weights_bytes.fetch_add((weight.size_bytes() + bias.size_bytes()) as u64, Ordering::Relaxed);
+        Ok(CudaLayerNorm { weight, bias, eps })
     }
 
     fn load_rope(&self, table: RopeTable) -> Result<CudaRope> {
@@ -294,8 +305,13 @@ impl Backend for CudaBackend {
         Ok(rows)
     }
 
-    fn add_embedding(&self, _: &mut CudaRows, _: &CudaLinear, _: &[u32]) -> Result<()> {
-        Err(Error::Internal { reason: "a model with learned positions was not refused".to_owned() })
+    fn add_embedding(&self, hidden: &mut CudaRows, embedding: &CudaLinear, indices: &[u32]) -> Result<()> {
+        let mut add = || {
+            let mut on_device = self.memory.scratch(ACTIVATIONS, indices.len())?;
+            on_device.upload(0, indices)?;
+            embedding.add_embedding(&self.memory, on_device.all(), &mut hidden.values)
+        };
+        add().map_err(|error| self.failed(error))
     }
 
     fn rms_norm(&self, hidden: &CudaRows, norm: &CudaNorm) -> Result<CudaOperand> {
@@ -317,12 +333,31 @@ impl Backend for CudaBackend {
         Ok(rows)
     }
 
-    fn layer_norm(&self, _: &CudaRows, norm: &NoLayerNorm) -> Result<CudaOperand> {
-        match *norm {}
+    fn layer_norm(&self, hidden: &CudaRows, norm: &CudaLayerNorm) -> Result<CudaOperand> {
+        let &CudaRows { rows, width, .. } = hidden;
+        if self.forms(width).int8 {
+            let normed = self.layer_norm_rows(hidden, norm)?;
+            return self.operand(&normed.values, rows, width);
+        }
+        let mut out = self.halves(rows, width)?;
+        layer_norm(self.driver(), hidden.values.all(), &norm.parameters(), &mut out.all_mut())
+            .map_err(|error| self.failed(error))?;
+        Ok(CudaOperand { rows, width, bf16: Some(out), int8: None })
     }
 
-    fn layer_norm_in_place(&self, _: &mut CudaRows, norm: &NoLayerNorm) -> Result<CudaOperand> {
-        match *norm {}
+    /// The rows get other memory: what was theirs is read until the last of them is normed.
+    fn layer_norm_in_place(&self, hidden: &mut CudaRows, norm: &CudaLayerNorm) -> Result<CudaOperand> {
+        let &mut CudaRows { rows, width, .. } = hidden;
+        if self.forms(width).int8 {
+            *hidden = self.layer_norm_rows(hidden, norm)?;
+            return self.operand(&hidden.values, rows, width);
+        }
+        let (mut normed, mut out) = (self.floats(rows, width)?, self.halves(rows, width)?);
+        let (x, to) = (hidden.values.all(), &mut normed.values.all_mut());
+        layer_norm_both(self.driver(), x, &norm.parameters(), to, &mut out.all_mut())
+            .map_err(|error| self.failed(error))?;
+        *hidden = normed;
+        Ok(CudaOperand { rows, width, bf16: Some(out), int8: None })
     }
 
     fn linear(&self, x: &CudaOperand, weight: &CudaLinear) -> Result<CudaRows> {
@@ -358,13 +393,19 @@ impl Backend for CudaBackend {
             Gelu::Erf => DeviceGelu::Erf,
             Gelu::Tanh => DeviceGelu::Tanh,
         };
-        let matrix = weight.bf16().ok_or_else(|| no_form("bf16"))?;
-        let x = x.bf16.as_ref().ok_or_else(|| no_form("bf16"))?;
-        let mut out = self.halves(rows, width)?;
-        let form = Form::for_sizes(rows, width);
-        multiply(self.driver(), form, x.all(), &matrix, Output::Gelu(gelu, &mut out.all_mut()))
+        // Fused where the product has it and its result is what the next one reads.
+        if let (Some(matrix), Some(x), false) = (weight.bf16(), &x.bf16, self.forms(width).int8) {
+            let mut out = self.halves(rows, width)?;
+            let form = Form::for_sizes(rows, width);
+            multiply(self.driver(), form, x.all(), &matrix, Output::Gelu(gelu, &mut out.all_mut()))
+                .map_err(|error| self.failed(error))?;
+            return Ok(CudaOperand { rows, width, bf16: Some(out), int8: None });
+        }
+        let sums = self.linear(x, weight)?;
+        let mut inner = self.floats(rows, width)?;
+        activation::gelu_rows(self.driver(), gelu, sums.values.all(), &mut inner.values.all_mut())
             .map_err(|error| self.failed(error))?;
-        Ok(CudaOperand { rows, width, bf16: Some(out), int8: None })
+        self.operand(&inner.values, rows, width)
     }
 
     /// q stays where it is: the result is the first columns of `qkv`.
@@ -375,18 +416,17 @@ impl Backend for CudaBackend {
         batch: &Batch,
         kv: &mut CudaKv,
     ) -> Result<CudaRows> {
-        let Some(table) = &layer.rope else {
-            return Err(Error::Internal { reason: "a model with learned positions was not refused".to_owned() });
-        };
+        // Where nothing rotates, k and v are stored as they are.
+        let table = layer.rope.as_ref().map(|table| rope::RopeTable {
+            rotary_dim: table.rotary_dim,
+            cosines: table.cosines.all(),
+            sines: table.sines.all(),
+        });
         let rope_layer = rope::RopeLayer {
             layer_idx: kv.layer_idx(layer),
             num_heads: layer.shape.num_heads,
             qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q.parameters(), k.parameters())),
-            rope: rope::RopeTable {
-                rotary_dim: table.rotary_dim,
-                cosines: table.cosines.all(),
-                sines: table.sines.all(),
-            },
+            rope: table.unwrap_or(rope::RopeTable::NONE),
         };
         let mut elements = self.lock(&kv.elements);
         self.with_step(batch, |step| {
@@ -465,12 +505,11 @@ impl Backend for CudaBackend {
         pooled_on_host(&states, hidden.width, batch, pooling)
     }
 
-    fn read_block(&self, kv: &CudaKv, block: BlockId) -> Result<Arc<[u8]>> {
-        let mut bytes = vec![0; kv.layout.block_bytes()];
-        let start = block.0 as usize * kv.layout.block_bytes();
+    fn read_blocks(&self, kv: &CudaKv, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
+        let block_bytes = kv.layout.block_bytes();
+        let starts: Vec<usize> = blocks.iter().map(|block| block.0 as usize * block_bytes).collect();
         let elements = self.lock(&kv.elements);
-        elements.download_bytes(start, &mut bytes).map_err(|error| self.failed(error))?;
-        Ok(bytes.into())
+        elements.download_pieces(&starts, block_bytes).map_err(|error| self.failed(error))
     }
 
     fn write_block(&self, kv: &mut CudaKv, block: BlockId, bytes: &[u8]) -> Result<()> {
@@ -491,6 +530,13 @@ impl CudaBackend {
         Ok(out)
     }
 
+    fn layer_norm_rows(&self, hidden: &CudaRows, norm: &CudaLayerNorm) -> Result<CudaRows> {
+        let mut rows = self.floats(hidden.rows, hidden.width)?;
+        layer_norm_rows(self.driver(), hidden.values.all(), &norm.parameters(), &mut rows.values.all_mut())
+            .map_err(|error| self.failed(error))?;
+        Ok(rows)
+    }
+
     /// At least `len` counters, all of them zero.
     fn arrivals(&self, len: usize) -> Result<MutexGuard<'_, Option<Buffer<u32>>>> {
         let mut arrivals = self.lock(&self.arrivals);
@@ -499,6 +545,12 @@ impl CudaBackend {
             *arrivals = Some(self.memory.zeroed(ACTIVATIONS, len).map_err(|error| self.failed(error))?);
         }
         Ok(arrivals)
+    }
+}
+
+impl CudaLayerNorm {
+    fn parameters(&self) -> LayerNorm<'_> {
+        LayerNorm { weight: self.weight.all(), bias: self.bias.all(), eps: self.eps }
     }
 }
 

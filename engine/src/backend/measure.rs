@@ -133,7 +133,7 @@ impl Backend for Measure {
     fn pool(&self, (): &(), _: &Batch, _: Pooling) -> Result<Vec<Vec<f32>>> {
         never!()
     }
-    fn read_block(&self, (): &(), _: BlockId) -> Result<Arc<[u8]>> {
+    fn read_blocks(&self, (): &(), _: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
         never!()
     }
     fn write_block(&self, (): &mut (), _: BlockId, _: &[u8]) -> Result<()> {

@@ -17,7 +17,7 @@ use crate::error::{DeviceRefusal, Error, Result};
 use crate::loader::Weights;
 use crate::memory_plan::{MemoryPlan, MemoryRoom};
 use crate::model;
-use crate::model::config::{Architecture, ModelConfig};
+use crate::model::config::ModelConfig;
 use crate::open::ModelFiles;
 use crate::tensor::{DType, Encoding, QuantType};
 
@@ -128,12 +128,7 @@ fn cuda_level(
         num_heads: config.num_attention_heads,
         vocab_size: config.vocab_size,
     };
-    let layer_norm = || format!("LayerNorm, which {} has", config.architecture.name());
-    let missing = match config.architecture {
-        Architecture::Gpt2 | Architecture::Bert => Some(layer_norm()),
-        _ => missing_kernel(&sizes, &layout),
-    };
-    if let Some(missing) = missing {
+    if let Some(missing) = missing_kernel(&sizes, &layout) {
         return Err(Error::DeviceUnavailable { device: cuda.name(), reason: DeviceRefusal::NoKernel { missing } });
     }
     let measure = Measure::cuda(wanted);
@@ -148,7 +143,14 @@ fn cuda_level(
     // Cosines and sines of half of a head each.
     let rope_bytes = (context_tokens * config.head_dim * size_of::<f32>()) as u64;
     let room = MemoryRoom::device(limit_bytes, step_bytes + encode_bytes + rope_bytes);
-    let plan = MemoryPlan::new(options, &layout, measure.weights_bytes(), config.max_position_embeddings, room)?;
+    let weights_bytes = measure.weights_bytes();
+    let plan = match config.architecture.can_generate() {
+        true => MemoryPlan::new(options, &layout, weights_bytes, config.max_position_embeddings, room)?,
+        false => MemoryPlan {
+            workspace_bytes: room.workspace_bytes,
+            ..MemoryPlan::for_encoder(options, &layout, weights_bytes, config.max_position_embeddings)?
+        },
+    };
     let format = match stored {
         WeightFormat::Quant(QuantType::Q8_0 | QuantType::Q4_K) => stored,
         _ => WeightFormat::Bf16,

@@ -12,7 +12,10 @@ pub(crate) const TESTS: &[Test] = &[
     ("blocks go to host memory and come back as they were", blocks_come_back_from_the_host),
 ];
 /// Those that look into the shim.
-pub(crate) const TESTS_OF_THE_SHIM: &[Test] = &[("a device gives its memory back", memory_comes_back)];
+pub(crate) const TESTS_OF_THE_SHIM: &[Test] = &[
+    ("a device gives its memory back", memory_comes_back),
+    ("blocks leave a device several at a time, through pinned memory", blocks_leave_together),
+];
 
 /// All at once.
 fn together(engine: &Engine, requests: Vec<Request>) -> Vec<Completion> {
@@ -110,6 +113,28 @@ fn blocks_come_back_from_the_host() {
     assert_eq!(fingerprint(&again), first);
     let tiers = engine.stats().kv_tiers;
     assert!(tiers.iter().any(|tier| tier.name == "host" && tier.hits > 0), "{tiers:?}");
+}
+
+/// Blocks that a long prompt drives out together come to the host in fewer waits than they are, through pinned memory, where the shim lets
+/// them arrive as late as it may; and continue with the bits that were computed.
+fn blocks_leave_together() {
+    let block_bytes = 2 * 2 * 6 * 16 * 2 * 64;
+    let device = shim::shim();
+    let options = shim::options(|options| {
+        options.kv_bytes = Some(6 * block_bytes);
+        options.kv_host_bytes = 64 * block_bytes;
+    });
+    let engine = Engine::open_among(options, shim::One(device.clone())).expect("opens");
+    let request = || with_logprobs(Request::tokens(Rng(43).prompt(66)).max_tokens(1).temperature(0.0));
+    let first = fingerprint(&engine.complete(request()).expect("runs"));
+    engine
+        .complete(Request::tokens(Rng(44).prompt(90)).max_tokens(1))
+        .expect("takes the place of the first one's blocks");
+    let (copies, waits) = device.pinned_copies();
+    assert!(copies >= 4 && waits < copies, "{copies} blocks in {waits} waits");
+    let again = engine.complete(request()).expect("runs");
+    assert!(again.summary.usage.cached_tokens >= 32, "{:?}", again.summary.usage);
+    assert_eq!(fingerprint(&again), first);
 }
 
 /// What an engine took of a device is free again when it is closed.

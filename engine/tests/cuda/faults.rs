@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("a load that fails at any call leaves nothing", loads_fail_clean),
     ("a full device fails requests, and serves again when there is room", a_full_device_lives),
     ("a lost device ends its engine at any call, and no other", a_lost_device_ends_its_engine),
+    ("a step that never ends ends its engine, and no call waits for it", a_step_that_hangs_ends_its_engine),
 ];
 
 fn faulty(fault: Fault) -> (Arc<IdleDevice>, Arc<FaultyDevice>) {
@@ -101,7 +102,6 @@ fn a_full_device_lives() {
 /// and dropping it does no harm, and an engine on the CPU beside it goes on.
 fn a_lost_device_ends_its_engine() {
     let beside = Engine::open(shim::options(|options| options.device = Device::Cpu)).expect("opens");
-    let mut told_why = 0;
     for call in [0, 1, 2, 5, 11, 23, 47, 95, 150] {
         let (idle, device) = faulty(Fault::Lost);
         let engine = Engine::open_among(shim::options(|_| ()), shim::One(device.clone())).expect("opens");
@@ -110,17 +110,42 @@ fn a_lost_device_ends_its_engine() {
         let streams: Vec<_> = (0..3).map(|seed| engine.submit(request(seed).max_tokens(200))).collect();
         for stream in streams {
             let last = stream.and_then(|stream| stream.into_iter().last().expect("an end"));
-            // One that reaches a worker that is just leaving finds it closed.
-            assert!(matches!(&last, Err(Error::Closed | Error::DeviceLost { .. })), "call {call}: {last:?}");
-            told_why += u32::from(last != Err(Error::Closed));
+            // Whoever sees the end finds the engine closed.
+            assert!(matches!(engine.health(), Err(Error::DeviceLost { .. })), "call {call}: {:?}", engine.health());
+            // Also one that reaches a worker that is just leaving.
+            assert!(matches!(&last, Err(Error::DeviceLost { .. })), "call {call}: {last:?}");
         }
         let later = end(&engine, request(9)).expect_err("the engine has ended");
         assert!(matches!(later, Error::DeviceLost { .. }), "call {call}: {later}");
         assert_eq!(later.code(), "device_lost");
+        assert!(matches!(engine.flush(), Err(Error::DeviceLost { .. })), "call {call}: {:?}", engine.flush());
         engine.close();
+        let closed = end(&engine, request(9)).expect_err("the engine is closed");
+        assert!(matches!(closed, Error::DeviceLost { .. }), "call {call}: {closed}");
         drop(engine);
         assert_eq!(idle.used_bytes(), 0, "call {call}");
     }
-    assert!(told_why >= 9, "{told_why} requests heard of the device");
+    assert_eq!(end(&beside, request(1)), Ok(()));
+}
+
+/// From each of several calls on nothing ends on the device any more: every live request gets a typed error that says so, closing returns,
+/// no call was made that waits for the device (which would be for ever), and an engine beside it goes on.
+fn a_step_that_hangs_ends_its_engine() {
+    let beside = Engine::open(shim::options(|options| options.device = Device::Cpu)).expect("opens");
+    for call in [0, 3, 30, 90] {
+        let (_, device) = faulty(Fault::Hang);
+        let engine = Engine::open_among(shim::options(|_| ()), shim::One(device.clone())).expect("opens");
+        device.fail_from(Some(device.num_calls() + call));
+        let streams: Vec<_> = (0..3).map(|seed| engine.submit(request(seed).max_tokens(200))).collect();
+        for stream in streams {
+            let last = stream.and_then(|stream| stream.into_iter().last().expect("an end"));
+            let Err(Error::DeviceLost { device, reason }) = last else { panic!("call {call}: {last:?}") };
+            assert!(device == "cuda:0" && reason.contains("has not ended after"), "call {call}: {reason}");
+        }
+        assert!(device.num_faults() > 0 && device.is_abandoned(), "call {call}");
+        assert!(matches!(engine.health(), Err(Error::DeviceLost { .. })), "call {call}: {:?}", engine.health());
+        engine.close();
+        assert_eq!(device.num_endless_calls(), 0, "call {call}");
+    }
     assert_eq!(end(&beside, request(1)), Ok(()));
 }

@@ -14,6 +14,8 @@ mod shim;
 mod demo;
 #[path = "../support/direct_run.rs"]
 mod direct_run;
+#[path = "../support/tiny_model.rs"]
+mod tiny_model;
 
 use libtest_mimic::{Arguments, Trial};
 

@@ -295,9 +295,12 @@ impl Executor for FakeExecutor {
     }
 
     /// Where the contents of each slot come from, but not when its block was allocated.
-    fn read_block(&mut self, block: BlockId) -> Result<Arc<[u8]>> {
-        let first = block.0 as usize * self.block_tokens;
-        Ok(self.slots[first..first + self.block_tokens].iter().flat_map(slot_bytes).collect())
+    fn read_blocks(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
+        let read = |block: &BlockId| {
+            let first = block.0 as usize * self.block_tokens;
+            self.slots[first..first + self.block_tokens].iter().flat_map(slot_bytes).collect()
+        };
+        Ok(blocks.iter().map(read).collect())
     }
 
     fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {

@@ -243,7 +243,7 @@ impl Simulation {
             match transfer {
                 BlockTransfer::Keep { block, kept } => {
                     if self.scheduler.kv().would_keep(&kept, now_us) {
-                        let bytes = self.executor.read_block(block).expect("the fake does not fail");
+                        let bytes = self.executor.read_blocks(&[block]).expect("the fake does not fail").remove(0);
                         self.scheduler.keep_block(&kept, bytes, now_us);
                     }
                 }

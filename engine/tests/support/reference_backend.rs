@@ -327,7 +327,7 @@ impl Backend for Reference {
         Ok(batch.sequences.iter().map(|sequence| vector(&sequence.rows)).collect())
     }
 
-    fn read_block(&self, _: &Kv, _: BlockId) -> Result<Arc<[u8]>> {
+    fn read_blocks(&self, _: &Kv, _: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
         unreachable!("no test keeps blocks of the reference")
     }
 

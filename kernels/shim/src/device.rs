@@ -29,6 +29,12 @@ pub(crate) struct HostMemory {
     pub(crate) unwritten: u8,
     /// Bytes by address.
     allocations: Mutex<BTreeMap<u64, usize>>,
+    /// Memory that plays the host's pinned.
+    pinned: Mutex<BTreeMap<u64, Box<[u8]>>>,
+    /// Copies there that were started and have not arrived: target, address, bytes.
+    under_way: Mutex<Vec<(u64, u64, usize)>>,
+    /// Copies there that have arrived, and how many times something was waited for that brought some.
+    arrived: Mutex<(u64, u64)>,
 }
 
 impl ShimDevice {
@@ -40,6 +46,11 @@ impl ShimDevice {
     /// Bytes that are allocated now.
     pub fn used_bytes(&self) -> u64 {
         self.memory.used_bytes()
+    }
+
+    /// Copies to pinned memory so far, and how many waits brought them.
+    pub fn pinned_copies(&self) -> (u64, u64) {
+        *held(&self.memory.arrived)
     }
 }
 
@@ -58,7 +69,14 @@ impl HostMemory {
             memory_bytes,
             max_shared_bytes: 99 << 10,
         };
-        HostMemory { info, unwritten, allocations: Mutex::default() }
+        HostMemory {
+            info,
+            unwritten,
+            allocations: Mutex::default(),
+            pinned: Mutex::default(),
+            under_way: Mutex::default(),
+            arrived: Mutex::default(),
+        }
     }
 
     pub(crate) fn used_bytes(&self) -> u64 {
@@ -66,7 +84,39 @@ impl HostMemory {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, usize>> {
-        self.allocations.lock().unwrap_or_else(PoisonError::into_inner)
+        held(&self.allocations)
+    }
+
+    /// Full of what unwritten memory holds.
+    pub(crate) fn allocate_pinned(&self, num_bytes: usize) -> u64 {
+        let mut memory = vec![POISON; num_bytes].into_boxed_slice();
+        let address = memory.as_mut_ptr() as u64;
+        held(&self.pinned).insert(address, memory);
+        address
+    }
+
+    pub(crate) fn free_pinned(&self, address: u64) {
+        let freed = held(&self.pinned).remove(&address);
+        assert!(freed.is_some(), "pinned memory that is freed was allocated, and is freed once");
+    }
+
+    /// Arrives as late as it may: when somebody waits.
+    pub(crate) fn download_pinned(&self, target: u64, address: u64, num_bytes: usize) {
+        self.check(address, num_bytes);
+        held(&self.under_way).push((target, address, num_bytes));
+    }
+
+    /// All that is under way arrives.
+    pub(crate) fn arrive(&self) {
+        let under_way = std::mem::take(&mut *held(&self.under_way));
+        let mut arrived = held(&self.arrived);
+        *arrived = (arrived.0 + under_way.len() as u64, arrived.1 + u64::from(!under_way.is_empty()));
+        for (target, address, num_bytes) in under_way {
+            let mut pinned = held(&self.pinned);
+            let (start, memory) = pinned.range_mut(..=target).next_back().expect("the target is pinned memory");
+            let offset = (target - start) as usize;
+            self.download(&mut memory[offset..offset + num_bytes], address);
+        }
     }
 
     pub(crate) fn allocate(&self, purpose: &'static str, num_bytes: usize) -> Result<u64> {
@@ -122,8 +172,13 @@ impl HostMemory {
 impl Drop for HostMemory {
     fn drop(&mut self) {
         let left = std::mem::take(&mut *self.lock());
+        assert!(held(&self.pinned).is_empty() || std::thread::panicking(), "pinned memory was never freed");
         assert!(left.is_empty() || std::thread::panicking(), "{} allocations were never freed", left.len());
     }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The operations on memory are those of [`HostMemory`].
@@ -135,6 +190,24 @@ macro_rules! driver_on_host_memory {
             }
             fn free_memory_bytes(&self) -> Result<u64> {
                 Ok(self.memory.info.memory_bytes.saturating_sub(self.memory.used_bytes()))
+            }
+            fn is_idle(&self) -> Result<bool> {
+                // Kernels have run when their launch returns.
+                self.memory.arrive();
+                Ok(true)
+            }
+            fn allocate_pinned(&self, num_bytes: usize) -> Result<u64> {
+                Ok(self.memory.allocate_pinned(num_bytes))
+            }
+            unsafe fn free_pinned(&self, address: u64) {
+                self.memory.free_pinned(address);
+            }
+            unsafe fn download_pinned(&self, target: u64, address: u64, num_bytes: usize) -> Result<()> {
+                self.memory.download_pinned(target, address, num_bytes);
+                Ok(())
+            }
+            fn abandon(&self) {
+                panic!("a device that never hangs was given up");
             }
             fn allocate(&self, purpose: &'static str, num_bytes: usize) -> Result<u64> {
                 self.memory.allocate(purpose, num_bytes)

@@ -1,8 +1,9 @@
 //! Devices for tests of what happens around the kernels: one that computes nothing and is fast, and one that fails from a given call
 //! on.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use ns_llm_kernels::cuda::driver::{DeviceInfo, Driver};
 use ns_llm_kernels::cuda::launch::{Launch, Stream};
@@ -44,7 +45,12 @@ pub enum Fault {
     Lost,
     /// Kernels cannot be launched.
     Launch,
+    /// The next kernel never ends, and a call that waits for it would not return.
+    Hang,
 }
+
+/// Longest time that what is enqueued on a device that hangs may take.
+const MAX_WAIT: Duration = Duration::from_millis(20);
 
 /// A device that works until a given call, and then has a fault until it is healed.
 pub struct FaultyDevice {
@@ -54,13 +60,28 @@ pub struct FaultyDevice {
     /// The first call that meets the fault.
     from_call: Mutex<Option<u64>>,
     num_faults: AtomicU64,
+    num_endless_calls: AtomicU64,
+    /// A kernel that never ends was launched.
+    hangs: AtomicBool,
+    is_abandoned: AtomicBool,
 }
 
 impl FaultyDevice {
     /// `inner`, until it is [told](Self::fail_from) to fail.
     pub fn new(inner: Arc<dyn Driver>, fault: Fault) -> Arc<FaultyDevice> {
-        let (num_calls, num_faults) = (AtomicU64::new(0), AtomicU64::new(0));
-        Arc::new(FaultyDevice { inner, fault, num_calls, from_call: Mutex::new(None), num_faults })
+        let [num_calls, num_faults, num_endless_calls] = std::array::from_fn(|_| AtomicU64::new(0));
+        let [hangs, is_abandoned] = std::array::from_fn(|_| AtomicBool::new(false));
+        let from_call = Mutex::new(None);
+        Arc::new(FaultyDevice {
+            inner,
+            fault,
+            num_calls,
+            from_call,
+            num_faults,
+            num_endless_calls,
+            hangs,
+            is_abandoned,
+        })
     }
 
     /// Calls so far.
@@ -70,6 +91,14 @@ impl FaultyDevice {
     /// Calls that failed.
     pub fn num_faults(&self) -> u64 {
         self.num_faults.load(Ordering::Relaxed)
+    }
+    /// Calls that would never have returned.
+    pub fn num_endless_calls(&self) -> u64 {
+        self.num_endless_calls.load(Ordering::Relaxed)
+    }
+    /// Whether it was given up.
+    pub fn is_abandoned(&self) -> bool {
+        self.is_abandoned.load(Ordering::Relaxed)
     }
     /// The fault begins at call `call`, counted from 0; `None`: it ends.
     pub fn fail_from(&self, call: Option<u64>) {
@@ -88,12 +117,22 @@ impl FaultyDevice {
                 self.num_faults.fetch_add(1, Ordering::Relaxed);
                 Err(Error::DeviceLost { call: name, reason: "a test took it away".to_owned() })
             }
+            Fault::Hang if concerned => {
+                self.num_faults.fetch_add(1, Ordering::Relaxed);
+                self.hangs.store(true, Ordering::Relaxed);
+                Ok(())
+            }
             _ if concerned => {
                 self.num_faults.fetch_add(1, Ordering::Relaxed);
                 Err(error())
             }
             _ => Ok(()),
         }
+    }
+
+    /// A call that waits for the device.
+    fn waits(&self) {
+        self.num_endless_calls.fetch_add(u64::from(self.hangs.load(Ordering::Relaxed)), Ordering::Relaxed);
     }
 
     fn other(&self, name: &'static str) -> Result<()> {
@@ -104,7 +143,7 @@ impl FaultyDevice {
 impl Stream for FaultyDevice {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let refused = || Error::Launch { kernel: launch.kernel, reason: "a test forbade it".to_owned() };
-        self.call(launch.kernel, self.fault == Fault::Launch, refused)?;
+        self.call(launch.kernel, matches!(self.fault, Fault::Launch | Fault::Hang), refused)?;
         self.inner.launch(launch)
     }
 }
@@ -117,15 +156,47 @@ impl Driver for FaultyDevice {
         self.other("cuMemGetInfo")?;
         self.inner.free_memory_bytes()
     }
+    fn is_idle(&self) -> Result<bool> {
+        self.other("cuStreamQuery")?;
+        Ok(!self.hangs.load(Ordering::Relaxed) && self.inner.is_idle()?)
+    }
+    fn max_wait(&self) -> Duration {
+        MAX_WAIT
+    }
+    fn abandon(&self) {
+        self.is_abandoned.store(true, Ordering::Relaxed);
+    }
     fn allocate(&self, purpose: &'static str, num_bytes: usize) -> Result<u64> {
         let full = || Error::OutOfMemory { purpose, needed_bytes: num_bytes as u64, available_bytes: 0 };
         self.call("cuMemAlloc", self.fault == Fault::OutOfMemory, full)?;
         self.inner.allocate(purpose, num_bytes)
     }
     unsafe fn free(&self, address: u64) {
+        // A driver waits for the kernels before it takes memory back, unless the device was given up.
+        if !self.is_abandoned() {
+            self.waits();
+        }
         // Whatever the state of a device, its memory is no longer ours.
         // SAFETY: promised by the caller.
         unsafe { self.inner.free(address) };
+    }
+    fn allocate_pinned(&self, num_bytes: usize) -> Result<u64> {
+        let (purpose, needed_bytes) = ("pinned memory of the host", num_bytes as u64);
+        let full = || Error::OutOfMemory { purpose, needed_bytes, available_bytes: 0 };
+        self.call("cuMemHostAlloc", self.fault == Fault::OutOfMemory, full)?;
+        self.inner.allocate_pinned(num_bytes)
+    }
+    unsafe fn free_pinned(&self, address: u64) {
+        if !self.is_abandoned() {
+            self.waits();
+        }
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.free_pinned(address) };
+    }
+    unsafe fn download_pinned(&self, target: u64, address: u64, num_bytes: usize) -> Result<()> {
+        self.other("cuMemcpyDtoHAsync")?;
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.download_pinned(target, address, num_bytes) }
     }
     unsafe fn fill(&self, address: u64, byte: u8, num_bytes: usize) -> Result<()> {
         self.other("cuMemsetD8Async")?;
@@ -139,6 +210,7 @@ impl Driver for FaultyDevice {
     }
     unsafe fn download(&self, target: &mut [u8], address: u64) -> Result<()> {
         self.other("cuMemcpyDtoHAsync")?;
+        self.waits();
         // SAFETY: promised by the caller.
         unsafe { self.inner.download(target, address) }
     }

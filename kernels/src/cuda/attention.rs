@@ -20,7 +20,7 @@ pub(super) const TILE_ROWS: usize = 16;
 /// Threads of a block of either kernel.
 pub(super) const THREADS: u32 = 128;
 /// Width of heads that there are kernels for.
-pub const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+pub const HEAD_DIMS: [usize; 6] = [32, 64, 80, 96, 128, 256];
 /// The widest head that `attention_prefill.cu` takes.
 const MAX_PREFILL_HEAD_DIM: usize = 128;
 
@@ -107,6 +107,8 @@ pub struct AttentionPlan {
     num_rows: usize,
     /// Entries of the block tables.
     num_blocks: usize,
+    /// Tokens that a block must hold at least, so that each sequence's blocks hold all of its tokens.
+    min_block_tokens: usize,
 }
 
 /// A plan on the device.
@@ -184,6 +186,10 @@ pub fn paged_attention(
     at_least("bytes of q", q_len * q.activation_type.size_bytes(), q.bytes.len())?;
     at_least("bytes of out", plan.num_rows * width * out_type.size_bytes(), out.len())?;
     at_least("block tables", plan.num_blocks, batch.block_tables.len())?;
+    // A table that is too short would be read on into the next sequence's, and what is there is anybody's block.
+    at_least("block_tokens, of as many blocks as each sequence has", plan.min_block_tokens, layout.block_tokens)?;
+    let (queries, results) = (("address of q", q.bytes.place()), ("address of out", out.place()));
+    SIZES.aligned([queries, results, ("address of the blocks", kv.elements.place())])?;
     let (partials, arrivals) = plan.scratch_len();
     at_least("partials", partials, scratch.partials.len())?;
     at_least("arrivals", arrivals, scratch.arrivals.len())?;
@@ -235,7 +241,7 @@ impl AttentionPlan {
         num_kv_heads: usize,
         head_dim: usize,
     ) -> Result<AttentionPlan> {
-        SIZES.require("head_dim", head_dim, HEAD_DIMS.contains(&head_dim), "64, 80, 96, 128 or 256")?;
+        SIZES.require("head_dim", head_dim, HEAD_DIMS.contains(&head_dim), "32, 64, 80, 96, 128 or 256")?;
         let whole_groups = num_kv_heads > 0 && num_heads > 0 && num_heads.is_multiple_of(num_kv_heads);
         SIZES.require("heads", num_heads, whole_groups, "a multiple of the kv heads, not 0")?;
         let group = num_heads / num_kv_heads;
@@ -253,6 +259,7 @@ impl AttentionPlan {
             head_dim,
             num_rows: present().map(|s| s.rows.end).max().unwrap_or(0),
             num_blocks: present().map(|s| s.blocks.end).max().unwrap_or(0),
+            min_block_tokens: present().map(min_block_tokens).max().unwrap_or(0),
         };
         for &sequence in decode.iter().chain(&prefill) {
             plan.sequences.push(SequenceRows::new(sequence)?);
@@ -286,6 +293,14 @@ impl AttentionPlan {
     }
     pub(super) fn head_dim(&self) -> usize {
         self.head_dim
+    }
+}
+
+/// Tokens that a block must hold, so that the sequence's blocks hold its tokens.
+fn min_block_tokens(sequence: &AttentionSequence) -> usize {
+    match sequence.blocks.len() {
+        0 => usize::MAX,
+        num_blocks => (sequence.first_position + sequence.rows.len()).div_ceil(num_blocks),
     }
 }
 

@@ -6,7 +6,8 @@ use super::launch::{Argument, DeviceStruct, Launch, MAX_GRID_YZ, Stream};
 use crate::error::Result;
 
 /// By width of the heads, f16 and bf16.
-const KERNELS: [[&str; 2]; 5] = [
+const KERNELS: [[&str; 2]; 6] = [
+    ["attention_decode_f16_32", "attention_decode_bf16_32"],
     ["attention_decode_f16_64", "attention_decode_bf16_64"],
     ["attention_decode_f16_80", "attention_decode_bf16_80"],
     ["attention_decode_f16_96", "attention_decode_bf16_96"],

@@ -9,7 +9,8 @@ use crate::error::Result;
 pub(super) const BLOCK_ROWS: usize = 64;
 
 /// By width of the heads, f16 and bf16. A plan leaves wider heads to decode.
-const KERNELS: [[&str; 2]; 4] = [
+const KERNELS: [[&str; 2]; 5] = [
+    ["attention_prefill_f16_32", "attention_prefill_bf16_32"],
     ["attention_prefill_f16_64", "attention_prefill_bf16_64"],
     ["attention_prefill_f16_80", "attention_prefill_bf16_80"],
     ["attention_prefill_f16_96", "attention_prefill_bf16_96"],

@@ -1,11 +1,15 @@
 //! A CUDA device that is open: its context, its kernels, and the one stream on which they run. The driver's library is loaded
 //! when the first device is asked for; where there is none, or an old one, that is a typed error.
 //!
+//! A device whose kernels do not end is given up: nothing is asked of it any more that would wait for it, its memory and its context stay
+//! as they are until the process ends, and it cannot be opened again.
+//!
 //! Threads: a device may be used from any thread. Each call makes the device's context current on its thread first, because
 //! the driver keeps that per thread.
 
+use std::collections::BTreeSet;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -20,8 +24,16 @@ const NEEDED_DRIVER: i32 = 13_000;
 /// Oldest compute capability that kernels are compiled for: `cp.async` and bf16 on tensor cores came with it.
 const NEEDED_CAPABILITY: (i32, i32) = (8, 0);
 
+/// Numbers of the devices that were given up.
+static ABANDONED: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
+
+fn abandoned() -> MutexGuard<'static, BTreeSet<usize>> {
+    ABANDONED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// An open device.
 pub struct Device {
+    ordinal: usize,
     handle: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -61,13 +73,18 @@ impl Device {
         if ordinal >= count {
             return Err(Error::NoCudaDevice { ordinal, count });
         }
+        // The process has one context of each device, and what hangs in it hangs for everybody.
+        if abandoned().contains(&ordinal) {
+            let reason = format!("device {ordinal} was given up in this process, because its kernels did not end");
+            return Err(Error::DeviceLost { call: "cuDevicePrimaryCtxRetain", reason });
+        }
         let handle = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
         let info = device_info(handle)?;
         check_capability(&info)?;
         // SAFETY: the handle is that of a device.
         let context = unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         // From here on `drop` gives back what there is.
-        let mut device = Device { handle, context, stream: std::ptr::null_mut(), modules: None, info };
+        let mut device = Device { ordinal, handle, context, stream: std::ptr::null_mut(), modules: None, info };
         device.enter()?;
         let kind = result::stream::StreamKind::NonBlocking;
         device.stream = result::stream::create(kind).map_err(failed("cuStreamCreate"))?;
@@ -90,6 +107,11 @@ impl Device {
 
     pub(super) fn stream(&self) -> sys::CUstream {
         self.stream
+    }
+
+    /// Whether nothing may wait for it any more.
+    pub(super) fn is_abandoned(&self) -> bool {
+        abandoned().contains(&self.ordinal)
     }
 }
 
@@ -126,6 +148,19 @@ impl Driver for Device {
         Ok(free as u64)
     }
 
+    fn is_idle(&self) -> Result<bool> {
+        self.enter()?;
+        // SAFETY: the stream lives as long as the device.
+        match unsafe { sys::cuStreamQuery(self.stream) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => status.result().map(|()| true).map_err(failed("cuStreamQuery")),
+        }
+    }
+
+    fn abandon(&self) {
+        abandoned().insert(self.ordinal);
+    }
+
     fn allocate(&self, purpose: &'static str, num_bytes: usize) -> Result<u64> {
         self.enter()?;
         // SAFETY: the context is current.
@@ -140,10 +175,37 @@ impl Driver for Device {
     }
 
     unsafe fn free(&self, address: u64) {
-        if self.enter().is_ok() {
+        if !self.is_abandoned() && self.enter().is_ok() {
             // SAFETY: promised by the caller; the driver waits for kernels that use it.
             let _ = unsafe { result::free_sync(address) };
         }
+    }
+
+    fn allocate_pinned(&self, num_bytes: usize) -> Result<u64> {
+        self.enter()?;
+        // SAFETY: the context is current.
+        let address = unsafe { result::malloc_host(num_bytes, 0) }.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let (purpose, needed_bytes) = ("pinned memory of the host", num_bytes as u64);
+                Error::OutOfMemory { purpose, needed_bytes, available_bytes: 0 }
+            }
+            _ => failed("cuMemHostAlloc")(error),
+        })?;
+        Ok(address as u64)
+    }
+
+    unsafe fn free_pinned(&self, address: u64) {
+        if !self.is_abandoned() && self.enter().is_ok() {
+            // SAFETY: promised by the caller.
+            let _ = unsafe { result::free_host(address as *mut c_void) };
+        }
+    }
+
+    unsafe fn download_pinned(&self, target: u64, address: u64, num_bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: promised by the caller; the stream orders the copy behind the kernels.
+        let status = unsafe { sys::cuMemcpyDtoHAsync_v2(target as *mut c_void, address, num_bytes, self.stream) };
+        status.result().map_err(failed("cuMemcpyDtoHAsync"))
     }
 
     unsafe fn fill(&self, address: u64, byte: u8, num_bytes: usize) -> Result<()> {
@@ -170,8 +232,8 @@ impl Driver for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // A context that cannot be entered any more (the device was lost) has nothing left to give back.
-        if self.enter().is_err() {
+        // A context that cannot be entered any more (the device was lost) has nothing left to give back, and one that hangs gives nothing.
+        if self.is_abandoned() || self.enter().is_err() {
             return;
         }
         // SAFETY: this is their owner, and nothing runs on the stream any more once it is synchronized. Errors are those of

@@ -2,8 +2,18 @@
 //! ([`device`](super::device), with the feature `cuda`); the tests' CPU shim is another. So the code above runs on a GPU, on a CPU that
 //! plays one, and on a driver that fails on purpose.
 
+use std::time::{Duration, Instant};
+
 use super::launch::Stream;
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+/// Longest time that a device may take for what was enqueued: hundreds of times as long as the longest step. Behind it the device
+/// is given up, because a kernel that hangs cannot be ended from outside.
+pub const MAX_WAIT: Duration = Duration::from_secs(60);
+/// While a wait is this short, it is looked all the time whether it is over: a sleep would take as long as a short step.
+const BUSY_WAIT: Duration = Duration::from_millis(5);
+/// Time between two looks behind that.
+const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 
 /// What a device is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,12 +31,21 @@ pub struct DeviceInfo {
 }
 
 /// A device that is open. Kernels, fills and copies happen one after the other, in the order of calls; a copy to the host has
-/// arrived when the call returns, and the source of a copy from the host may be overwritten then.
+/// arrived when the call returns, and the source of a copy from the host may be overwritten then. Whoever reads back waits first, by
+/// [`wait`], which knows when to stop.
 pub trait Driver: Stream + Send + Sync {
     /// What it is.
     fn info(&self) -> &DeviceInfo;
     /// Bytes of its memory that are free now, whoever has the rest.
     fn free_memory_bytes(&self) -> Result<u64>;
+    /// Whether all that was enqueued has run. Does not wait.
+    fn is_idle(&self) -> Result<bool>;
+    /// Longest time that what was enqueued may take.
+    fn max_wait(&self) -> Duration {
+        MAX_WAIT
+    }
+    /// The device is given up: from now on nothing is asked of it that would wait for it. Its memory is lost to this process.
+    fn abandon(&self);
     /// Memory, aligned to 256 bytes; what it holds is anything.
     /// [`Error::OutOfMemory`](crate::error::Error::OutOfMemory) names `purpose`.
     fn allocate(&self, purpose: &'static str, num_bytes: usize) -> Result<u64>;
@@ -35,6 +54,20 @@ pub trait Driver: Stream + Send + Sync {
     /// # Safety
     /// `address` is from [`allocate`](Self::allocate), and nothing uses it that is enqueued from now on.
     unsafe fn free(&self, address: u64);
+    /// Memory of this process that the device reaches by itself (pinned): copies there need no other thread's help, and are under way
+    /// together. [`Error::OutOfMemory`] where there is none to be had.
+    fn allocate_pinned(&self, num_bytes: usize) -> Result<u64>;
+    /// Gives it back.
+    ///
+    /// # Safety
+    /// `address` is from [`allocate_pinned`](Self::allocate_pinned), and no copy to it is under way.
+    unsafe fn free_pinned(&self, address: u64);
+    /// Starts a copy to pinned memory, at `target`. It has arrived when the device [is idle](Self::is_idle).
+    ///
+    /// # Safety
+    /// As many bytes from `address` on are inside one allocation, from `target` on inside one of pinned memory; nobody reads these until
+    /// they have arrived.
+    unsafe fn download_pinned(&self, target: u64, address: u64, num_bytes: usize) -> Result<()>;
     /// Sets every byte.
     ///
     /// # Safety
@@ -50,4 +83,20 @@ pub trait Driver: Stream + Send + Sync {
     /// # Safety
     /// As many bytes from `address` on are inside one allocation.
     unsafe fn download(&self, target: &mut [u8], address: u64) -> Result<()>;
+}
+
+/// Waits until all that was enqueued has run. [`Error::DeviceLost`] when that takes longer than [`Driver::max_wait`]; the device is
+/// then given up.
+pub fn wait(driver: &dyn Driver) -> Result<()> {
+    let start = Instant::now();
+    while !driver.is_idle()? {
+        let waited = start.elapsed();
+        if waited > driver.max_wait() {
+            driver.abandon();
+            let reason = format!("what was enqueued has not ended after {} ms", waited.as_millis());
+            return Err(Error::DeviceLost { call: "cuStreamQuery", reason });
+        }
+        if waited < BUSY_WAIT { std::thread::yield_now() } else { std::thread::sleep(LOOK_INTERVAL) }
+    }
+    Ok(())
 }

@@ -49,6 +49,25 @@ pub fn select_rows(
     launch(stream, ("select_rows", "select_rows"), table, indices, out)
 }
 
+/// Adds rows to rows, number by number: what [`add_embedding`] is where the table's rows had to be made first.
+pub fn add_rows(stream: &impl Stream, rows: Slice<'_, f32>, out: &mut SliceMut<'_, f32>) -> Result<()> {
+    let (sizes, elements) = (Sizes { operation: "add_rows" }, rows.len());
+    sizes.require("elements", elements, elements.is_multiple_of(VECTOR), "a multiple of 8")?;
+    sizes.equal("elements of out", elements, out.len())?;
+    sizes.aligned([("address of rows", rows.place()), ("address of out", out.place())])?;
+    if elements == 0 {
+        return Ok(());
+    }
+    stream.launch(&Launch {
+        file: "embedding",
+        kernel: "add_rows",
+        grid: [sizes.blocks("elements", elements.div_ceil(VECTOR * MAX_THREADS))?, 1, 1],
+        threads: MAX_THREADS as u32,
+        shared_bytes: 0,
+        arguments: &[rows.argument(), out.argument(), Argument::Int(sizes.int("elements", elements)?)],
+    })
+}
+
 /// `names`: of the operation and of its kernel.
 fn launch<T>(
     stream: &impl Stream,
@@ -63,6 +82,7 @@ fn launch<T>(
     sizes.require("rows of the table", table_rows, table_rows > 0, "at least 1")?;
     sizes.equal("elements of the table", table_rows * width, table.rows.len())?;
     sizes.equal("elements of out", indices.len() * width, out.len())?;
+    sizes.aligned([("address of the table", table.rows.place()), ("address of out", out.place())])?;
     if indices.len() == 0 {
         return Ok(());
     }

@@ -27,12 +27,15 @@ impl Graph {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives as long as the device.
         unsafe { result::stream::begin_capture(stream, mode) }.map_err(failed("cuStreamBeginCapture"))?;
-        let enqueued = enqueue();
-        // Ended in any case: a stream that still captures runs nothing.
-        // SAFETY: the capture began above.
-        let graph = unsafe { result::stream::end_capture(stream) }.map_err(failed("cuStreamEndCapture"));
-        enqueued?;
-        let graph = graph?;
+        let end = || {
+            // SAFETY: the capture began above, and is ended once.
+            unsafe { result::stream::end_capture(stream) }.map_err(failed("cuStreamEndCapture"))
+        };
+        let destroy = |graph: sys::CUgraph| {
+            // SAFETY: nothing has taken the graph.
+            let _ = (!graph.is_null()).then(|| unsafe { result::graph::destroy(graph) });
+        };
+        let graph = captured(enqueue, end, destroy)?;
         if graph.is_null() {
             return Err(Error::CudaDriver { call: "cuStreamEndCapture", reason: "nothing was captured".to_owned() });
         }
@@ -57,14 +60,66 @@ impl Graph {
     }
 }
 
+/// Runs `enqueue` in a capture that has begun, and ends the capture in any case, once: a stream that still captures runs nothing, for
+/// whoever uses it next. What was captured up to an error or a panic goes to `destroy`.
+fn captured<G>(enqueue: impl FnOnce() -> Result<()>, end: impl Fn() -> Result<G>, destroy: impl Fn(G)) -> Result<G> {
+    /// Calls it when it is dropped.
+    struct OnDrop<'a>(&'a dyn Fn());
+    impl Drop for OnDrop<'_> {
+        fn drop(&mut self) {
+            (self.0)();
+        }
+    }
+    // There is nobody to tell an error of the end to: another is on its way.
+    let abandon = || end().map_or((), &destroy);
+    let open = OnDrop(&abandon);
+    enqueue()?;
+    std::mem::forget(open);
+    end()
+}
+
 impl Drop for Graph {
     fn drop(&mut self) {
-        if self.device.enter().is_ok() {
+        if !self.device.is_abandoned() && self.device.enter().is_ok() {
             // SAFETY: both are destroyed once; the driver keeps what still runs. There is nobody to tell an error to.
             unsafe {
                 let _ = result::graph::exec_destroy(self.executable);
                 let _ = result::graph::destroy(self.graph);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    /// However the work inside ends, its capture is ended once, and what was captured is either returned or destroyed.
+    #[test]
+    fn a_capture_is_ended_in_any_case() {
+        let run = |enqueue: &dyn Fn() -> Result<()>, ends: bool| {
+            let (ended, destroyed) = (Cell::new(0), Cell::new(0));
+            let invalid = || Error::CudaDriver { call: "cuStreamEndCapture", reason: "invalidated".to_owned() };
+            let end = || {
+                ended.set(ended.get() + 1);
+                if ends { Ok(7) } else { Err(invalid()) }
+            };
+            let destroy = |graph| {
+                assert_eq!(graph, 7);
+                destroyed.set(destroyed.get() + 1);
+            };
+            let result = catch_unwind(AssertUnwindSafe(|| captured(enqueue, end, destroy)));
+            (result.ok(), ended.get(), destroyed.get())
+        };
+        let lost = || Error::DeviceLost { call: "norm", reason: "gone".to_owned() };
+        assert_eq!(run(&|| Ok(()), true), (Some(Ok(7)), 1, 0));
+        assert!(matches!(run(&|| Ok(()), false), (Some(Err(Error::CudaDriver { .. })), 1, 0)));
+        assert_eq!(run(&|| Err(lost()), true), (Some(Err(lost())), 1, 1));
+        // The capture was broken off by the same error: there is nothing to destroy.
+        assert_eq!(run(&|| Err(lost()), false), (Some(Err(lost())), 1, 0));
+        assert_eq!(run(&|| panic!("in the middle of a capture"), true), (None, 1, 1));
     }
 }

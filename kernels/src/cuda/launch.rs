@@ -8,6 +8,9 @@ use crate::error::{Error, Result};
 /// Most blocks along the second and third axis of a grid. (Along the first there may be 2^31 - 1.)
 pub const MAX_GRID_YZ: usize = 65_535;
 
+/// What kernels load and copy at once.
+const LOAD_BYTES: u64 = 16;
+
 /// Where kernels are enqueued: on a device one after the other, in the order of calls.
 pub trait Stream {
     /// Enqueues a kernel; does not wait for it.
@@ -100,6 +103,19 @@ pub struct SliceMut<'a, T> {
     memory: PhantomData<&'a mut [T]>,
 }
 
+/// Where an array is, and how long.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    address: u64,
+    len: usize,
+}
+
+impl Place {
+    pub(crate) fn len(self) -> usize {
+        self.len
+    }
+}
+
 impl<T> Clone for Slice<'_, T> {
     fn clone(&self) -> Self {
         *self
@@ -107,6 +123,11 @@ impl<T> Clone for Slice<'_, T> {
 }
 
 impl<T> Copy for Slice<'_, T> {}
+
+impl<T> Slice<'static, T> {
+    /// No numbers, nowhere.
+    pub const NOTHING: Slice<'static, T> = Slice { address: 0, len: 0, memory: PhantomData };
+}
 
 impl<'a, T> Slice<'a, T> {
     /// `len` numbers from `address` on.
@@ -129,6 +150,10 @@ impl<'a, T> Slice<'a, T> {
     /// For a field of a kernel's parameter.
     pub fn address(&self) -> u64 {
         self.address
+    }
+    /// For [`Sizes::aligned`].
+    pub(crate) fn place(&self) -> Place {
+        Place { address: self.address, len: self.len }
     }
 }
 
@@ -153,6 +178,10 @@ impl<'a, T> SliceMut<'a, T> {
     /// For a field of a kernel's parameter.
     pub fn address(&self) -> u64 {
         self.address
+    }
+    /// For [`Sizes::aligned`].
+    pub(crate) fn place(&self) -> Place {
+        Place { address: self.address, len: self.len }
     }
 }
 
@@ -181,6 +210,17 @@ impl Sizes {
         match holds {
             true => Ok(()),
             false => Err(Error::InvalidSize { operation: self.operation, dimension, value, expected }),
+        }
+    }
+    /// Refuses an array that kernels could not read 16 bytes at a time: on a device that ends the context. An array of nothing
+    /// is nowhere.
+    pub(crate) fn aligned<const N: usize>(self, arrays: [(&'static str, Place); N]) -> Result<()> {
+        let (operation, expected) = (self.operation, "a multiple of 16");
+        match arrays.into_iter().find(|(_, Place { address, len })| *len > 0 && !address.is_multiple_of(LOAD_BYTES)) {
+            None => Ok(()),
+            Some((dimension, Place { address, .. })) => {
+                Err(Error::InvalidSize { operation, dimension, value: address as usize, expected })
+            }
         }
     }
     /// As a kernel's `int`.

@@ -100,6 +100,7 @@ pub fn quantize_rows(
     sizes.equal("codes", x.len(), out.codes.len())?;
     sizes.equal("scales", x.len() / GROUP_COLUMNS, out.scales.len())?;
     sizes.equal("sums", x.len() / GROUP_COLUMNS, out.sums.len())?;
+    sizes.aligned([("address of x", x.place()), ("address of codes", out.codes.place())])?;
     if rows == 0 {
         return Ok(());
     }
@@ -201,6 +202,7 @@ fn check_product(sizes: Sizes, x: &QuantRows<'_>, matrix: &QuantMatrix<'_>) -> R
     sizes.equal("codes of x", rows * columns, x.codes.len())?;
     sizes.equal("scales of x", rows * columns / GROUP_COLUMNS, x.scales.len())?;
     sizes.equal("sums of x", rows * columns / GROUP_COLUMNS, x.sums.len())?;
+    sizes.aligned([("address of x", x.codes.place())])?;
     Ok(rows)
 }
 
@@ -213,11 +215,13 @@ fn check_weights(sizes: Sizes, matrix: &QuantMatrix<'_>) -> Result<()> {
             sizes.require("columns", columns, whole_groups, "a positive multiple of 32")?;
             sizes.equal("codes of the weights", features * columns, codes.len())?;
             sizes.equal("scales of the weights", features * columns / GROUP_COLUMNS, scales.len())?;
+            sizes.aligned([("address of the weights", codes.place())])?;
         }
         QuantWeights::Q4K { blocks } => {
             let whole_blocks = columns > 0 && columns.is_multiple_of(QuantType::Q4_K.block_values());
             sizes.require("columns", columns, whole_blocks, "a positive multiple of 256")?;
             sizes.equal("bytes of the weights", QuantType::Q4_K.size_bytes(features * columns)?, blocks.len())?;
+            sizes.aligned([("address of the weights", blocks.place())])?;
         }
     }
     sizes.equal("elements of bias", features, bias.map_or(features, |bias| bias.len()))

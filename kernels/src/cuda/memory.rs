@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::driver::Driver;
+use super::driver::{Driver, wait};
 use super::launch::{Slice, SliceMut};
 use crate::error::{Error, Result};
 use crate::host::Plain;
@@ -15,6 +15,8 @@ use crate::host::Plain;
 /// Sizes are rounded up to a multiple of this, and above to an eighth of their power of two, so that steps of nearly the same
 /// size share buffers.
 const MIN_SCRATCH_BYTES: usize = 4_096;
+/// Pinned memory at least, so that several pieces are under way together. A larger piece gets as much as it is.
+const MIN_STAGING_BYTES: usize = 16 << 20;
 /// What memory holds before it is written, in builds with assertions: NaN as a number, no valid index.
 const POISON: u8 = 0xff;
 
@@ -23,6 +25,15 @@ pub struct Memory {
     driver: Arc<dyn Driver>,
     /// Addresses that nobody uses, by size.
     idle: Mutex<BTreeMap<usize, Vec<u64>>>,
+    /// Where pieces arrive that are read back several at a time; made for the first of them.
+    staging: Mutex<Option<Staging>>,
+}
+
+/// Pinned memory.
+#[derive(Debug, Clone, Copy)]
+struct Staging {
+    address: u64,
+    num_bytes: usize,
 }
 
 /// An array in a device's memory.
@@ -38,7 +49,7 @@ pub struct Buffer<T> {
 impl Memory {
     /// The memory of this device.
     pub fn new(driver: Arc<dyn Driver>) -> Arc<Memory> {
-        Arc::new(Memory { driver, idle: Mutex::default() })
+        Arc::new(Memory { driver, idle: Mutex::default(), staging: Mutex::default() })
     }
 
     /// Whose memory it is.
@@ -49,8 +60,10 @@ impl Memory {
     /// `len` zeros that last; `purpose` is named when there is no room.
     pub fn zeroed<T: Plain>(self: &Arc<Self>, purpose: &'static str, len: usize) -> Result<Buffer<T>> {
         let buffer = self.lasting(purpose, len)?;
-        // SAFETY: the bytes are the buffer's.
-        unsafe { self.driver.fill(buffer.address, 0, buffer.size_bytes()) }?;
+        if len > 0 {
+            // SAFETY: the bytes are the buffer's.
+            unsafe { self.driver.fill(buffer.address, 0, buffer.size_bytes()) }?;
+        }
         Ok(buffer)
     }
 
@@ -114,6 +127,19 @@ impl Memory {
         Some((size, address))
     }
 
+    /// Pinned memory for pieces of this size; `None` where there is none to be had.
+    fn staging_for(&self, staging: &mut Option<Staging>, piece_bytes: usize) -> Option<Staging> {
+        if let Some(too_small) = staging.take_if(|staging| staging.num_bytes < piece_bytes) {
+            // SAFETY: it is forgotten, and every copy to it has arrived when the lock is given back.
+            unsafe { self.driver.free_pinned(too_small.address) };
+        }
+        if staging.is_none() {
+            let num_bytes = piece_bytes.max(MIN_STAGING_BYTES);
+            *staging = self.driver.allocate_pinned(num_bytes).ok().map(|address| Staging { address, num_bytes });
+        }
+        *staging
+    }
+
     /// Whether there was anything.
     fn give_back_idle(&self) -> bool {
         let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
@@ -134,6 +160,11 @@ pub fn scratch_size(num_bytes: usize) -> usize {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.give_back_idle();
+        let staging = self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Staging { address, .. }) = staging {
+            // SAFETY: it is freed once; who reads pieces back has waited for them, or has given the device up.
+            unsafe { self.driver.free_pinned(address) };
+        }
     }
 }
 
@@ -169,6 +200,7 @@ impl<T: Plain> Buffer<T> {
         let address = self.address_of(&(start..start + out.len()));
         // SAFETY: every bit pattern of a plain type is a value.
         let bytes = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), size_of_val(out)) };
+        wait(&*self.memory.driver)?;
         // SAFETY: the range was checked to be inside.
         unsafe { self.memory.driver.download(bytes, address) }
     }
@@ -183,8 +215,41 @@ impl<T: Plain> Buffer<T> {
     /// Waits for the kernels that were launched before, and reads bytes from `start_byte` on. Panics unless they are inside.
     pub fn download_bytes(&self, start_byte: usize, out: &mut [u8]) -> Result<()> {
         assert!(start_byte + out.len() <= self.size_bytes(), "{} bytes at {start_byte}", out.len());
+        wait(&*self.memory.driver)?;
         // SAFETY: the range was checked to be inside.
         unsafe { self.memory.driver.download(out, self.address + start_byte as u64) }
+    }
+
+    /// Waits for the kernels that were launched before, and reads pieces of `piece_bytes` bytes that begin at these bytes: as many as there is
+    /// pinned memory for are under way together. Panics unless they are inside.
+    pub fn download_pieces(&self, starts: &[usize], piece_bytes: usize) -> Result<Vec<Arc<[u8]>>> {
+        let mut staging = self.memory.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(staging) = self.memory.staging_for(&mut staging, piece_bytes) else {
+            let read = |&start: &usize| {
+                let mut bytes = vec![0; piece_bytes];
+                self.download_bytes(start, &mut bytes)?;
+                Ok(bytes.into())
+            };
+            return starts.iter().map(read).collect();
+        };
+        let mut pieces: Vec<Arc<[u8]>> = Vec::with_capacity(starts.len());
+        for round in starts.chunks((staging.num_bytes / piece_bytes.max(1)).max(1)) {
+            let started = round.iter().enumerate().try_for_each(|(i, &start)| {
+                assert!(start + piece_bytes <= self.size_bytes(), "{piece_bytes} bytes at {start}");
+                let (target, address) = (staging.address + (i * piece_bytes) as u64, self.address + start as u64);
+                // SAFETY: both ranges were checked; the lock keeps others from the pinned memory, which is read behind the wait alone.
+                unsafe { self.memory.driver.download_pinned(target, address, piece_bytes) }
+            });
+            // In any case: what was started arrives in memory that the next round uses.
+            wait(&*self.memory.driver)?;
+            started?;
+            for i in 0..round.len() {
+                let start = (staging.address as usize + i * piece_bytes) as *const u8;
+                // SAFETY: as many bytes have arrived there, and the lock keeps them until they are copied.
+                pieces.push(unsafe { std::slice::from_raw_parts(start, piece_bytes) }.into());
+            }
+        }
+        Ok(pieces)
     }
 
     /// For kernels that read. Panics when the range is not inside.

@@ -86,6 +86,7 @@ pub fn multiply(
         Output::Gelu(Gelu::Tanh, out) => (out.argument(), out.len(), 3),
     };
     sizes.equal("elements of out", product.rows * matrix.features, out_len)?;
+    sizes.aligned([("address of x", x.place()), ("address of weight", matrix.weight.place())])?;
     let [rows, columns, features] = product.arguments(sizes)?;
     let arguments =
         [x.argument(), matrix.weight.argument(), bias(matrix), out, rows, columns, features, Argument::Int(finish)];
@@ -101,8 +102,12 @@ pub fn multiply_swiglu(
     out: &mut SliceMut<'_, bf16>,
 ) -> Result<()> {
     let (sizes, product) = Product::new("multiply_swiglu", form, x, gate)?;
-    Product::new("multiply_swiglu", form, x, up)?;
+    // Before its own sizes are looked at: rows are counted by gate's columns, which are all that kernels are told.
+    sizes.equal("columns of up", gate.columns, up.columns)?;
     sizes.equal("features of up", gate.features, up.features)?;
+    Product::new("multiply_swiglu", form, x, up)?;
+    let (gates, ups) = (gate.weight.place(), up.weight.place());
+    sizes.aligned([("address of x", x.place()), ("address of gate", gates), ("address of up", ups)])?;
     sizes.equal("elements of out", product.rows * gate.features, out.len())?;
     let [rows, columns, features] = product.arguments(sizes)?;
     let product = Product { matrices: 2, ..product };

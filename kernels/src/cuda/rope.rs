@@ -19,6 +19,11 @@ pub struct RopeTable<'a> {
     pub sines: Slice<'a, f32>,
 }
 
+impl RopeTable<'_> {
+    /// Nothing rotates.
+    pub const NONE: RopeTable<'static> = RopeTable { rotary_dim: 0, cosines: Slice::NOTHING, sines: Slice::NOTHING };
+}
+
 /// The constants of one layer.
 #[derive(Debug, Clone, Copy)]
 pub struct RopeLayer<'a> {

@@ -52,7 +52,7 @@ pub struct Gpu {
 
 /// The GPUs of this machine, NVIDIA's first. Empty without any.
 pub fn gpus() -> Vec<Gpu> {
-    let mut gpus = nvidia_gpus();
+    let mut gpus = nvml().map_or_else(Vec::new, nvidia_gpus);
     gpus.extend(amd_gpus(Path::new(DRM_CLASS)));
     for (index, gpu) in gpus.iter_mut().enumerate() {
         gpu.index = index;
@@ -71,8 +71,15 @@ fn nvml() -> Option<&'static Nvml> {
     Some(NVML.get_or_init(|| opened))
 }
 
-fn nvidia_gpus() -> Vec<Gpu> {
-    let Some(nvml) = nvml() else { return Vec::new() };
+/// The NVIDIA devices that the library of this path tells of, opened for this look alone; `None` when it is no such library, or has no
+/// driver below it. For tests.
+#[doc(hidden)]
+pub fn nvidia_gpus_of(library: &Path) -> Option<Vec<Gpu>> {
+    let nvml = Nvml::builder().lib_path(library.as_os_str()).init().ok()?;
+    Some(nvidia_gpus(&nvml))
+}
+
+fn nvidia_gpus(nvml: &Nvml) -> Vec<Gpu> {
     let num_devices = nvml.device_count().unwrap_or(0).min(MAX_DEVICES);
     let devices = (0..num_devices).filter_map(|index| nvml.device_by_index(index).ok());
     devices

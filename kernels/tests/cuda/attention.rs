@@ -238,6 +238,8 @@ fn attention_is_exact() {
     check(Heads::new(4, 2, 128, bf16), &[last(78), last(514), 250..255, 0..37]);
     check(Heads { block_tokens: 32, ..Heads::new(6, 2, 80, f16) }, &[last(1), 100..103, 300..322]);
     check(Heads { block_tokens: 64, ..Heads::new(2, 2, 96, bf16) }, &[last(91), 250..268]);
+    check(Heads::new(4, 4, 32, f16), &[last(300), 250..268]);
+    check(Heads { causal: false, ..Heads::new(3, 3, 32, bf16) }, &[0..70, 0..3]);
     check(Heads::new(2, 1, 256, f16), &[last(91), 255..266]);
     check(Heads::new(20, 1, 64, f16), &[last(71), 258..260]);
     check(Heads { scale: 8.0, ..Heads::new(2, 1, 64, f16) }, &[last(601), 500..520]);
@@ -329,6 +331,12 @@ fn sizes_are_checked() {
         (wrong(|case| (case.heads.window, case.heads.causal) = (Some(5), false)), "sliding_window_tokens is 5"),
         (wrong(|case| case.elements.truncate(100)), "elements of the blocks"),
         (wrong(|case| case.block_tables.truncate(1)), "block tables"),
+        // The table goes on behind the sequence's own blocks: in another one's.
+        (
+            wrong(|case| case.sequences[0].1.end = 1),
+            "block_tokens, of as many blocks as each sequence has is 16, must be 20",
+        ),
+        (wrong(|case| case.sequences[0].1.end = 0), "block_tokens, of as many blocks as each sequence has"),
         (wrong(|case| case.layout.num_kv_heads = 4), "kv heads"),
         (wrong(|case| case.layout.block_tokens = 8), "block_tokens is 8"),
     ] {

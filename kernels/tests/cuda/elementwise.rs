@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 use ns_llm_kernels::cpu;
-use ns_llm_kernels::cuda::activation::{gelu, round_rows, swiglu, swiglu_rows};
-use ns_llm_kernels::cuda::embedding::{Table, add_embedding, embed, select_rows};
+use ns_llm_kernels::cuda::activation::{gelu, gelu_rows, round_rows, swiglu, swiglu_rows};
+use ns_llm_kernels::cuda::embedding::{Table, add_embedding, add_rows, embed, select_rows};
 use ns_llm_kernels::cuda::kv_blocks::{KvBlocks, KvDtype, KvLayout};
 use ns_llm_kernels::cuda::launch::Stream;
 use ns_llm_kernels::cuda::norm::RmsNorm;
@@ -55,6 +55,10 @@ fn rows_are_taken() {
             let sums = before.iter().zip(&want).map(|(before, want)| before + want);
             assert!(out.iter().zip(sums).all(|(out, sum)| *out == sum));
             assert!(out[3 * width..].iter().all(|x| x.is_nan()));
+
+            let mut sums = before[..3 * width].to_vec();
+            add_rows(&shim, slice(&want), &mut slice_mut(&mut sums)).expect("sizes fit");
+            assert_eq!(sums, out[..3 * width], "rows that were made first");
         }
     }
 }
@@ -80,6 +84,11 @@ fn activations_have_the_scalar_bits() {
         // One by one, so that what is not finite meets no zero of the selection.
         let one = Weights::selection(0, 1, 1);
         same(&out, &bits(&scalar::product_gelu(&x, &one, form)), &format!("{form:?}"));
+        let (mut unrounded, mut rounded) = (vec![f32::NAN; x.len()], vec![bf16::NAN; x.len()]);
+        gelu_rows(&shim, form, slice(&x), &mut slice_mut(&mut unrounded)).expect("sizes fit");
+        round_rows(&shim, slice(&unrounded), &mut slice_mut(&mut rounded)).expect("sizes fit");
+        same(&rounded, &out, "GELU in two passes");
+        assert!(unrounded.iter().zip(&rounded).any(|(x, rounded)| *x != rounded.to_f32()), "nothing was rounded");
     }
     let finite: Vec<f32> = x.iter().map(|x| if x.is_finite() { *x } else { 3.0 }).collect();
     let mut out = vec![bf16::NAN; rows * width];

@@ -10,8 +10,10 @@ mod check;
 mod elementwise;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod memory;
 mod mirror;
 mod norm;
+mod nvml;
 mod product;
 mod quant;
 mod sampler;
@@ -36,12 +38,12 @@ fn main() {
         libtest_mimic::run(&arguments, trials(&kernels, None)).exit();
     }
     let planted = [attention::PLANTED, elementwise::PLANTED, product::PLANTED, sampling::PLANTED].concat();
-    let on_shim = [&kernels[..], &planted, mirror::TESTS, shim::TESTS].concat();
+    let on_shim = [&kernels[..], &planted, mirror::TESTS, nvml::TESTS, shim::TESTS].concat();
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("kernels/ has a parent");
     let no_toolkit = toolkit::nvcc(root).is_none().then_some("the CUDA toolkit");
     let mut all = trials(&on_shim, shim::missing());
     all.extend(trials(budget::TESTS, no_toolkit));
-    all.extend(trials(budget::TESTS_OF_THE_RULE, None));
+    all.extend(trials(&[budget::TESTS_OF_THE_RULE, memory::TESTS].concat(), None));
     // These run the others.
     if !shim::sanitized() {
         all.extend(trials(sanitizers::TESTS, sanitizers::missing()));

@@ -2,16 +2,19 @@
 
 use half::bf16;
 use ns_llm_kernels::cpu::linear::{Operand, OperandFormat};
-use ns_llm_kernels::cuda::norm::{RmsNorm, add_rms_norm, rms_norm, rms_norm_rows};
+use ns_llm_kernels::cuda::norm::{
+    LayerNorm, RmsNorm, add_rms_norm, layer_norm, layer_norm_both, layer_norm_rows, rms_norm, rms_norm_rows,
+};
 
 use crate::Test;
-use crate::check::{BF16, F32, Random, check, widened};
+use crate::check::{BF16, F32, Random, Tolerance, check, widened};
 use crate::scalar;
 use crate::shim::{Schedule, Shim, schedules, slice, slice_mut};
 
 /// The tests of this file.
 pub(crate) const TESTS: &[Test] = &[
     ("norms are those of the scalar code", norms_are_the_scalar_ones),
+    ("a norm around the mean is that of f64", layer_norms_are_exact),
     ("a norm is the same in any company", norm_is_row_invariant),
     ("norms refuse sizes that do not fit", norms_check_sizes),
 ];
@@ -54,6 +57,54 @@ fn norms_are_the_scalar_ones() {
     }
 }
 
+/// In f64: the scalar code's sum of a long row in one chain is off by more than the kernels'.
+fn exact_layer_norm(x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    let width = weight.len() as f64;
+    let normed = x.chunks_exact(weight.len()).flat_map(|row| {
+        let mean = row.iter().map(|&x| f64::from(x)).sum::<f64>() / width;
+        let variance = row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width;
+        let factor = (variance + f64::from(EPS)).sqrt().recip();
+        let norm = move |((&x, &weight), &bias): ((&f32, &f32), &f32)| {
+            ((f64::from(x) - mean) * factor * f64::from(weight) + f64::from(bias)) as f32
+        };
+        row.iter().zip(weight).zip(bias).map(norm)
+    });
+    normed.collect()
+}
+
+/// All three kernels of LayerNorm over the same widths, of rows far from zero, whose variance cancels if it is not summed around the mean;
+/// both results of the third are those of the others, to the bit.
+fn layer_norms_are_exact() {
+    let mut random = Random(3);
+    for width in [4, 36, 128, 768, 2052, 4100] {
+        for rows in [0, 1, 3] {
+            let x: Vec<f32> = random.floats(rows * width).iter().map(|x| x + 40.0).collect();
+            let (weight, bias) = (random.floats(width), random.floats(width));
+            let want = exact_layer_norm(&x, &weight, &bias);
+            // Numbers near 40 have 2^-18 as their last bit, and a row's mean is off by some of these.
+            let tolerance = Tolerance { relative: 1e-5, absolute: 5e-5 };
+            for schedule in schedules() {
+                let what = format!("{rows} rows of {width}, {schedule:?}");
+                let shim = Shim::new(schedule);
+                let norm = LayerNorm { weight: slice(&weight), bias: slice(&bias), eps: EPS };
+                let mut exact = vec![f32::NAN; x.len()];
+                layer_norm_rows(&shim, slice(&x), &norm, &mut slice_mut(&mut exact)).expect(&what);
+                check(&exact, &want, tolerance, &what);
+
+                let mut out = vec![bf16::NAN; x.len()];
+                layer_norm(&shim, slice(&x), &norm, &mut slice_mut(&mut out)).expect(&what);
+                let rounded: Vec<bf16> = exact.iter().map(|x| bf16::from_f32(*x)).collect();
+                assert_eq!(out, rounded, "{what}");
+
+                let (mut normed, mut out) = (vec![f32::NAN; x.len()], vec![bf16::NAN; x.len()]);
+                let to = &mut slice_mut(&mut normed);
+                layer_norm_both(&shim, slice(&x), &norm, to, &mut slice_mut(&mut out)).expect(&what);
+                assert!(normed == exact && out == rounded, "{what}");
+            }
+        }
+    }
+}
+
 /// Each row has the same bits alone as among others, in whatever order the threads run.
 fn norm_is_row_invariant() {
     let (mut random, width) = (Random(2), 516);
@@ -62,12 +113,19 @@ fn norm_is_row_invariant() {
         let mut out = vec![f32::NAN; x.len()];
         let norm = RmsNorm { weight: slice(&weight), eps: EPS };
         rms_norm_rows(&Shim::new(schedule), slice(x), &norm, &mut slice_mut(&mut out)).expect("sizes fit");
-        out
+        let (mut centered, norm) =
+            (vec![f32::NAN; x.len()], LayerNorm { weight: slice(&weight), bias: slice(&weight), eps: EPS });
+        layer_norm_rows(&Shim::new(schedule), slice(x), &norm, &mut slice_mut(&mut centered)).expect("sizes fit");
+        assert!(out != centered, "one norm twice");
+        out.chunks_exact(width)
+            .zip(centered.chunks_exact(width))
+            .map(|rows| [rows.0, rows.1].concat())
+            .collect::<Vec<_>>()
     };
     let together = norm_of(&x, Schedule::TAME);
     for schedule in schedules() {
-        for (x, want) in x.chunks_exact(width).zip(together.chunks_exact(width)) {
-            assert_eq!(norm_of(x, schedule), want, "{schedule:?}");
+        for (x, want) in x.chunks_exact(width).zip(&together) {
+            assert_eq!(norm_of(x, schedule), [want.as_slice()], "{schedule:?}");
         }
     }
 }
@@ -84,4 +142,8 @@ fn norms_check_sizes() {
     assert_eq!(refused(0, 12, 12), "rms_norm_rows: width is 0, must be a positive multiple of 4");
     assert_eq!(refused(8, 12, 12), "rms_norm_rows: elements of x is 12, must be 8");
     assert_eq!(refused(8, 16, 8), "rms_norm_rows: elements of out is 8, must be 16");
+    let (weight, bias, x, mut out) = (vec![1.0; 8], vec![1.0; 12], vec![0.0; 16], vec![0.0; 16]);
+    let norm = LayerNorm { weight: slice(&weight), bias: slice(&bias), eps: EPS };
+    let error = layer_norm_rows(&shim, slice(&x), &norm, &mut slice_mut(&mut out)).expect_err("refused");
+    assert_eq!(error.to_string(), "layer_norm_rows: elements of bias is 12, must be 8");
 }

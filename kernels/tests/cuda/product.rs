@@ -16,6 +16,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("what follows a product is the scalar one", finishes_are_the_scalar_ones),
     ("a row has the same bits in every kernel and company", products_are_row_invariant),
     ("products refuse sizes that do not fit", products_check_sizes),
+    ("gate and up of different shapes are refused", gate_and_up_have_one_shape),
+    ("arrays that kernels cannot load from are refused", arrays_begin_at_multiples_of_16),
 ];
 
 /// Tests of the tests: kernels with a bug.
@@ -187,4 +189,42 @@ fn products_check_sizes() {
     assert_eq!(wide, "multiply: columns is 50184, must be at most 50,176, or half as many for gate and up");
     let tiled = refused(Form::Tile64, [8, 8 * 4_194_241, 4_194_241], None, 4_194_241, 8);
     assert_eq!(tiled, "multiply: features is 4194241, must be at most 65,535 tiles");
+}
+
+/// Gate and up whose shapes differ are refused, also where each of them fits `x` by itself: the kernels read both by gate's columns.
+fn gate_and_up_have_one_shape() {
+    let refused = |[gate_features, gate_columns]: [usize; 2], [features, columns]: [usize; 2]| {
+        let (x, mut out) = (vec![bf16::ZERO; 32], vec![bf16::ZERO; 32 / gate_columns * gate_features]);
+        let weights = [vec![bf16::ZERO; gate_features * gate_columns], vec![bf16::ZERO; features * columns]];
+        let [gate, up] = [&weights[0], &weights[1]].map(|weight| slice(weight));
+        let gate = Matrix { weight: gate, bias: None, features: gate_features, columns: gate_columns };
+        let up = Matrix { weight: up, bias: None, features, columns };
+        let (shim, mut out) = (Shim::new(Schedule::TAME), slice_mut(&mut out));
+        multiply_swiglu(&shim, Form::Matvec, slice(&x), [&gate, &up], &mut out).expect_err("refused").to_string()
+    };
+    assert_eq!(refused([2, 16], [2, 8]), "multiply_swiglu: columns of up is 8, must be 16");
+    assert_eq!(refused([2, 8], [2, 16]), "multiply_swiglu: columns of up is 16, must be 8");
+    assert_eq!(refused([2, 8], [3, 8]), "multiply_swiglu: features of up is 3, must be 2");
+}
+
+/// Arrays that begin between multiples of 16 bytes, where a load on a device would end its context, are refused by name.
+fn arrays_begin_at_multiples_of_16() {
+    #[repr(align(16))]
+    struct Aligned([bf16; 64]);
+    let (numbers, shim) = (Aligned([bf16::ZERO; 64]), Shim::new(Schedule::TAME));
+    let refused = |x: &[bf16], weight: &[bf16]| {
+        let (matrix, mut out) = (Matrix { weight: slice(weight), bias: None, features: 1, columns: 8 }, [0.0]);
+        multiply(&shim, Form::Matvec, slice(x), &matrix, Output::Store(&mut slice_mut(&mut out)))
+    };
+    let numbers = &numbers.0;
+    for (error, array) in [
+        (refused(&numbers[1..9], &numbers[16..24]), "x"),
+        (refused(&numbers[12..20], &numbers[..8]), "x"),
+        (refused(&numbers[..8], &numbers[20..28]), "weight"),
+    ] {
+        let error = error.expect_err("refused").to_string();
+        assert!(error.starts_with(&format!("multiply: address of {array} is ")), "{error}");
+        assert!(error.ends_with(", must be a multiple of 16"), "{error}");
+    }
+    assert_eq!(refused(&numbers[8..16], &numbers[16..24]), Ok(()));
 }

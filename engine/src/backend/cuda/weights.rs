@@ -220,6 +220,23 @@ impl CudaLinear {
             (_, None) => unreachable!("what is not bf16 is quantized"),
         }
     }
+
+    /// Adds rows of the matrix by their index to `out` `[indices, columns]`.
+    pub(super) fn add_embedding(
+        &self,
+        memory: &Arc<Memory>,
+        indices: Slice<'_, u32>,
+        out: &mut Buffer<f32>,
+    ) -> KernelResult<()> {
+        let driver = memory.driver();
+        if let DeviceWeights::Bf16(weights) = &self.weights {
+            let table = embedding::Table { rows: weights.all(), width: self.columns };
+            return embedding::add_embedding(driver, &table, indices, &mut out.all_mut());
+        }
+        let mut rows = memory.scratch(PURPOSE, out.len())?;
+        self.embed(driver, indices, &mut rows)?;
+        embedding::add_rows(driver, rows.all(), &mut out.all_mut())
+    }
 }
 
 /// All parts in bf16, chunk by chunk, so that no second copy of a matrix is ever held here.
