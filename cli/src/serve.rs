@@ -118,8 +118,8 @@ fn server_options(options: &Options) -> Result<ServerOptions, Box<dyn std::error
     let in_environment = std::env::var("NS_LLM_API_KEY").ok().filter(|secret| !secret.is_empty());
     let secrets = options.api_key.iter().chain(&in_environment);
     // Who starts the server is its operator.
-    let own = |secret: &String| ApiKey::unnamed(secret).map(|key| ApiKey { is_admin: true, ..key });
-    server.api_keys = secrets.map(own).collect::<Result<_, _>>()?;
+    server.api_keys = secrets.map(|secret| ApiKey::unnamed(secret)).collect::<Result<_, _>>()?;
+    server.api_keys.iter_mut().for_each(|key| key.is_admin = true);
     if let Some(path) = &options.api_key_file {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
         server.api_keys.extend(ApiKey::parse_file(&text).map_err(|error| format!("{}: {error}", path.display()))?);

@@ -143,6 +143,9 @@ pub enum OptionsError {
     },
 }
 
+/// Takes lines for an operator; called by any thread, while others wait.
+pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// How to serve. Every field has a default that suits a server on its own machine.
 #[derive(Clone)]
 pub struct ServerOptions {
@@ -192,7 +195,7 @@ pub struct ServerOptions {
     /// See [`GRACE`].
     pub grace: Duration,
     /// Hears of failures that clients are told nothing of but their code, one line each.
-    pub log: Option<Arc<dyn Fn(&str) + Send + Sync>>,
+    pub log: Option<Log>,
     /// What sleeps; without one there are no pings, and a deadline is seen only when something else happens.
     pub timer: Option<Arc<dyn Timer + Send + Sync>>,
 }
