@@ -13,6 +13,7 @@ import { ROOT, run } from './process.mjs';
 const NODE_TESTS = join(ROOT, 'bindings-node', 'dist', 'test');
 const SCRIPT_TESTS = [
   join(ROOT, 'benches', 'peers', 'peers.test.mjs'),
+  join(ROOT, 'benches', 'server', 'report.test.mjs'),
   join(ROOT, 'server', 'clients', 'clients.test.mjs'),
   join(ROOT, 'server', 'page', 'page.test.mjs'),
   join(ROOT, 'deploy', 'test', 'files.test.mjs'),

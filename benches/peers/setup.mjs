@@ -52,13 +52,15 @@ export function quantizer(at) {
   };
 }
 
-async function buildLlamaCpp(at) {
-  if (LLAMA_PROGRAMS.every((name) => existsSync(join(at.llamaBin, name)))) {
+/** Programs of llama.cpp, where they are not there already. */
+export async function buildLlamaCpp(at, programs = LLAMA_PROGRAMS) {
+  if (programs.every((name) => existsSync(join(at.llamaBin, name)))) {
     return;
   }
   if (process.env.NS_LLM_PEERS_LLAMA_BIN) {
-    throw new Error(`NS_LLM_PEERS_LLAMA_BIN is ${at.llamaBin}, which lacks one of ${LLAMA_PROGRAMS.join(', ')}`);
+    throw new Error(`NS_LLM_PEERS_LLAMA_BIN is ${at.llamaBin}, which lacks one of ${programs.join(', ')}`);
   }
+  mkdirSync(at.logs, { recursive: true });
   const [environment, archive, source] = ['venv', 'sdist', 'llama.cpp'].map((name) => join(at.folder, name));
   const tool = (name) => join(environment, 'bin', name);
   const PATH = `${join(environment, 'bin')}:${process.env.PATH}`;
@@ -82,7 +84,7 @@ async function buildLlamaCpp(at) {
   const flags = Object.entries({ CMAKE_BUILD_TYPE: 'Release', ...options, ...unused }).map(([name, value]) => `-D${name}=${value}`);
   const [from, to] = [join(source, 'vendor', 'llama.cpp'), dirname(at.llamaBin)];
   await logged(at, 'llama-configure', tool('cmake'), ['-S', from, '-B', to, '-G', 'Ninja', ...flags], { env: { PATH } });
-  await logged(at, 'llama-build', tool('cmake'), ['--build', to, '--target', ...LLAMA_PROGRAMS], { env: { PATH } });
+  await logged(at, 'llama-build', tool('cmake'), ['--build', to, '--target', ...programs], { env: { PATH } });
 }
 
 async function installNodeLlamaCpp(at) {

@@ -25,6 +25,8 @@ export interface ApiKeyOptions {
   tokensPerMinute?: number | undefined;
   /** The best class that its requests may ask for. Default `high`. */
   bestPriority?: 'high' | 'normal' | 'background' | undefined;
+  /** Whether it may empty the caches and forget what was measured, of all callers. Default false. */
+  admin?: boolean | undefined;
 }
 
 /** How to answer. Everything is optional. */

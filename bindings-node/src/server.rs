@@ -38,7 +38,7 @@ const SERVER_FIELDS: &[&str] = &[
 ];
 
 /// Every name that [`read_api_key`] knows.
-const API_KEY_FIELDS: &[&str] = &["name", "secret", "requestsPerMinute", "tokensPerMinute", "bestPriority"];
+const API_KEY_FIELDS: &[&str] = &["name", "secret", "requestsPerMinute", "tokensPerMinute", "bestPriority", "admin"];
 
 /// Keys, hosts and origins that one server may be given.
 const MAX_NAMES: usize = 1_024;
@@ -333,5 +333,6 @@ fn read_api_key(object: &Object) -> Result<ApiKey> {
         }
     }
     key.best_priority = fields.one_of("bestPriority", PRIORITIES)?.unwrap_or(key.best_priority);
+    key.is_admin = fields.boolean("admin")?.unwrap_or(key.is_admin);
     Ok(key)
 }

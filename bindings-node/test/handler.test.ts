@@ -272,6 +272,18 @@ test('connections are kept from one request to the next', () =>
     agent.destroy();
   }));
 
+test('what touches all callers takes a key that is marked for it', () => {
+  const [plain, admin] = [SECRET, `${SECRET}-of-the-operator`];
+  return withHost('node:http', { apiKeys: [plain, { secret: admin, admin: true }] }, async ({ url }) => {
+    const clear = (secret: string) =>
+      fetch(`${url}/llm/api/kv-cache/clear`, { method: 'POST', headers: { authorization: `Bearer ${secret}` } });
+    const refused = await clear(plain);
+    assert.equal(refused.status, 403);
+    assert.match(await refused.text(), /admin/);
+    assert.deepEqual(await json(clear(admin)), { success: true, message: 'Cache cleared' });
+  });
+});
+
 test('it stops, and survives its engine', async () => {
   const own = await openDemo();
   const handler = createHandler([{ engine: own, name: 'first', aliases: ['other'] }, engine]);
@@ -298,6 +310,7 @@ test('what it cannot be made of is named', () => {
     [engine, { requestTimeoutMs: 0 }, /requestTimeoutMs is/],
     [engine, { apiKeys: ['short'] }, /secret/],
     [engine, { apiKeys: [{ name: 'one' }] }, /secret is missing/],
+    [engine, { apiKeys: [{ secret: SECRET, admin: 'yes' }] }, /admin/],
     [engine, { apiKeys: [{ secret: SECRET, tokensPerMinute: 0 }] }, /tokensPerMinute is 0/],
     [engine, { hosts: ['x'] }, /hosts/],
     [engine, { basePath: 'llm' }, /basePath/],

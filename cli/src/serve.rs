@@ -3,14 +3,16 @@
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use clap::Args;
+use ns_llm::config::MAX_RUNNING_SEQUENCES;
 use ns_llm_server::{ApiKey, Model, Server, ServerOptions};
 
 use crate::CommandResult;
-use crate::model::{ModelOptions, open_default};
+use crate::model::{ModelOptions, open};
 use crate::trace::TraceOptions;
 
 /// Exit status of a process that was told twice to end, as shells have it.
@@ -30,7 +32,8 @@ pub(crate) struct Options {
     /// the environment variable NS_LLM_API_KEY, or in a file
     #[arg(long, value_name = "SECRET")]
     api_key: Vec<String>,
-    /// Keys from a file: lines of NAME SECRET, then requests_per_minute=N, tokens_per_minute=N, priority=high|normal|background
+    /// Keys from a file: lines of NAME SECRET, then requests_per_minute=N, tokens_per_minute=N, priority=high|normal|background,
+    /// admin (may empty the caches, forget what was measured, and record traces, as keys given otherwise may)
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
     /// Name of the model in lists and answers (default: that of its folder or file)
@@ -90,7 +93,11 @@ pub(crate) fn run(options: Options) -> CommandResult {
     let server_options = server_options(&options)?;
     // Before the model is loaded, which takes its time.
     server_options.check_address(address.ip())?;
-    let engine = open_default(&options.model)?;
+    let mut engine_options = options.model.engine_options()?;
+    // What it is given at once is computed at once.
+    let given = options.max_running.min(MAX_RUNNING_SEQUENCES);
+    engine_options.max_running_sequences = engine_options.max_running_sequences.max(given);
+    let engine = open(engine_options)?;
     options.trace.start(&engine)?;
     let name = options.name.unwrap_or_else(|| engine.info().name.clone());
     let server = Server::new(vec![Model { engine: (*engine).clone(), name, aliases: options.alias }], server_options)?;
@@ -109,7 +116,9 @@ fn server_options(options: &Options) -> Result<ServerOptions, Box<dyn std::error
     let mut server = ServerOptions::default();
     let in_environment = std::env::var("NS_LLM_API_KEY").ok().filter(|secret| !secret.is_empty());
     let secrets = options.api_key.iter().chain(&in_environment);
+    // Who starts the server is its operator.
     server.api_keys = secrets.map(|secret| ApiKey::unnamed(secret)).collect::<Result<_, _>>()?;
+    server.api_keys.iter_mut().for_each(|key| key.is_admin = true);
     if let Some(path) = &options.api_key_file {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
         server.api_keys.extend(ApiKey::parse_file(&text).map_err(|error| format!("{}: {error}", path.display()))?);
@@ -134,6 +143,7 @@ fn server_options(options: &Options) -> Result<ServerOptions, Box<dyn std::error
     server.max_waiting_requests = options.max_waiting;
     server.request_timeout = Duration::from_secs(options.request_timeout);
     server.grace = Duration::from_secs(options.grace);
+    server.log = Some(Arc::new(|line: &str| eprintln!("{line}")));
     server.timer = Some(Server::tokio_timer());
     Ok(server)
 }

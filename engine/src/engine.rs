@@ -20,7 +20,7 @@ use crate::open::{self, return_free_memory};
 use crate::request::{Embedding, Event, FinishReason, Origin, Request, Summary, TokenLogprobs, at_most};
 use crate::responses::Responses;
 use crate::sampler::check_token_ids;
-use crate::stats::{MemoryUse, ModelInfo, Stats};
+use crate::stats::{MemoryUse, ModelInfo, RunningStep, Stats};
 use crate::stream::{RequestStream, channel};
 use crate::text_model::TextModel;
 
@@ -282,6 +282,12 @@ impl Engine {
         stats.requests_total += answered;
         stats.requests_finished += answered;
         stats
+    }
+
+    /// The step that is being computed now, if one is: how long already, beside how long it should take. For those who watch
+    /// whether the engine gets on.
+    pub fn running_step(&self) -> Option<RunningStep> {
+        self.inner.instruments.pace.running(Instant::now())
     }
 
     /// Begins to record what the engine does: steps, what each request gets of them, the tiers' jobs. At most `max_events` of

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::stats::{Meters, Stats};
+use crate::stats::{Meters, Pace, Stats};
 use crate::trace::Tracer;
 
 /// One of each, shared by intake, worker and the engine's handles.
@@ -10,12 +10,13 @@ pub(crate) struct Instruments {
     /// Written by the worker after each turn of its loop.
     stats: Mutex<Stats>,
     pub(crate) meters: Meters,
+    pub(crate) pace: Pace,
     pub(crate) tracer: Tracer,
 }
 
 impl Instruments {
     pub(crate) fn new() -> Instruments {
-        Instruments { stats: Mutex::default(), meters: Meters::new(), tracer: Tracer::default() }
+        Instruments { stats: Mutex::default(), meters: Meters::new(), pace: Pace::new(), tracer: Tracer::default() }
     }
 
     /// Takes the worker's new counts; they have no histograms.

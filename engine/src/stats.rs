@@ -1,9 +1,13 @@
 //! Counters, times and sizes of an engine, as a snapshot of plain values.
 
 mod meters;
+mod pace;
+
+use std::time::Duration;
 
 use crate::request::CachedTokens;
 pub(crate) use meters::Meters;
+pub(crate) use pace::Pace;
 
 /// What an engine has done and is doing. Counters only grow.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -128,6 +132,17 @@ impl Histogram {
         let Some(high) = self.bounds.get(bucket) else { return low };
         low + (high - low) * (rank - below as f64) / self.counts[bucket] as f64
     }
+}
+
+/// A step that is being computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunningStep {
+    /// Tokens of it.
+    pub num_tokens: usize,
+    /// Since when it runs.
+    pub elapsed: Duration,
+    /// What it should take at most, by what steps took of late; `None` before the first one was done.
+    pub expected: Option<Duration>,
 }
 
 /// What a cache tier holds and what became of what it was asked. Counters count blocks and only grow.

@@ -240,6 +240,10 @@ impl<E: Executor> Worker<E> {
         let batch = self.scheduler.batch(&step);
         let slices = if self.instruments.tracer.is_on() { self.parts_of(&batch) } else { Vec::new() };
         let start = Instant::now();
+        // Behind another one it begins when that one ends.
+        if self.in_flight.is_empty() {
+            self.instruments.pace.begin(step.num_tokens, start);
+        }
         match self.executor.launch(&batch) {
             Ok(()) => self.in_flight.push_back(Launched { step, start, slices }),
             Err(error) => {
@@ -247,6 +251,7 @@ impl<E: Executor> Worker<E> {
                 while !self.in_flight.is_empty() {
                     self.collect();
                 }
+                self.instruments.pace.end(start, false);
                 let events = self.failed(step, &error);
                 self.deliver(events);
             }
@@ -294,9 +299,11 @@ impl<E: Executor> Worker<E> {
     /// Applies the oldest step in flight, if there is one.
     fn collect(&mut self) {
         let Some(Launched { step, start, slices }) = self.in_flight.pop_front() else { return };
-        let events = match self.executor.collect() {
+        let collected = self.executor.collect();
+        let end = Instant::now();
+        self.note_end_of_step(collected.is_ok(), end);
+        let events = match collected {
             Ok(sampled) => {
-                let end = Instant::now();
                 self.instruments.meters.step(step.num_tokens, end.saturating_duration_since(start));
                 if !slices.is_empty() {
                     timeline::step(&self.instruments.tracer, &slices, step.id, start, end);
@@ -307,6 +314,15 @@ impl<E: Executor> Worker<E> {
             Err(error) => self.failed(step, &error),
         };
         self.deliver(events);
+    }
+
+    /// The oldest step has ended, or has failed: the next one in flight, if there is one, now has the device.
+    fn note_end_of_step(&self, is_whole: bool, end: Instant) {
+        let pace = &self.instruments.pace;
+        pace.end(end, is_whole);
+        if let Some(next) = self.in_flight.front() {
+            pace.begin(next.step.num_tokens, end);
+        }
     }
 
     /// How fast tokens are computed decides whether fetching them is worth it.
@@ -330,8 +346,10 @@ impl<E: Executor> Worker<E> {
         let batch = step.batch(self.executor.encode_block_tokens());
         let slices = if self.instruments.tracer.is_on() { self.parts_of(&batch) } else { Vec::new() };
         let start = Instant::now();
+        self.instruments.pace.begin(batch.token_ids.len(), start);
         let vectors = self.executor.encode(&batch);
         let end = Instant::now();
+        self.instruments.pace.end(end, vectors.is_ok());
         self.instruments.meters.step(batch.token_ids.len(), end.saturating_duration_since(start));
         if let Err(error) = &vectors {
             self.note_lost(error);

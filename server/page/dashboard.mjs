@@ -175,6 +175,12 @@ export class Dashboard {
       ['KV blocks used', kv.total > 0 ? percent((kv.used / kv.total) * 100) : '–', '', `${whole(kv.cached)} cached, ${whole(kv.free)} free of ${whole(kv.total)}`],
       ['Prefix hit rate', percent(hits), '', `${whole(total('prefix_cache_hits_total'))} of ${whole(queries)} tokens`],
     ];
+    const found = total('response_cache_hits_total');
+    const lookUps = found + total('response_cache_misses_total');
+    if (lookUps > 0) {
+      const held = `${whole(total('response_cache_entries'))} kept, ${bytes(total('response_cache_bytes'))}`;
+      tiles.push(['Answers found', percent((found / lookUps) * 100), '', `${whole(found)} of ${whole(lookUps)} look-ups; ${held}`]);
+    }
     get('tiles').replaceChildren(
       ...tiles.map(([name, value, unit, note]) => {
         const tile = made('div', 'tile', made('dt', '', name), made('dd', '', value));

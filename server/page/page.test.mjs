@@ -198,6 +198,27 @@ suite('the page', () => {
     await page.close();
   });
 
+  test('the dashboard shows the response cache where there is one', async () => {
+    const cached = await serve(['--response-cache-mib', '8']);
+    try {
+      const body = JSON.stringify({ prompt: 'Once upon a time', max_tokens: 2, temperature: 0 });
+      for (let round = 0; round < 2; round += 1) {
+        const headers = { 'content-type': 'application/json' };
+        assert.equal((await fetch(`${cached.address}/v1/completions`, { method: 'POST', headers, body })).status, 200);
+      }
+      const page = await tab({ address: cached.address, path: '/#dashboard' });
+      const tile = page.locator('.tile', { hasText: 'Answers found' });
+      assert.match(await tile.textContent(), /50 %1 of 2 look-ups; 1 kept, [1-9]/);
+      await page.close();
+      const other = await tab({ path: '/#dashboard' });
+      await other.getByText('Prefix hit rate').waitFor();
+      assert.equal(await other.getByText('Answers found').count(), 0);
+      await other.close();
+    } finally {
+      cached.child.kill();
+    }
+  });
+
   test('the dashboard shows what the server does', async () => {
     const page = await tab({ path: '/#dashboard' });
     await page.getByLabel('Every').selectOption('1000');

@@ -1,9 +1,9 @@
-//! Who goes to the engine next: a bounded number at once, the rest in a bounded queue, shared fairly between callers.
+//! Who goes next where only so many may at once: the rest waits in a bounded queue, shared fairly between callers.
 //! Callers take turns within a class, so that one who asks for a hundred times as much waits for its own requests; a class
-//! that was passed over [`MAX_PASSED_OVER`] times gets its turn. No thread, no clock: places are handed on by whoever
-//! gives one back.
+//! that was passed over [`MAX_PASSED_OVER`] times gets its turn; and a queue that one caller has filled has room for others,
+//! at the cost of that one's newest. No thread, no clock: places are handed on by whoever gives one back.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ns_llm::Priority;
@@ -15,8 +15,10 @@ use crate::error::{ApiError, ApiResult};
 const MAX_PASSED_OVER: usize = 8;
 const NUM_CLASSES: usize = 3;
 
-/// The gate before the engines.
+/// The gate before the engines, or before a thread.
 pub(crate) struct Admission {
+    /// What waits, as errors call it.
+    queue: &'static str,
     max_running: usize,
     max_waiting: usize,
     /// Locked for a push or a pop; by whoever enters or leaves.
@@ -45,12 +47,14 @@ pub(crate) struct Place {
 }
 
 impl Admission {
-    pub(crate) fn new(max_running: usize, max_waiting: usize) -> Arc<Admission> {
-        Arc::new(Admission { max_running, max_waiting, state: Mutex::default() })
+    pub(crate) fn new(queue: &'static str, max_running: usize, max_waiting: usize) -> Arc<Admission> {
+        Arc::new(Admission { queue, max_running, max_waiting, state: Mutex::default() })
     }
 
     /// A place for a request of `caller`, at once or when it is its turn. Who stops waiting loses nothing.
     pub(crate) async fn enter(self: &Arc<Self>, caller: Option<&str>, priority: Priority) -> ApiResult<Place> {
+        // Woken, by being dropped, without the lock.
+        let displaced;
         let turn = {
             let mut state = self.lock();
             if state.running < self.max_running {
@@ -60,16 +64,22 @@ impl Admission {
             if state.waiting >= self.max_waiting {
                 state.forget_the_gone();
             }
+            displaced = if state.waiting >= self.max_waiting { state.displace_for(caller) } else { None };
             if state.waiting >= self.max_waiting {
-                return Err(ApiError::overloaded("the queue of requests", state.waiting, self.max_waiting));
+                return Err(self.full());
             }
             let (sender, turn) = oneshot::channel();
             state.waiting += 1;
             state.classes[class_idx(priority)].push(caller, sender);
             turn
         };
-        // The queue holds the sender until it is used.
-        turn.await.map_err(|_| ApiError::stopping())
+        drop(displaced);
+        // The queue holds the sender until it is used, unless its room goes to another caller.
+        turn.await.map_err(|_| self.full())
+    }
+
+    fn full(&self) -> ApiError {
+        ApiError::overloaded(self.queue, self.max_waiting, self.max_waiting)
     }
 
     /// Requests that have a place, and requests that wait for one.
@@ -130,6 +140,25 @@ impl State {
         self.classes[chosen].pop()
     }
 
+    /// Gives up the newest request of the caller who has most in the queue, in the worst of its classes, if `caller` then has no
+    /// more than that one.
+    fn displace_for(&mut self, caller: Option<&str>) -> Option<oneshot::Sender<Place>> {
+        let mut counts: HashMap<Option<&str>, usize> = HashMap::new();
+        for (name, requests) in self.classes.iter().flat_map(|class| &class.callers) {
+            *counts.entry(name.as_deref()).or_default() += requests.len();
+        }
+        let own = counts.get(&caller).copied().unwrap_or(0);
+        let (crowd, count) = counts.into_iter().max_by_key(|(_, count)| *count)?;
+        if count <= own + 1 {
+            return None;
+        }
+        let crowd = crowd.map(str::to_string);
+        let mut classes = self.classes.iter_mut().rev();
+        let displaced = classes.find_map(|class| class.take_newest_of(&crowd));
+        self.waiting -= usize::from(displaced.is_some());
+        displaced
+    }
+
     fn forget_the_gone(&mut self) {
         for class in &mut self.classes {
             for (_, requests) in &mut class.callers {
@@ -147,6 +176,15 @@ impl Class {
             Some((_, requests)) => requests.push_back(request),
             None => self.callers.push_back((caller.map(str::to_string), VecDeque::from([request]))),
         }
+    }
+
+    fn take_newest_of(&mut self, caller: &Option<String>) -> Option<oneshot::Sender<Place>> {
+        let idx = self.callers.iter().position(|(name, _)| name == caller)?;
+        let newest = self.callers[idx].1.pop_back();
+        if self.callers[idx].1.is_empty() {
+            self.callers.remove(idx);
+        }
+        newest
     }
 
     /// The first request of the caller whose turn it is, who then goes to the end.
@@ -186,6 +224,10 @@ mod tests {
         entering
     }
 
+    fn gate(max_running: usize, max_waiting: usize) -> Arc<Admission> {
+        Admission::new("the queue", max_running, max_waiting)
+    }
+
     fn poll(entering: &mut Entering) -> Option<Place> {
         match entering.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(place) => Some(place.unwrap_or_else(|error| panic!("{}", error.message))),
@@ -219,7 +261,7 @@ mod tests {
     /// One caller's hundred requests do not stand before another's first: they take turns.
     #[test]
     fn callers_take_turns() {
-        let admission = Admission::new(1, 1_000);
+        let admission = gate(1, 1_000);
         let place = first(&admission);
         let mut waiting: Vec<Entering> = (0..100).map(|_| enter(&admission, "greedy", Priority::Normal)).collect();
         waiting.extend((0..3).map(|_| enter(&admission, "modest", Priority::Normal)));
@@ -233,7 +275,7 @@ mod tests {
     /// A better class goes first, but not for ever.
     #[test]
     fn no_class_starves() {
-        let admission = Admission::new(1, 1_000);
+        let admission = gate(1, 1_000);
         let place = first(&admission);
         let mut waiting = vec![enter(&admission, "a", Priority::Background)];
         waiting.extend((0..20).map(|_| enter(&admission, "a", Priority::High)));
@@ -241,10 +283,34 @@ mod tests {
         assert_eq!(order.iter().position(|&idx| idx == 0), Some(MAX_PASSED_OVER));
     }
 
+    /// A queue that one caller has filled has room for another, up to as much as the first one then has; who is displaced is told
+    /// so, the newest first.
+    #[test]
+    fn a_full_queue_is_shared() {
+        let admission = gate(1, 4);
+        let place = first(&admission);
+        let mut greedy: Vec<Entering> = (0..4).map(|_| enter(&admission, "greedy", Priority::Normal)).collect();
+        let modest = [(); 2].map(|()| enter(&admission, "modest", Priority::Background));
+        let outcome = |entering: &mut Entering| match entering.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(place) => Some(place.err().map(|error| (error.status.as_u16(), error.code))),
+            Poll::Pending => None,
+        };
+        let told = Some(Some((503, "overloaded")));
+        assert_eq!(greedy.iter_mut().map(outcome).collect::<Vec<_>>(), [None, None, told, told]);
+        let third = admission.clone();
+        let mut third: Entering = Box::pin(async move { third.enter(Some("modest"), Priority::High).await });
+        assert_eq!(outcome(&mut third), told, "it has as much as the other one");
+        assert_eq!(admission.counts(), (1, 4));
+        greedy.truncate(2);
+        drop(third);
+        assert_eq!(order(place, greedy.into_iter().chain(modest).collect()), [0, 1, 2, 3]);
+        assert_eq!(admission.counts(), (0, 0));
+    }
+
     /// The queue is bounded; those who stop waiting leave it, and a place is never lost with them.
     #[test]
     fn the_queue_is_bounded_and_leaks_nothing() {
-        let admission = Admission::new(1, 2);
+        let admission = gate(1, 2);
         let place = first(&admission);
         let waiting = [enter(&admission, "a", Priority::Normal), enter(&admission, "b", Priority::Normal)];
         let refused = |admission: &Arc<Admission>| {

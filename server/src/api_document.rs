@@ -119,6 +119,12 @@ fn messages() -> Value {
     } } })
 }
 
+fn messages_or_none() -> Value {
+    let mut schema = messages();
+    (schema["type"], schema["minItems"]) = (json!(["array", "null"]), json!(0));
+    schema
+}
+
 fn example_messages() -> Value {
     json!([{ "role": "user", "content": "What is the capital of France?" }])
 }
@@ -254,6 +260,7 @@ fn described() -> Vec<Described> {
         required("input", text_or_ids(2_048), "What to turn into vectors, one or several.", json!("a red fox")),
         optional("encoding_format", json!({ "enum": ["float", "base64", null] }), "How vectors are written."),
         optional("dimensions", count(1), "The first numbers of each vector alone."),
+        priority(),
         optional("timeout_ms", count(1), "Limit of the request's time."),
     ];
     let input = json!({ "anyOf": [{ "type": "string" }, messages()] });
@@ -281,10 +288,15 @@ fn described() -> Vec<Described> {
         ),
         get(
             "/trace",
-            "Chrome's trace events of the next seconds, where they may be asked for.",
+            "Chrome's trace events of the next seconds, where they may be asked for; for keys that are marked as admin.",
             Answer::Object(&["traceEvents"]),
         ),
-        get("/metrics", "Counts and times for Prometheus.", Answer::Text("text/plain")),
+        get(
+            "/metrics",
+            "Counts and times for Prometheus: requests, tokens, steps, the prefix cache and its tiers, the response cache \
+             (`response_cache_hits_total`, `_misses_total`, `_entries`, `_bytes`).",
+            Answer::Text("text/plain"),
+        ),
         get("/v1/models", "What is served.", Answer::Object(&["object", "data"])),
         get("/v1/models/{*id}", "One model.", Answer::Object(&["id", "object", "created", "owned_by"])),
         post(
@@ -365,7 +377,7 @@ fn described() -> Vec<Described> {
             "Ollama's: the answer to a conversation.",
             vec![
                 model(),
-                required("messages", messages(), "The conversation so far.", example_messages()),
+                optional("messages", messages_or_none(), "The conversation so far; without it nothing is done."),
                 streams("Whether the answer comes in lines of JSON. Default true."),
                 options(),
             ],
@@ -399,15 +411,35 @@ fn described() -> Vec<Described> {
         get("/api/gpu/utilization", "The course of the GPUs' load.", Answer::Object(&[])),
         get("/api/gpu/metadata", "What a network of nodes asks of one.", Answer::Object(&[])),
         get("/api/gpu/peers", "Other nodes.", Answer::Object(&[])),
-        get("/api/kv-cache/stats", "Counts of the prefix cache.", Answer::Object(&["hits", "misses", "hitRate"])),
-        post("/api/kv-cache/clear", "Empties the prefix cache.", Vec::new(), Answer::Object(&[])),
-        post("/api/kv-cache/prune", "Gives up what is out of date.", Vec::new(), Answer::Object(&["success"])),
+        get(
+            "/api/kv-cache/stats",
+            "Counts of the prefix cache, of each tier (entries, bytes, hits), and of the response cache (hits and entries by tier, \
+             misses, bytes).",
+            Answer::Object(&["hits", "misses", "hitRate", "prefix", "tiers", "responses"]),
+        ),
+        post(
+            "/api/kv-cache/clear",
+            "Empties the prefix cache and the response cache; for keys that are marked as admin.",
+            Vec::new(),
+            Answer::Object(&[]),
+        ),
+        post(
+            "/api/kv-cache/prune",
+            "Gives up answers that are out of date.",
+            Vec::new(),
+            Answer::Object(&["success", "pruned"]),
+        ),
         get("/api/kv-cache/{key}/exists", "Whether there is an entry.", Answer::Object(&["exists"])),
         delete("/api/kv-cache/{key}", "Forgets an entry.", Answer::Object(&["success"])),
         get("/api/performance/metrics", "How fast the server answers.", Answer::Object(&[])),
         get("/api/performance/report", "The same, judged.", Answer::Object(&[])),
         get("/api/performance/bottlenecks", "What holds it up.", Answer::Object(&[])),
-        post("/api/performance/clear", "Forgets what was counted.", Vec::new(), Answer::Object(&[])),
+        post(
+            "/api/performance/clear",
+            "Forgets what was measured; for keys that are marked as admin.",
+            Vec::new(),
+            Answer::Object(&[]),
+        ),
     ]
 }
 

@@ -9,20 +9,26 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use ns_llm::{Canceller, Engine};
+use ns_llm::{Canceller, Engine, RunningStep};
 use sha2::{Digest, Sha256};
 
 use crate::admission::Admission;
 use crate::affinity::PrefixLog;
+use crate::bodies::Bodies;
 use crate::clock::unix_seconds;
 use crate::error::{ApiError, ApiResult};
+use crate::gpu_watch::GpuWatch;
 use crate::helper::Helper;
 use crate::keys::Keys;
 use crate::metrics::Metrics;
-use crate::ns_node::gpu::GpuHistory;
 use crate::options::{OptionsError, ServerOptions};
 use crate::otlp::Exporter;
 use crate::stored::StoredResponses;
+
+/// Times what steps of its size took of late, after which a step hangs.
+const SLOW_STEPS: u32 = 8;
+/// Times [`ServerOptions::step_stall`], after which an engine's first step hangs: nothing tells how long it should take.
+const FIRST_STEP_STALLS: u32 = 12;
 
 /// A model to serve, and what it is called.
 #[derive(Clone)]
@@ -92,7 +98,10 @@ impl Served {
         let [steps, intake] = &mut *progress;
         let (has_work, is_preparing) =
             (stats.num_requests_running + stats.num_requests_waiting > 0, stats.num_requests_preparing > 0);
-        let is_stuck = steps.look(has_work, stats.steps_total, now, self.step_stall);
+        // A step that runs has its own time; what is between steps takes none to speak of.
+        let step = self.engine.running_step();
+        let step_hangs = step.is_some_and(|step| step.elapsed >= longest_step(&step, self.step_stall));
+        let is_stuck = steps.look(has_work && step.is_none(), stats.steps_total, now, self.step_stall) || step_hangs;
         let num_admitted = stats.requests_total + stats.requests_refused;
         let intake_is_stuck = intake.look(is_preparing, num_admitted, now, self.step_stall);
         match (is_stuck, intake_is_stuck) {
@@ -100,6 +109,14 @@ impl Served {
             (false, true) => Some("requests are waiting and none was admitted"),
             (false, false) => None,
         }
+    }
+}
+
+/// What a step may take before it hangs: some are slow and healthy, on large models, long prompts and small machines.
+fn longest_step(step: &RunningStep, stall: Duration) -> Duration {
+    match step.expected {
+        Some(expected) => stall.max(expected.saturating_mul(SLOW_STEPS)),
+        None => stall.saturating_mul(FIRST_STEP_STALLS),
     }
 }
 
@@ -146,8 +163,13 @@ pub(crate) struct App {
     pub(crate) admission: Arc<Admission>,
     pub(crate) metrics: Metrics,
     pub(crate) stored: StoredResponses,
-    pub(crate) helper: Helper,
-    pub(crate) gpu_history: GpuHistory,
+    /// Tokenizes.
+    pub(crate) text_helper: Helper,
+    /// Empties caches, which may remove files.
+    pub(crate) cache_helper: Helper,
+    pub(crate) gpus: GpuWatch,
+    /// Bodies of requests that have no answer yet.
+    pub(crate) bodies: Bodies,
     /// Where spans go, if they go anywhere.
     pub(crate) exporter: Option<Exporter>,
     pub(crate) prefixes: PrefixLog,
@@ -188,10 +210,16 @@ impl App {
                 .map(|(idx, model)| Served::new(idx, model, options.step_stall))
                 .collect(),
             keys: Keys::new(&options.api_keys, now),
-            admission: Admission::new(options.max_running_requests, options.max_waiting_requests),
+            admission: Admission::new(
+                "the queue of requests",
+                options.max_running_requests,
+                options.max_waiting_requests,
+            ),
             stored: StoredResponses::default(),
-            helper: Helper::default(),
-            gpu_history: GpuHistory::default(),
+            text_helper: Helper::new("ns-llm-text"),
+            cache_helper: Helper::new("ns-llm-caches"),
+            gpus: GpuWatch::new(ns_llm::gpus),
+            bodies: Bodies::new(options.max_body_bytes),
             exporter,
             prefixes: PrefixLog::default(),
             started: now,
@@ -226,6 +254,13 @@ impl App {
         hash.update(self.next_number.fetch_add(1, Ordering::Relaxed).to_le_bytes());
         let hex: String = hash.finalize()[..12].iter().map(|byte| format!("{byte:02x}")).collect();
         format!("{prefix}{hex}")
+    }
+
+    /// Tells the operator what a client was not told about its request.
+    pub(crate) fn report(&self, request_id: &str, code: &str, detail: &str) {
+        if let Some(log) = &self.options.log {
+            log(&format!("request {request_id} failed: {code}: {detail}"));
+        }
     }
 
     /// New work is refused from now on.
@@ -283,6 +318,17 @@ impl App {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A step hangs when it takes many times what its like took, never before the stall time; the first one has longer.
+    #[test]
+    fn slow_steps_are_no_hanging_ones() {
+        let longest = |expected: Option<u64>| {
+            let (elapsed, expected) = (Duration::ZERO, expected.map(Duration::from_secs));
+            longest_step(&RunningStep { num_tokens: 512, elapsed, expected }, Duration::from_secs(10)).as_secs()
+        };
+        assert_eq!((longest(Some(0)), longest(Some(1)), longest(Some(30))), (10, 10, 240));
+        assert_eq!(longest(None), 120);
+    }
 
     /// Work without a step makes an engine stuck after its time; a step, or no work, begins the time anew.
     #[test]

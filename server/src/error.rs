@@ -26,11 +26,21 @@ pub(crate) struct ApiError {
     pub(crate) param: Option<String>,
     /// When to try again.
     pub(crate) retry_after_s: Option<u64>,
+    /// What only the operator is told.
+    pub(crate) detail: Option<String>,
+}
+
+/// Of an answer that is an error: its code, and what only the operator is told of it. As an extension of the answer, for the
+/// guard, which knows the request's id.
+#[derive(Clone)]
+pub(crate) struct Untold {
+    pub(crate) code: &'static str,
+    pub(crate) detail: String,
 }
 
 impl ApiError {
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        ApiError { status, code, message: message.into(), param: None, retry_after_s: None }
+        ApiError { status, code, message: message.into(), param: None, retry_after_s: None, detail: None }
     }
 
     /// A parameter outside of what is allowed.
@@ -116,6 +126,9 @@ impl ApiError {
     pub(crate) fn respond(&self, body: &Value) -> Response<Body> {
         let mut response = Response::new(Body::from(body.to_string()));
         *response.status_mut() = self.status;
+        if let Some(detail) = &self.detail {
+            response.extensions_mut().insert(Untold { code: self.code, detail: detail.clone() });
+        }
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after_s {
@@ -180,7 +193,10 @@ impl From<Error> for ApiError {
                 ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, code, message)
             }
             // Paths, reasons of the operating system and texts of panics stay here.
-            _ => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, code, "the engine failed, see the server's log"),
+            _ => {
+                let shown = "the engine failed, see the server's log";
+                ApiError { detail: Some(message), ..ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, code, shown) }
+            }
         }
     }
 }
@@ -222,7 +238,7 @@ mod tests {
         assert_eq!(retry(Error::Overloaded { queue: "queue", waiting: 2, limit: 2 }), None);
     }
 
-    /// What an engine says about files, memory and its own defects does not leave the server.
+    /// What an engine says about files, memory and its own defects is told to nobody but the operator.
     #[test]
     fn the_machine_stays_unnamed() {
         let secrets = [
@@ -233,6 +249,7 @@ mod tests {
             let api = ApiError::from(error);
             assert_eq!(api.status.as_u16(), 500);
             assert!(!api.to_json().to_string().contains("secret"), "{api:?}");
+            assert!(api.detail.is_some_and(|detail| detail.contains("secret")), "the operator is told");
         }
     }
 

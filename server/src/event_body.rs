@@ -135,6 +135,9 @@ impl<D: Dialect> EventBody<D> {
     }
 
     fn fail(&mut self, error: &ApiError) {
+        if let (Some(detail), Some(generation)) = (&error.detail, self.generations.iter().flatten().next()) {
+            self.app.report(generation.request_id(), error.code, detail);
+        }
         self.generations.clear();
         self.dialect.error(error, &mut self.out);
         self.is_finished = true;

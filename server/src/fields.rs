@@ -72,6 +72,11 @@ impl Fields {
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
+    /// Sets a value, in place of what is there.
+    pub(crate) fn put(&mut self, name: &str, value: Value) {
+        self.map.insert(name.to_string(), value);
+    }
+
     /// A value that must be there.
     pub(crate) fn require(&mut self, name: &str, expected: &str) -> ApiResult<Value> {
         self.take(name).ok_or_else(|| ApiError::invalid(self.path(name), "missing", expected))

@@ -202,6 +202,11 @@ impl Generation {
         Ok(generations)
     }
 
+    /// What its request is called.
+    pub(crate) fn request_id(&self) -> &str {
+        &self.ticket.caller.request_id
+    }
+
     /// A handle that cancels it from anywhere.
     pub(crate) fn canceller(&self) -> Canceller {
         self.stream.canceller()

@@ -1,11 +1,13 @@
 //! What every request passes before its route, whichever that is: its id, its size, the host it was sent to, the page it
 //! comes from, its key, that key's rate, and its body, read whole and in time. Routes added later are behind it too.
 
+use std::future::poll_fn;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
@@ -17,7 +19,8 @@ use axum::middleware::Next;
 use axum::response::IntoResponse;
 
 use crate::app::App;
-use crate::error::{ApiError, ApiResult, PlainError};
+use crate::bodies::HeldBody;
+use crate::error::{ApiError, ApiResult, PlainError, Untold};
 use crate::options::{MAX_HEAD_BYTES, MAX_HEADERS, MAX_REQUEST_ID_BYTES, MAX_URI_BYTES};
 use crate::otlp::TraceParent;
 use crate::page;
@@ -37,7 +40,8 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     let has_plain_errors = request.uri().path().starts_with("/api/");
     let origin = allowed_origin(&app, request.headers());
     let result = match check(&app, request, &id).await {
-        Ok(Checked::Route(request)) => Ok(next.run(*request).await),
+        // Its body counts until it has an answer, or the beginning of one.
+        Ok(Checked::Route(request, _held)) => Ok(next.run(*request).await),
         Ok(Checked::Preflight(wanted)) => Ok(preflight(wanted)),
         Err(error) => Err(error),
     };
@@ -45,6 +49,9 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
         true => PlainError(error).into_response(),
         false => error.into_response(),
     });
+    if let Some(Untold { code, detail }) = response.extensions_mut().remove() {
+        app.report(id.to_str().unwrap_or_default(), code, &detail);
+    }
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, id);
     if app.is_stopping() {
@@ -60,7 +67,7 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
 
 enum Checked {
     /// It may go to its route.
-    Route(Box<Request>),
+    Route(Box<Request>, Option<HeldBody>),
     /// A browser asks whether it may ask, with these headers.
     Preflight(Option<HeaderValue>),
 }
@@ -76,9 +83,9 @@ async fn check(app: &Arc<App>, request: Request, id: &HeaderValue) -> ApiResult<
     }
     let path = request.uri().path();
     let is_open = app.options.public_probes && PROBES.contains(&path);
-    let is_page = app.options.page && page::has(path) && matches!(*request.method(), Method::GET | Method::HEAD);
+    let is_page = page::answers(app, path) && matches!(*request.method(), Method::GET | Method::HEAD);
     if is_open || is_page {
-        return Ok(Checked::Route(Box::new(request)));
+        return Ok(Checked::Route(Box::new(request), None));
     }
     let mut caller = app.keys.caller(request.headers())?;
     let is_work = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
@@ -91,9 +98,10 @@ async fn check(app: &Arc<App>, request: Request, id: &HeaderValue) -> ApiResult<
     let (mut parts, body) = request.into_parts();
     caller.request_id = id.to_str().unwrap_or_default().into();
     caller.trace_parent = TraceParent::read(&parts.headers).map(Arc::new);
+    let mut held = HeldBody::new(app, &caller);
     parts.extensions.insert(caller);
-    let body = read_body(app, &parts.headers, body).await?;
-    Ok(Checked::Route(Box::new(Request::from_parts(parts, body))))
+    let body = read_body(app, &parts.headers, body, &mut held).await?;
+    Ok(Checked::Route(Box::new(Request::from_parts(parts, Body::from(body))), Some(held)))
 }
 
 /// The client's id of the request when it can be repeated, else a new one.
@@ -225,43 +233,45 @@ fn preflight(wanted: Option<HeaderValue>) -> Response<Body> {
 }
 
 /// The body, whole. What announces itself as too long is refused unread.
-async fn read_body(app: &App, headers: &HeaderMap, body: Body) -> ApiResult<Body> {
+async fn read_body(app: &App, headers: &HeaderMap, body: Body, held: &mut HeldBody) -> ApiResult<Bytes> {
     let limit = app.options.max_body_bytes;
-    let too_large = || {
-        let message = format!("the body has more than {limit} bytes");
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
-    };
     if headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
         let message = "a body must not be encoded";
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "encoding_not_supported", message));
     }
     let announced = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|bytes| bytes > limit as u64) {
-        return Err(too_large());
+        return Err(too_large(limit));
     }
-    match app.within(app.options.body_timeout, to_bytes(body, limit)).await {
-        Some(Ok(bytes)) => Ok(Body::from(bytes)),
-        Some(Err(error)) => match is_too_long(&error) {
-            true => Err(too_large()),
-            false => {
-                Err(ApiError::new(StatusCode::BAD_REQUEST, "body_unreadable", "the body ended early or is not framed"))
-            }
-        },
-        None => {
-            let message = format!("the body did not come within {:?}", app.options.body_timeout);
-            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message))
-        }
-    }
+    app.within(app.options.body_timeout, collect(body, limit, held)).await.unwrap_or_else(|| {
+        let message = format!("the body did not come within {:?}", app.options.body_timeout);
+        Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message))
+    })
 }
 
-/// Whether reading ended at the limit: the type of that error belongs to a crate below axum, which names it so.
-fn is_too_long(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if error.to_string() == "length limit exceeded" {
-            return true;
+async fn collect(mut body: Body, limit: usize, held: &mut HeldBody) -> ApiResult<Bytes> {
+    let (mut first, mut whole) = (Bytes::new(), Vec::new());
+    while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+        let unreadable =
+            |_| ApiError::new(StatusCode::BAD_REQUEST, "body_unreadable", "the body ended early or is not framed");
+        let Ok(piece) = frame.map_err(unreadable)?.into_data() else { continue };
+        let bytes = first.len() + whole.len();
+        if piece.len() > limit - bytes {
+            return Err(too_large(limit));
         }
-        next = error.source();
+        held.grow(piece.len())?;
+        if bytes == 0 {
+            first = piece;
+        } else {
+            // A small piece may hold the whole of the buffer that it came in.
+            whole.extend_from_slice(&std::mem::take(&mut first));
+            whole.extend_from_slice(&piece);
+        }
     }
-    false
+    Ok(if whole.is_empty() { first } else { Bytes::from(whole) })
+}
+
+fn too_large(limit: usize) -> ApiError {
+    let message = format!("the body has more than {limit} bytes");
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
 }

@@ -2,6 +2,7 @@
 //! time; a key is also a namespace of the caches, so that no caller can learn by timing what another has asked.
 
 use std::fmt;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -26,6 +27,8 @@ pub struct ApiKey {
     pub tokens_per_minute: Option<u32>,
     /// The best class that its requests may ask for.
     pub best_priority: Priority,
+    /// Whether it may do what touches all callers: empty the caches, forget what was measured, record a trace.
+    pub is_admin: bool,
 }
 
 impl fmt::Debug for ApiKey {
@@ -53,6 +56,7 @@ impl ApiKey {
             requests_per_minute: None,
             tokens_per_minute: None,
             best_priority: Priority::High,
+            is_admin: false,
         })
     }
 
@@ -62,8 +66,8 @@ impl ApiKey {
         ApiKey::new(&format!("key-{beginning}"), secret)
     }
 
-    /// Keys of a file: a line is `NAME SECRET`, then any of `requests_per_minute=N`, `tokens_per_minute=N` and
-    /// `priority=high|normal|background`; `#` at its beginning or after a space begins a comment. A file without a key is
+    /// Keys of a file: a line is `NAME SECRET`, then any of `requests_per_minute=N`, `tokens_per_minute=N`,
+    /// `priority=high|normal|background` and `admin`; `#` at its beginning or after a space begins a comment. A file without a key is
     /// an error: its server would let everybody in.
     pub fn parse_file(text: &str) -> Result<Vec<ApiKey>, OptionsError> {
         let lines = text.lines().enumerate().map(|(idx, line)| (idx + 1, without_comment(line)));
@@ -91,6 +95,7 @@ impl ApiKey {
                 Some(("priority", "high")) => key.best_priority = Priority::High,
                 Some(("priority", "normal")) => key.best_priority = Priority::Normal,
                 Some(("priority", "background")) => key.best_priority = Priority::Background,
+                None if word == "admin" => key.is_admin = true,
                 _ => return Err(wrong(format!("{word} is no setting of a key"))),
             }
         }
@@ -125,6 +130,8 @@ struct Account {
     key: ApiKey,
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
+    /// Bytes of bodies in memory; counted by [`crate::bodies`].
+    body_bytes: AtomicUsize,
 }
 
 impl Caller {
@@ -148,6 +155,22 @@ impl Caller {
     /// The best class that it may ask for.
     pub(crate) fn best_priority(&self) -> Priority {
         self.account.as_ref().map_or(Priority::High, |account| account.key.best_priority)
+    }
+
+    /// The key's count of what it has in memory.
+    pub(crate) fn body_bytes(&self) -> Option<&AtomicUsize> {
+        self.account.as_ref().map(|account| &account.body_bytes)
+    }
+
+    /// Whether it may do what touches all callers: an error names what is needed.
+    pub(crate) fn check_admin(&self) -> ApiResult<()> {
+        match &self.account {
+            Some(account) if !account.key.is_admin => {
+                let message = "this touches all callers: a key that is marked as admin is needed";
+                Err(ApiError::new(StatusCode::FORBIDDEN, "admin_needed", message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes one request from the key's rate, if there is one left and its tokens are not used up.
@@ -193,7 +216,7 @@ impl Keys {
         let bucket = |per_minute: Option<u32>| per_minute.map(|limit| Mutex::new(Bucket::new(limit, now)));
         let account = |key: &ApiKey| {
             let (requests, tokens) = (bucket(key.requests_per_minute), bucket(key.tokens_per_minute));
-            Arc::new(Account { key: key.clone(), requests, tokens })
+            Arc::new(Account { key: key.clone(), requests, tokens, body_bytes: AtomicUsize::new(0) })
         };
         Keys { accounts: keys.iter().map(account).collect() }
     }
@@ -308,14 +331,19 @@ mod tests {
     #[test]
     fn files_of_keys_are_read() {
         let text = format!(
-            "# keys\none {SECRET} requests_per_minute=5 priority=normal # first\n\ntwo {SECRET}2 tokens_per_minute=9"
+            "# keys\none {SECRET} requests_per_minute=5 priority=normal # first\n\ntwo {SECRET}2 admin tokens_per_minute=9"
         );
         let keys = ApiKey::parse_file(&text).expect("valid");
         assert_eq!((keys.len(), keys[0].requests_per_minute, keys[1].tokens_per_minute), (2, Some(5), Some(9)));
         assert_eq!((keys[0].best_priority, keys[1].best_priority), (Priority::Normal, Priority::High));
-        for wrong in
-            ["one", "one short", &format!("one {SECRET} speed=9"), &format!("one {SECRET} tokens_per_minute=0")]
-        {
+        assert_eq!((keys[0].is_admin, keys[1].is_admin), (false, true));
+        for wrong in [
+            "one",
+            "one short",
+            &format!("one {SECRET} administrator"),
+            &format!("one {SECRET} speed=9"),
+            &format!("one {SECRET} tokens_per_minute=0"),
+        ] {
             let error = ApiKey::parse_file(&format!("\n{wrong}")).expect_err("wrong").to_string();
             assert!(error.contains("line 2") && !error.contains(SECRET), "{error}");
         }

@@ -8,12 +8,12 @@ use std::time::Instant;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, StatusCode};
-use ns_llm::{Gpu, Histogram, Histograms, Stats};
+use ns_llm::{Gpu, Histogram, Histograms, KvTierStats, ResponseCacheStats, Stats};
 use serde_json::json;
 
 use crate::app::{App, Served};
+use crate::gpu_watch::mean_utilization;
 use crate::metrics::ModelMetrics;
-use crate::ns_node::gpu::mean_utilization;
 use crate::response::{json_with_status, typed};
 
 /// The `Content-Type` of [`metrics`].
@@ -84,6 +84,43 @@ const OF_ENGINES: &[Family] = &[
     }),
 ];
 
+type TierFamily<S> = (&'static str, &'static str, &'static str, fn(&S) -> u64);
+
+/// Of each tier of each model's prefix cache.
+const OF_TIERS: &[TierFamily<KvTierStats>] = &[
+    ("kv_tier_blocks", "gauge", "KV blocks in a tier beside the pool.", |t| t.blocks),
+    ("kv_tier_bytes", "gauge", "Bytes of them.", |t| t.bytes),
+    ("kv_tier_hits_total", "counter", "Blocks that it was asked for and had.", |t| t.hits),
+    ("kv_tier_misses_total", "counter", "Blocks that it was asked for and had not.", |t| t.misses),
+    ("kv_tier_stores_total", "counter", "Blocks taken in.", |t| t.stored),
+    ("kv_tier_evictions_total", "counter", "Blocks given up for others.", |t| t.evictions),
+    ("kv_tier_faults_total", "counter", "Calls that failed, damaged blocks included.", |t| t.faults),
+];
+
+type PlacesFamily = (&'static str, &'static str, &'static str, fn(&ResponseCacheStats) -> Vec<(&'static str, u64)>);
+
+/// Of each model's response cache, by the place where answers lie.
+const OF_RESPONSES_BY_TIER: &[PlacesFamily] = &[
+    ("response_cache_hits_total", "counter", "Look-ups that found an answer or a value.", |r| {
+        vec![("memory", r.hits), ("disk", r.disk_hits), ("remote", r.remote_hits)]
+    }),
+    ("response_cache_entries", "gauge", "Entries held.", |r| vec![("memory", r.entries), ("disk", r.disk_entries)]),
+    ("response_cache_bytes", "gauge", "Bytes of them.", |r| vec![("memory", r.bytes), ("disk", r.disk_bytes)]),
+];
+
+/// Of each model's response cache.
+const OF_RESPONSES: &[TierFamily<ResponseCacheStats>] = &[
+    ("response_cache_misses_total", "counter", "Look-ups that found nothing anywhere.", found_nowhere),
+    ("response_cache_stores_total", "counter", "Entries stored.", |r| r.stores),
+    ("response_cache_evictions_total", "counter", "Entries given up for want of room.", |r| r.evictions),
+    ("response_cache_faults_total", "counter", "Calls to disk and remote store that failed.", |r| r.tier_faults),
+];
+
+/// What another place had was a miss of memory.
+pub(crate) fn found_nowhere(stats: &ResponseCacheStats) -> u64 {
+    stats.misses.saturating_sub(stats.disk_hits + stats.remote_hits)
+}
+
 type HistogramFamily = (&'static str, &'static str, fn(&Histograms) -> &Histogram);
 
 /// Of each model: times and sizes, with the buckets that vLLM has.
@@ -117,9 +154,7 @@ const OF_GPUS: &[GpuFamily] = &[
 
 /// Everything that is counted, as Prometheus reads it.
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response<Body> {
-    // A look at the devices may take its time. Without an answer there is none.
-    let gpus = app.helper.run(ns_llm::gpus).await.unwrap_or_default();
-    typed(PROMETHEUS_CONTENT_TYPE, prometheus_text(&app, &gpus))
+    typed(PROMETHEUS_CONTENT_TYPE, prometheus_text(&app, &app.gpus.look(&app).await))
 }
 
 fn prometheus_text(app: &App, gpus: &[Gpu]) -> String {
@@ -134,6 +169,7 @@ fn prometheus_text(app: &App, gpus: &[Gpu]) -> String {
             line(&mut text, &format!("{prefix}{name}{{{label}}}"), value(stats));
         }
     }
+    cache_lines(app, &mut text, prefix, &labels, &stats);
     let requests: Vec<ModelMetrics> = app.models.iter().map(|model| app.metrics.model(model.idx)).collect();
     head(&mut text, prefix, "request_success_total", "counter", "Choices that ended, by why.");
     for (label, metrics) in labels.iter().zip(&requests) {
@@ -192,6 +228,41 @@ fn gpu_lines(text: &mut String, prefix: &str, gpus: &[Gpu]) {
         for (gpu, value) in told {
             let (index, device) = (gpu.index, escaped(&gpu.name));
             line(text, &format!("{prefix}{name}{{gpu=\"{index}\",gpu_name=\"{device}\"}}"), value);
+        }
+    }
+}
+
+/// Prefix cache and response cache, by the places where things lie.
+fn cache_lines(app: &App, text: &mut String, prefix: &str, labels: &[String], stats: &[Stats]) {
+    let series = |text: &mut String, name: &str, label: &str, tier: &str, value: u64| {
+        line(text, &format!("{prefix}{name}{{{label},tier=\"{tier}\"}}"), value as f64);
+    };
+    head(text, prefix, "cached_tokens_total", "counter", "Prompt tokens that were found, by where they were.");
+    for (label, stats) in labels.iter().zip(stats) {
+        let hits = stats.prefix_cache_hits_by_tier;
+        for (tier, tokens) in [("pool", hits.pool), ("host", hits.host), ("disk", hits.disk), ("remote", hits.remote)] {
+            series(text, "cached_tokens_total", label, tier, tokens as u64);
+        }
+    }
+    for (name, kind, help, value) in OF_TIERS {
+        head(text, prefix, name, kind, help);
+        for (label, tier) in
+            labels.iter().zip(stats).flat_map(|(label, stats)| stats.kv_tiers.iter().map(move |tier| (label, tier)))
+        {
+            series(text, name, label, tier.name, value(tier));
+        }
+    }
+    let responses: Vec<ResponseCacheStats> = app.models.iter().map(|model| model.engine.responses().stats()).collect();
+    for (name, kind, help, values) in OF_RESPONSES_BY_TIER {
+        head(text, prefix, name, kind, help);
+        for (label, stats) in labels.iter().zip(&responses) {
+            values(stats).into_iter().for_each(|(tier, value)| series(text, name, label, tier, value));
+        }
+    }
+    for (name, kind, help, value) in OF_RESPONSES {
+        head(text, prefix, name, kind, help);
+        for (label, stats) in labels.iter().zip(&responses) {
+            line(text, &format!("{prefix}{name}{{{label}}}"), value(stats) as f64);
         }
     }
 }

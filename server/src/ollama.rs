@@ -45,7 +45,9 @@ pub(crate) async fn loaded(State(app): State<Arc<App>>) -> Response<Body> {
     let entry = |model: &Served| {
         let mut entry = tag(model, &model.name);
         entry["expires_at"] = json!("9999-12-31T23:59:59Z");
-        entry["size_vram"] = json!(0);
+        let is_on_device = model.engine.info().device != "cpu";
+        entry["size_vram"] = if is_on_device { entry["size"].clone() } else { json!(0) };
+        entry["context_length"] = json!(model.engine.info().context_tokens);
         entry
     };
     json_response(&json!({ "models": app.models.iter().map(entry).collect::<Vec<_>>() }))
@@ -54,8 +56,13 @@ pub(crate) async fn loaded(State(app): State<Arc<App>>) -> Response<Body> {
 /// `POST /api/show`: what a model is.
 pub(crate) async fn show(State(app): State<Arc<App>>, body: Bytes) -> Answer {
     let mut fields = Fields::parse(&body)?;
+    // Older clients name it so.
+    if let (false, Some(name)) = (fields.has("model"), fields.take("name")) {
+        fields.put("model", name);
+    }
     let (model, name) = named_model(&app, &mut fields)?;
     let (info, entry) = (model.engine.info(), tag(model, &name));
+    let capabilities = if info.can_generate { &["completion", "embedding"][..] } else { &["embedding"] };
     let family = entry["details"]["family"].as_str().unwrap_or_default();
     Ok(json_response(&json!({
         "modelfile": "",
@@ -68,7 +75,7 @@ pub(crate) async fn show(State(app): State<Arc<App>>, body: Bytes) -> Answer {
             format!("{family}.context_length"): info.context_tokens,
             format!("{family}.embedding_length"): info.embedding_dimensions,
         },
-        "capabilities": ["completion", "embedding"],
+        "capabilities": capabilities,
         "modified_at": entry["modified_at"],
     })))
 }
@@ -134,7 +141,7 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, Extension(caller): Extensi
     drop(body);
     let (model, name) = named_model(&app, &mut fields)?;
     check_unset(&fields, &["tools"])?;
-    let messages = fields.require("messages", "an array of {role, content}")?;
+    let messages = fields.take("messages").unwrap_or_else(|| json!([]));
     if messages.as_array().is_some_and(Vec::is_empty) {
         // The same, of a conversation.
         let message = json!({ "role": "assistant", "content": "" });

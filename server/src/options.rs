@@ -12,6 +12,8 @@ use crate::keys::ApiKey;
 
 /// Body of a request, bytes; beyond it 413. The engine's longest prompt is 4 MiB of text, which JSON may write longer.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
+/// Bodies that are in memory at once and have no answer yet, as so many of the largest; beyond it 503. One key has half of it.
+pub const MAX_HELD_BODIES: usize = 32;
 /// Objects and arrays in a body, some 700 bytes of memory each; beyond it 400. Eight for each message of a conversation.
 pub const MAX_BODY_CONTAINERS: usize = 1 << 15;
 /// Commas between the values of a body, some 32 bytes of memory each; beyond it 400. Prompts may be lists of token ids.
@@ -40,8 +42,11 @@ pub const PING_INTERVAL: Duration = Duration::from_secs(15);
 pub const GRACE: Duration = Duration::from_secs(30);
 /// A request's time in the engine and in the queue before it, when it names none; beyond it 408.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(600);
-/// Work of which the engine does nothing for so long makes the server not ready, and ends the calls that wait for it.
+/// Work of which the engine does nothing for so long makes the server not ready, and ends the calls that wait for it. A step
+/// that runs has at least so long, and eight times what steps of its size took of late.
 pub const STEP_STALL: Duration = Duration::from_secs(10);
+/// A look at the GPUs takes no longer, or the one before counts.
+pub const GPU_LOOK_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time of a trace that names none, and the longest, seconds.
 pub const DEFAULT_TRACE_SECONDS: f64 = 5.0;
 /// See [`DEFAULT_TRACE_SECONDS`].
@@ -56,9 +61,9 @@ pub const OTLP_INTERVAL: Duration = Duration::from_secs(1);
 pub const OTLP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prompts of one `/v1/completions` request.
 pub const MAX_PROMPTS: usize = 64;
-/// Stored answers of `/v1/responses`; beyond it the oldest is forgotten.
+/// Stored answers of `/v1/responses`.
 pub const MAX_STORED_RESPONSES: usize = 1_024;
-/// Bytes of all of them, as objects and as conversations; beyond it the oldest is forgotten.
+/// Bytes of all of them, as objects and as conversations. Beyond either the oldest of the key with most of it is forgotten.
 pub const MAX_STORED_RESPONSE_BYTES: usize = 64 << 20;
 /// Bytes of a prompt whose hash is its `x-ns-llm-prefix`: requests that share so much go to one server. Shorter shared
 /// beginnings are computed sooner than a queue is waited for.
@@ -138,6 +143,9 @@ pub enum OptionsError {
     },
 }
 
+/// Takes lines for an operator; called by any thread, while others wait.
+pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// How to serve. Every field has a default that suits a server on its own machine.
 #[derive(Clone)]
 pub struct ServerOptions {
@@ -156,7 +164,8 @@ pub struct ServerOptions {
     pub any_model: bool,
     /// Whether metrics are named as vLLM names its own, for dashboards that cannot be changed.
     pub vllm_metric_names: bool,
-    /// Whether `/trace` is there: whoever may call sees how long all requests are, and what they are called.
+    /// Whether `/trace` is there: keys that are marked as admin, or everybody without keys, see how long all requests are, and
+    /// what they are called.
     pub trace_route: bool,
     /// Address of an OpenTelemetry collector, `http://host:port`, that gets a trace of each request (OTLP over HTTP, JSON); only of
     /// a server that listens by itself.
@@ -185,6 +194,8 @@ pub struct ServerOptions {
     pub step_stall: Duration,
     /// See [`GRACE`].
     pub grace: Duration,
+    /// Hears of failures that clients are told nothing of but their code, one line each.
+    pub log: Option<Log>,
     /// What sleeps; without one there are no pings, and a deadline is seen only when something else happens.
     pub timer: Option<Arc<dyn Timer + Send + Sync>>,
 }
@@ -213,6 +224,7 @@ impl Default for ServerOptions {
             request_timeout: REQUEST_TIMEOUT,
             step_stall: STEP_STALL,
             grace: GRACE,
+            log: None,
             timer: None,
         }
     }

@@ -10,7 +10,9 @@ use axum::http::header::{
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Uri};
 use sha2::{Digest, Sha256};
 
+use crate::app::App;
 use crate::error::{ApiError, ApiResult};
+use crate::response::typed;
 
 /// What the page may do. No inline script or style, no other site, no frame around it, no text that becomes markup.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; \
@@ -40,9 +42,14 @@ pub(crate) fn paths() -> impl Iterator<Item = &'static str> {
     FILES.iter().map(|(path, ..)| *path)
 }
 
-/// Whether it is one of the page's files.
-pub(crate) fn has(path: &str) -> bool {
-    paths().any(|known| known == path)
+/// Whether there is something at `path` that needs no key.
+pub(crate) fn answers(app: &App, path: &str) -> bool {
+    path == "/" || (app.options.page && paths().any(|known| known == path))
+}
+
+/// `GET /` where there is no page: Ollama's command line asks for it before anything else.
+pub(crate) async fn absent() -> Response<Body> {
+    typed("text/plain; charset=utf-8", "ns-llm is running")
 }
 
 /// The route of each file.

@@ -125,7 +125,7 @@ fn read_logit_bias(fields: &mut Fields) -> ApiResult<Vec<(u32, f32)>> {
 }
 
 /// vLLM's number, lower first; OpenAI's tiers; or a class by its name.
-fn read_priority(fields: &mut Fields) -> ApiResult<Priority> {
+pub(crate) fn read_priority(fields: &mut Fields) -> ApiResult<Priority> {
     let path = fields.path("priority");
     let tier = fields.text("service_tier")?;
     match fields.take("priority") {

@@ -92,9 +92,10 @@ pub(crate) fn fits(pattern: &str, path: &str) -> bool {
 
 pub(crate) fn router(app: &Arc<App>) -> Router {
     let mut router = table().into_iter().fold(Router::new(), |router, route| router.route(route.path, route.handler));
-    if app.options.page {
-        router = page::paths().fold(router, |router, path| router.route(path, get(page::file)));
-    }
+    router = match app.options.page {
+        true => page::paths().fold(router, |router, path| router.route(path, get(page::file))),
+        false => router.route("/", get(page::absent)),
+    };
     router
         .fallback(async || ApiError::not_found("unknown_route", "there is no such route"))
         .method_not_allowed_fallback(async || {

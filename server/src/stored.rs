@@ -1,7 +1,7 @@
 //! Answers of `/v1/responses` that their callers may ask for again, continue or cancel. In memory, bounded in number and
 //! bytes; each belongs to the key that made it, and no other finds it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ns_llm::{Canceller, Message};
@@ -100,7 +100,8 @@ impl StoredResponses {
     }
 }
 
-/// Brings the list within its limits, first those of the newest one's owner. The newest one stays.
+/// Brings the list within its limits: first those of the newest one's owner, then those of all, at the cost of the owner who has
+/// most. The newest one stays.
 fn forget_oldest(list: &mut VecDeque<Kept>) {
     let Some(owner) = list.back().map(|newest| newest.response.owner.clone()) else { return };
     let own = |kept: &Kept| kept.response.owner == owner;
@@ -110,10 +111,25 @@ fn forget_oldest(list: &mut VecDeque<Kept>) {
     {
         own_bytes -= list.remove(idx).map_or(0, |oldest| oldest.bytes);
     }
-    let mut bytes: usize = list.iter().map(|kept| kept.bytes).sum();
-    while list.len() > MAX_STORED_RESPONSES || (bytes > MAX_STORED_RESPONSE_BYTES && list.len() > 1) {
-        bytes -= list.pop_front().map_or(0, |oldest| oldest.bytes);
+    while list.len() > MAX_STORED_RESPONSES && forget_of_most(list, |_| 1) {}
+    while list.iter().map(|kept| kept.bytes).sum::<usize>() > MAX_STORED_RESPONSE_BYTES
+        && forget_of_most(list, |kept| kept.bytes)
+    {}
+}
+
+/// Forgets the oldest of the owner who has most, but not the newest of all. Whether there was one.
+fn forget_of_most(list: &mut VecDeque<Kept>, weight: impl Fn(&Kept) -> usize) -> bool {
+    let mut weights: HashMap<Option<&str>, usize> = HashMap::new();
+    // Of several with as much it is the one whose oldest is oldest.
+    let (mut most, mut oldest) = (0, None);
+    for (idx, kept) in list.iter().enumerate().take(list.len().saturating_sub(1)).rev() {
+        let sum = weights.entry(kept.response.owner.as_deref()).or_default();
+        *sum += weight(kept);
+        if *sum >= most {
+            (most, oldest) = (*sum, Some(idx));
+        }
     }
+    oldest.and_then(|idx| list.remove(idx)).is_some()
 }
 
 #[cfg(test)]
@@ -148,17 +164,20 @@ mod tests {
         (0..MAX_STORED_RESPONSES + 2).for_each(|number| stored.put(response(number, "a", "x")));
         assert_eq!(stored.lock().len(), MAX_STORED_RESPONSES);
         assert!(stored.get("resp_1", Some("a")).is_none() && stored.get("resp_2", Some("a")).is_some());
-        // One key's bytes are its own: another key's answers stay.
+        // One key's flood is its own: another key's answers stay.
         stored.put(response(9_000, "b", "z"));
+        (2_000..2_000 + MAX_STORED_RESPONSES).for_each(|number| stored.put(response(number, "a", "x")));
+        assert!(stored.get("resp_9000", Some("b")).is_some() && stored.lock().len() == MAX_STORED_RESPONSES);
         let large = "y".repeat(MAX_STORED_BYTES_PER_KEY / 2);
         (0..3).for_each(|number| stored.put(response(10_000 + number, "a", &large)));
         let is_kept = |number: usize, owner| stored.get(&format!("resp_{number}"), Some(owner)).is_some();
-        assert!(is_kept(9_000, "b") && is_kept(10_002, "a") && !is_kept(10_001, "a") && !is_kept(1_000, "a"));
+        assert!(is_kept(9_000, "b") && is_kept(10_002, "a") && !is_kept(10_001, "a") && !is_kept(2_500, "a"));
         // All keys together have a limit, too.
         for number in 0..MAX_STORED_RESPONSE_BYTES / MAX_STORED_BYTES_PER_KEY * 2 {
             stored.put(response(20_000 + number, &format!("owner {number}"), &large));
         }
-        assert!(!is_kept(9_000, "b") && is_kept(20_001, "owner 1"), "the oldest went, and no more");
+        assert!(!is_kept(10_002, "a") && !is_kept(20_000, "owner 0"), "the oldest of those with most went");
+        assert!(is_kept(9_000, "b") && is_kept(20_001, "owner 1"), "and no more");
     }
 
     /// What the object holds counts as the texts do, whichever field it is in.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::Response;
@@ -11,11 +12,16 @@ use serde_json::json;
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
+use crate::keys::Caller;
 use crate::options::MAX_DETOKENIZE_IDS;
 use crate::response::json_response;
 
 /// Text to ids.
-pub(crate) async fn tokenize(State(app): State<Arc<App>>, body: Bytes) -> ApiResult<Response<Body>> {
+pub(crate) async fn tokenize(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> ApiResult<Response<Body>> {
     let mut fields = Fields::parse(&body)?;
     let model = app.model(fields.text("model")?.as_deref())?;
     let text = match fields.text("prompt")? {
@@ -33,14 +39,18 @@ pub(crate) async fn tokenize(State(app): State<Arc<App>>, body: Bytes) -> ApiRes
     };
     drop((fields, body));
     let engine = model.engine.clone();
-    let ids = app.helper.run(move || engine.tokenize(&text, add_special)).await??;
+    let ids = app.text_helper.run(caller.name(), move || engine.tokenize(&text, add_special)).await??;
     Ok(json_response(
         &json!({ "count": ids.len(), "max_model_len": model.engine.info().context_tokens, "tokens": ids }),
     ))
 }
 
 /// Ids to text.
-pub(crate) async fn detokenize(State(app): State<Arc<App>>, body: Bytes) -> ApiResult<Response<Body>> {
+pub(crate) async fn detokenize(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> ApiResult<Response<Body>> {
     let mut fields = Fields::parse(&body)?;
     let model = app.model(fields.text("model")?.as_deref())?;
     if !fields.has("tokens") {
@@ -53,7 +63,7 @@ pub(crate) async fn detokenize(State(app): State<Arc<App>>, body: Bytes) -> ApiR
         return Err(ApiError::invalid("tokens", value, expected));
     }
     let engine = model.engine.clone();
-    let text = app.helper.run(move || engine.detokenize(&ids)).await?;
+    let text = app.text_helper.run(caller.name(), move || engine.detokenize(&ids)).await?;
     let text = text.map_err(|error| ApiError::from(error).renamed("ids", "tokens"))?;
     Ok(json_response(&json!({ "prompt": text, "content": text })))
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, StatusCode, Uri};
@@ -11,6 +12,7 @@ use ns_llm::Engine;
 
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
+use crate::keys::Caller;
 use crate::options::{DEFAULT_TRACE_SECONDS, MAX_TRACE_SECONDS, TRACE_EVENTS};
 use crate::response::typed;
 
@@ -32,10 +34,15 @@ impl Drop for Recording {
 }
 
 /// Records the model of the query's `model`, or the first one.
-pub(crate) async fn record(State(app): State<Arc<App>>, uri: Uri) -> ApiResult<Response<Body>> {
+pub(crate) async fn record(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    uri: Uri,
+) -> ApiResult<Response<Body>> {
     if !app.options.trace_route {
         return Err(ApiError::not_found("unknown_route", "there is no such route"));
     }
+    caller.check_admin()?;
     let query = |name: &str| {
         let pairs = uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
         pairs.filter(|(key, _)| *key == name).map(|(_, value)| value.to_string()).next()

@@ -86,6 +86,9 @@ pub(crate) struct Options {
     /// Prompts from a file instead, one a line, the most frequent first
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompts", "max_prompt_bytes"])]
     prompt_file: Option<PathBuf>,
+    /// Ask each prompt once, one after the other and from the start again, instead of by Zipf's law
+    #[arg(long)]
+    in_order: bool,
     /// Number that decides which prompt comes when
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -171,6 +174,7 @@ pub(crate) fn run(options: &Options) -> CommandResult {
         "model": options.model,
         "max_tokens": options.max_tokens,
         "prompts": run.mix.bodies.len(),
+        "in_order": options.in_order,
         "seed": options.seed,
         "stages": reports,
     });
@@ -250,7 +254,8 @@ fn broken_limits(options: &Options, stage: &Stage, figures: &Figures) -> Vec<Str
 
 /// The requests to draw from.
 struct Mix {
-    zipf: Zipf,
+    /// `None`: each after the other.
+    zipf: Option<Zipf>,
     seed: u64,
     /// Made when first asked for, then kept: making them must not be what is measured.
     bodies: Vec<OnceLock<Bytes>>,
@@ -277,7 +282,7 @@ impl Mix {
             rest["ignore_eos"] = true.into();
         }
         Mix {
-            zipf: Zipf::new(num_prompts),
+            zipf: (!options.in_order).then(|| Zipf::new(num_prompts)),
             seed: options.seed,
             bodies: (0..num_prompts).map(|_| OnceLock::new()).collect(),
             prompts,
@@ -289,7 +294,10 @@ impl Mix {
 
     /// The body of request `idx`.
     fn body(&self, idx: u64) -> Bytes {
-        let name = self.zipf.draw(&mut Rng(idx ^ self.seed.rotate_left(32)));
+        let name = match &self.zipf {
+            Some(zipf) => zipf.draw(&mut Rng(idx ^ self.seed.rotate_left(32))),
+            None => idx % self.bodies.len() as u64,
+        };
         let body = || {
             let text = match &self.prompts {
                 Some(prompts) => prompts[name as usize].clone(),
@@ -389,5 +397,34 @@ async fn wait_until(moment: Instant) {
     }
     while Instant::now() < moment {
         tokio::task::yield_now().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    /// In order each prompt comes once in a round; by Zipf's law some come again before others have come at all.
+    #[test]
+    fn prompts_come_in_order_where_that_is_asked() {
+        let bodies = |arguments: &[&str]| -> Vec<Bytes> {
+            let line = ["serve", "--url", "http://127.0.0.1:1", "--prompts", "50", "--max-prompt-bytes", "100"];
+            let mix = Mix::new(&Line::parse_from(line.iter().chain(arguments)).options, None);
+            (0..100).map(|idx| mix.body(idx)).collect()
+        };
+        let distinct = |bodies: &[Bytes]| bodies.iter().collect::<HashSet<_>>().len();
+        let in_order = bodies(&["--in-order"]);
+        assert_eq!((distinct(&in_order[..50]), &in_order[..50]), (50, &in_order[50..]));
+        assert!(distinct(&bodies(&[])[..50]) < 40);
     }
 }

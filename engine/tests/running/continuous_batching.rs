@@ -110,3 +110,29 @@ fn streams_join_to_the_answer() {
     assert_eq!(stopped.choices[0].text, expected);
     assert_eq!(stopped.choices[0].finish_reason, ns_llm::FinishReason::Stop);
 }
+
+/// While a step is computed the engine tells how large it is and since when, and once steps were done, what to expect of it; an idle
+/// engine computes none.
+#[test]
+fn the_running_step_is_told() {
+    let engine = demo::open(|_| ());
+    let mut rng = Rng(5);
+    assert_eq!(engine.running_step(), None);
+    // Looks until it has met one in the middle.
+    let mut caught = || loop {
+        let stream = engine.generate(Request::tokens(rng.prompt(1_000)).max_tokens(1)).expect("admitted");
+        let mut found = None;
+        while found.is_none() && engine.stats().num_requests_running + engine.stats().num_requests_preparing > 0 {
+            found = engine.running_step();
+        }
+        stream.for_each(|event| drop(event.expect("runs")));
+        if let Some(step) = found {
+            break step;
+        }
+    };
+    assert!((1..=512).contains(&caught().num_tokens));
+    let step = caught();
+    assert!(step.expected.is_some_and(|expected| !expected.is_zero()), "{step:?}");
+    // The last token is told of before its step is over.
+    while engine.running_step().is_some() {}
+}

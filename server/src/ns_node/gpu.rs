@@ -1,8 +1,7 @@
 //! `/api/gpu/*`: which GPUs are in this machine, and where a request would be computed. Devices are looked at when they
-//! are asked for, off the connections' thread; a machine without any is a normal case. Sizes are MiB.
+//! are asked for; a machine without any is a normal case. Sizes are MiB.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use axum::Extension;
 use axum::body::{Body, Bytes};
@@ -15,59 +14,22 @@ use crate::app::App;
 use crate::clock::unix_millis;
 use crate::error::PlainError;
 use crate::fields::Fields;
+use crate::gpu_watch::mean_utilization;
 use crate::keys::Caller;
 use crate::ns_node::cluster;
 use crate::ns_node::machine::{load_average, memory, processor};
 use crate::ns_node::query_number;
 use crate::response::json_response;
 
-/// Looks at the devices that are remembered: with one in five seconds those of an hour.
-const MAX_SAMPLES: usize = 720;
 /// Change of utilization that makes a trend, points of percent.
 const TREND_POINTS: f64 = 10.0;
 const MEBIBYTE: u64 = 1 << 20;
 
 type Answer = Result<Response<Body>, PlainError>;
 
-/// How busy the devices were at each look: milliseconds since 1970, and percent.
-#[derive(Default)]
-pub(crate) struct GpuHistory {
-    samples: Mutex<VecDeque<(u64, f64)>>,
-}
-
-impl GpuHistory {
-    fn note(&self, gpus: &[Gpu]) {
-        if gpus.is_empty() {
-            return;
-        }
-        let mut samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
-        if samples.len() == MAX_SAMPLES {
-            samples.pop_front();
-        }
-        samples.push_back((unix_millis(), mean_utilization(gpus)));
-    }
-
-    fn since(&self, millis: u64) -> Vec<f64> {
-        let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
-        samples.iter().filter(|(at, _)| *at >= millis).map(|(_, utilization)| *utilization).collect()
-    }
-}
-
-/// Percent, the mean over all devices; 0 without one.
-pub(crate) fn mean_utilization(gpus: &[Gpu]) -> f64 {
-    let sum: f64 = gpus.iter().filter_map(|gpu| gpu.utilization_percent).sum();
-    if gpus.is_empty() { 0.0 } else { sum / gpus.len() as f64 }
-}
-
-async fn look(app: &App) -> Result<Vec<Gpu>, PlainError> {
-    let gpus = app.helper.run(ns_llm::gpus).await?;
-    app.gpu_history.note(&gpus);
-    Ok(gpus)
-}
-
 /// `GET /api/gpu/status`.
 pub(crate) async fn status(State(app): State<Arc<App>>) -> Answer {
-    let gpus = look(&app).await?;
+    let gpus = app.gpus.look(&app).await;
     let capabilities = capabilities(&app, &gpus);
     let now = unix_millis();
     let current = (!gpus.is_empty()).then(|| {
@@ -93,7 +55,7 @@ pub(crate) async fn can_handle(State(app): State<Arc<App>>, body: Bytes) -> Answ
     let mut fields = if body.is_empty() { Fields::default() } else { Fields::parse(&body)? };
     let required = fields.number("requiredVram")?.map_or(0, |mebibytes| mebibytes.max(0.0) as u64);
     drop((fields, body));
-    let gpus = look(&app).await?;
+    let gpus = app.gpus.look(&app).await;
     let has_gpu_engine = app.models.iter().any(|model| model.engine.info().device != "cpu");
     Ok(json_response(&placement(required, &gpus, has_gpu_engine, memory().total / MEBIBYTE)))
 }
@@ -120,9 +82,9 @@ fn placement(required: u64, gpus: &[Gpu], has_gpu_engine: bool, memory_mib: u64)
 
 /// `GET /api/gpu/utilization?minutes=`: over the looks of the last minutes.
 pub(crate) async fn utilization(State(app): State<Arc<App>>, uri: Uri) -> Answer {
-    look(&app).await?;
+    app.gpus.look(&app).await;
     let minutes = query_number(&uri, "minutes").unwrap_or(5.0);
-    let samples = app.gpu_history.since(unix_millis().saturating_sub((minutes * 60_000.0) as u64));
+    let samples = app.gpus.utilization_since(unix_millis().saturating_sub((minutes * 60_000.0) as u64));
     Ok(json_response(&trend(&samples)))
 }
 
@@ -146,7 +108,7 @@ fn trend(samples: &[f64]) -> Value {
 
 /// `GET /api/gpu/metadata`: what a node tells its peers.
 pub(crate) async fn metadata(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> Answer {
-    let gpus = look(&app).await?;
+    let gpus = app.gpus.look(&app).await;
     let capabilities = capabilities(&app, &gpus);
     let (model, cores) = processor();
     let mut metadata = cluster::view(&app, caller.name());

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, Uri};
@@ -12,6 +13,8 @@ use serde_json::json;
 
 use crate::app::App;
 use crate::clock::rfc3339;
+use crate::error::PlainError;
+use crate::keys::Caller;
 use crate::metrics::{Kind, Operation, Outcome, millis};
 use crate::ns_node::machine::{Memory, load_average, memory};
 use crate::ns_node::query_number;
@@ -162,9 +165,13 @@ pub(crate) async fn report(State(app): State<Arc<App>>) -> Response<Body> {
 }
 
 /// `POST /api/performance/clear`.
-pub(crate) async fn clear(State(app): State<Arc<App>>) -> Response<Body> {
+pub(crate) async fn clear(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Response<Body>, PlainError> {
+    caller.check_admin()?;
     app.metrics.clear(Instant::now());
-    json_response(&json!({ "success": true, "message": "Performance history cleared" }))
+    Ok(json_response(&json!({ "success": true, "message": "Performance history cleared" })))
 }
 
 fn is_success(operation: &&Operation, kind: Kind) -> bool {

@@ -15,6 +15,7 @@ use crate::error::{ApiError, ApiResult};
 use crate::fields::{Fields, shown, token_ids};
 use crate::generation::{Generation, Work};
 use crate::keys::Caller;
+use crate::parameters::read_priority;
 use crate::response::json_response;
 
 #[derive(Serialize)]
@@ -66,6 +67,7 @@ pub(crate) async fn create(
     let mut request = EmbeddingRequest::new(inputs);
     request.truncate = false;
     request.dimensions = fields.count("dimensions")?;
+    request.priority = read_priority(&mut fields)?;
     request.timeout_ms = fields.count("timeout_ms")?.map(|timeout_ms| timeout_ms as u64);
     drop(fields);
     let generation = Generation::start(&app, &caller, model, Work::Embed(request)).await?;

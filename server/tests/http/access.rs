@@ -55,6 +55,35 @@ fn probes_may_be_open() {
     assert_eq!((running.get("/metrics").status, running.get("/v1/models").status), (401, 401));
 }
 
+/// What touches all callers needs a key that is marked for it; other keys are told so, and nothing has changed.
+#[test]
+fn only_admins_touch_what_is_everybodys() {
+    let mut keys = keys();
+    keys[1].is_admin = true;
+    let options = ServerOptions { api_keys: keys, trace_route: true, ..ServerOptions::default() };
+    let running = Running::with(options);
+    let body = json!({ "prompt": "A fox who lived in a wood met a hare. ".repeat(3), "max_tokens": 1 }).to_string();
+    assert_eq!(running.send("POST", "/v1/completions", &[&bearer(SECRET)], &body).status, 200);
+    let cached = || running.engine.stats().kv_blocks_cached;
+    let measured = || {
+        let metrics = running.send("GET", "/api/performance/metrics", &[&bearer(SECRET)], "").ok();
+        metrics["requests"]["total"].as_u64().expect("a count")
+    };
+    assert!(cached() > 0 && measured() == 1);
+    let routes = [("POST", "/api/kv-cache/clear"), ("POST", "/api/performance/clear"), ("GET", "/trace?seconds=0.01")];
+    for (method, path) in routes {
+        let refused = running.send(method, path, &[&bearer(SECRET)], "");
+        let error = refused.json();
+        let told = error["error"]["message"].as_str().or(error["error"].as_str()).expect("a text");
+        assert!(refused.status == 403 && told.contains("admin"), "{path}: {refused:?}");
+    }
+    assert!(cached() > 0 && measured() == 1);
+    for (method, path) in routes {
+        assert_eq!(running.send(method, path, &[&bearer(OTHER)], "").status, 200, "{path}");
+    }
+    assert_eq!((cached(), measured()), (0, 0));
+}
+
 /// An address that others reach is refused without a key.
 #[test]
 fn open_addresses_need_a_key() {

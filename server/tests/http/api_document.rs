@@ -32,9 +32,12 @@ fn parameters_are_what_it_says() {
         let Some(properties) = content["schema"]["properties"].as_object() else { continue };
         for name in properties.keys() {
             let mut body = content["example"].clone();
-            // Without these two routes do nothing, and read nothing else.
-            for asked in ["prompt", "input"].into_iter().filter(|asked| properties.contains_key(*asked)) {
-                body[asked] = json!("Once");
+            // Without these some routes do nothing, and read nothing else.
+            let messages = json!([{ "role": "user", "content": "Once" }]);
+            for (asked, value) in [("prompt", json!("Once")), ("input", json!("Once")), ("messages", messages)] {
+                if properties.contains_key(asked) {
+                    body[asked] = value;
+                }
             }
             // No parameter is a list of this.
             body[name] = json!([[{ "x": 1 }]]);

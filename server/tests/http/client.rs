@@ -41,8 +41,12 @@ pub(crate) fn resident_bytes() -> Option<usize> {
 
 /// The model that ships, on one thread.
 pub(crate) fn demo_engine() -> Engine {
+    Engine::open(demo_options()).expect("the model is there")
+}
+
+pub(crate) fn demo_options() -> EngineOptions {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
-    Engine::open(EngineOptions::new(path).threads(1).kv_bytes(48 << 20)).expect("the model is there")
+    EngineOptions::new(path).threads(1).kv_bytes(48 << 20)
 }
 
 /// A server with its engine; it stops when dropped.
@@ -62,6 +66,12 @@ impl Running {
         let engine = demo_engine();
         let model = Model { aliases: vec!["llama3.2".to_string()], ..Model::new(engine.clone()) };
         Running::serving(engine, vec![model], options)
+    }
+
+    /// With an engine of these options.
+    pub(crate) fn over(engine: EngineOptions, options: ServerOptions) -> Running {
+        let engine = Engine::open(engine).expect("the model is there");
+        Running::serving(engine.clone(), vec![Model::new(engine)], options)
     }
 
     pub(crate) fn serving(engine: Engine, models: Vec<Model>, options: ServerOptions) -> Running {

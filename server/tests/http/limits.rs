@@ -4,7 +4,8 @@ use std::io::{Read, Write};
 use std::process::Command;
 use std::time::Duration;
 
-use ns_llm_server::ServerOptions;
+use ns_llm_server::options::MAX_HELD_BODIES;
+use ns_llm_server::{ApiKey, ServerOptions};
 use serde_json::json;
 
 use crate::client::{Answer, Running, request, resident_bytes, scaled};
@@ -42,6 +43,48 @@ fn bodies_are_bounded() {
         "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n";
     let answer = running.raw(format!("{chunked}{chunk}{chunk}{chunk}0\r\n\r\n").as_bytes());
     assert_eq!((answer.status, &answer.json()["error"]["code"]), (413, &json!("body_too_large")));
+}
+
+/// Bodies that are in memory at once have a limit, and those of one key half of it: what that key sends beyond it is refused with a
+/// time to come again, another key is not touched, and what is hung up or answered makes room.
+#[test]
+fn held_bodies_are_bounded() {
+    let secrets = ["the-secret-of-the-crowd", "the-secret-of-the-other"];
+    let keys = ["crowd", "other"].iter().zip(secrets).map(|(name, secret)| ApiKey::new(name, secret).expect("valid"));
+    let max_body_bytes = 64 << 10;
+    let running = Running::with(ServerOptions {
+        max_body_bytes,
+        api_keys: keys.collect(),
+        body_timeout: Duration::from_secs(1_000),
+        ..ServerOptions::default()
+    });
+    let bearer = |secret: &str| format!("Authorization: Bearer {secret}");
+    let of_bytes = |bytes: usize| {
+        let around = json!({ "prompt": "x", "padding": "" }).to_string().len();
+        json!({ "prompt": "x", "padding": "y".repeat(bytes - around) }).to_string()
+    };
+    let (largest, small) = (of_bytes(max_body_bytes), of_bytes(100));
+    let ask = |secret: &str, body: &str| running.send("POST", "/tokenize", &[&bearer(secret)], body);
+    // All of each but its last byte, until so many are held that there is no room for a small one.
+    let mut begun = Vec::new();
+    let refused = loop {
+        let mut stream = running.connect();
+        let text = request("POST", "/tokenize", &[&bearer(secrets[0])], &largest);
+        stream.write_all(&text.as_bytes()[..text.len() - 1]).expect("sent");
+        begun.push(stream);
+        let answer = ask(secrets[0], &small);
+        if answer.status != 200 {
+            break answer;
+        }
+    };
+    assert!(begun.len() >= MAX_HELD_BODIES / 2, "{}", begun.len());
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+    assert_eq!(refused.json()["error"]["code"], "overloaded");
+    assert_eq!(ask(secrets[1], &largest).status, 200);
+    drop(begun);
+    while ask(secrets[0], &small).status != 200 {}
+    // Answered bodies are not counted any more.
+    (0..MAX_HELD_BODIES).for_each(|_| assert_eq!(ask(secrets[0], &largest).status, 200));
 }
 
 /// What is not HTTP, or frames its body in two ways, never gets to a route.

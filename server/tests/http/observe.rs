@@ -8,7 +8,7 @@ use std::time::Duration;
 use ns_llm_server::{Model, ServerOptions};
 use serde_json::{Value, json};
 
-use crate::client::{Answer, Running, demo_engine, request};
+use crate::client::{Answer, Running, demo_engine, demo_options, request};
 
 /// Every line is a comment or a number; each series is told once, after its kind.
 fn series(text: &str) -> HashMap<String, f64> {
@@ -65,6 +65,49 @@ fn metrics_are_counted() {
         assert!(value(gauge).is_finite());
     }
     assert!(value("avg_latency_ms") > 0.0);
+}
+
+/// The response cache and the tiers of the prefix cache are counted where they are hit, in the metrics as in ns-node's shape.
+#[test]
+fn caches_are_told_by_tier() {
+    let mut engine = demo_options();
+    engine.response_cache.max_bytes = 1 << 20;
+    // Host memory takes what the pool, of one sequence and a half, gives up.
+    engine = engine.kv_bytes(6 << 20);
+    engine.kv_host_bytes = 32 << 20;
+    let running = Running::over(engine, ServerOptions::default());
+    let ask = |prompt: &str| running.post("/v1/completions", &json!({ "prompt": prompt, "max_tokens": 1 })).ok();
+    let prompt = |idx: usize| format!("{idx}: {}", "A fox who lived in a wood met a hare. ".repeat(8));
+    (0..2).for_each(|_| drop(ask(&prompt(0))));
+    let value = |name: &str| {
+        let series = series(&running.get("/metrics").body);
+        series.get(name).copied().unwrap_or_else(|| panic!("{name} is missing"))
+    };
+    let of = |name: &str, tier: &str| value(&format!("ns_llm:{name}{{model_name=\"demo\",tier=\"{tier}\"}}"));
+    assert_eq!((of("response_cache_hits_total", "memory"), of("response_cache_entries", "memory")), (1.0, 1.0));
+    assert_eq!(value("ns_llm:response_cache_misses_total{model_name=\"demo\"}"), 1.0);
+    assert!(of("response_cache_bytes", "memory") > 0.0 && of("response_cache_hits_total", "disk") == 0.0);
+    // Until the first prompt's blocks are in host memory, and found there.
+    let mut idx = 1;
+    while of("kv_tier_blocks", "host") < 64.0 {
+        ask(&prompt(idx));
+        idx += 1;
+        assert!(idx < 400, "nothing is given up");
+    }
+    let again = json!({ "prompt": prompt(0), "max_tokens": 2 });
+    let usage = running.post("/v1/completions", &again).ok()["usage"]["prompt_tokens_details"].clone();
+    let from_host = usage["cached_by_tier"]["host"].as_u64().expect("a count");
+    assert!(from_host > 0, "{usage}");
+    assert!(of("kv_tier_hits_total", "host") > 0.0 && of("cached_tokens_total", "host") >= from_host as f64);
+    let stats = running.get("/api/kv-cache/stats").ok();
+    let host = &stats["tiers"][0];
+    assert_eq!((&host["name"], host["hits"].as_f64()), (&json!("host"), Some(of("kv_tier_hits_total", "host"))));
+    assert!(host["entries"].as_u64() >= Some(64) && host["bytes"].as_u64() > Some(64 * 16));
+    assert_eq!(stats["stores"], host["stores"]);
+    assert!(stats["prefix"]["hitTokensByTier"]["host"].as_u64() >= Some(from_host));
+    let responses = &stats["responses"];
+    assert_eq!((&responses["enabled"], &responses["hits"]["memory"]), (&json!(true), &json!(1)));
+    assert!(responses["entries"]["memory"].as_u64() > Some(1) && responses["misses"].as_u64() > Some(1));
 }
 
 /// Dashboards that cannot be changed get vLLM's own names.

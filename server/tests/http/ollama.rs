@@ -1,6 +1,7 @@
 //! Ollama's routes: lines of JSON that its clients read, and the engine's own answers in them.
 
 use ns_llm::{EmbeddingRequest, Message, Request};
+use ns_llm_server::{ApiKey, ServerOptions};
 use serde_json::{Value, json};
 
 use crate::client::{Answer, Running};
@@ -23,6 +24,31 @@ fn names_are_listed() {
     let digest = |idx: usize| tags["models"][idx]["digest"].as_str().expect("a digest");
     assert!(digest(0).len() == 64 && digest(0).bytes().all(|byte| byte.is_ascii_hexdigit()) && digest(0) != digest(1));
     assert!(running.get("/api/version").ok()["version"].is_string());
+}
+
+/// What Ollama's command line asks for before it says anything: whether somebody is there, with a page or without and before it
+/// has a key, what the model is by either name of the field, and what is loaded.
+#[test]
+fn a_command_line_finds_its_way() {
+    let key = ApiKey::new("one", "the-secret-of-the-first").expect("valid");
+    for (page, length) in [(true, 1_000), (false, 1)] {
+        let running = Running::with(ServerOptions { page, api_keys: vec![key.clone()], ..ServerOptions::default() });
+        let (head, get) = (running.send("HEAD", "/", &[], ""), running.get("/"));
+        assert_eq!((head.status, head.body.as_str(), get.status), (200, "", 200));
+        assert!(get.body.len() >= length, "{}", get.body);
+    }
+    let running = Running::start();
+    for name in ["model", "name"] {
+        let shown = running.post("/api/show", &json!({ name: "llama3.2" })).ok();
+        assert_eq!(shown["model_info"]["general.architecture"], "qwen3");
+        assert_eq!(shown["capabilities"], json!(["completion", "embedding"]));
+        assert_eq!(running.post("/api/show", &json!({ name: "other" })).status, 404);
+    }
+    let loaded = &running.get("/api/ps").ok()["models"][0];
+    let context_tokens = running.engine.info().context_tokens;
+    assert_eq!((&loaded["name"], &loaded["size_vram"]), (&json!("demo:latest"), &json!(0)));
+    assert_eq!(loaded["context_length"], context_tokens);
+    assert!(loaded["size"].as_u64().is_some_and(|bytes| bytes > 1 << 20) && loaded["expires_at"].is_string());
 }
 
 /// Both kinds of answers are the engine's, streamed by default, and in one piece when asked for.
@@ -54,8 +80,10 @@ fn answers_are_the_engines_own() {
     let raw = json!({ "prompt": "A fox", "raw": true, "options": options });
     assert_eq!(whole("/api/generate", raw)["response"], own(Request::prompt("A fox")));
     assert_eq!(running.post("/api/generate", &json!({ "model": "demo" })).ok()["done_reason"], "load");
-    let loaded = running.post("/api/chat", &json!({ "model": "demo", "messages": [] })).ok();
-    assert_eq!((&loaded["done_reason"], &loaded["message"]["content"]), (&json!("load"), &json!("")));
+    for body in [json!({ "model": "demo", "messages": [] }), json!({ "model": "demo", "keep_alive": "5m" })] {
+        let loaded = running.post("/api/chat", &body).ok();
+        assert_eq!((&loaded["done_reason"], &loaded["message"]["content"]), (&json!("load"), &json!("")));
+    }
 }
 
 /// Both forms of vectors.
@@ -79,7 +107,7 @@ fn errors_are_texts() {
     let message = json!([{ "role": "user", "content": "Hi" }]);
     for (path, body, status, word) in [
         ("/api/chat", json!({ "model": "other", "messages": message }), 404, "other"),
-        ("/api/chat", json!({}), 400, "messages"),
+        ("/api/chat", json!({ "messages": "Hi" }), 400, "messages"),
         ("/api/chat", json!({ "messages": message, "format": "json" }), 400, "format"),
         ("/api/chat", json!({ "messages": message, "tools": [{}] }), 400, "tools"),
         ("/api/chat", json!({ "messages": message, "options": { "temperature": "hot" } }), 400, "options.temperature"),
