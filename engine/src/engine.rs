@@ -184,6 +184,7 @@ impl Engine {
         let (sender, stream) = channel(move || {
             let _ = commands.send(Command::Cancel(id));
         });
+        let sender = sender.of_engine(self.inner.ended.clone());
         self.inner.enqueue(Submission { id, work, sender, origin, slot })?;
         // An answer outlives the handle that asked for it.
         Ok(stream.keep_alive(self.inner.clone()))
@@ -347,11 +348,11 @@ impl Engine {
     /// Asks the worker for something that takes a tier's time, at most [`FLUSH_MS`].
     fn ask_worker(&self, command: fn(SyncSender<Result<()>>) -> Command) -> Result<()> {
         let (reply, done) = sync_channel(1);
-        self.inner.commands.send(command(reply)).map_err(|_| Error::Closed)?;
+        self.inner.commands.send(command(reply)).map_err(|_| self.inner.closed())?;
         match done.recv_timeout(Duration::from_millis(FLUSH_MS)) {
             Ok(result) => result,
             Err(RecvTimeoutError::Timeout) => Err(Error::DeadlineExceeded { timeout_ms: FLUSH_MS }),
-            Err(RecvTimeoutError::Disconnected) => Err(Error::Closed),
+            Err(RecvTimeoutError::Disconnected) => Err(self.inner.closed()),
         }
     }
 
@@ -380,8 +381,13 @@ impl Inner {
             (Some(error), _) => Err(error.clone()),
             (None, None) => Err(Error::Closed),
             // The channel has room for every pending slot, so a failure means that intake is gone.
-            (None, Some(submissions)) => submissions.try_send(submission).map_err(|_| Error::Closed),
+            (None, Some(submissions)) => submissions.try_send(submission).map_err(|_| self.closed()),
         }
+    }
+
+    /// Why the worker ended, or that this handle was closed.
+    fn closed(&self) -> Error {
+        self.ended.get().cloned().unwrap_or(Error::Closed)
     }
 
     fn request_close(&self) {

@@ -56,7 +56,7 @@ pub(crate) fn run(
         waiting.expire();
         let Some(Submission { id, work, sender, origin, slot }) = next else { continue };
         let given_up = match (is_closing.load(Ordering::Acquire), sender.is_cancelled()) {
-            (true, _) => Some(Error::Closed),
+            (true, _) => Some(sender.closed()),
             (_, true) => Some(Error::Cancelled),
             _ => None,
         };
@@ -72,7 +72,7 @@ pub(crate) fn run(
         match prepared {
             Ok(Intake::Run(work)) => {
                 let prepared = Prepared { id, work, sender, origin, slot };
-                // A worker that is gone drops the request, which ends its stream as closed.
+                // A worker that is gone drops the request, which ends its stream with why.
                 let _ = worker.send(Command::Run(Box::new(prepared)));
             }
             Ok(Intake::Ask(prepared, asked)) => {

@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -60,9 +60,11 @@ impl Channel {
     }
 }
 
-/// The writing end. Losing it without [`EventSender::end`] ends the stream with [`Error::Closed`].
+/// The writing end. Losing it without [`EventSender::end`] ends the stream with [`EventSender::closed`].
 pub struct EventSender {
     channel: Arc<Channel>,
+    /// Why the engine ended; set by its worker before it lets go of anything.
+    engine_ended: Option<Arc<OnceLock<Error>>>,
 }
 
 /// Makes the two ends; `on_cancel` is called (once, on the cancelling thread) when the reader wants no more.
@@ -70,10 +72,21 @@ pub fn channel(on_cancel: impl Fn() + Send + Sync + 'static) -> (EventSender, Re
     let channel =
         Arc::new(Channel { state: Mutex::default(), changed: Condvar::new(), cancelled: AtomicBool::new(false) });
     let canceller = Canceller { channel: channel.clone(), on_cancel: Arc::new(on_cancel) };
-    (EventSender { channel }, RequestStream { canceller, _keep_alive: None })
+    (EventSender { channel, engine_ended: None }, RequestStream { canceller, _keep_alive: None })
 }
 
 impl EventSender {
+    /// Of an engine whose worker says there why it ended.
+    pub(crate) fn of_engine(mut self, ended: Arc<OnceLock<Error>>) -> EventSender {
+        self.engine_ended = Some(ended);
+        self
+    }
+
+    /// What a request gets that comes too late: why the engine ended, or that it was closed.
+    pub fn closed(&self) -> Error {
+        self.engine_ended.as_ref().and_then(|ended| ended.get()).cloned().unwrap_or(Error::Closed)
+    }
+
     /// Whether the reader wants no more.
     pub fn is_cancelled(&self) -> bool {
         self.channel.cancelled.load(Ordering::Acquire)
@@ -183,7 +196,8 @@ fn wake(waker: Waker) {
 
 impl Drop for EventSender {
     fn drop(&mut self) {
-        self.end_once(Err(Error::Closed));
+        // Such as a command that reached a worker which was just leaving.
+        self.end_once(Err(self.closed()));
     }
 }
 
@@ -389,6 +403,21 @@ mod tests {
         let (sender, stream) = quiet();
         sender.end(Err(Error::Closed));
         assert_eq!(stream.collect::<Vec<_>>(), [Err(Error::Closed)]);
+    }
+
+    /// A sender that is lost after its engine has ended says why the engine ended; before that, that it was closed.
+    #[test]
+    fn a_late_request_hears_why_the_engine_ended() {
+        let ended = Arc::new(OnceLock::new());
+        let late = |ended: &Arc<OnceLock<Error>>| {
+            let (sender, stream) = quiet();
+            drop(sender.of_engine(ended.clone()));
+            stream.collect::<Vec<_>>()
+        };
+        assert_eq!(late(&ended), [Err(Error::Closed)]);
+        let lost = Error::DeviceLost { device: "cuda:0".to_string(), reason: "gone".to_string() };
+        ended.set(lost.clone()).expect("set once");
+        assert_eq!(late(&ended), [Err(lost)]);
     }
 
     /// Cancelling, by hand or by dropping the stream, is heard once, and not at all after the end.

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use super::replay::replay;
 use crate::command::{Command, Prepared};
-use crate::error::Error;
 use crate::instruments::Instruments;
 use crate::request::Request;
 use crate::response_cache::StoredEntry;
@@ -138,7 +137,9 @@ impl WaitingList {
     pub(super) fn close(self) {
         for (_, waiting) in self.requests {
             if let Some(held) = waiting.take() {
-                held.prepared.sender.end(Err(Error::Closed));
+                let sender = held.prepared.sender;
+                let closed = sender.closed();
+                sender.end(Err(closed));
             }
         }
     }
