@@ -244,10 +244,11 @@ impl<E: Executor> Worker<E> {
         batch.sequences.iter().filter_map(part).collect()
     }
 
-    /// The sequences of a step that failed end. Where the device is gone, all others will.
+    /// The sequences of a step that failed end. Where the device is gone, they end with all others, once the engine says why: whoever
+    /// sees the end of a stream finds it closed.
     fn failed(&mut self, step: Step, error: &Error) -> Vec<SequenceEvent> {
         self.note_lost(error);
-        self.scheduler.fail_step(step, error)
+        if self.lost.is_some() { Vec::new() } else { self.scheduler.fail_step(step, error) }
     }
 
     fn note_lost(&mut self, error: &Error) {
@@ -296,7 +297,7 @@ impl<E: Executor> Worker<E> {
 
     /// One step of whole sequences, if any wait and no other step is in flight.
     fn encode(&mut self) {
-        if !self.in_flight.is_empty() {
+        if !self.in_flight.is_empty() || self.lost.is_some() {
             return;
         }
         let Some(step) = self.scheduler.schedule_encoding(self.now_ms()) else { return };
@@ -314,8 +315,10 @@ impl<E: Executor> Worker<E> {
         if !slices.is_empty() {
             timeline::encoding(&self.instruments.tracer, &slices, start, end);
         }
-        let events = self.scheduler.apply_encoding(step, vectors);
-        self.deliver(events);
+        if self.lost.is_none() {
+            let events = self.scheduler.apply_encoding(step, vectors);
+            self.deliver(events);
+        }
     }
 
     /// Takes what is there; sleeps for the next command when there is nothing else to do.
