@@ -357,6 +357,9 @@ impl<E: Executor> Worker<E> {
 
     /// Takes what the tiers' threads have said, before what was said to this one: that waits for the next turn.
     fn hear_tiers(&mut self) {
+        if self.scheduler.tiers().is_none() {
+            return;
+        }
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Tier(answer) => {
