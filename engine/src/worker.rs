@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::batch::{Batch, BatchSequence, BlockId, SeqId};
-use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, VectorForm};
+use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, TierAnswer, VectorForm};
 use crate::config::{CLOSE_WRITES_MS, MAX_BLOCKS_READ_TOGETHER, MIN_MEASURED_PREFILL_TOKENS};
 use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
@@ -39,6 +39,8 @@ pub(crate) struct Worker<E: Executor> {
     scheduler: Scheduler,
     text: Arc<TextModel>,
     commands: Receiver<Command>,
+    /// Came while the tiers were heard; before all that is still in `commands`.
+    set_aside: VecDeque<Command>,
     instruments: Arc<Instruments>,
     epoch: Instant,
     answers: HashMap<RequestId, Answer>,
@@ -102,6 +104,7 @@ impl<E: Executor> Worker<E> {
             answers: HashMap::new(),
             owners: HashMap::new(),
             in_flight: VecDeque::new(),
+            set_aside: VecDeque::new(),
             tiering: Tiering::new(tier_threads),
             is_waiting: false,
             lost: None,
@@ -136,6 +139,7 @@ impl<E: Executor> Worker<E> {
             Command::Flush(reply) | Command::Clear(reply) => drop(reply.send(Err(last.clone()))),
             _ => {}
         };
+        self.set_aside.drain(..).for_each(refuse);
         let (scheduler, tiering) = (&mut self.scheduler, &mut self.tiering);
         // After a defect they may be in any state.
         let finish = || finish_writes(scheduler, tiering, &self.commands, self.epoch, refuse);
@@ -172,9 +176,7 @@ impl<E: Executor> Worker<E> {
             return Turn::Fail(error);
         }
         // What the tiers have written during the step makes room for what the step has computed.
-        if self.take_what_is_there() == Turn::Close {
-            return Turn::Close;
-        }
+        self.hear_tiers();
         if let Err(error) = self.move_blocks() {
             return Turn::Fail(error);
         }
@@ -365,7 +367,8 @@ impl<E: Executor> Worker<E> {
 
     /// Takes what is there; sleeps for the next command when there is nothing else to do.
     fn take_commands(&mut self) -> Turn {
-        if self.in_flight.is_empty() && (self.is_waiting || !self.scheduler.has_work()) {
+        let is_idle = self.in_flight.is_empty() && (self.is_waiting || !self.scheduler.has_work());
+        if is_idle && self.set_aside.is_empty() {
             self.publish_stats();
             let longest_sleep = self.longest_sleep();
             match self.commands.recv_timeout(longest_sleep) {
@@ -378,15 +381,14 @@ impl<E: Executor> Worker<E> {
                 Err(RecvTimeoutError::Disconnected) => return Turn::Close,
             }
         }
-        self.take_what_is_there()
-    }
-
-    fn take_what_is_there(&mut self) -> Turn {
+        while let Some(command) = self.set_aside.pop_front() {
+            if self.take(command) == Turn::Close {
+                return Turn::Close;
+            }
+        }
         loop {
             match self.commands.try_recv() {
                 Ok(command) => {
-                    // It may be work that did not fit before, or room for it.
-                    self.is_waiting = false;
                     if self.take(command) == Turn::Close {
                         return Turn::Close;
                     }
@@ -395,6 +397,34 @@ impl<E: Executor> Worker<E> {
                 Err(TryRecvError::Disconnected) => return Turn::Close,
             }
         }
+    }
+
+    /// Takes what the tiers' threads have said, before what was said to this one: that waits for the next turn.
+    fn hear_tiers(&mut self) {
+        if self.scheduler.tiers().is_none() {
+            return;
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Tier(answer) => {
+                    // It may be what a sequence waits for.
+                    self.is_waiting = false;
+                    self.hear(answer);
+                }
+                command => self.set_aside.push_back(command),
+            }
+        }
+    }
+
+    fn hear(&mut self, answer: TierAnswer) {
+        if self.instruments.tracer.is_on() {
+            timeline::tier(&self.instruments.tracer, &answer);
+        }
+        let now_us = self.now_us();
+        if let Some(tiers) = self.scheduler.tiers() {
+            self.tiering.answer(tiers, answer, now_us);
+        }
+        self.drive_tiers();
     }
 
     /// Until the next moment at which something happens by itself.
@@ -414,16 +444,7 @@ impl<E: Executor> Worker<E> {
             Command::Run(prepared) => self.admit(*prepared),
             Command::Refused => self.totals.refused += 1,
             Command::Cancel(id) => self.cancel(id),
-            Command::Tier(answer) => {
-                if self.instruments.tracer.is_on() {
-                    timeline::tier(&self.instruments.tracer, &answer);
-                }
-                let now_us = self.now_us();
-                if let Some(tiers) = self.scheduler.tiers() {
-                    self.tiering.answer(tiers, answer, now_us);
-                }
-                self.drive_tiers();
-            }
+            Command::Tier(answer) => self.hear(answer),
             Command::Flush(reply) => {
                 self.tiering.flush(self.scheduler.tiers().map(|tiers| &*tiers), reply);
                 self.drive_tiers();

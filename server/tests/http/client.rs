@@ -13,7 +13,7 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 
 /// No answer takes longer, unless something hangs.
-const PATIENCE: Duration = Duration::from_secs(1_000);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1_000);
 
 /// Size of a test: the small one, or with `NS_LLM_SOAK` set the one that takes its time.
 pub(crate) fn scaled(short: usize, long: usize) -> usize {
