@@ -55,6 +55,11 @@ pub const MAX_TRACE_EVENTS: usize = 1_000_000;
 pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
 /// Blocks of which the KV cache remembers that it had them, and who gave them up: some 2 MiB.
 pub const MAX_LOST_BLOCKS: usize = 16_384;
+/// Blocks of which an engine remembers that a store that nodes share has them: some 16 MiB. Of more it may store some again.
+pub const MAX_REMOTE_KNOWN_BLOCKS: usize = 1 << 17;
+/// Things that a tier was to have and has not, of which it is remembered which they are, until somebody asks: some 2 MiB. More
+/// are only counted.
+pub const MAX_UNSTORED: usize = 16_384;
 /// Most bytes that a tier of the KV cache may be told to keep.
 pub const MAX_KV_TIER_BYTES: u64 = 1 << 50;
 /// Smallest step that tells how fast prompts are computed, tokens.
@@ -339,6 +344,30 @@ impl KvDtype {
     }
 }
 
+/// How blocks are kept outside the pool: in host memory, on disk, in a store that nodes share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum KvTierEncoding {
+    /// As they were computed: what is found again equals what would be computed, bit for bit.
+    #[default]
+    AsComputed,
+    /// Rounded to 8-bit integers with one scale for each token and head: half the bytes of f16 and bf16, a quarter of f32. An
+    /// answer over blocks that came back, of a preempted sequence as well, is a little other than one that was computed whole.
+    /// Blocks are in a key space of their own: no engine without this finds them. With a pool of 8-bit integers the same as
+    /// `AsComputed`.
+    Int8,
+}
+
+impl KvTierEncoding {
+    /// Name as in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvTierEncoding::AsComputed => "as-computed",
+            KvTierEncoding::Int8 => "int8",
+        }
+    }
+}
+
 /// How the compute threads stand to the other threads of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ThreadPriority {
@@ -529,6 +558,8 @@ pub struct EngineOptions {
     pub kv_disk_bytes: u64,
     /// A store that nodes share, for blocks beyond the disk; `None`: none.
     pub kv_remote: Option<KvRemoteOptions>,
+    /// How blocks are kept in all these places.
+    pub kv_tier_encoding: KvTierEncoding,
     /// How long a request waits for KV from a tier that makes no progress before it computes the rest, milliseconds.
     pub kv_load_budget_ms: u64,
     /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above
@@ -563,6 +594,7 @@ impl EngineOptions {
             kv_cache_dir: None,
             kv_disk_bytes: DEFAULT_KV_DISK_BYTES,
             kv_remote: None,
+            kv_tier_encoding: KvTierEncoding::default(),
             kv_load_budget_ms: DEFAULT_KV_LOAD_BUDGET_MS,
             kv_namespace_share: 1.0,
             response_cache: ResponseCacheOptions::default(),

@@ -421,6 +421,12 @@ impl KvCache {
             KeepReason::Evicted => tiers.would_spill(&tiers.stored_key(block.key), now_us),
         })
     }
+    /// The block is not given to the tiers after all: none would take it now, or it could not be read.
+    pub fn pass_over(&mut self, block: &KeptBlock, now_us: u64) {
+        if let Some(tiers) = &mut self.tiers {
+            tiers.pass_over(&tiers.stored_key(block.key), now_us);
+        }
+    }
     /// Gives a block to the tiers.
     pub fn keep(&mut self, block: &KeptBlock, bytes: Arc<[u8]>, now_us: u64) {
         let Some(tiers) = &mut self.tiers else { return };

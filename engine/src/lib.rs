@@ -81,8 +81,8 @@ pub mod text_model;
 pub mod tokenizer;
 
 pub use config::{
-    Device, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, ProgressCallback, ResponseCacheOptions,
-    ThreadPriority, WeightFormat,
+    Device, EngineOptions, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, ProgressCallback,
+    ResponseCacheOptions, ThreadPriority, WeightFormat,
 };
 pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
 pub use engine::{Choice, Completion, Engine, Warmed};

@@ -24,9 +24,14 @@ use crate::config::{CLOSE_WRITES_MS, MAX_RESPONSE_LOOKUPS, MAX_RESPONSE_MARKS, R
 use crate::error::{Error, Result, panic_text};
 use crate::kv_cache::tiers::cost::Breaker;
 use crate::kv_cache::tiers::disk::Damage;
-use crate::kv_cache::tiers::{Fault, TierId};
+use crate::kv_cache::tiers::{Fault, TierId, Unstored};
 use crate::response_cache::{ResponseKey, StoredEntry, mark_key};
 pub(crate) use store::{AnswerStore, DiskAnswers, RemoteAnswers};
+
+/// Why an entry is not written to a tier that rests, or is closed.
+const LEFT_ALONE: &str = "it failed several times and was left alone for a while";
+/// Why an entry is not written that finds too many before it.
+const QUEUE_FULL: &str = "too many bytes waited to be written";
 
 /// How often a tier that is left alone is looked at when something must be written to it.
 const REST_POLL: Duration = Duration::from_millis(100);
@@ -89,6 +94,8 @@ struct State {
     busy_since: Option<Instant>,
     breaker: Breaker,
     last_fault: Option<Fault>,
+    /// What it was to have and has not.
+    unstored: Unstored<ResponseKey>,
     /// Set when the tier shall end: until then it may write what waits.
     close_by: Option<Instant>,
     has_ended: bool,
@@ -209,9 +216,15 @@ impl State {
 
     /// Entries that wait are not written.
     fn drop_entries(&mut self) {
-        let before = self.writes.len();
-        self.writes.retain(|write| matches!(write, Write::Flush(_)));
-        self.stats.dropped += (before - self.writes.len()) as u64;
+        let (stats, unstored) = (&mut self.stats, &mut self.unstored);
+        self.writes.retain(|write| match write {
+            Write::Flush(_) => true,
+            Write::Entry(key, _) => {
+                stats.dropped += 1;
+                unstored.note(*key, LEFT_ALONE);
+                false
+            }
+        });
         self.queued_bytes = 0;
     }
 }
@@ -275,9 +288,11 @@ impl ResponseTiers {
             let now_us = tier.now_us();
             tier.change(|state| {
                 let queued_bytes = state.queued_bytes + entry.value.len() as u64;
-                let may_wait = queued_bytes <= RESPONSE_WRITE_QUEUE_BYTES && state.breaker.allows(now_us);
-                if !may_wait || state.close_by.is_some() {
+                let has_room = queued_bytes <= RESPONSE_WRITE_QUEUE_BYTES;
+                let answers = state.breaker.allows(now_us) && state.close_by.is_none();
+                if !has_room || !answers {
                     state.stats.dropped += 1;
+                    state.unstored.note(key, if answers { QUEUE_FULL } else { LEFT_ALONE });
                     return;
                 }
                 state.queued_bytes = queued_bytes;
@@ -303,6 +318,8 @@ impl ResponseTiers {
         for tier in &self.tiers {
             tier.change(|state| {
                 state.drop_entries();
+                // On purpose.
+                state.unstored.clear();
                 state.marks = VecDeque::from([Mark { tag: None, at_ms }]);
             });
         }
@@ -330,6 +347,16 @@ impl ResponseTiers {
                     return Err(Error::DeadlineExceeded { timeout_ms: crate::config::FLUSH_MS });
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::Closed),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every entry was written that was to be, since the last call; the first tier that lacks some is told.
+    pub(crate) fn check_stored(&self) -> Result<()> {
+        for tier in &self.tiers {
+            if let Some((count, reason)) = tier.lock().unstored.take() {
+                return Err(Error::NotStored { tier: tier.id.name(), count, what: "answers", reason });
             }
         }
         Ok(())
@@ -408,8 +435,14 @@ fn run(shared: &Shared, mut store: Box<dyn AnswerStore>, rest: &[Arc<Shared>]) {
                 let result = call(|| store.put(&key, &entry.encode(), ttl_ms));
                 shared.note(&result, store.held());
                 shared.change(|state| match result {
-                    Ok(()) => state.stats.stored += 1,
-                    Err(_) => state.stats.dropped += 1,
+                    Ok(()) => {
+                        state.stats.stored += 1;
+                        state.unstored.is_stored(&key);
+                    }
+                    Err(fault) => {
+                        state.stats.dropped += 1;
+                        state.unstored.note(key, &fault.to_string());
+                    }
                 });
             }
             Todo::Flush(reply) => {

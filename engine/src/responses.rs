@@ -4,7 +4,8 @@
 //! An engine with a directory or a shared store for KV keeps answers there too ([`response_tiers`](crate::response_tiers));
 //! values of callers end with the process.
 //!
-//! The lock is held for a look-up or an insertion, never while something is encoded or freed; callers of any thread.
+//! The lock is held for a look-up or an insertion, never while something is encoded or freed ([`Responses::with`]); callers
+//! of any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -69,17 +70,15 @@ impl Responses {
         check_response_ttl("ttl_ms", options.ttl_ms)?;
         check_response_tags("tags", &options.tags)?;
         if value.len() > MAX_RESPONSE_BYTES {
-            self.lock().refuse_too_large();
+            self.with(ResponseStore::refuse_too_large);
             return Ok(false);
         }
         let entry = EntryOptions { tags: shared(&options.tags), ttl_ms: options.ttl_ms };
         let (value, now_ms): (Arc<[u8]>, _) = (value.into(), self.now_ms());
-        let mut store = self.lock();
-        if !store.is_on() {
-            return Ok(false);
-        }
-        let (key, ticket) = (value_key(store.version(), key), store.ticket());
-        Ok(store.put(key, value, entry, ticket, now_ms))
+        Ok(self.with(|store| {
+            let (key, ticket) = (value_key(store.version(), key), store.ticket());
+            store.is_on() && store.put(key, value, entry, ticket, now_ms)
+        }))
     }
 
     /// The value of a key, when it is there and not too old.
@@ -90,23 +89,21 @@ impl Responses {
     /// The same, and how it was used, this time included.
     pub fn get_with_use(&self, key: &str) -> Option<(Arc<[u8]>, EntryUse)> {
         let now_ms = self.now_ms();
-        let mut store = self.lock();
-        let key = value_key(store.version(), key);
-        if store.is_on() { store.get(&key, now_ms) } else { None }
+        self.with(|store| {
+            let key = value_key(store.version(), key);
+            if store.is_on() { store.get(&key, now_ms) } else { None }
+        })
     }
 
     /// Whether [`Responses::get`] would find a value. Counts as no use.
     pub fn contains(&self, key: &str) -> bool {
         let now_ms = self.now_ms();
-        let store = self.lock();
-        store.contains(&value_key(store.version(), key), now_ms)
+        self.with(|store| store.contains(&value_key(store.version(), key), now_ms))
     }
 
     /// Gives a value up; whether it was there.
     pub fn remove(&self, key: &str) -> bool {
-        let mut store = self.lock();
-        let key = value_key(store.version(), key);
-        store.remove(&key)
+        self.with(|store| store.remove(&value_key(store.version(), key)))
     }
 
     /// Gives up every answer and value with this tag, in all namespaces, and those that are just being computed with it; how
@@ -116,7 +113,7 @@ impl Responses {
     /// outlives the process once [`Engine::flush`](crate::Engine::flush) has returned. Other nodes honour it for what they
     /// read from the shared store, as exactly as the clocks agree; what they have in memory lives until its time is over.
     pub fn invalidate(&self, tag: &str) -> usize {
-        let count = self.lock().invalidate(tag);
+        let count = self.with(|store| store.invalidate(tag));
         if let Some(tiers) = self.inner.tiers.get() {
             tiers.invalidate(tag, self.now_ms());
         }
@@ -127,10 +124,7 @@ impl Responses {
     /// comes back to it, in memory as on disk and in a shared store. For what answers depend on and the engine does not
     /// know, such as documents that prompts are made of.
     pub fn set_version(&self, version: u64) {
-        let mut store = self.lock();
-        let is_same = store.version() == version;
-        let old = store.set_version(version);
-        drop(store);
+        let (is_same, old) = self.with(|store| (store.version() == version, store.set_version(version)));
         drop(old);
         if !is_same {
             self.clear_tiers();
@@ -139,10 +133,10 @@ impl Responses {
 
     /// Moves to the next version, and says which that is.
     pub fn bump_version(&self) -> u64 {
-        let mut store = self.lock();
-        let version = store.version().wrapping_add(1);
-        let old = store.set_version(version);
-        drop(store);
+        let (version, old) = self.with(|store| {
+            let version = store.version().wrapping_add(1);
+            (version, store.set_version(version))
+        });
         drop(old);
         self.clear_tiers();
         version
@@ -151,7 +145,7 @@ impl Responses {
     /// Gives everything up: also the files of a directory, and this engine's answers in a shared store, for all nodes. That
     /// is written behind, as by [`Responses::invalidate`].
     pub fn clear(&self) {
-        let old = self.lock().clear();
+        let old = self.with(ResponseStore::clear);
         drop(old);
         self.clear_tiers();
     }
@@ -165,12 +159,12 @@ impl Responses {
     /// Gives up what is too old, which otherwise happens when it is asked for or when room is needed; how many that were.
     pub fn prune(&self) -> usize {
         let now_ms = self.now_ms();
-        self.lock().prune(now_ms)
+        self.with(|store| store.prune(now_ms))
     }
 
     /// Counts since it was made, and what it holds.
     pub fn stats(&self) -> ResponseCacheStats {
-        let mut stats = ResponseCacheStats { answers: self.answers(), ..self.lock().stats() };
+        let mut stats = ResponseCacheStats { answers: self.answers(), ..self.with(|store| store.stats()) };
         let Some(tiers) = self.inner.tiers.get() else { return stats };
         stats.tier_give_ups = tiers.gave_up();
         for (id, tier) in tiers.stats() {
@@ -195,7 +189,7 @@ impl Responses {
     /// Gives everything up in memory and keeps nothing any more; what waits to be written elsewhere is written, in bounded
     /// time.
     pub(crate) fn close(&self) {
-        let old = self.lock().close();
+        let old = self.with(ResponseStore::close);
         drop(old);
         if let Some(tiers) = self.inner.tiers.get() {
             tiers.close();
@@ -218,6 +212,21 @@ impl Responses {
     /// Waits until what was to be written elsewhere so far is there.
     pub(crate) fn flush(&self, deadline: Instant) -> Result<()> {
         self.inner.tiers.get().map_or(Ok(()), |tiers| tiers.flush(deadline))
+    }
+
+    /// Whether all that was to be written elsewhere since the last call was.
+    pub(crate) fn check_stored(&self) -> Result<()> {
+        self.inner.tiers.get().map_or(Ok(()), ResponseTiers::check_stored)
+    }
+
+    /// Does something under the lock, and frees what was given up after it.
+    fn with<T>(&self, change: impl FnOnce(&mut ResponseStore) -> T) -> T {
+        let mut store = self.lock();
+        let result = change(&mut store);
+        let freed = store.take_freed();
+        drop(store);
+        drop(freed);
+        result
     }
 
     fn lock(&self) -> MutexGuard<'_, ResponseStore> {
@@ -268,17 +277,12 @@ impl Responses {
         if request.response_cache == Some(CacheUse::Off) {
             return None;
         }
-        let version = {
-            let store = self.lock();
-            store.is_on().then(|| store.version())?
-        };
+        let version = self.with(|store| store.is_on().then(|| store.version()))?;
         let KnownRequest { answer, prompt_tokens } = self.known().get(&request_key(request, version))?;
         let now_ms = self.now_ms();
-        let bytes = {
-            let mut store = self.lock();
-            // Who does not find it here looks again, and is counted there.
-            store.contains(&answer, now_ms).then(|| store.get(&answer, now_ms))??.0
-        };
+        // Who does not find it here looks again, and is counted there.
+        let found = self.with(|store| store.contains(&answer, now_ms).then(|| store.get(&answer, now_ms)));
+        let (bytes, _) = found??;
         let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let answer = CachedAnswer::decode(&bytes).ok()?;
         answer.fits(request, prompt_tokens, max_tokens, vocab_size).then(|| {
@@ -295,13 +299,8 @@ impl Responses {
     pub(crate) fn look_up(&self, question: &Question<'_>) -> LookUp {
         let &Question { request, identity, namespace, prompt, stop_token_ids, sampling, .. } = question;
         let Some(cache_use) = cache_use(question) else { return LookUp::Off };
-        let (version, ticket) = {
-            let store = self.lock();
-            if !store.is_on() {
-                return LookUp::Off;
-            }
-            (store.version(), store.ticket())
-        };
+        let began = self.with(|store| store.is_on().then(|| (store.version(), store.ticket())));
+        let Some((version, ticket)) = began else { return LookUp::Off };
         let context = KeyContext { identity, version, namespace, prompt, stop_token_ids, sampling };
         let key = answer_key(request, &context);
         if question.is_timeless {
@@ -309,7 +308,7 @@ impl Responses {
             self.known().learn(request_key(request, version), known);
         }
         let now_ms = self.now_ms();
-        let bytes = self.lock().get(&key, now_ms);
+        let bytes = self.with(|store| store.get(&key, now_ms));
         let answer = bytes.and_then(|(bytes, _)| CachedAnswer::decode(&bytes).ok());
         match answer.filter(|a| a.fits(request, prompt.len(), question.max_tokens, question.vocab_size)) {
             Some(answer) => {
@@ -354,7 +353,7 @@ impl Responses {
         let answer = CachedAnswer::decode(&value).ok().filter(fits)?;
         let now_ms = self.now_ms();
         let options = EntryOptions { tags, ttl_ms: Some(expires_ms.saturating_sub(now_ms).max(1)) };
-        let is_valid = self.lock().promote(asked.key, value, options, asked.ticket, now_ms);
+        let is_valid = self.with(|store| store.promote(asked.key, value, options, asked.ticket, now_ms));
         if !is_valid {
             return None;
         }
@@ -418,7 +417,7 @@ impl Recorder {
     pub(crate) fn store(self, summary: &Summary) {
         let Recorder { responses, key, ticket, entry, mut answer, bytes, begun_ms } = self;
         if bytes > MAX_RESPONSE_BYTES {
-            responses.lock().refuse_too_large();
+            responses.with(ResponseStore::refuse_too_large);
             return;
         }
         answer.seed = summary.seed;
@@ -427,10 +426,10 @@ impl Recorder {
         answer.prompt_logprobs = summary.prompt_logprobs.clone();
         let (value, stored_ms) = (answer.encode(), responses.now_ms());
         let tags = entry.tags.clone();
-        let mut store = responses.lock();
-        let ttl_ms = entry.ttl_ms.unwrap_or(store.ttl_ms());
-        let is_kept = store.put(key, value.clone(), entry, ticket, stored_ms);
-        drop(store);
+        let (ttl_ms, is_kept) = responses.with(|store| {
+            let ttl_ms = entry.ttl_ms.unwrap_or(store.ttl_ms());
+            (ttl_ms, store.put(key, value.clone(), entry, ticket, stored_ms))
+        });
         if let (Some(tiers), true) = (responses.inner.tiers.get(), is_kept) {
             let expires_ms = stored_ms.saturating_add(ttl_ms);
             tiers.write(key, &StoredEntry { begun_ms, stored_ms, expires_ms, tags, value });
@@ -484,7 +483,7 @@ mod tests {
             Box::new(Recorder {
                 responses: responses.clone(),
                 key: ResponseKey([key; 32]),
-                ticket: responses.lock().ticket(),
+                ticket: responses.with(|store| store.ticket()),
                 entry: EntryOptions::default(),
                 answer: CachedAnswer::begin(2),
                 bytes: 0,

@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::batch::{Batch, BatchSequence, SeqId};
-use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, VectorForm};
+use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, TierAnswer, VectorForm};
 use crate::config::{CLOSE_WRITES_MS, MIN_MEASURED_PREFILL_TOKENS};
 use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
@@ -185,10 +185,11 @@ impl<E: Executor> Worker<E> {
         for transfer in self.scheduler.take_transfers() {
             match transfer {
                 BlockTransfer::Keep { block, kept } => {
-                    if self.scheduler.kv().would_keep(&kept, now_us) {
-                        // A cache may forget: what cannot be read is not kept.
-                        let Ok(bytes) = self.executor.read_block(block) else { continue };
-                        self.scheduler.keep_block(&kept, bytes, now_us);
+                    let is_wanted = self.scheduler.kv().would_keep(&kept, now_us);
+                    // A cache may forget, what cannot be read as well, as long as it says so.
+                    match is_wanted.then(|| self.executor.read_block(block)) {
+                        Some(Ok(bytes)) => self.scheduler.keep_block(&kept, bytes, now_us),
+                        _ => self.scheduler.pass_over_block(&kept, now_us),
                     }
                 }
                 // It is shared already: if it cannot be written, nothing that follows is right.
@@ -361,6 +362,10 @@ impl<E: Executor> Worker<E> {
                 if self.instruments.tracer.is_on() {
                     timeline::tier(&self.instruments.tracer, &answer);
                 }
+                if let TierAnswer::Flushed { .. } = answer {
+                    // Before the reply: whoever has it finds counted what was stored.
+                    self.publish_stats();
+                }
                 let now_us = self.now_us();
                 if let Some(tiers) = self.scheduler.tiers() {
                     self.tiering.answer(tiers, answer, now_us);
@@ -368,7 +373,7 @@ impl<E: Executor> Worker<E> {
                 self.drive_tiers();
             }
             Command::Flush(reply) => {
-                self.tiering.flush(self.scheduler.tiers().map(|tiers| &*tiers), reply);
+                self.tiering.flush(self.scheduler.tiers(), reply);
                 self.drive_tiers();
             }
             Command::Clear(reply) => {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use demo::{Rng, fingerprint, with_logprobs};
-use ns_llm::{CachedTokens, Completion, Engine, EngineOptions, Error, KvDtype, Request, Warmed};
+use ns_llm::{CachedTokens, Completion, Engine, EngineOptions, Error, KvDtype, KvTierEncoding, Request, Warmed};
 
 /// A folder that is gone with the test.
 struct Folder(PathBuf);
@@ -167,7 +167,7 @@ fn second_engine_reads() {
     let reader = open(&folder.0, |_| ());
     assert_eq!(cached(&run(&reader, &prompt)).disk, 64);
     run(&reader, &Rng(52).prompt(80));
-    reader.flush().expect("nothing to write");
+    assert!(reader.flush().is_err_and(|error| error.code() == "not_stored"), "it may not write");
     let disk = tier(&reader, "disk");
     assert_eq!((disk.stored, disk.faults), (0, 0), "{disk:?}");
     assert!(tier(&writer, "disk").stored >= 5);
@@ -383,4 +383,123 @@ fn cleared_blocks_are_gone() {
     assert!(reader.clear_prefix_cache().is_err_and(|error| error.code() == "storage"));
     assert_eq!(hits(&reader).total(), 0);
     assert_eq!(engine.clear_prefix_cache(), Err(Error::Closed));
+}
+
+/// A flush that has not stored everything says so, once, and how much that is: here because another process writes the
+/// directory. Whoever writes it has nothing to say.
+#[test]
+fn flush_tells_what_was_not_stored() {
+    let folder = Folder::new();
+    let writer = open(&folder.0, |_| ());
+    let reader = open(&folder.0, |_| ());
+    assert_eq!((writer.flush(), reader.flush()), (Ok(()), Ok(())), "there was nothing to store");
+    assert_eq!(writer.info().kv_disk_refusal, None);
+    assert_eq!(reader.info().kv_disk_refusal.as_deref(), Some("another process writes to this tier"));
+    for engine in [&writer, &reader] {
+        run(engine, &Rng(81).prompt(100));
+    }
+    assert_eq!(writer.flush(), Ok(()));
+    let error = reader.flush().expect_err("it may not write");
+    let reason = "another process writes to this tier".to_string();
+    assert_eq!(error, Error::NotStored { tier: "disk", count: 6, what: "KV blocks", reason });
+    assert_eq!((error.code(), reader.flush()), ("not_stored", Ok(())), "told once");
+}
+
+/// A directory that a newer version has written stays as it is; the engine opens without it, says why, and a flush says what
+/// is not there. The same beneath it, for answers.
+#[test]
+fn directory_of_a_newer_version_is_left_alone() {
+    let (folder, prompt) = (Folder::new(), Rng(82).prompt(100));
+    open(&folder.0, |_| ()).close();
+    let newer = folder.0.join("v2-0000000000000000.segment");
+    std::fs::write(&newer, b"of another time").expect("written");
+    let engine = open(&folder.0, |_| ());
+    assert_eq!(engine.info().kv_disk_refusal.as_deref(), Some("format version 2 is newer than 1"));
+    run(&engine, &prompt);
+    assert_eq!((tier(&engine, "disk").stored, cached(&run(&engine, &prompt)).pool), (0, 96));
+    assert!(matches!(engine.flush(), Err(Error::NotStored { count: 6, .. })));
+    assert!(engine.clear_prefix_cache().is_err_and(|error| error.to_string().contains("format version 2")));
+    engine.close();
+    assert_eq!(std::fs::read(&newer).expect("still there"), b"of another time");
+    std::fs::remove_file(&newer).expect("removed");
+    let answers = folder.0.join("answers");
+    let keeps_answers = |options: &mut EngineOptions| options.response_cache.max_bytes = 1 << 20;
+    open(&folder.0, keeps_answers).close();
+    std::fs::write(answers.join("v2-0000000000000000.segment"), b"of another time").expect("written");
+    let engine = open(&folder.0, keeps_answers);
+    assert_eq!(engine.info().kv_disk_refusal.as_deref(), Some("answers: format version 2 is newer than 1"));
+    run(&engine, &prompt);
+    assert_eq!((engine.flush(), tier(&engine, "disk").stored), (Ok(()), 6), "KV is stored as ever");
+}
+
+/// Blocks that are kept in 8 bits take half the bytes, come back from host memory and disk, and are found by engines that keep
+/// them so and by no other. They change an answer by little: how much is told, and bounded, as the error of the logprobs of
+/// the token that follows a restored prefix.
+#[test]
+fn rounded_blocks_are_half_as_large_and_nearly_right() {
+    let folder = Folder::new();
+    let rounded = |options: &mut EngineOptions| options.kv_tier_encoding = KvTierEncoding::Int8;
+    let text = std::fs::read_to_string(demo::path().join("README.md")).expect("some text");
+    let cold = demo::open(|options| options.prefix_cache = false);
+    let ids = cold.tokenize(&text, false).expect("tokenizes");
+    let asked = |prompt: &[u32]| with_logprobs(Request::tokens(prompt).max_tokens(1).temperature(0.0));
+    let prompts: Vec<&[u32]> = ids.chunks_exact(161).take(10).collect();
+    let writer = open(&folder.0, rounded);
+    assert_eq!((writer.info().kv_tier_encoding, cold.info().kv_tier_encoding), ("int8", "as-computed"));
+    for prompt in &prompts {
+        let computed = writer.complete(asked(prompt)).expect("runs");
+        assert_eq!(
+            fingerprint(&computed),
+            fingerprint(&cold.complete(asked(prompt)).expect("runs")),
+            "nothing came back"
+        );
+    }
+    writer.flush().expect("written");
+    let disk = tier(&writer, "disk");
+    let ratio = (disk.blocks * block_bytes()) as f64 / disk.bytes as f64;
+    assert!(disk.blocks >= 80 && (1.7..2.0).contains(&ratio), "{ratio} of {disk:?}");
+    writer.close();
+    let reader = open(&folder.0, |options| {
+        rounded(options);
+        options.kv_host_bytes = 64 << 20;
+    });
+    let (mut squares, mut errors, mut worst, mut count, mut same) = (0.0, 0.0, 0.0_f64, 0, 0);
+    for prompt in &prompts {
+        let (warm, right) =
+            (reader.complete(asked(prompt)).expect("runs"), cold.complete(asked(prompt)).expect("runs"));
+        assert_eq!(cached(&warm), CachedTokens { disk: 160, ..CachedTokens::default() });
+        let (warm, right) = (&warm.choices[0].logprobs[0], &right.choices[0].logprobs[0]);
+        same += usize::from(warm.chosen.token_id == right.chosen.token_id);
+        for expected in right.top.iter() {
+            if let Some(found) = warm.top.iter().find(|found| found.token_id == expected.token_id) {
+                let off = f64::from(found.logprob - expected.logprob);
+                (squares, errors) = (squares + f64::from(expected.logprob).powi(2), errors + off * off);
+                (worst, count) = (worst.max(off.abs()), count + 1);
+            }
+        }
+    }
+    let nmse = errors / squares;
+    println!(
+        "NMSE {nmse:.2e} of {count} logprobs, largest error {worst:.4}, {same} of {} tokens the same",
+        prompts.len()
+    );
+    assert!(nmse > 0.0, "nothing was rounded");
+    assert!(count >= 20 && nmse < 1e-4 && worst < 0.25 && same >= 9, "{nmse:.2e} of {count}, {worst}, {same}");
+    // What the pool gave away comes back from host memory, in the same form.
+    let again = reader.complete(asked(prompts[0])).expect("runs");
+    assert!(cached(&again).host > 0, "{:?}", cached(&again));
+    // Neither finds what the other has kept.
+    reader.close();
+    let lossless = open(&folder.0, |_| ());
+    assert_eq!(cached(&lossless.complete(asked(prompts[0])).expect("runs")).total(), 0);
+    lossless.close();
+    let again = open(&folder.0, rounded);
+    assert_eq!(cached(&again.complete(asked(prompts[0])).expect("runs")).disk, 160);
+    again.close();
+    // A pool of 8-bit integers has nothing to round.
+    let narrow = open(&folder.0, |options| {
+        rounded(options);
+        options.kv_dtype = Some(KvDtype::Int8);
+    });
+    assert_eq!(narrow.info().kv_tier_encoding, "as-computed");
 }

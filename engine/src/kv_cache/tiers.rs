@@ -9,20 +9,25 @@
 //!   bytes; a piece of another length is damage.
 //! - **Measured.** Bytes per second of each tier and tokens per second of prefill are measured as they are used. A tier is
 //!   skipped once it is slower than computing; what was never measured, or long ago, is tried.
-//! - **Bounded waiting.** A restore that made no progress for `load_budget_us` ends with what it had. A tier whose job hangs
-//!   that long gets no new reads, and one that keeps failing is left alone for a while ([`cost::Breaker`]).
+//! - **Bounded waiting.** Reads go before writes. A restore that made no progress for `load_budget_us` ends with what it had,
+//!   and so does one that has taken that much longer than computing its blocks would have. A tier whose job hangs that long
+//!   gets no new reads, and one that keeps failing is left alone for a while ([`cost::Breaker`]).
 //! - What arrives too late is kept in host memory.
+//! - **What was not stored is known**, until somebody asks ([`Tiers::take_unstored`]).
 //!
 //! Invariants: [`Tiers::check_invariants`].
 
 mod clear;
 pub mod cost;
 pub mod disk;
+mod held;
 pub mod host;
 pub mod remote;
 mod source;
 mod store;
+mod unstored;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -36,8 +41,13 @@ use crate::sequence::{BlockKey, NamespaceKey, RestoreId};
 pub use clear::ClearState;
 use cost::{Breaker, Rate};
 use disk::Damage;
+use held::Held;
 use host::HostTier;
-pub use store::{Done, Fault, Job, LayoutId, Outcome, StoredKey, TierId, TierStats, TierStore};
+pub use store::{Done, Fault, Job, JobId, LayoutId, Outcome, StoredKey, TierId, TierStats, TierStore};
+pub use unstored::Unstored;
+
+/// Why a tier that rests has not stored something.
+const LEFT_ALONE: &str = "it failed several times and was left alone for a while";
 
 /// Sizes and limits; fixed for the life of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,23 +129,28 @@ pub struct TiersCounters {
 struct Tier {
     id: TierId,
     /// Blocks that it said it has. `Remote` may have more.
-    held: HashSet<StoredKey>,
+    held: Held,
     reads: VecDeque<StoredKey>,
     writes: VecDeque<(StoredKey, Arc<[u8]>)>,
     /// Keys of `writes` and of the write that is being done.
     writing: HashSet<StoredKey>,
     write_queue_bytes: u64,
     num_writes_queued: u64,
-    writes_allowed: bool,
+    /// Why nothing is written there.
+    refusal: Option<Fault>,
+    /// What it was to have and has not.
+    unstored: Unstored<StoredKey>,
     quarantines: VecDeque<StoredKey>,
-    /// What was given to be done, in that order.
-    jobs: VecDeque<Job>,
-    /// Since when the first of them is being done.
+    /// What was given to be done, in that order. Reads are done before the others.
+    jobs: VecDeque<(JobId, Job)>,
+    /// Since when one of them is being done.
     job_since_us: u64,
-    /// The first so many of them were given before all was given up.
-    num_stale_jobs: usize,
+    next_job: JobId,
+    /// Jobs before this one were given before all was given up.
+    first_valid_job: JobId,
     clear: ClearState,
     read_rate: Rate,
+    write_rate: Rate,
     breaker: Breaker,
     stats: TierStats,
 }
@@ -149,11 +164,17 @@ struct Restore {
     num_given: usize,
     /// Nothing changed since, microseconds.
     progress_us: u64,
+    /// When it ends whatever arrives, microseconds.
+    ends_us: u64,
     /// Why the keys are not all that were asked for.
     cut: Option<MissReason>,
 }
 
 impl Restore {
+    /// When it ends if nothing arrives.
+    fn deadline_us(&self, load_budget_us: u64) -> u64 {
+        self.progress_us.saturating_add(load_budget_us).min(self.ends_us)
+    }
     fn is_complete(&self) -> bool {
         self.num_given == self.keys.len()
     }
@@ -199,19 +220,22 @@ impl Tiers {
         assert!(config.block_tokens > 0 && config.block_bytes > 0, "a block has tokens and bytes");
         let tier = |&id: &TierId| Tier {
             id,
-            held: HashSet::new(),
+            held: Held::of(id),
             reads: VecDeque::new(),
             writes: VecDeque::new(),
             writing: HashSet::new(),
             write_queue_bytes: 0,
             num_writes_queued: 0,
-            writes_allowed: true,
+            refusal: None,
+            unstored: Unstored::default(),
             quarantines: VecDeque::new(),
             jobs: VecDeque::new(),
             job_since_us: 0,
-            num_stale_jobs: 0,
+            next_job: JobId(0),
+            first_valid_job: JobId(0),
             clear: ClearState::Done,
             read_rate: Rate::default(),
+            write_rate: Rate::default(),
             breaker: Breaker::default(),
             stats: TierStats::default(),
         };
@@ -269,8 +293,20 @@ impl Tiers {
     }
     /// Whether [`Tiers::persist`] would write the block to any tier.
     pub fn would_persist(&self, key: &StoredKey, now_us: u64) -> bool {
-        let lacks = |tier: &Tier| !tier.held.contains(key) && !tier.writing.contains(key);
-        self.tiers.iter().any(|tier| lacks(tier) && self.may_write(tier, now_us))
+        self.tiers.iter().any(|tier| tier.lacks(key) && self.why_not_written(tier, now_us).is_none())
+    }
+    /// The block that [`Tiers::would_persist`] asked about is not given to the tiers after all.
+    pub fn pass_over(&mut self, key: &StoredKey, now_us: u64) {
+        if self.quarantined.contains(key) {
+            return;
+        }
+        for idx in 0..self.tiers.len() {
+            if self.tiers[idx].lacks(key) {
+                let reason = self.why_not_written(&self.tiers[idx], now_us);
+                self.counters.dropped_writes += 1;
+                self.tiers[idx].unstored.note(*key, reason.as_deref().unwrap_or("it could not be read from the pool"));
+            }
+        }
     }
 
     /// The pool gives a block away: it is kept in host memory and, where it is not yet, in the tiers below.
@@ -288,13 +324,14 @@ impl Tiers {
             return;
         }
         for idx in 0..self.tiers.len() {
-            let may_write = self.may_write(&self.tiers[idx], now_us);
-            let tier = &mut self.tiers[idx];
-            if tier.held.contains(&key) || tier.writing.contains(&key) {
+            if !self.tiers[idx].lacks(&key) {
                 continue;
             }
-            if !may_write {
+            let reason = self.why_not_written(&self.tiers[idx], now_us);
+            let tier = &mut self.tiers[idx];
+            if let Some(reason) = reason {
                 self.counters.dropped_writes += 1;
+                tier.unstored.note(key, &reason);
                 continue;
             }
             tier.write_queue_bytes += bytes.len() as u64;
@@ -304,14 +341,27 @@ impl Tiers {
         }
     }
 
-    fn may_write(&self, tier: &Tier, now_us: u64) -> bool {
-        let queued_bytes = tier.write_queue_bytes + self.config.block_bytes as u64;
-        tier.writes_allowed && queued_bytes <= self.config.write_queue_bytes && tier.breaker.allows(now_us)
+    /// Why one block more cannot be written to a tier now; `None`: it can.
+    fn why_not_written(&self, tier: &Tier, now_us: u64) -> Option<Cow<'static, str>> {
+        let limit_bytes = self.config.write_queue_bytes;
+        if let Some(refusal) = &tier.refusal {
+            Some(Cow::Owned(refusal.to_string()))
+        } else if !tier.breaker.allows(now_us) {
+            Some(Cow::Borrowed(LEFT_ALONE))
+        } else if tier.write_queue_bytes + self.config.block_bytes as u64 > limit_bytes {
+            Some(Cow::Owned(format!("{limit_bytes} bytes may wait to be written, and did")))
+        } else {
+            None
+        }
     }
 
-    /// The tier may only be read: another process writes it.
-    pub fn forbid_writes(&mut self, id: TierId) {
-        self.tier_mut(id).writes_allowed = false;
+    /// The tier is not written: another process does, or it is not understood.
+    pub fn forbid_writes(&mut self, id: TierId, refusal: Fault) {
+        self.tier_mut(id).refusal = Some(refusal);
+    }
+    /// How many blocks a tier was to have and has not, since the last call, and why the last of them is not there.
+    pub fn take_unstored(&mut self, id: TierId) -> Option<(u64, String)> {
+        self.tier_mut(id).unstored.take()
     }
     /// How many writes were queued for a tier so far.
     pub fn num_writes_queued(&self, id: TierId) -> u64 {
@@ -354,7 +404,8 @@ impl Tiers {
             });
         }
         let keys = keys[..num_worth].to_vec();
-        self.restores.insert(id, Restore { keys, blocks, num_given: 0, progress_us: now_us, cut: None });
+        let ends_us = now_us.saturating_add(self.longest_wait_us(&sources[..num_worth]));
+        self.restores.insert(id, Restore { keys, blocks, num_given: 0, progress_us: now_us, ends_us, cut: None });
         Begun { restore: Some(id), num_blocks: num_worth, has_slower }
     }
 
@@ -369,7 +420,7 @@ impl Tiers {
         restore.num_given += blocks.len();
         self.counters.restored += blocks.len() as u64;
         let is_complete = restore.is_complete();
-        let gives_up = now_us >= restore.progress_us.saturating_add(self.config.load_budget_us);
+        let gives_up = now_us >= restore.deadline_us(self.config.load_budget_us);
         let cut = if is_complete { restore.cut } else { gives_up.then_some(MissReason::GaveUp) };
         if is_complete || gives_up {
             self.restores.remove(&id);
@@ -380,7 +431,7 @@ impl Tiers {
 
     /// When the next restore gives up if nothing arrives.
     pub fn next_deadline_us(&self) -> Option<u64> {
-        self.restores.values().map(|restore| restore.progress_us.saturating_add(self.config.load_budget_us)).min()
+        self.restores.values().map(|restore| restore.deadline_us(self.config.load_budget_us)).min()
     }
 
     /// Nobody waits for the restore any more.
@@ -408,15 +459,16 @@ impl Tiers {
         }
     }
 
-    /// What a tier is to do next, after what it was given before; `None`: nothing, or it has enough to do. Reads go first:
-    /// somebody waits for them. Writes are given as they come, for the next step of the model may be long.
-    pub fn next_job(&mut self, id: TierId, now_us: u64) -> Option<Job> {
+    /// What a tier is to do next; `None`: nothing, or it has enough to do. It does reads first, for somebody waits for them,
+    /// and everything else in the order in which it was given. Writes are given as they come: the next step of the model
+    /// may be long.
+    pub fn next_job(&mut self, id: TierId, now_us: u64) -> Option<(JobId, Job)> {
         if !self.tier(id).breaker.allows(now_us) {
             self.drop_queues(id);
             return None;
         }
         let tier = self.tier(id);
-        let num_reads = tier.jobs.iter().filter(|job| matches!(job, Job::Read(_))).count();
+        let num_reads = tier.num_given_reads();
         if tier.breaker.is_on_trial() && !tier.jobs.is_empty() {
             return None;
         }
@@ -431,18 +483,20 @@ impl Tiers {
         if tier.jobs.is_empty() {
             tier.job_since_us = now_us;
         }
-        tier.jobs.push_back(job.clone());
-        Some(job)
+        let job_id = tier.next_job;
+        tier.next_job.0 += 1;
+        tier.jobs.push_back((job_id, job.clone()));
+        Some((job_id, job))
     }
 
-    /// The oldest job that was given to a tier is done.
-    pub fn complete(&mut self, id: TierId, done: Done, now_us: u64) {
+    /// A job that was given to a tier is done.
+    pub fn complete(&mut self, id: TierId, job_id: JobId, done: Done, now_us: u64) {
         let Done { outcome, elapsed_us } = done;
         let tier = self.tier_mut(id);
-        let job = tier.jobs.pop_front().expect("a job was given");
+        let place = tier.jobs.iter().position(|(given, _)| *given == job_id).expect("it was given, and is done once");
+        let (_, job) = tier.jobs.remove(place).expect("found there");
         tier.job_since_us = now_us;
-        let is_stale = tier.num_stale_jobs > 0;
-        tier.num_stale_jobs = tier.num_stale_jobs.saturating_sub(1);
+        let is_stale = job_id < tier.first_valid_job;
         // The tier gets on: who waits for it goes on waiting.
         let is_awaited = |restore: &Restore| {
             let next = restore.keys.get(restore.num_given);
@@ -465,11 +519,19 @@ impl Tiers {
                 let tier = self.tier_mut(id);
                 tier.write_queue_bytes -= bytes.len() as u64;
                 tier.writing.remove(&key);
-                if outcome == Outcome::Stored {
-                    tier.stats.stored += 1;
-                    if !is_quarantined && !is_stale {
-                        tier.held.insert(key);
+                match outcome {
+                    Outcome::Stored => {
+                        tier.stats.stored += 1;
+                        tier.write_rate.measure(bytes.len() as u64, elapsed_us, now_us);
+                        if !is_quarantined && !is_stale {
+                            tier.held.insert(key);
+                            tier.unstored.is_stored(&key);
+                        }
                     }
+                    Outcome::Fault(fault) if !is_quarantined && !is_stale => {
+                        tier.unstored.note(key, &fault.to_string())
+                    }
+                    _ => {}
                 }
             }
             // Once more, when the tier works again.
@@ -527,7 +589,7 @@ impl Tiers {
         self.host.check_invariants()?;
         let broken = |reason: String| Err(EngineError::Internal { reason });
         for tier in &self.tiers {
-            let in_job = tier.jobs.iter().filter_map(|job| match job {
+            let in_job = tier.jobs.iter().filter_map(|(_, job)| match job {
                 Job::Write(key, bytes) => Some((key, bytes)),
                 _ => None,
             });
@@ -540,7 +602,7 @@ impl Tiers {
             if queued_bytes > self.config.write_queue_bytes {
                 return broken(format!("{queued_bytes} bytes wait for {:?}", tier.id));
             }
-            if let Some(key) = tier.held.iter().find(|key| self.quarantined.contains(key)) {
+            if let Some(key) = tier.held.keys().find(|key| self.quarantined.contains(key)) {
                 return broken(format!("{key:?} is quarantined and held by {:?}", tier.id));
             }
         }
@@ -551,7 +613,7 @@ impl Tiers {
                     return broken(format!("{id:?} waits for {key:?}, which nobody fetches"));
                 };
                 let tier = self.tier(*tier_id);
-                let is_read = tier.reads.contains(key) || tier.jobs.contains(&Job::Read(*key));
+                let is_read = tier.reads.contains(key) || tier.jobs.iter().any(|(_, job)| *job == Job::Read(*key));
                 if !is_read || !waiting.contains(id) {
                     return broken(format!("{id:?} waits in vain for {key:?} from {tier_id:?}"));
                 }
@@ -667,8 +729,10 @@ impl Tiers {
     fn drop_queues(&mut self, id: TierId) {
         let reads: Vec<StoredKey> = self.tier_mut(id).reads.drain(..).collect();
         reads.iter().for_each(|key| self.fail_wanted(key, MissReason::Fault));
-        let num_dropped = self.tier_mut(id).drop_writes();
-        self.counters.dropped_writes += num_dropped as u64;
+        let tier = self.tier_mut(id);
+        let dropped = tier.drop_writes();
+        dropped.iter().for_each(|key| tier.unstored.note(*key, LEFT_ALONE));
+        self.counters.dropped_writes += dropped.len() as u64;
     }
 
     fn tier(&self, id: TierId) -> &Tier {
@@ -733,9 +797,9 @@ mod tests {
         outcome: impl Fn(&Job) -> Outcome,
     ) -> usize {
         let mut num_jobs = 0;
-        while let Some(job) = tiers.next_job(id, *now_us) {
+        while let Some((job_id, job)) = tiers.next_job(id, *now_us) {
             *now_us += each_us;
-            tiers.complete(id, Done { outcome: outcome(&job), elapsed_us: each_us }, *now_us);
+            tiers.complete(id, job_id, Done { outcome: outcome(&job), elapsed_us: each_us }, *now_us);
             tiers.check_invariants().expect("sound");
             num_jobs += 1;
         }
@@ -776,8 +840,8 @@ mod tests {
             Arrived { blocks: vec![], has_ended: false, cut: None },
             "the first three are on disk"
         );
-        let job = tiers.next_job(TierId::Disk, now_us).expect("a read");
-        tiers.complete(TierId::Disk, Done { outcome: works(&job), elapsed_us: 10 }, now_us);
+        let (job_id, job) = tiers.next_job(TierId::Disk, now_us).expect("a read");
+        tiers.complete(TierId::Disk, job_id, Done { outcome: works(&job), elapsed_us: 10 }, now_us);
         let first = tiers.poll(id, now_us);
         assert_eq!((names(&first.blocks), first.has_ended), (keys(0..1), false), "as they arrive");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
@@ -841,14 +905,14 @@ mod tests {
         let mut tiers = machine(4, &[TierId::Disk]);
         tiers.found(TierId::Disk, keys(0..4));
         let id = tiers.begin(&keys(0..4), NAMESPACE, 0).restore.expect("all is there");
-        assert_eq!(tiers.next_job(TierId::Disk, 0), Some(Job::Read(key(0))));
+        assert_eq!(tiers.next_job(TierId::Disk, 0), Some((JobId(0), Job::Read(key(0)))));
         assert_eq!(tiers.next_deadline_us(), Some(BUDGET_US));
         assert!(!tiers.poll(id, BUDGET_US - 1).has_ended);
         assert_eq!(rest(&mut tiers, id, BUDGET_US), []);
         assert_eq!(tiers.begin(&keys(0..4), NAMESPACE, BUDGET_US).restore, None, "it hangs");
         assert_eq!(tiers.next_job(TierId::Disk, BUDGET_US), None, "nobody waits for more");
         let done = Done { outcome: works(&Job::Read(key(0))), elapsed_us: 10_000_000 };
-        tiers.complete(TierId::Disk, done, 10_000_000);
+        tiers.complete(TierId::Disk, JobId(0), done, 10_000_000);
         let counters = tiers.counters();
         assert_eq!((counters.gave_up, counters.late, tiers.host_stats().entries), (1, 1, 1));
         assert_eq!(tiers.next_job(TierId::Disk, 10_000_000), None, "nobody waits for the rest");
@@ -904,24 +968,142 @@ mod tests {
     }
 
     /// A tier that was given writes only one by one would store one block for each step of a large model, and lose the rest of
-    /// a long prompt to the bound of the queue. And whoever waits behind writes waits for a tier that works.
+    /// a long prompt to the bound of the queue. A read is given beside them, and may be done before them.
     #[test]
     fn writes_are_given_as_they_come() {
         let mut tiers = machine(0, &[TierId::Disk]);
         tiers.found(TierId::Disk, keys(10..11));
         keys(0..4).iter().for_each(|key| tiers.persist(*key, block(key), 0));
-        let jobs: Vec<Job> = std::iter::from_fn(|| tiers.next_job(TierId::Disk, 0)).collect();
+        let mut jobs: Vec<(JobId, Job)> = std::iter::from_fn(|| tiers.next_job(TierId::Disk, 0)).collect();
         assert_eq!(jobs.len(), 4, "all at once");
         let id = tiers.begin(&keys(10..11), NAMESPACE, 0).restore.expect("it is there");
-        let read = tiers.next_job(TierId::Disk, 0).expect("also while it writes");
+        jobs.insert(1, tiers.next_job(TierId::Disk, 0).expect("also while it writes"));
         let mut now_us = 0;
-        for job in jobs.iter().chain([&read]) {
-            now_us += BUDGET_US - 1;
-            assert!(!tiers.poll(id, now_us).has_ended, "the tier gets on");
-            tiers.complete(TierId::Disk, Done { outcome: works(job), elapsed_us: BUDGET_US - 1 }, now_us);
+        for (place, (job_id, job)) in jobs.iter().enumerate() {
+            now_us += BUDGET_US / 4;
+            assert_eq!(tiers.poll(id, now_us).has_ended, place > 1, "the tier gets on");
+            tiers.complete(TierId::Disk, *job_id, Done { outcome: works(job), elapsed_us: BUDGET_US / 4 }, now_us);
+            if place == 1 {
+                assert_eq!(rest(&mut tiers, id, now_us), keys(10..11));
+            }
         }
-        assert_eq!(rest(&mut tiers, id, now_us), keys(10..11));
         assert_eq!((tiers.tier_stats(TierId::Disk).stored, tiers.counters().gave_up), (4, 0));
+        tiers.check_invariants().expect("sound");
+    }
+
+    /// However often something arrives, a restore ends when it has taken as long as computing its blocks would have, and the
+    /// load budget.
+    #[test]
+    fn wait_has_a_hard_end() {
+        for is_measured in [false, true] {
+            let mut tiers = machine(0, &[TierId::Disk]);
+            tiers.found(TierId::Disk, keys(0..16));
+            if is_measured {
+                // A block of 16 tokens takes 10 ms to compute.
+                tiers.note_prefill(1_600, 1_000_000, 0);
+            }
+            let id = tiers.begin(&keys(0..16), NAMESPACE, 0).restore.expect("never measured, so it is tried");
+            // Each block comes within the load budget, and so never too late for that.
+            let (mut now_us, mut blocks) = (0, Vec::new());
+            let arrived = loop {
+                let (job_id, job) = tiers.next_job(TierId::Disk, now_us).expect("there is more to read");
+                now_us += BUDGET_US - 1;
+                tiers.complete(TierId::Disk, job_id, Done { outcome: works(&job), elapsed_us: BUDGET_US - 1 }, now_us);
+                let arrived = tiers.poll(id, now_us);
+                blocks.extend(names(&arrived.blocks));
+                if arrived.has_ended {
+                    break arrived;
+                }
+                assert!(tiers.next_deadline_us().is_some_and(|deadline_us| deadline_us > now_us));
+            };
+            let longest_us = if is_measured { 16 * 10_000 + BUDGET_US } else { 17 * BUDGET_US };
+            let (num_blocks, cut) = if is_measured { (5, Some(MissReason::GaveUp)) } else { (16, None) };
+            assert_eq!((blocks, arrived.cut), (keys(0..num_blocks), cut));
+            assert!(now_us <= longest_us + BUDGET_US, "{now_us}");
+            assert_eq!(tiers.counters().gave_up, u64::from(is_measured));
+        }
+    }
+
+    /// What a tier does before counts when it is decided whether to ask it: reads that it was given, and a write.
+    #[test]
+    fn jobs_under_way_count_as_time() {
+        let mut tiers = machine(0, &[TierId::Disk]);
+        let mut now_us = 0;
+        tiers.found(TierId::Disk, keys(0..100));
+        let id = tiers.begin(&keys(0..1), NAMESPACE, now_us).restore.expect("there");
+        tiers.persist(key(200), block(&key(200)), now_us);
+        // A read and a write take 1 ms each, a block 2.5 ms to compute.
+        serve(&mut tiers, TierId::Disk, &mut now_us, 1_000, works);
+        assert_eq!(rest(&mut tiers, id, now_us).len(), 1);
+        tiers.note_prefill(16_000, 2_500_000, now_us);
+        let idle = tiers.begin(&keys(10..11), NAMESPACE, now_us).restore.expect("1 ms against 2.5 ms");
+        assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 1_000, works), 1);
+        assert_eq!(rest(&mut tiers, idle, now_us).len(), 1);
+        tiers.persist(key(201), block(&key(201)), now_us);
+        assert!(tiers.next_job(TierId::Disk, now_us).is_some(), "a write");
+        let other = tiers.begin(&keys(11..12), NAMESPACE, now_us).restore;
+        assert!(other.is_some(), "2 ms against 2.5 ms");
+        assert!(tiers.next_job(TierId::Disk, now_us).is_some(), "a read");
+        assert_eq!(tiers.begin(&keys(20..21), NAMESPACE, now_us).restore, None, "3 ms against 2.5 ms");
+        assert_eq!(tiers.counters().skipped_slower, 1);
+    }
+
+    /// What a store that nodes share was told to have is remembered within a bound, the oldest forgotten; so it is asked for
+    /// all the same, and stored again when it is computed.
+    #[test]
+    fn what_a_shared_store_has_is_remembered_within_a_bound() {
+        use crate::config::MAX_REMOTE_KNOWN_BLOCKS;
+        let mut tiers = machine(0, &[TierId::Remote]);
+        let mut now_us = 0;
+        tiers.persist(key(0), block(&key(0)), now_us);
+        assert_eq!(serve(&mut tiers, TierId::Remote, &mut now_us, 10, works), 1);
+        tiers.persist(key(0), block(&key(0)), now_us);
+        assert_eq!(serve(&mut tiers, TierId::Remote, &mut now_us, 10, works), 0, "it is known to be there");
+        tiers.found(TierId::Remote, keys(1..MAX_REMOTE_KNOWN_BLOCKS as u32 + 1));
+        assert_eq!(tiers.tier_stats(TierId::Remote).entries, MAX_REMOTE_KNOWN_BLOCKS as u64);
+        tiers.persist(key(0), block(&key(0)), now_us);
+        assert_eq!(serve(&mut tiers, TierId::Remote, &mut now_us, 10, works), 1, "it was forgotten");
+        let id = tiers.begin(&keys(1..2), NAMESPACE, now_us).restore.expect("forgotten, and asked for");
+        assert_eq!(serve(&mut tiers, TierId::Remote, &mut now_us, 10, works), 1);
+        assert_eq!(rest(&mut tiers, id, now_us), keys(1..2));
+    }
+
+    /// Whatever keeps a block from being stored is told once: no room in the queue, a write that fails, a tier that rests, one
+    /// that may not be written, a block that nobody could read. What is stored later after all, or given up on purpose, is not.
+    #[test]
+    fn what_was_not_stored_is_told() {
+        let mut tiers = machine(0, &[TierId::Disk]);
+        let mut now_us = 0;
+        let told = |tiers: &mut Tiers| tiers.take_unstored(TierId::Disk);
+        keys(0..6).iter().for_each(|key| tiers.persist(*key, block(key), now_us));
+        serve(&mut tiers, TierId::Disk, &mut now_us, 10, works);
+        tiers.persist(key(5), block(&key(5)), now_us);
+        serve(&mut tiers, TierId::Disk, &mut now_us, 10, works);
+        let (count, reason) = told(&mut tiers).expect("the queue holds four");
+        assert!(count == 1 && reason.contains("4000 bytes may wait"), "{count}: {reason}");
+        assert_eq!(told(&mut tiers), None, "once");
+        keys(10..14).iter().for_each(|key| tiers.persist(*key, block(key), now_us));
+        assert!(!tiers.would_persist(&key(14), now_us));
+        tiers.pass_over(&key(14), now_us);
+        tiers.pass_over(&key(10), now_us);
+        serve(&mut tiers, TierId::Disk, &mut now_us, 10, works);
+        assert_eq!(told(&mut tiers).map(|(count, _)| count), Some(1), "what is on its way is not missing");
+        tiers.pass_over(&key(15), now_us);
+        assert!(told(&mut tiers).is_some_and(|(count, reason)| count == 1 && reason.contains("read from the pool")));
+        keys(20..24).iter().for_each(|key| tiers.persist(*key, block(key), now_us));
+        serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
+        assert_eq!(told(&mut tiers), Some((4, "read: simulated".to_string())));
+        keys(30..34).iter().for_each(|key| tiers.persist(*key, block(key), now_us));
+        serve(&mut tiers, TierId::Disk, &mut now_us, 10, |_| io_fault());
+        tiers.persist(key(34), block(&key(34)), now_us);
+        assert_eq!(told(&mut tiers), Some((5, LEFT_ALONE.to_string())), "one failed, three were dropped, one refused");
+        tiers.persist(key(35), block(&key(35)), now_us);
+        tiers.clear(now_us);
+        assert_eq!(told(&mut tiers), None, "given up on purpose");
+        now_us += MAX_REST_US;
+        tiers.forbid_writes(TierId::Disk, Fault::ReadOnly);
+        tiers.persist(key(40), block(&key(40)), now_us);
+        assert!(told(&mut tiers).is_some_and(|(count, reason)| count == 1 && reason.contains("another process")));
         tiers.check_invariants().expect("sound");
     }
 
@@ -937,7 +1119,7 @@ mod tests {
         tiers.quarantine(key(0));
         tiers.spill(key(0), block(&key(0)), NAMESPACE, now_us);
         assert_eq!(tiers.begin(&keys(0..1), NAMESPACE, now_us).restore, None);
-        assert_eq!(tiers.next_job(TierId::Disk, now_us), Some(Job::Quarantine(key(0))));
+        assert_eq!(tiers.next_job(TierId::Disk, now_us), Some((JobId(1), Job::Quarantine(key(0)))));
         (1..3 * MAX_QUARANTINED_BLOCKS as u32).for_each(|name| tiers.quarantine(key(name)));
         assert!(tiers.tier(TierId::Disk).quarantines.len() <= MAX_QUARANTINED_BLOCKS);
         tiers.check_invariants().expect("sound");
@@ -976,7 +1158,7 @@ mod tests {
             };
             let mut tiers = machine(seed % 5, &[TierId::Disk, TierId::Remote]);
             let mut held: [HashSet<StoredKey>; 2] = Default::default();
-            let mut busy: [VecDeque<Outcome>; 2] = Default::default();
+            let mut busy: [VecDeque<(JobId, Outcome)>; 2] = Default::default();
             // With the keys that are still to come.
             let mut open: Vec<(RestoreId, Vec<StoredKey>)> = Vec::new();
             let mut now_us = 0;
@@ -996,8 +1178,8 @@ mod tests {
                     }
                     6 if draw(4) == 0 && !open.is_empty() => tiers.cancel(open.swap_remove(0).0),
                     _ if busy[tier].len() <= draw(3) as usize => {
-                        let Some(job) = tiers.next_job(id, now_us) else { continue };
-                        busy[tier].push_back(match (&job, draw(8)) {
+                        let Some((job_id, job)) = tiers.next_job(id, now_us) else { continue };
+                        let outcome = match (&job, draw(8)) {
                             (_, 0) => io_fault(),
                             (Job::Read(_), 1) => Outcome::Found(vec![0; draw(2_000) as usize * 2 + 1].into()),
                             (Job::Read(key), _) if !held[tier].contains(key) => Outcome::Missing,
@@ -1006,13 +1188,16 @@ mod tests {
                                 Outcome::Stored
                             }
                             (job, _) => works(job),
-                        });
+                        };
+                        busy[tier].push_back((job_id, outcome));
                     }
                     _ => {
                         now_us += if draw(10) == 0 { 2 * BUDGET_US } else { 0 };
-                        let outcome = busy[tier].pop_front().expect("at work");
+                        // Reads overtake writes, so the order is any.
+                        let place = draw(busy[tier].len() as u64) as usize;
+                        let (job_id, outcome) = busy[tier].remove(place).expect("at work");
                         let elapsed_us = draw(10_000);
-                        tiers.complete(id, Done { outcome, elapsed_us }, now_us);
+                        tiers.complete(id, job_id, Done { outcome, elapsed_us }, now_us);
                         if draw(10) == 0 && held[tier].remove(&key(name)) {
                             tiers.lost(id, [key(name)]);
                         }

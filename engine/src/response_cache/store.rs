@@ -72,11 +72,16 @@ impl Default for Contents {
     }
 }
 
+/// Entries that were given up. Values are large, and freeing them takes time: whoever holds a lock drops them after it.
+#[derive(Debug, Default)]
+pub struct Freed(Vec<Entry>);
+
 /// The response cache of one engine.
 #[derive(Debug)]
 pub struct ResponseStore {
     options: ResponseCacheOptions,
     contents: Contents,
+    freed: Freed,
     /// The latest tags that were made invalid, oldest first, each with its number.
     invalidated: VecDeque<(u64, Arc<str>)>,
     num_invalidations: u64,
@@ -89,6 +94,7 @@ impl ResponseStore {
         ResponseStore {
             options,
             contents: Contents::default(),
+            freed: Freed::default(),
             invalidated: VecDeque::new(),
             num_invalidations: 0,
             counters: ResponseCacheStats::default(),
@@ -184,7 +190,7 @@ impl ResponseStore {
 
     /// False: it is larger than an entry may be.
     fn insert(&mut self, key: ResponseKey, value: Arc<[u8]>, options: EntryOptions, now_ms: u64) -> bool {
-        self.contents.remove(&key);
+        self.remove(&key);
         let tag_bytes: u64 = options.tags.iter().map(|tag| tag.len() as u64 + RESPONSE_TAG_BYTES).sum();
         let bytes = value.len() as u64 + tag_bytes + RESPONSE_ENTRY_BYTES;
         if value.len() > MAX_RESPONSE_BYTES || bytes > self.options.max_bytes || self.options.max_entries == 0 {
@@ -199,6 +205,11 @@ impl ResponseStore {
         true
     }
 
+    /// What was given up since the last call, to be freed.
+    pub fn take_freed(&mut self) -> Freed {
+        std::mem::take(&mut self.freed)
+    }
+
     /// Counts a value that was too large to be collected.
     pub fn refuse_too_large(&mut self) {
         self.counters.too_large += 1;
@@ -206,7 +217,10 @@ impl ResponseStore {
 
     /// Gives one entry up; whether it was there.
     pub fn remove(&mut self, key: &ResponseKey) -> bool {
-        self.contents.remove(key)
+        let removed = self.contents.remove(key);
+        let was_there = removed.is_some();
+        self.freed.0.extend(removed);
+        was_there
     }
 
     /// Gives up every entry with this tag, and does not store what is being computed with it; how many entries that were.
@@ -218,9 +232,7 @@ impl ResponseStore {
         self.invalidated.push_back((self.num_invalidations, tag.into()));
         let keys =
             self.contents.by_tag.get(tag).map(|keys| keys.iter().copied().collect::<Vec<_>>()).unwrap_or_default();
-        keys.iter().for_each(|key| {
-            self.contents.remove(key);
-        });
+        self.freed.0.extend(keys.iter().filter_map(|key| self.contents.remove(key)));
         self.counters.invalidated += keys.len() as u64;
         keys.len()
     }
@@ -256,7 +268,7 @@ impl ResponseStore {
             if now_ms < expires_ms {
                 break;
             }
-            self.contents.remove(&key);
+            self.remove(&key);
             count += 1;
         }
         self.counters.expired += count as u64;
@@ -294,7 +306,7 @@ impl ResponseStore {
         }
         while is_full(&self.contents) {
             let Some((&key, _)) = self.contents.entries.peek_lru() else { break };
-            self.contents.remove(&key);
+            self.remove(&key);
             self.counters.evictions += 1;
         }
     }
@@ -302,7 +314,7 @@ impl ResponseStore {
     fn drop_if_expired(&mut self, key: &ResponseKey, now_ms: u64) -> bool {
         let is_expired = self.contents.entries.peek(key).is_some_and(|entry| now_ms >= entry.expires_ms);
         if is_expired {
-            self.contents.remove(key);
+            self.remove(key);
             self.counters.expired += 1;
         }
         is_expired
@@ -340,8 +352,8 @@ impl Contents {
         self.entries.put(key, entry);
     }
 
-    fn remove(&mut self, key: &ResponseKey) -> bool {
-        let Some(entry) = self.entries.pop(key) else { return false };
+    fn remove(&mut self, key: &ResponseKey) -> Option<Entry> {
+        let entry = self.entries.pop(key)?;
         self.bytes -= entry.bytes;
         self.by_expiry.remove(&(entry.expires_ms, *key));
         for tag in entry.tags.iter() {
@@ -352,7 +364,7 @@ impl Contents {
                 }
             }
         }
-        true
+        Some(entry)
     }
 }
 
@@ -383,6 +395,32 @@ mod tests {
 
     fn found(store: &mut ResponseStore, now_ms: u64) -> Vec<u8> {
         (0..=9).filter(|&name| store.contains(&key(name), now_ms)).collect()
+    }
+
+    /// However an entry is given up, its value is handed out and not freed meanwhile: that takes time, and somebody holds a
+    /// lock.
+    #[test]
+    fn values_are_freed_by_who_asks_for_them() {
+        type GiveUp = fn(&mut ResponseStore);
+        let ways: [(&str, GiveUp); 6] = [
+            ("a tag", |store| assert_eq!(store.invalidate("t"), 1)),
+            ("age", |store| assert_eq!(store.prune(TTL_MS), 1)),
+            ("age, when it is asked for", |store| assert!(store.get(&key(0), TTL_MS).is_none())),
+            ("room", |store| assert!(put(store, 1, EntryOptions::default(), 0))),
+            ("another value", |store| assert!(put(store, 0, EntryOptions::default(), 0))),
+            ("its name", |store| assert!(store.remove(&key(0)))),
+        ];
+        for (why, give_up) in ways {
+            // With its tag it leaves no room for another one.
+            let (mut store, value): (_, Arc<[u8]>) = (store(2), vec![0; 20].into());
+            let ticket = store.ticket();
+            assert!(store.put(key(0), value.clone(), tagged(&["t"]), ticket, 0), "{why}");
+            give_up(&mut store);
+            assert_eq!(Arc::strong_count(&value), 2, "{why}: not yet");
+            drop(store.take_freed());
+            assert_eq!(Arc::strong_count(&value), 1, "{why}");
+            store.check_invariants().expect("sound");
+        }
     }
 
     /// The least recently used entry goes when there is no room; being found is a use, being asked for is none.

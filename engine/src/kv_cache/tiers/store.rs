@@ -155,6 +155,10 @@ pub enum Outcome {
     Fault(Fault),
 }
 
+/// Identity of a job that was given to a tier, in the order in which they were given; never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobId(pub u64);
+
 /// A job that was done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Done {
