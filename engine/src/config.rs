@@ -57,6 +57,9 @@ pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
 pub const MAX_LOST_BLOCKS: usize = 16_384;
 /// Blocks of which an engine remembers that a store that nodes share has them: some 16 MiB. Of more it may store some again.
 pub const MAX_REMOTE_KNOWN_BLOCKS: usize = 1 << 17;
+/// Owners of whom it is remembered what they have stored in a place that nodes share, some 200 bytes each; of more the one who
+/// stored longest ago begins anew.
+pub const MAX_KNOWN_OWNERS: usize = 16_384;
 /// Things that a tier was to have and has not, of which it is remembered which they are, until somebody asks: some 2 MiB. More
 /// are only counted.
 pub const MAX_UNSTORED: usize = 16_384;
@@ -413,6 +416,10 @@ pub struct KvRemoteOptions {
     pub prefix: String,
     /// How long one call may take, milliseconds.
     pub timeout_ms: u64,
+    /// Bytes of KV, and as many of answers, that this node stores there within `ttl_s` for one owner of namespaces
+    /// (see [`EngineOptions::kv_namespace_share`]); `None`: no limit. What goes first there is the store's affair: this keeps
+    /// one owner's flood from filling it.
+    pub owner_bytes: Option<u64>,
 }
 
 impl KvRemoteOptions {
@@ -424,7 +431,17 @@ impl KvRemoteOptions {
             ttl_s: DEFAULT_REMOTE_TTL_S,
             prefix: DEFAULT_REMOTE_PREFIX.to_string(),
             timeout_ms: DEFAULT_REMOTE_TIMEOUT_MS,
+            owner_bytes: None,
         }
+    }
+    /// What an owner may store, and for how long it counts, seconds.
+    pub(crate) fn owner_limit(&self) -> Option<(u64, u64)> {
+        Some((self.owner_bytes?, self.ttl_s))
+    }
+    /// Sets what this node stores for one owner, bytes.
+    pub fn owner_bytes(mut self, bytes: u64) -> Self {
+        self.owner_bytes = Some(bytes);
+        self
     }
     /// Sets what all nodes know and the store does not.
     pub fn secret(mut self, secret: impl Into<String>) -> Self {
@@ -562,8 +579,9 @@ pub struct EngineOptions {
     pub kv_tier_encoding: KvTierEncoding,
     /// How long a request waits for KV from a tier that makes no progress before it computes the rest, milliseconds.
     pub kv_load_budget_ms: u64,
-    /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above
-    /// 0.0, to 1.0: with less than 1.0 the flood of one namespace leaves others theirs.
+    /// Share of the KV pool, of host memory, of the directory and of the response cache, in memory and on disk, that what is
+    /// cached for one owner of namespaces may keep when others need room, above 0.0, to 1.0: with less than 1.0 the flood of
+    /// one leaves others theirs. The owner is what stands before the first line break of a namespace.
     pub kv_namespace_share: f64,
     /// Whole answers that are kept and given again; off by default.
     pub response_cache: ResponseCacheOptions,
@@ -631,7 +649,12 @@ impl EngineOptions {
         let load_budget_ms = usize::try_from(self.kv_load_budget_ms).unwrap_or(usize::MAX);
         check("kv_load_budget_ms", load_budget_ms, 1, MAX_KV_LOAD_BUDGET_MS as usize)?;
         check("max_waiting_requests", self.max_waiting_requests, 1, MAX_WAITING_REQUESTS_LIMIT)?;
-        for (field, bytes) in [("kv_host_bytes", self.kv_host_bytes), ("kv_disk_bytes", self.kv_disk_bytes)] {
+        let owner_bytes = self.kv_remote.as_ref().and_then(|remote| remote.owner_bytes).unwrap_or(0);
+        for (field, bytes) in [
+            ("kv_host_bytes", self.kv_host_bytes),
+            ("kv_disk_bytes", self.kv_disk_bytes),
+            ("kv_remote_owner_bytes", owner_bytes),
+        ] {
             if bytes > MAX_KV_TIER_BYTES {
                 let expected = format!("at most {MAX_KV_TIER_BYTES}");
                 return Err(Error::InvalidArgument { field, value: bytes.to_string(), expected });
@@ -745,6 +768,7 @@ mod tests {
         for (name, set) in [
             ("kv_host_bytes", (|o, bytes| o.kv_host_bytes = bytes) as fn(&mut EngineOptions, u64)),
             ("kv_disk_bytes", |o, bytes| o.kv_disk_bytes = bytes),
+            ("kv_remote_owner_bytes", |o, bytes| o.kv_remote = Some(KvRemoteOptions::new("").owner_bytes(bytes))),
         ] {
             for (bytes, is_good) in [(0, true), (MAX_KV_TIER_BYTES, true), (MAX_KV_TIER_BYTES + 1, false)] {
                 let mut options = EngineOptions::new("");

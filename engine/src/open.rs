@@ -110,9 +110,10 @@ struct Ready {
 pub(crate) fn start(options: EngineOptions, devices: impl CudaDevices + 'static) -> Result<Running> {
     options.validate()?;
     let epoch = Instant::now();
-    let responses = Responses::new(options.response_cache)?;
+    let responses = Responses::shared_by_owners(options.response_cache, options.kv_namespace_share)?;
     let max_waiting_requests = options.max_waiting_requests;
     let load_budget = Duration::from_millis(options.kv_load_budget_ms);
+    let remote_owner_limit = options.kv_remote.as_ref().and_then(KvRemoteOptions::owner_limit);
     let (command_sender, commands) = channel();
     let (ready_sender, ready) = sync_channel(1);
     let instruments = Arc::new(Instruments::new());
@@ -143,7 +144,11 @@ pub(crate) fn start(options: EngineOptions, devices: impl CudaDevices + 'static)
     });
     let Ready { text, info, plan, answer_stores } = ready.recv().unwrap_or(Err(Error::Closed))?;
     if !answer_stores.is_empty() {
-        responses.keep_in(ResponseTiers::start(answer_stores, text.identity, load_budget)?);
+        let tiers = ResponseTiers::start(answer_stores, text.identity, load_budget)?;
+        if let Some((limit_bytes, ttl_s)) = remote_owner_limit {
+            tiers.limit_owners(TierId::Remote, limit_bytes, ttl_s);
+        }
+        responses.keep_in(tiers);
     }
     let (submission_sender, submissions) = sync_channel(max_waiting_requests);
     let is_closing = Arc::new(AtomicBool::new(false));
@@ -435,7 +440,7 @@ fn load_on<B: Backend>(
             block_tokens: options.block_tokens,
             identity,
             prefix_cache: options.prefix_cache,
-            namespace_share: options.kv_namespace_share,
+            owner_share: options.kv_namespace_share,
             tiers: tiers_config(&options, &stored, &place.target),
         }),
     );
@@ -450,7 +455,10 @@ fn load_on<B: Backend>(
             tier_stores.push(Box::new(disk));
         }
     }
-    if let Some(remote) = remote.filter(|_| scheduler.tiers().is_some()) {
+    if let Some((remote, tiers)) = remote.zip(scheduler.tiers()) {
+        if let Some((limit_bytes, ttl_s)) = options.kv_remote.as_ref().and_then(KvRemoteOptions::owner_limit) {
+            tiers.limit_owners(TierId::Remote, limit_bytes, ttl_s);
+        }
         tier_stores.push(Box::new(remote));
     }
     Ok(Loaded { executor: Box::new(executor), scheduler, tier_stores, answer_stores, text, info, plan })
@@ -475,7 +483,7 @@ fn fingerprint(options: &EngineOptions, files: &ModelFiles, num_threads: usize) 
 /// The blocks of earlier lives in a directory. A directory that cannot be made or entered is an error of who named it; what
 /// is wrong inside is a fault of the tier.
 fn open_disk(path: &Path, options: &EngineOptions, block_bytes: u64) -> Result<Result<DiskTier, Fault>> {
-    let sizes = DiskOptions::new(options.kv_disk_bytes, block_bytes)?;
+    let sizes = DiskOptions::new(options.kv_disk_bytes, block_bytes)?.owner_share(options.kv_namespace_share);
     let directory = Directory::open(path)?;
     let access = directory.access();
     Ok(DiskTier::open(Box::new(directory), access, sizes, draw_seed()))
@@ -509,6 +517,7 @@ fn open_answers(
             }
             other => other,
         })?;
+        let sizes = sizes.owner_share(options.kv_namespace_share);
         let directory = Directory::open(&path.join(ANSWERS))?;
         // Who only reads does not hear what the writer makes invalid.
         if directory.access() == Access::Write {
@@ -558,6 +567,15 @@ impl StoredBlocks {
     fn encoding(&self) -> KvTierEncoding {
         if self.int8.is_some() { KvTierEncoding::Int8 } else { KvTierEncoding::AsComputed }
     }
+}
+
+/// Bytes of a block outside the pool.
+pub(crate) fn stored_block_bytes(options: &EngineOptions, layout: &KvLayout, target: &Target) -> Result<u64> {
+    let int8 = match target {
+        Target::Cpu => CpuBackend::int8_blocks(*layout)?,
+        Target::Cuda(_) => CudaBackend::int8_blocks(*layout)?,
+    };
+    Ok(StoredBlocks::new(options, layout, int8).block_bytes)
 }
 
 /// `None`: the pool is all that there is.

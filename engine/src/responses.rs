@@ -22,6 +22,7 @@ use crate::response_cache::{
     StoredEntry, Ticket, answer_key, request_key, value_key,
 };
 use crate::response_tiers::{Asker, LookUp as TierLookUp, ResponseTiers};
+use crate::sequence::OwnerKey;
 use crate::stats::ResponseCacheStats;
 
 /// Finished answers, and values that callers keep beside them: cheap to clone, `Send + Sync`. Of an engine
@@ -55,9 +56,14 @@ pub struct PutOptions {
 impl Responses {
     /// An empty cache.
     pub fn new(options: ResponseCacheOptions) -> Result<Responses> {
+        Responses::shared_by_owners(options, 1.0)
+    }
+
+    /// The same, of which each owner of answers may keep a share when others need room. Values of callers count as one's.
+    pub(crate) fn shared_by_owners(options: ResponseCacheOptions, owner_share: f64) -> Result<Responses> {
         options.validate()?;
         let made_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-        let store = Mutex::new(ResponseStore::new(options));
+        let store = Mutex::new(ResponseStore::new(options, owner_share));
         let (known, answers, tiers) = (Mutex::default(), AtomicU64::new(0), OnceLock::new());
         let inner = Inner { store, known, answers, tiers, made_unix_ms, made: Instant::now() };
         Ok(Responses { inner: Arc::new(inner) })
@@ -73,7 +79,7 @@ impl Responses {
             self.with(ResponseStore::refuse_too_large);
             return Ok(false);
         }
-        let entry = EntryOptions { tags: shared(&options.tags), ttl_ms: options.ttl_ms };
+        let entry = EntryOptions { tags: shared(&options.tags), ttl_ms: options.ttl_ms, ..EntryOptions::default() };
         let (value, now_ms): (Arc<[u8]>, _) = (value.into(), self.now_ms());
         Ok(self.with(|store| {
             let (key, ticket) = (value_key(store.version(), key), store.ticket());
@@ -253,6 +259,7 @@ pub(crate) enum LookUp {
 #[derive(Clone)]
 pub(crate) struct Asked {
     key: ResponseKey,
+    owner: OwnerKey,
     ticket: Ticket,
     now_ms: u64,
 }
@@ -262,6 +269,8 @@ pub(crate) struct Question<'a> {
     pub(crate) request: &'a Request,
     pub(crate) identity: &'a [u8; 32],
     pub(crate) namespace: &'a [u8; 32],
+    /// Whom its answer counts for.
+    pub(crate) owner: OwnerKey,
     pub(crate) prompt: &'a [u32],
     pub(crate) stop_token_ids: &'a [u32],
     pub(crate) sampling: &'a crate::request::SamplingParams,
@@ -297,7 +306,7 @@ impl Responses {
 
     /// Looks for the answer to a request.
     pub(crate) fn look_up(&self, question: &Question<'_>) -> LookUp {
-        let &Question { request, identity, namespace, prompt, stop_token_ids, sampling, .. } = question;
+        let &Question { request, identity, namespace, owner, prompt, stop_token_ids, sampling, .. } = question;
         let Some(cache_use) = cache_use(question) else { return LookUp::Off };
         let began = self.with(|store| store.is_on().then(|| (store.version(), store.ticket())));
         let Some((version, ticket)) = began else { return LookUp::Off };
@@ -318,11 +327,12 @@ impl Responses {
             }
             None => {
                 let recorder = (cache_use == CacheUse::ReadWrite).then(|| {
-                    let entry = EntryOptions { tags: shared(&request.response_tags), ttl_ms: request.response_ttl_ms };
+                    let (tags, ttl_ms) = (shared(&request.response_tags), request.response_ttl_ms);
+                    let entry = EntryOptions { tags, ttl_ms, owner };
                     let (responses, answer) = (self.clone(), CachedAnswer::begin(request.n));
                     Box::new(Recorder { responses, key, ticket, entry, answer, bytes: 0, begun_ms: now_ms })
                 });
-                let asked = self.inner.tiers.get().map(|_| Asked { key, ticket, now_ms });
+                let asked = self.inner.tiers.get().map(|_| Asked { key, owner, ticket, now_ms });
                 LookUp::Missing(recorder, asked)
             }
         }
@@ -352,7 +362,8 @@ impl Responses {
         let StoredEntry { expires_ms, tags, value, .. } = entry;
         let answer = CachedAnswer::decode(&value).ok().filter(fits)?;
         let now_ms = self.now_ms();
-        let options = EntryOptions { tags, ttl_ms: Some(expires_ms.saturating_sub(now_ms).max(1)) };
+        let ttl_ms = Some(expires_ms.saturating_sub(now_ms).max(1));
+        let options = EntryOptions { tags, ttl_ms, owner: asked.owner };
         let is_valid = self.with(|store| store.promote(asked.key, value, options, asked.ticket, now_ms));
         if !is_valid {
             return None;
@@ -425,14 +436,14 @@ impl Recorder {
         answer.completion_tokens = summary.usage.completion_tokens as u32;
         answer.prompt_logprobs = summary.prompt_logprobs.clone();
         let (value, stored_ms) = (answer.encode(), responses.now_ms());
-        let tags = entry.tags.clone();
+        let (tags, owner) = (entry.tags.clone(), entry.owner);
         let (ttl_ms, is_kept) = responses.with(|store| {
             let ttl_ms = entry.ttl_ms.unwrap_or(store.ttl_ms());
             (ttl_ms, store.put(key, value.clone(), entry, ticket, stored_ms))
         });
         if let (Some(tiers), true) = (responses.inner.tiers.get(), is_kept) {
             let expires_ms = stored_ms.saturating_add(ttl_ms);
-            tiers.write(key, &StoredEntry { begun_ms, stored_ms, expires_ms, tags, value });
+            tiers.write(key, owner, &StoredEntry { begun_ms, stored_ms, expires_ms, tags, value });
         }
     }
 }

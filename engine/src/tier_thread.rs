@@ -164,9 +164,9 @@ mod tests {
         let (allow, may_end) = channel();
         let thread = TierThread::spawn(Box::new(Slow { begun, may_end }), commands).expect("starts");
         let key = StoredKey { block: BlockKey([1; 32]), layout: LayoutId([2; 32]) };
-        thread.give(JobId(0), Job::Write(key, Arc::new([])));
+        thread.give(JobId(0), Job::Write(key, Arc::new([]), [0; 32]));
         has_begun.recv().expect("it works");
-        (1..5).for_each(|id| thread.give(JobId(id), Job::Write(key, Arc::new([]))));
+        (1..5).for_each(|id| thread.give(JobId(id), Job::Write(key, Arc::new([]), [0; 32])));
         thread.flush();
         [5, 6].into_iter().for_each(|id| thread.give(JobId(id), Job::Read(key)));
         for idx in 0..7 {

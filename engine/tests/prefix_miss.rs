@@ -40,7 +40,7 @@ fn cache(pool_blocks: usize, host_blocks: u64, tiers: &[TierId]) -> KvCache {
         block_tokens: BLOCK,
         identity,
         prefix_cache: true,
-        namespace_share: 1.0,
+        owner_share: 1.0,
         tiers: Some(tiers),
     })
 }
@@ -54,6 +54,7 @@ fn sequence(prompt: &[u32]) -> Sequence {
         deadline_ms: None,
         timeout_ms: 0,
         namespace: [0; 32],
+        owner: [0; 32],
         prefix_cache: CacheUse::ReadWrite,
         prompt_logprobs: None,
         logprobs: None,

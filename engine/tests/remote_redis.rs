@@ -83,7 +83,7 @@ impl Machine {
 
     fn persist(&mut self, names: std::ops::Range<u64>) {
         for name in names {
-            self.tiers.persist(key(name), payload(name).into(), self.now_us);
+            self.tiers.persist(key(name), payload(name).into(), [0; 32], self.now_us);
         }
     }
 

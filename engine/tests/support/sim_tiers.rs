@@ -108,7 +108,7 @@ impl SimTiers {
                 }
                 None => Outcome::Missing,
             },
-            Job::Write(key, bytes) => {
+            Job::Write(key, bytes, _) => {
                 self.tally.writes += 1;
                 if store.blocks.insert(key, bytes).is_none() {
                     let at = store.keys.partition_point(|other| *other < key);

@@ -62,8 +62,8 @@ impl Tier {
     /// What waits to be written is not; which blocks that are.
     pub(super) fn drop_writes(&mut self) -> Vec<StoredKey> {
         let writes: VecDeque<_> = std::mem::take(&mut self.writes);
-        self.write_queue_bytes -= writes.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
-        let keys: Vec<_> = writes.into_iter().map(|(key, _)| key).collect();
+        self.write_queue_bytes -= writes.iter().map(|write| write.bytes.len() as u64).sum::<u64>();
+        let keys: Vec<_> = writes.into_iter().map(|write| write.key).collect();
         keys.iter().for_each(|key| {
             self.writing.remove(key);
         });

@@ -1,7 +1,7 @@
 //! Where a block is fetched, and whether that is worth it.
 
 use super::{Job, Source, StoredKey, Tier, TierId, Tiers, Wanted};
-use crate::sequence::{NamespaceKey, RestoreId};
+use crate::sequence::{OwnerKey, RestoreId};
 
 impl Tiers {
     /// Where a block is to be fetched. `None`: nowhere.
@@ -62,8 +62,8 @@ impl Tiers {
         self.prefill_rate.estimate_us((num_blocks * self.config.block_tokens) as u64)
     }
 
-    pub(super) fn want(&mut self, key: StoredKey, tier: TierId, namespace: NamespaceKey, restore: RestoreId) {
-        let wanted = self.wanted.entry(key).or_insert_with(|| Wanted { tier, namespace, waiting: Vec::new() });
+    pub(super) fn want(&mut self, key: StoredKey, tier: TierId, owner: OwnerKey, restore: RestoreId) {
+        let wanted = self.wanted.entry(key).or_insert_with(|| Wanted { tier, owner, waiting: Vec::new() });
         let is_new = wanted.waiting.is_empty();
         wanted.waiting.push(restore);
         if is_new {
