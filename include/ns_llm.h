@@ -248,6 +248,8 @@ typedef enum ns_llm_status {
     NS_LLM_STORAGE = 402,
     /** The device was lost while it computed. Every request of the engine ends with this; free it, and open another. */
     NS_LLM_DEVICE_LOST = 403,
+    /** Some of what a cache tier was to keep since the last flush was not stored. Requests are not touched by it. */
+    NS_LLM_NOT_STORED = 404,
 } ns_llm_status;
 
 /**
@@ -408,6 +410,17 @@ typedef enum ns_llm_kv_dtype {
     NS_LLM_KV_DTYPE_INT8 = 4,
 } ns_llm_kv_dtype;
 
+/** How an engine keeps KV blocks outside its pool: in host memory, in `kv_cache_dir` and at `kv_remote_url`. */
+typedef enum ns_llm_kv_tier_encoding {
+    /** As they were computed: what is found again equals what would be computed, bit for bit. */
+    NS_LLM_KV_TIER_ENCODING_AS_COMPUTED = 0,
+    /**
+     * Rounded to 8-bit integers with a scale for each token and head: half the bytes of half precision. An answer over blocks
+     * that came back is a little other than one that was computed whole; no engine without this finds them.
+     */
+    NS_LLM_KV_TIER_ENCODING_INT8 = 1,
+} ns_llm_kv_tier_encoding;
+
 /**
  * Hears how far loading is; both sizes are bytes of weights. Called by ns_llm_engine_open(), one call at a time, on
  * the calling thread or on a loading thread, and never after it has returned. Returns `true` to go on, `false` to
@@ -477,8 +490,9 @@ typedef struct ns_llm_engine_params {
     /** How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. 0: 50. */
     uint64_t kv_load_budget_ms;
     /**
-     * Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, to 1.
-     * 0: 1, all of it.
+     * Share of the KV pool, of host memory, of `kv_cache_dir` and of the kept answers, in memory and on disk, that what is cached
+     * for one owner of namespaces may keep when others need room, to 1. The owner is what stands before the first line break
+     * of a namespace. 0: 1, all of it.
      */
     double kv_namespace_share;
     /**
@@ -500,6 +514,15 @@ typedef struct ns_llm_engine_params {
     ns_llm_text kv_remote_secret;
     /** Bytes that the files with answers take at most, in `answers` beneath `kv_cache_dir`; at least some 4 MiB. 0: 256 MiB. */
     uint64_t response_disk_bytes;
+    /** A value of `ns_llm_kv_tier_encoding`. */
+    uint32_t kv_tier_encoding;
+    /** 0. */
+    uint32_t reserved;
+    /**
+     * Bytes of KV, and as many of answers, that this engine stores at `kv_remote_url` within a day, for which they are kept, for
+     * one owner of namespaces. 0: no limit.
+     */
+    uint64_t kv_remote_owner_bytes;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */
@@ -550,8 +573,10 @@ ns_llm_status ns_llm_engine_free(ns_llm_engine engine);
  * too: this is for programs that must know.
  *
  * Threads:    any, also concurrently, also inside a callback.
- * Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE;
- *             NS_LLM_CLOSED if the engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+ * Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_NOT_STORED if some of them were not stored since
+ *             the last call: too much waited, a place failed or may not be written, which ns_llm_last_error() says; all else is
+ *             stored; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the engine is freed meanwhile;
+ *             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
  * On failure: requests are not touched, and nothing false is ever found: a block that cannot be read is computed again.
  */
 ns_llm_status ns_llm_engine_flush(ns_llm_engine engine);
@@ -627,6 +652,16 @@ typedef struct ns_llm_model_info {
     ns_llm_text device_name;
     /** Why it was chosen: that it was asked for, or what NS_LLM_DEVICE_AUTO found. */
     ns_llm_text device_reason;
+    /**
+     * How keys and values are kept outside the pool: "as-computed", or "int8", rounded: then an answer over blocks that came
+     * back from there is a little other than one that was computed whole.
+     */
+    ns_llm_text kv_tier_encoding;
+    /**
+     * Why nothing is stored in `kv_cache_dir`: another process writes it, or a newer version has. The engine does without what
+     * it may not use. Empty: it stores there, or none was given.
+     */
+    ns_llm_text kv_disk_refusal;
 } ns_llm_model_info;
 
 /** What an engine has done and is doing. Those named `_total` only grow. */
@@ -1256,7 +1291,8 @@ typedef struct ns_llm_request_params {
     /** Number of `logit_bias`; at most 1024. */
     size_t num_logit_bias;
     /**
-     * Requests share KV of common prefixes only within one namespace. NULL: the namespace of the engine. At most 512
+     * Requests share KV of common prefixes only within one namespace; what stands before its first line break is its owner, by
+     * whom `kv_namespace_share` counts. NULL: the namespace of the engine. At most 512
      * bytes.
      */
     ns_llm_text cache_namespace;

@@ -57,6 +57,11 @@ export interface KvRemoteOptions {
   prefix?: string | undefined;
   /** How long one call may take, milliseconds. Default 500. */
   timeoutMs?: number | undefined;
+  /**
+   * Bytes of KV, and as many of answers, that this node stores there within `ttlS` for one owner of namespaces (see
+   * `kvNamespaceShare`). Default: no limit.
+   */
+  ownerBytes?: number | undefined;
 }
 
 /** How to open a model. Everything is optional. */
@@ -113,12 +118,19 @@ export interface OpenOptions {
   /** How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. Default 50. */
   kvLoadBudgetMs?: number | undefined;
   /**
-   * Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above 0,
-   * to 1. Default 1: all of it.
+   * Share of the KV pool, of host memory, of `kvCacheDir` and of the response cache, in memory and on disk, that what is cached
+   * for one owner of namespaces may keep when others need room, above 0, to 1. The owner is what stands before the first line
+   * break of a `namespace`. Default 1: all of it.
    */
   kvNamespaceShare?: number | undefined;
   /** A store of KV that nodes share, beyond the disk. Default: none. */
   kvRemote?: KvRemoteOptions | undefined;
+  /**
+   * How KV is kept in all these places. Default `as-computed`: what is found again equals what would be computed, bit for bit.
+   * `int8` takes half the bytes of `f16`, rounded: answers over what came back, of preempted requests too, are then a little
+   * other than computed ones, and engines without it never find that.
+   */
+  kvTierEncoding?: 'as-computed' | 'int8' | undefined;
   /**
    * Whole answers that are kept and given again, without computing a token, to requests for the same. Off unless `maxBytes` is
    * given. With a `kvCacheDir` they outlive the process, with a `kvRemote` nodes share them.
@@ -232,6 +244,9 @@ export class Engine {
   /**
    * Waits until the KV that was computed so far, and kept answers, are on disk, where they outlive a failure of power;
    * without `kvCacheDir` and `kvRemote` there is nothing to wait for. It is written by itself, too, and by {@link close}.
+   * Rejects with `storage` when a place could not do that now, and with `not_stored` when some of what was to be stored since
+   * the last flush was not: too much waited to be written, a place failed or may not be written. That is told once, and all
+   * else is stored.
    */
   flush(): Promise<void> {
     return settled(async () => this.#native.flush());

@@ -36,6 +36,7 @@ export type ErrorCode =
   | 'device_unavailable'
   | 'device_lost'
   | 'storage'
+  | 'not_stored'
   | 'addon_unavailable'
   | (string & {});
 

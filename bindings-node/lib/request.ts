@@ -61,7 +61,10 @@ export interface GenerateOptions {
   priority?: 'high' | 'normal' | 'background' | undefined;
   /** Limit from submission to the end, milliseconds, at most one day. */
   timeoutMs?: number | undefined;
-  /** Requests share prefix KV only within one namespace. Unset: the namespace of this engine. */
+  /**
+   * Requests share prefix KV only within one namespace. Unset: the namespace of this engine. What stands before the first line
+   * break is its owner, by whom `kvNamespaceShare` counts: nobody gains by dividing his namespace.
+   */
   namespace?: string | undefined;
   /**
    * Whether this request may use KV of earlier prompts, in the pool and in the tiers (`read`), and whether others may use

@@ -7,8 +7,9 @@ use ns_llm::config::{
     MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_RESPONSE_TAGS, MAX_STOP_STRINGS,
 };
 use ns_llm::{
-    CacheUse, Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, KvRemoteOptions, Message, Priority,
-    Prompt, PutOptions, Request, ResponseCacheOptions, SamplingOptions, ThreadPriority, WeightFormat,
+    CacheUse, Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, KvRemoteOptions, KvTierEncoding,
+    Message, Priority, Prompt, PutOptions, Request, ResponseCacheOptions, SamplingOptions, ThreadPriority,
+    WeightFormat,
 };
 
 use crate::error::{Result, from_napi, invalid, to_js};
@@ -72,6 +73,7 @@ const ENGINE_FIELDS: &[&str] = &[
     "kvLoadBudgetMs",
     "kvNamespaceShare",
     "kvRemote",
+    "kvTierEncoding",
     "responseCache",
 ];
 
@@ -80,7 +82,7 @@ const RESPONSE_CACHE_FIELDS: &[&str] =
     &["maxBytes", "maxEntries", "ttlMs", "adaptiveTtl", "version", "diskBytes", "remote"];
 
 /// Every name that [`read_remote_options`] knows.
-const REMOTE_FIELDS: &[&str] = &["url", "secret", "ttlS", "prefix", "timeoutMs"];
+const REMOTE_FIELDS: &[&str] = &["url", "secret", "ttlS", "prefix", "timeoutMs", "ownerBytes"];
 
 /// Every name that [`read_put_options`] knows.
 const PUT_FIELDS: &[&str] = &["ttlMs", "tags"];
@@ -163,6 +165,7 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         options.kv_remote = Some(read_remote_options(&remote)?);
     }
     options.kv_disk_bytes = fields.integer("kvDiskBytes")?.unwrap_or(options.kv_disk_bytes);
+    options.kv_tier_encoding = fields.one_of("kvTierEncoding", KV_TIER_ENCODINGS)?.unwrap_or_default();
     options.kv_load_budget_ms = fields.integer("kvLoadBudgetMs")?.unwrap_or(options.kv_load_budget_ms);
     options.kv_namespace_share =
         fields.number("kvNamespaceShare")?.map(f64::from).unwrap_or(options.kv_namespace_share);
@@ -194,6 +197,7 @@ fn read_remote_options(object: &Object) -> Result<KvRemoteOptions> {
     remote.secret = fields.string("secret")?;
     remote.ttl_s = fields.integer("ttlS")?.unwrap_or(remote.ttl_s);
     remote.prefix = fields.string("prefix")?.unwrap_or(remote.prefix);
+    remote.owner_bytes = fields.integer("ownerBytes")?;
     remote.timeout_ms = fields.integer("timeoutMs")?.unwrap_or(remote.timeout_ms);
     Ok(remote)
 }
@@ -217,6 +221,8 @@ const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
     ("bf16", Some(KvDtype::Bf16)),
     ("int8", Some(KvDtype::Int8)),
 ];
+const KV_TIER_ENCODINGS: &[(&str, KvTierEncoding)] =
+    &[("as-computed", KvTierEncoding::AsComputed), ("int8", KvTierEncoding::Int8)];
 const THREAD_PRIORITIES: &[(&str, ThreadPriority)] =
     &[("below-normal", ThreadPriority::BelowNormal), ("normal", ThreadPriority::Normal)];
 

@@ -199,6 +199,12 @@ pub struct ModelInfo {
     pub weights: String,
     /// How keys and values are kept: "f32", "f16".
     pub kv_dtype: String,
+    /// How they are kept outside the pool: "as-computed", or "int8", rounded: then an answer over blocks that came back from
+    /// there is a little other than one that was computed whole.
+    pub kv_tier_encoding: String,
+    /// Why nothing is stored in `kvCacheDir`: another process writes it, or a newer version has. The engine does without what
+    /// it may not use. Absent: it stores there, or none was given.
+    pub kv_disk_refusal: Option<String>,
     /// Device kind: "cpu" or "cuda".
     pub device: String,
     /// Which device: "cpu", or number and name of a CUDA device, such as "cuda:0 NVIDIA H200".
@@ -228,6 +234,8 @@ impl From<&ns_llm::ModelInfo> for ModelInfo {
             has_chat_template: info.has_chat_template,
             weights: info.weights.to_string(),
             kv_dtype: info.kv_dtype.to_string(),
+            kv_tier_encoding: info.kv_tier_encoding.to_string(),
+            kv_disk_refusal: info.kv_disk_refusal.clone(),
             device: info.device.to_string(),
             device_name: info.device_name.clone(),
             device_reason: info.device_reason.clone(),

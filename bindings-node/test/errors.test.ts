@@ -56,7 +56,7 @@ const OPEN_NAMES = [
   'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
   'blockTokens',
   'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'kvHostBytes',
-  'kvCacheDir', 'kvDiskBytes', 'kvLoadBudgetMs', 'kvNamespaceShare', 'kvRemote', 'responseCache', 'signal',
+  'kvCacheDir', 'kvDiskBytes', 'kvLoadBudgetMs', 'kvNamespaceShare', 'kvRemote', 'kvTierEncoding', 'responseCache', 'signal',
   'onProgress',
 ];
 

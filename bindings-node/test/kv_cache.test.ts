@@ -62,6 +62,29 @@ test('without a directory there is no tier and nothing to wait for; a directory 
   await assert.rejects(small, withCode('invalid_argument', /^kvDiskBytes is 1000/));
 });
 
+test('a flush says once what was not stored, and the engine why nothing is; rounded KV is apart and says so', async () => {
+  const cache = { kvCacheDir: join(folder, 'told'), kvLoadBudgetMs: PATIENT_MS };
+  await withDemo(async (writer) => {
+    assert.deepEqual([writer.info.kvTierEncoding, writer.info.kvDiskRefusal], ['as-computed', undefined]);
+    await withDemo(async (reader) => {
+      assert.equal(reader.info.kvDiskRefusal, 'another process writes to this tier');
+      await reader.generate(LONG_PROMPT, { maxTokens: 1 });
+      await assert.rejects(reader.flush(), withCode('not_stored', /^disk tier: \d KV blocks were not stored .* another process writes/));
+      await reader.flush();
+    }, cache);
+    await writer.generate(LONG_PROMPT, { maxTokens: 1 });
+    await writer.flush();
+  }, cache);
+  for (const expected of [0, 48]) {
+    await withDemo(async (rounded) => {
+      assert.deepEqual([rounded.info.kvTierEncoding, rounded.info.kvDiskRefusal], ['int8', undefined]);
+      const { usage } = await rounded.generate(LONG_PROMPT, { maxTokens: 1 });
+      assert.ok(usage.cachedByTier.disk >= expected && (expected > 0 || usage.cachedTokens === 0), JSON.stringify(usage));
+    }, { ...cache, kvTierEncoding: 'int8' });
+  }
+  await assert.rejects(openDemo({ kvTierEncoding: 'q4' as never }), withCode('invalid_argument', /^kvTierEncoding/));
+});
+
 test('warmed prompts are found by whoever asks next; a wrong one and a signal end the rest', async () => {
   await withDemo(async (engine) => {
     const prompts: Prompt[] = Array.from({ length: 12 }, (_, i) => `${i} ${LONG_PROMPT}`);

@@ -1,11 +1,11 @@
-//! `ns-llm cache`: looking after a directory in which KV blocks outlive the process.
+//! `ns-llm cache`: looking after a directory in which KV blocks outlive the process, and the answers beneath them.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use ns_llm::kv_cache_directory::{self, Contents, PruneLimits, Removed};
-use serde_json::json;
+use ns_llm::kv_cache_directory::{self, Contents, Damage, PruneLimits, Removed};
+use serde_json::{Value, json};
 
 use crate::{CommandResult, show};
 
@@ -17,13 +17,13 @@ pub(crate) struct Options {
 
 #[derive(Subcommand)]
 enum CacheCommand {
-    /// Show what is in the directory; may be used while an engine writes to it
+    /// Show what is in the directory, KV and answers; may be used while an engine writes to it
     Stat(Place),
     /// Read every record and check it; fails when something is damaged. May be used while an engine writes
     Verify(Place),
-    /// Remove the oldest files
+    /// Remove the oldest files; answers last, and all at once
     Prune(PruneOptions),
-    /// Remove all KV
+    /// Remove all KV and all answers
     Clear(Place),
 }
 
@@ -56,7 +56,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
         CacheCommand::Verify(place) => {
             let contents = kv_cache_directory::verify(&place.kv_cache_dir)?;
             show_contents(&place, &contents)?;
-            match contents.damaged {
+            match contents.damaged_in_all() {
                 0 => Ok(()),
                 damaged => Err(format!("{damaged} damaged places in {}", place.kv_cache_dir.display()).into()),
             }
@@ -73,65 +73,66 @@ pub(crate) fn run(options: Options) -> CommandResult {
 }
 
 fn show_contents(place: &Place, contents: &Contents) -> CommandResult {
-    let Contents {
-        format_version,
-        has_writer,
-        segments,
-        bytes,
-        records,
-        live,
-        payload_bytes,
-        damaged,
-        damage,
-        torn_bytes,
-        other_versions,
-        other_version_bytes,
-    } = contents;
     if place.json {
-        let places: Vec<_> = damage
-            .iter()
-            .map(|place| json!({ "file": place.file, "offset": place.offset, "reason": place.reason }))
-            .collect();
-        let object = json!({
-            "format_version": format_version,
-            "has_writer": has_writer,
-            "segments": segments,
-            "bytes": bytes,
-            "records": records,
-            "live": live,
-            "payload_bytes": payload_bytes,
-            "damaged": damaged,
-            "damage": places,
-            "torn_bytes": torn_bytes,
-            "other_versions": other_versions,
-            "other_version_bytes": other_version_bytes,
-        });
+        let mut object = as_json(contents);
+        object["answers"] = contents.answers.as_deref().map_or(Value::Null, as_json);
         show(format_args!("{object}\n"))?;
         return Ok(());
     }
-    let mut text = format!(
-        "blocks     {live} in {records} records, {} of KV\n\
-         files      {segments} segments of format {format_version}, {}\n\
-         writer     {}\n\
-         damaged    {damaged}\n",
-        mib(*payload_bytes),
-        mib(*bytes),
-        if *has_writer { "an engine has the directory open" } else { "none" },
-    );
-    if *torn_bytes > 0 {
-        text += &format!("unfinished {torn_bytes} bytes, which the next opening cuts off\n");
-    }
-    if *other_versions > 0 {
-        text += &format!("others     {other_versions} segments of other formats, {}\n", mib(*other_version_bytes));
-    }
-    for place in damage {
-        text += &format!("  {} at byte {}: {}\n", place.file, place.offset, place.reason);
-    }
-    if damage.len() < *damaged as usize {
-        text += &format!("  and {} more\n", *damaged as usize - damage.len());
+    let mut text = as_text("blocks ", "of KV", contents);
+    if let Some(answers) = &contents.answers {
+        text += "\n";
+        text += &as_text("answers", "with what makes some invalid", answers);
     }
     show(text)?;
     Ok(())
+}
+
+fn as_json(contents: &Contents) -> Value {
+    let place = |place: &Damage| json!({ "file": place.file, "offset": place.offset, "reason": place.reason });
+    json!({
+        "format_version": contents.format_version,
+        "has_writer": contents.has_writer,
+        "segments": contents.segments,
+        "bytes": contents.bytes,
+        "records": contents.records,
+        "live": contents.live,
+        "payload_bytes": contents.payload_bytes,
+        "damaged": contents.damaged,
+        "damage": contents.damage.iter().map(place).collect::<Vec<_>>(),
+        "torn_bytes": contents.torn_bytes,
+        "other_versions": contents.other_versions,
+        "other_version_bytes": contents.other_version_bytes,
+    })
+}
+
+/// `kind`: of what the records are.
+fn as_text(kind: &str, what: &str, contents: &Contents) -> String {
+    let Contents { format_version, has_writer, segments, bytes, records, live, damaged, .. } = contents;
+    let mut text = format!(
+        "{kind}    {live} in {records} records, {} {what}\n\
+         files      {segments} segments of format {format_version}, {}\n\
+         writer     {}\n\
+         damaged    {damaged}\n",
+        mib(contents.payload_bytes),
+        mib(*bytes),
+        if *has_writer { "an engine has the directory open" } else { "none" },
+    );
+    if contents.torn_bytes > 0 {
+        text += &format!("unfinished {} bytes, which the next opening cuts off\n", contents.torn_bytes);
+    }
+    if contents.other_versions > 0 {
+        let (count, bytes) = (contents.other_versions, mib(contents.other_version_bytes));
+        text += &format!("others     {count} segments of other formats, {bytes}\n");
+    }
+    for place in &contents.damage {
+        text += &format!("  {} at byte {}: {}\n", place.file, place.offset, place.reason);
+    }
+    let num_listed = contents.damage.len() as u64;
+    if num_listed < *damaged {
+        text += &format!("  and {} more\n", damaged - num_listed);
+    }
+    text
 }
 
 fn show_removed(place: &Place, removed: &Removed) -> CommandResult {

@@ -61,7 +61,7 @@ fn to_json(i: &Inspection, tiers: &[(&str, u64)]) -> serde_json::Value {
             "context_tokens": i.plan.context_tokens,
             "kv_tiers": tiers.iter().map(|(name, bytes)| (name.to_string(), json!({
                 "bytes": bytes,
-                "blocks": bytes / i.plan.block_bytes,
+                "blocks": bytes / i.stored_block_bytes,
             }))).collect::<serde_json::Map<_, _>>(),
             "levels": i.levels.iter().map(|level| json!({
                 "weights": level.weights,
@@ -105,7 +105,7 @@ fn to_table(i: &Inspection, tiers: &[(&str, u64)]) -> Result<String, std::fmt::E
         writeln!(out, "  steps           {}", mib(i.plan.workspace_bytes))?;
     }
     for (name, bytes) in tiers {
-        writeln!(out, "  KV, {name:<4}        {}: some {} blocks", mib(*bytes), bytes / i.plan.block_bytes)?;
+        writeln!(out, "  KV, {name:<4}        {}: some {} blocks", mib(*bytes), bytes / i.stored_block_bytes)?;
     }
     writeln!(out, "  context         {} tokens", i.plan.context_tokens)?;
     writeln!(out, "weights in other forms (--weights; under --memory-limit-mib the first that fits)")?;

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use ns_llm::{
-    Device, Engine, EngineOptions, Error, KvDtype, KvRemoteOptions, KvTierStats, ProgressCallback, Result,
-    ThreadPriority, WeightFormat,
+    Device, Engine, EngineOptions, Error, KvDtype, KvRemoteOptions, KvTierEncoding, KvTierStats, ProgressCallback,
+    Result, ThreadPriority, WeightFormat,
 };
 use serde_json::{Value, json};
 
@@ -55,6 +55,9 @@ pub(crate) struct ModelOptions {
     /// Host memory for keys and values that the KV pool gives away (MiB; default: 0)
     #[arg(long, value_name = "MIB")]
     pub(crate) kv_host_mib: Option<u64>,
+    /// How keys and values are kept outside the KV pool: as they were computed, or rounded to 8 bits in half the bytes
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) kv_tier_encoding: KvTierEncodingName,
     /// How long to wait for keys and values from a place that makes no progress before computing them (ms; default: 50)
     #[arg(long, value_name = "MS")]
     pub(crate) kv_load_budget_ms: Option<u64>,
@@ -73,6 +76,9 @@ pub(crate) struct ModelOptions {
     /// Longest time of one call to the store (ms)
     #[arg(long, value_name = "MS", requires = "kv_remote_url")]
     pub(crate) kv_remote_timeout_ms: Option<u64>,
+    /// What is stored at --kv-remote-url within a day for one owner of namespaces, a key of `serve` (MiB; default: no limit)
+    #[arg(long, value_name = "MIB", requires = "kv_remote_url")]
+    pub(crate) kv_remote_owner_mib: Option<u64>,
     /// Keep whole answers in so much memory, and give them again to requests for the same (MiB; default: 0). They are found
     /// again in --kv-cache-dir, and shared through --kv-remote-url
     #[arg(long, value_name = "MIB")]
@@ -98,6 +104,13 @@ pub(crate) enum KvDtypeName {
     F32,
     F16,
     Bf16,
+    Int8,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub(crate) enum KvTierEncodingName {
+    #[default]
+    AsComputed,
     Int8,
 }
 
@@ -127,6 +140,10 @@ impl ModelOptions {
         options.kv_host_bytes = bytes(self.kv_host_mib).unwrap_or(options.kv_host_bytes);
         options.kv_load_budget_ms = self.kv_load_budget_ms.unwrap_or(options.kv_load_budget_ms);
         options.kv_remote = self.kv_remote()?;
+        options.kv_tier_encoding = match self.kv_tier_encoding {
+            KvTierEncodingName::AsComputed => KvTierEncoding::AsComputed,
+            KvTierEncodingName::Int8 => KvTierEncoding::Int8,
+        };
         options.response_cache.max_bytes = bytes(self.response_cache_mib).unwrap_or(0);
         options.response_cache.ttl_ms = self.response_ttl_ms.unwrap_or(options.response_cache.ttl_ms);
         options.response_cache.adaptive_ttl = self.response_adaptive_ttl;
@@ -144,6 +161,7 @@ impl ModelOptions {
         if let Some(prefix) = &self.kv_remote_prefix {
             remote.prefix.clone_from(prefix);
         }
+        remote.owner_bytes = self.kv_remote_owner_mib.map(|mib| mib.saturating_mul(1 << 20));
         let Some(path) = &self.kv_remote_secret_file else { return Ok(Some(remote)) };
         let secret = std::fs::read_to_string(path)
             .map_err(|error| Error::Io { path: path.clone(), reason: error.to_string() })?;
@@ -203,7 +221,12 @@ impl Drop for OpenModel {
 pub(crate) fn open(mut options: EngineOptions) -> Result<OpenModel> {
     let bar = Bar::new("loading");
     options.on_progress = bar.callback();
-    Engine::open(options).map(OpenModel)
+    let engine = Engine::open(options)?;
+    drop(bar);
+    if let Some(refusal) = &engine.info().kv_disk_refusal {
+        eprintln!("warning: nothing is stored in the KV cache directory: {refusal}");
+    }
+    Ok(OpenModel(engine))
 }
 
 /// What the places beside the KV pool hold and did, by their names.

@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use ns_llm::kv_cache::tiers::disk::{Directory, DiskOptions, DiskTier, draw_seed};
+use ns_llm::kv_cache::tiers::disk::{Access, Directory, DiskOptions, DiskTier, draw_seed};
 use ns_llm::kv_cache::tiers::{LayoutId, StoredKey};
 use ns_llm::sampler::random_at;
 use ns_llm::sequence::BlockKey;
@@ -54,7 +54,19 @@ impl Folder {
     }
     /// Stores the blocks `names`, four in a segment.
     fn fill(&self, names: std::ops::Range<u64>) {
-        let mut tier = self.open();
+        Folder::fill_tier(self.open(), names);
+    }
+    /// The same beneath, where answers are.
+    fn fill_answers(&self, names: std::ops::Range<u64>) {
+        let directory = Directory::open(&self.answers()).expect("a private directory");
+        let options = DiskOptions::new(16 * SEGMENT_BYTES, PAYLOAD_BYTES).expect("room");
+        let tier = DiskTier::open(Box::new(directory), Access::Write, options, draw_seed()).expect("opens");
+        Folder::fill_tier(tier, names);
+    }
+    fn answers(&self) -> PathBuf {
+        self.cache().join("answers")
+    }
+    fn fill_tier(mut tier: DiskTier, names: std::ops::Range<u64>) {
         for name in names {
             tier.put(key(name), &payload(name)).expect("room");
         }
@@ -223,7 +235,7 @@ fn directory_in_use_is_only_looked_at() {
         }
         is_done.store(true, Ordering::Relaxed);
         let (evicted, access) = writer.join().expect("no panic");
-        assert!(evicted > 0 && access == ns_llm::kv_cache::tiers::disk::Access::Write, "{evicted} evicted, {access:?}");
+        assert!(evicted > 0 && access == Access::Write, "{evicted} evicted, {access:?}");
         assert!(!seen.contains(&0), "{seen:?}");
     });
 }
@@ -268,6 +280,57 @@ fn prune_removes_the_oldest() {
 
     let output = cache("prune", &folder.cache(), &[]);
     assert!(!output.status.success() && text(&output.stderr).contains("--max-mib"), "without a limit");
+}
+
+/// The answers beneath are shown, checked, pruned and cleared as well: apart, so that each says what it is; pruned last and all
+/// at once, since what makes some of them invalid lies among them.
+#[test]
+fn answers_are_looked_after_as_well() {
+    let folder = Folder::new("answers");
+    folder.fill(0..8);
+    let (without, _) = report("stat", &folder.cache(), &[]);
+    assert_eq!(without["answers"], Value::Null);
+    folder.fill_answers(0..4);
+    let (found, is_fine) = report("verify", &folder.cache(), &[]);
+    assert!(is_fine && number(&found, "records") == 8, "{found}");
+    let answers = &found["answers"];
+    assert_eq!((number(answers, "records"), number(answers, "segments"), number(answers, "damaged")), (4, 1, 0));
+    let shown = text(&cache("stat", &folder.cache(), &[]).stdout);
+    assert!(shown.contains("8 in 8 records") && shown.contains("answers    4 in 4 records"), "{shown}");
+
+    let segment = folder.answers().join("v1-0000000000000000.segment");
+    flip(&segment, 4_096 + RECORD_BYTES + 5_000);
+    let (found, is_fine) = report("verify", &folder.cache(), &[]);
+    assert_eq!((is_fine, number(&found, "damaged"), number(&found["answers"], "damaged")), (false, 0, 1));
+
+    // Both have young files: none is too old. Then KV goes before answers, and answers when they alone are too much.
+    let (untouched, _) = report("prune", &folder.cache(), &["--max-age-hours", "4"]);
+    assert_eq!((number(&untouched, "removed_segments"), number(&untouched, "kept_segments")), (0, 3));
+    let mut tier = DiskTier::open(
+        Box::new(Directory::open(&folder.answers()).expect("private")),
+        Access::Write,
+        DiskOptions::new(64 * SEGMENT_BYTES, PAYLOAD_BYTES).expect("room"),
+        draw_seed(),
+    )
+    .expect("opens");
+    for name in 10..100 {
+        tier.put(key(name), &payload(name)).expect("room");
+    }
+    drop(tier);
+    let (before, _) = report("stat", &folder.cache(), &[]);
+    let answer_bytes = number(&before["answers"], "bytes");
+    assert!(answer_bytes > 1 << 20 && answer_bytes < 2 << 20, "{before}");
+    let (pruned, _) = report("prune", &folder.cache(), &["--max-mib", "2"]);
+    assert_eq!(number(&pruned, "removed_segments"), 0, "both fit");
+    let (pruned, _) = report("prune", &folder.cache(), &["--max-mib", "1"]);
+    let (after, _) = report("stat", &folder.cache(), &[]);
+    assert_eq!((number(&after["answers"], "segments"), number(&after, "segments")), (0, 2), "{pruned}");
+
+    folder.fill_answers(200..204);
+    let (removed, _) = report("clear", &folder.cache(), &[]);
+    assert_eq!((number(&removed, "removed_segments"), number(&removed, "kept_segments")), (3, 0));
+    let (after, _) = report("stat", &folder.cache(), &[]);
+    assert_eq!((number(&after["answers"], "records"), number(&after, "records")), (0, 0));
 }
 
 /// `clear` removes segments of every version, `prune` those of its own, and neither anything else: no link or folder that has

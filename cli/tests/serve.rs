@@ -49,6 +49,36 @@ fn serve_listens_and_ends() {
     assert_eq!(said, "", "standard output is for results");
 }
 
+/// M9: nothing of what is asked or answered is written anywhere: no prompt, answer, salt, user or key, of requests that work and
+/// of those that are refused.
+#[test]
+fn what_is_asked_is_not_logged() {
+    let key = "canary-of-the-key-itself";
+    let mut child = serve(&["--port", "0", "--threads", "1", "--kv-mib", "16", "--name", "little", "--api-key", key]);
+    let mut stderr = BufReader::new(child.stderr.take().expect("piped"));
+    let mut said = String::new();
+    stderr.read_line(&mut said).expect("text");
+    let address = said.rsplit_once("http://").unwrap_or_else(|| panic!("no address: {said}")).1.trim().to_string();
+    let asked = json!({ "model": "little", "prompt": "canary prompt", "cache_salt": "canary-salt", "user": "canary-user",
+                        "max_tokens": 8, "temperature": 0 });
+    let refused = json!({ "model": "canary-model", "prompt": "canary", "stop": [["canary"]], "canary": 1 });
+    for (path, body, status) in
+        [("completions", &asked, "200"), ("completions", &refused, "4"), ("canary", &asked, "404")]
+    {
+        let body = body.to_string();
+        let head = format!("POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n");
+        let rest =
+            format!("Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+        let answer = ask(&address, &format!("{head}{rest}{body}"));
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+    }
+    let told = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill is there");
+    assert!(told.success() && child.wait().expect("it ends").success());
+    stderr.read_to_string(&mut said).expect("text");
+    child.stdout.take().expect("piped").read_to_string(&mut said).expect("text");
+    assert!(said.contains("http://") && !said.contains("canary"), "{said}");
+}
+
 /// The first signal lets a request finish that is on its way; the second one ends the process at once.
 #[test]
 fn the_second_signal_ends_at_once() {

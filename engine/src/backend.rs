@@ -16,6 +16,7 @@ pub use crate::config::KvDtype;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use ns_llm_kernels::cpu::pooling;
+pub use ns_llm_kernels::kv_int8::Int8Blocks;
 
 /// Sizes of one attention layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -212,6 +213,8 @@ pub trait Backend: Sized + Send + 'static {
 
     /// What blocks hold, each all layers in one piece of [`KvLayout::block_bytes`], read back together.
     fn read_blocks(&self, kv: &Self::Kv, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>>;
+    /// How the blocks of a layout are written in 8 bits; `None`: they are.
+    fn int8_blocks(layout: KvLayout) -> Result<Option<Int8Blocks>>;
     /// Gives a block what [`Backend::read_blocks`] gave.
     /// [`Error::Internal`](crate::Error::Internal) for bytes of another length.
     fn write_block(&self, kv: &mut Self::Kv, block: BlockId, bytes: &[u8]) -> Result<()>;

@@ -8,7 +8,7 @@ use std::sync::mpsc::SyncSender;
 use crate::config::MAX_PENDING_PROMPT_BYTES;
 use crate::embedding::EmbeddingRequest;
 use crate::error::{Error, Result};
-use crate::kv_cache::tiers::{Done, Fault, StoredKey, TierId};
+use crate::kv_cache::tiers::{Done, Fault, JobId, StoredKey, TierId};
 use crate::request::{Origin, Prompt, Request};
 use crate::responses::Recorder;
 use crate::sequence::{EncodeSpec, SequenceSpec};
@@ -39,8 +39,8 @@ pub(crate) enum Command {
 
 /// What the thread of a tier says.
 pub(crate) enum TierAnswer {
-    /// The oldest of its jobs is done; these blocks went for it.
-    Done { id: TierId, done: Done, lost: Vec<StoredKey> },
+    /// One of its jobs is done; these blocks went for it.
+    Done { id: TierId, job: JobId, done: Done, lost: Vec<StoredKey> },
     /// Whether what it had stored is on the medium.
     Flushed { id: TierId, result: Result<(), Fault> },
 }

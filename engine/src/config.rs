@@ -55,6 +55,14 @@ pub const MAX_TRACE_EVENTS: usize = 1_000_000;
 pub const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
 /// Blocks of which the KV cache remembers that it had them, and who gave them up: some 2 MiB.
 pub const MAX_LOST_BLOCKS: usize = 16_384;
+/// Blocks of which an engine remembers that a store that nodes share has them: some 16 MiB. Of more it may store some again.
+pub const MAX_REMOTE_KNOWN_BLOCKS: usize = 1 << 17;
+/// Owners of whom it is remembered what they have stored in a place that nodes share, some 200 bytes each; of more the one who
+/// stored longest ago begins anew.
+pub const MAX_KNOWN_OWNERS: usize = 16_384;
+/// Things that a tier was to have and has not, of which it is remembered which they are, until somebody asks: some 2 MiB. More
+/// are only counted.
+pub const MAX_UNSTORED: usize = 16_384;
 /// Most bytes that a tier of the KV cache may be told to keep.
 pub const MAX_KV_TIER_BYTES: u64 = 1 << 50;
 /// Blocks that leave the pool and are read back together: more wait for the device once more.
@@ -341,6 +349,30 @@ impl KvDtype {
     }
 }
 
+/// How blocks are kept outside the pool: in host memory, on disk, in a store that nodes share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum KvTierEncoding {
+    /// As they were computed: what is found again equals what would be computed, bit for bit.
+    #[default]
+    AsComputed,
+    /// Rounded to 8-bit integers with one scale for each token and head: half the bytes of f16 and bf16, a quarter of f32. An
+    /// answer over blocks that came back, of a preempted sequence as well, is a little other than one that was computed whole.
+    /// Blocks are in a key space of their own: no engine without this finds them. With a pool of 8-bit integers the same as
+    /// `AsComputed`.
+    Int8,
+}
+
+impl KvTierEncoding {
+    /// Name as in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvTierEncoding::AsComputed => "as-computed",
+            KvTierEncoding::Int8 => "int8",
+        }
+    }
+}
+
 /// How the compute threads stand to the other threads of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ThreadPriority {
@@ -386,6 +418,10 @@ pub struct KvRemoteOptions {
     pub prefix: String,
     /// How long one call may take, milliseconds.
     pub timeout_ms: u64,
+    /// Bytes of KV, and as many of answers, that this node stores there within `ttl_s` for one owner of namespaces
+    /// (see [`EngineOptions::kv_namespace_share`]); `None`: no limit. What goes first there is the store's affair: this keeps
+    /// one owner's flood from filling it.
+    pub owner_bytes: Option<u64>,
 }
 
 impl KvRemoteOptions {
@@ -397,7 +433,17 @@ impl KvRemoteOptions {
             ttl_s: DEFAULT_REMOTE_TTL_S,
             prefix: DEFAULT_REMOTE_PREFIX.to_string(),
             timeout_ms: DEFAULT_REMOTE_TIMEOUT_MS,
+            owner_bytes: None,
         }
+    }
+    /// What an owner may store, and for how long it counts, seconds.
+    pub(crate) fn owner_limit(&self) -> Option<(u64, u64)> {
+        Some((self.owner_bytes?, self.ttl_s))
+    }
+    /// Sets what this node stores for one owner, bytes.
+    pub fn owner_bytes(mut self, bytes: u64) -> Self {
+        self.owner_bytes = Some(bytes);
+        self
     }
     /// Sets what all nodes know and the store does not.
     pub fn secret(mut self, secret: impl Into<String>) -> Self {
@@ -531,10 +577,13 @@ pub struct EngineOptions {
     pub kv_disk_bytes: u64,
     /// A store that nodes share, for blocks beyond the disk; `None`: none.
     pub kv_remote: Option<KvRemoteOptions>,
+    /// How blocks are kept in all these places.
+    pub kv_tier_encoding: KvTierEncoding,
     /// How long a request waits for KV from a tier that makes no progress before it computes the rest, milliseconds.
     pub kv_load_budget_ms: u64,
-    /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, above
-    /// 0.0, to 1.0: with less than 1.0 the flood of one namespace leaves others theirs.
+    /// Share of the KV pool, of host memory, of the directory and of the response cache, in memory and on disk, that what is
+    /// cached for one owner of namespaces may keep when others need room, above 0.0, to 1.0: with less than 1.0 the flood of
+    /// one leaves others theirs. The owner is what stands before the first line break of a namespace.
     pub kv_namespace_share: f64,
     /// Whole answers that are kept and given again; off by default.
     pub response_cache: ResponseCacheOptions,
@@ -565,6 +614,7 @@ impl EngineOptions {
             kv_cache_dir: None,
             kv_disk_bytes: DEFAULT_KV_DISK_BYTES,
             kv_remote: None,
+            kv_tier_encoding: KvTierEncoding::default(),
             kv_load_budget_ms: DEFAULT_KV_LOAD_BUDGET_MS,
             kv_namespace_share: 1.0,
             response_cache: ResponseCacheOptions::default(),
@@ -601,7 +651,12 @@ impl EngineOptions {
         let load_budget_ms = usize::try_from(self.kv_load_budget_ms).unwrap_or(usize::MAX);
         check("kv_load_budget_ms", load_budget_ms, 1, MAX_KV_LOAD_BUDGET_MS as usize)?;
         check("max_waiting_requests", self.max_waiting_requests, 1, MAX_WAITING_REQUESTS_LIMIT)?;
-        for (field, bytes) in [("kv_host_bytes", self.kv_host_bytes), ("kv_disk_bytes", self.kv_disk_bytes)] {
+        let owner_bytes = self.kv_remote.as_ref().and_then(|remote| remote.owner_bytes).unwrap_or(0);
+        for (field, bytes) in [
+            ("kv_host_bytes", self.kv_host_bytes),
+            ("kv_disk_bytes", self.kv_disk_bytes),
+            ("kv_remote_owner_bytes", owner_bytes),
+        ] {
             if bytes > MAX_KV_TIER_BYTES {
                 let expected = format!("at most {MAX_KV_TIER_BYTES}");
                 return Err(Error::InvalidArgument { field, value: bytes.to_string(), expected });
@@ -715,6 +770,7 @@ mod tests {
         for (name, set) in [
             ("kv_host_bytes", (|o, bytes| o.kv_host_bytes = bytes) as fn(&mut EngineOptions, u64)),
             ("kv_disk_bytes", |o, bytes| o.kv_disk_bytes = bytes),
+            ("kv_remote_owner_bytes", |o, bytes| o.kv_remote = Some(KvRemoteOptions::new("").owner_bytes(bytes))),
         ] {
             for (bytes, is_good) in [(0, true), (MAX_KV_TIER_BYTES, true), (MAX_KV_TIER_BYTES + 1, false)] {
                 let mut options = EngineOptions::new("");

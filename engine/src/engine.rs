@@ -333,13 +333,15 @@ impl Engine {
     }
 
     /// Waits until the KV blocks that were computed so far are on disk, where they outlive a failure of power, as far as the
-    /// engine has a directory for them, and answers that are kept beside them; at most [`FLUSH_MS`]. [`Error::Storage`] when a
-    /// tier could not.
+    /// engine has a directory for them and the directory's budget goes, and answers that are kept beside them; at most
+    /// [`FLUSH_MS`]. [`Error::Storage`] when a tier could not do that now. [`Error::NotStored`] when some of what was to be
+    /// stored since the last flush was not: too much waited to be written, the tier failed or may not be written. That is told
+    /// once, all else is stored, and nothing needs to be done: a cache may forget.
     pub fn flush(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_millis(FLUSH_MS);
         let kv = self.ask_worker(Command::Flush);
         // What KV could not do, answers may.
-        kv.and(self.inner.responses.flush(deadline))
+        kv.and(self.inner.responses.flush(deadline)).and_then(|()| self.inner.responses.check_stored())
     }
 
     /// Forgets the KV that is cached for later: in the pool, in host memory and in the files of a directory, for all

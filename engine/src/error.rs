@@ -236,6 +236,19 @@ pub enum Error {
         /// What its driver said.
         reason: String,
     },
+    /// Since it was asked last, a cache tier was to keep things and has not: too much waited, it failed, or it may not be written.
+    /// The requests that they came from are not touched; it is told once.
+    #[error("{tier} tier: {count} {what} were not stored since the last flush: {reason}")]
+    NotStored {
+        /// Which tier: "disk", "remote".
+        tier: &'static str,
+        /// How many.
+        count: u64,
+        /// What they are: "KV blocks", "answers".
+        what: &'static str,
+        /// Why the last of them was not.
+        reason: String,
+    },
     /// A cache tier could not bring to its medium what it holds. The requests that it served are not touched.
     #[error("{tier} tier: {reason}")]
     Storage {
@@ -278,6 +291,7 @@ impl Error {
             Error::OutOfMemory { .. } => "out_of_memory",
             Error::DeviceUnavailable { .. } => "device_unavailable",
             Error::DeviceLost { .. } => "device_lost",
+            Error::NotStored { .. } => "not_stored",
             Error::Storage { .. } => "storage",
         }
     }

@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use crate::backend::{Backend, KvLayout, Pooling};
+use crate::backend::{Backend, Int8Blocks, KvLayout, Pooling};
 use crate::batch::{Batch, BlockId, Sampled};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Model;
 
 /// Runs batches, in the order in which they are launched.
@@ -63,6 +63,8 @@ pub struct ModelExecutor<B: Backend> {
     encode_kv: B::Kv,
     encode_block_tokens: usize,
     pooling: Pooling,
+    /// How blocks are written for the tiers; `None`: as they are.
+    int8: Option<Int8Blocks>,
     sampled: Option<Vec<Sampled>>,
 }
 
@@ -72,7 +74,14 @@ impl<B: Backend> ModelExecutor<B> {
     pub fn new(backend: B, model: Box<dyn Model<B>>, kv: B::Kv, encode_kv: KvLayout, pooling: Pooling) -> Result<Self> {
         let encode_block_tokens = encode_kv.block_tokens;
         let encode_kv = backend.allocate_kv(encode_kv)?;
-        Ok(ModelExecutor { backend, model, kv, encode_kv, encode_block_tokens, pooling, sampled: None })
+        let (int8, sampled) = (None, None);
+        Ok(ModelExecutor { backend, model, kv, encode_kv, encode_block_tokens, pooling, int8, sampled })
+    }
+
+    /// Blocks that leave the pool are written like this.
+    pub fn written_as(mut self, int8: Option<Int8Blocks>) -> Self {
+        self.int8 = int8;
+        self
     }
 }
 
@@ -99,10 +108,21 @@ impl<B: Backend> Executor for ModelExecutor<B> {
     }
 
     fn read_blocks(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
-        self.backend.read_blocks(&self.kv, blocks)
+        let read = self.backend.read_blocks(&self.kv, blocks)?;
+        Ok(match self.int8 {
+            Some(int8) => read.iter().map(|bytes| int8.encode(bytes).into()).collect(),
+            None => read,
+        })
     }
 
     fn write_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {
-        self.backend.write_block(&mut self.kv, block, bytes)
+        let Some(int8) = self.int8 else { return self.backend.write_block(&mut self.kv, block, bytes) };
+        if bytes.len() != int8.encoded_bytes() {
+            let reason = format!("{} bytes for an encoded block of {}", bytes.len(), int8.encoded_bytes());
+            return Err(Error::Internal { reason });
+        }
+        let mut decoded = vec![0; int8.block_bytes()];
+        int8.decode(bytes, &mut decoded);
+        self.backend.write_block(&mut self.kv, block, &decoded)
     }
 }

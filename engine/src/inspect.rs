@@ -5,7 +5,9 @@ use crate::device::{self, CudaDevices, MachineDevices, Target};
 use crate::error::Result;
 use crate::loader::PoolingMode;
 use crate::memory_plan::MemoryPlan;
-use crate::open::{ModelFiles, WeightLevel, max_embedding_tokens, memory_limit_bytes, plan_memory, weight_levels};
+use crate::open::{
+    ModelFiles, WeightLevel, max_embedding_tokens, memory_limit_bytes, plan_memory, stored_block_bytes, weight_levels,
+};
 
 /// One tensor of the checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +51,8 @@ pub struct Inspection {
     pub kv_dtype: &'static str,
     /// What it would hold, whether that fits this machine now or not.
     pub plan: MemoryPlan,
+    /// Bytes of a KV block outside the pool.
+    pub stored_block_bytes: u64,
     /// The forms of the weights that `auto` chooses from under a memory limit, best first.
     pub levels: Vec<WeightPlan>,
 }
@@ -101,6 +105,7 @@ pub fn inspect_among(options: &EngineOptions, devices: &dyn CudaDevices) -> Resu
         is_chosen: planned.as_ref().is_ok_and(|planned| planned.wanted == level.wanted),
     });
     let levels = levels.collect();
+    let stored_block_bytes = stored_block_bytes(options, &layout, &place.target)?;
     let config = &files.config;
     let tensors: Vec<TensorInfo> = files
         .weights
@@ -140,6 +145,7 @@ pub fn inspect_among(options: &EngineOptions, devices: &dyn CudaDevices) -> Resu
         weights: format.name(),
         kv_dtype: layout.dtype.name(),
         plan,
+        stored_block_bytes,
         levels,
     })
 }

@@ -24,7 +24,7 @@ use crate::request::{Prompt, Request, SamplingParams};
 use crate::response_cache::CachedAnswer;
 use crate::responses::{Asked, LookUp, Question, Responses};
 use crate::sampler::{check_token_ids, choice_seed};
-use crate::sequence::{EncodeSpec, NamespaceKey, SequenceSpec};
+use crate::sequence::{EncodeSpec, NamespaceKey, OwnerKey, SequenceSpec};
 use crate::text_model::TextModel;
 use crate::tokenizer::StopStrings;
 pub(crate) use replay::replay;
@@ -136,10 +136,12 @@ fn prepare_generation(
     let params = SamplingParams::resolve(&request.sampling, &text.sampling_defaults, seed);
     let max_new_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let namespace = namespace_key(request.namespace.as_deref());
+    let owner = owner_key(request.namespace.as_deref());
     let (recorder, asked) = match responses.look_up(&Question {
         request,
         identity: &text.identity,
         namespace: &namespace,
+        owner,
         prompt: &prompt,
         stop_token_ids: &stop_token_ids,
         sampling: &params,
@@ -160,6 +162,7 @@ fn prepare_generation(
             deadline_ms: deadline_ms(request.timeout_ms, submitted),
             timeout_ms: request.timeout_ms.unwrap_or_default(),
             namespace,
+            owner,
             prefix_cache: request.prefix_cache,
             // The choices share their prompt; its logprobs are reported once.
             prompt_logprobs: (request.prompt_logprobs && choice == 0).then(|| request.logprobs.unwrap_or(0)),
@@ -282,6 +285,11 @@ fn namespace_key(namespace: Option<&str>) -> NamespaceKey {
     hash.finalize().into()
 }
 
+/// Hash of a namespace's owner: what stands before its first line break.
+fn owner_key(namespace: Option<&str>) -> OwnerKey {
+    namespace_key(namespace.map(|name| name.split_once('\n').map_or(name, |(owner, _)| owner)))
+}
+
 /// A seed for a request that gives none: the standard library's keyed hasher is keyed by the operating system.
 fn draw_seed() -> u64 {
     // 53 bits, so that a JavaScript number holds the reported seed exactly.
@@ -298,6 +306,16 @@ mod tests {
         let keys = [None, Some(""), Some("a"), Some("\0"), Some("\u{1}a")].map(namespace_key);
         for (i, key) in keys.iter().enumerate() {
             assert!(!keys[..i].contains(key), "namespace {i} collides");
+        }
+    }
+
+    /// However its owner divides a namespace, it counts for him, and for nobody else.
+    #[test]
+    fn owners_do_not_gain_by_dividing() {
+        let owners = ["key", "key\n", "key\nsalt", "key\nother\nsalt"].map(|name| owner_key(Some(name)));
+        assert!(owners.iter().all(|owner| *owner == owners[0]));
+        for other in [None, Some(""), Some("\nkey"), Some("key2\nsalt"), Some("other")] {
+            assert_ne!(owner_key(other), owners[0], "{other:?}");
         }
     }
 

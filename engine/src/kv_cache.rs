@@ -9,7 +9,6 @@
 //! keys; a block that a launched step writes is in one table only and not in the index.
 
 mod block_pool;
-mod fair_lru;
 mod prefix_index;
 pub mod tiers;
 
@@ -21,7 +20,7 @@ use lru::LruCache;
 use crate::config::MAX_LOST_BLOCKS;
 use crate::error::Result;
 use crate::request::{CacheTier, CacheUse, CachedTokens, MissReason, PrefixMiss};
-use crate::sequence::{BlockId, BlockKey, NamespaceKey, SeqId, Sequence};
+use crate::sequence::{BlockId, BlockKey, OwnerKey, SeqId, Sequence};
 use block_pool::BlockPool;
 pub(crate) use block_pool::violated;
 pub use prefix_index::KvIdentity;
@@ -39,8 +38,8 @@ pub struct KvCacheConfig {
     pub identity: KvIdentity,
     /// Whether blocks are shared at all.
     pub prefix_cache: bool,
-    /// Share of the pool, and of host memory below it, that the cached blocks of one namespace may keep when others need room.
-    pub namespace_share: f64,
+    /// Share of the pool, and of host memory below it, that the cached blocks of one owner may keep when others need room.
+    pub owner_share: f64,
     /// Where blocks are kept beside the pool; `None`, or blocks that are not shared: nowhere.
     pub tiers: Option<TiersConfig>,
 }
@@ -60,7 +59,7 @@ pub struct KeptBlock {
     /// What it is.
     pub key: BlockKey,
     /// Whose it is.
-    pub namespace: NamespaceKey,
+    pub owner: OwnerKey,
     /// Why.
     pub reason: KeepReason,
 }
@@ -127,13 +126,9 @@ impl KvCache {
     pub fn new(config: KvCacheConfig) -> Self {
         assert!(config.num_blocks > 0 && config.block_tokens > 0, "a pool has blocks and a block has tokens");
         KvCache {
-            pool: BlockPool::new(config.num_blocks, (config.num_blocks as f64 * config.namespace_share) as u64),
+            pool: BlockPool::new(config.num_blocks, (config.num_blocks as f64 * config.owner_share) as u64),
             index: PrefixIndex::new(&config.identity),
-            tiers: config
-                .tiers
-                .clone()
-                .filter(|_| config.prefix_cache)
-                .map(|it| Tiers::new(it, config.namespace_share)),
+            tiers: config.tiers.clone().filter(|_| config.prefix_cache).map(|it| Tiers::new(it, config.owner_share)),
             transfers: Vec::new(),
             config,
             num_evictions: 0,
@@ -229,11 +224,11 @@ impl KvCache {
     pub fn extend(&mut self, seq: &mut Sequence, num_tokens: usize) -> bool {
         while seq.blocks.len() < self.blocks_for(num_tokens) {
             let Some((id, evicted)) = self.pool.allocate() else { return false };
-            if let Some((key, namespace)) = evicted {
+            if let Some((key, owner)) = evicted {
                 self.index.remove(&key);
                 self.num_evictions += 1;
                 self.lost.put(key, CacheTier::Pool);
-                self.note_keep(id, key, namespace, KeepReason::Evicted);
+                self.note_keep(id, key, owner, KeepReason::Evicted);
             }
             seq.blocks.push(id);
         }
@@ -255,8 +250,8 @@ impl KvCache {
             let (key, id) = (seq.block_keys[idx], seq.blocks[idx]);
             self.index.unclaim(&key, seq.id);
             if self.index.insert(key, id) {
-                self.pool.set_key(id, key, seq.spec.namespace);
-                self.note_keep(id, key, seq.spec.namespace, KeepReason::Published);
+                self.pool.set_key(id, key, seq.spec.owner);
+                self.note_keep(id, key, seq.spec.owner, KeepReason::Published);
             }
         }
         seq.num_published = seq.num_published.max(num_full);
@@ -285,9 +280,9 @@ impl KvCache {
         blocks.iter().for_each(|&id| self.pool.unpin(id));
     }
 
-    fn note_keep(&mut self, block: BlockId, key: BlockKey, namespace: NamespaceKey, reason: KeepReason) {
+    fn note_keep(&mut self, block: BlockId, key: BlockKey, owner: OwnerKey, reason: KeepReason) {
         if self.tiers.is_some() {
-            self.transfers.push(BlockTransfer::Keep { block, kept: KeptBlock { key, namespace, reason } });
+            self.transfers.push(BlockTransfer::Keep { block, kept: KeptBlock { key, owner, reason } });
         }
     }
 
@@ -304,7 +299,7 @@ impl KvCache {
             let shareable = seq.max_cached_tokens() / self.config.block_tokens;
             let missing = seq.block_keys.get(seq.num_published..shareable).unwrap_or(&[]);
             let missing: Vec<_> = missing.iter().map(|key| tiers.stored_key(*key)).collect();
-            begun = tiers.begin(&missing, seq.spec.namespace, now_us);
+            begun = tiers.begin(&missing, seq.spec.owner, now_us);
             seq.restore = begun.restore;
             seq.restored = seq.num_published..seq.num_published;
         }
@@ -359,7 +354,7 @@ impl KvCache {
             self.transfers.push(BlockTransfer::Restore { block: id, bytes: block.bytes });
             self.index.unclaim(&key, seq.id);
             if self.index.insert(key, id) {
-                self.pool.set_key(id, key, seq.spec.namespace);
+                self.pool.set_key(id, key, seq.spec.owner);
             }
             seq.num_published += 1;
             let count = match block.source {
@@ -417,17 +412,23 @@ impl KvCache {
     /// Whether any tier would take the block: else it need not be read.
     pub fn would_keep(&self, block: &KeptBlock, now_us: u64) -> bool {
         self.tiers.as_ref().is_some_and(|tiers| match block.reason {
-            KeepReason::Published => tiers.would_persist(&tiers.stored_key(block.key), now_us),
-            KeepReason::Evicted => tiers.would_spill(&tiers.stored_key(block.key), now_us),
+            KeepReason::Published => tiers.would_persist(&tiers.stored_key(block.key), &block.owner, now_us),
+            KeepReason::Evicted => tiers.would_spill(&tiers.stored_key(block.key), &block.owner, now_us),
         })
+    }
+    /// The block is not given to the tiers after all: none would take it now, or it could not be read.
+    pub fn pass_over(&mut self, block: &KeptBlock, now_us: u64) {
+        if let Some(tiers) = &mut self.tiers {
+            tiers.pass_over(&tiers.stored_key(block.key), &block.owner, now_us);
+        }
     }
     /// Gives a block to the tiers.
     pub fn keep(&mut self, block: &KeptBlock, bytes: Arc<[u8]>, now_us: u64) {
         let Some(tiers) = &mut self.tiers else { return };
         let key = tiers.stored_key(block.key);
         match block.reason {
-            KeepReason::Published => tiers.persist(key, bytes, now_us),
-            KeepReason::Evicted => tiers.spill(key, bytes, block.namespace, now_us),
+            KeepReason::Published => tiers.persist(key, bytes, block.owner, now_us),
+            KeepReason::Evicted => tiers.spill(key, bytes, block.owner, now_us),
         }
     }
     /// Every tier by its name, and what it holds and did.

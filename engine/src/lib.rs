@@ -55,6 +55,7 @@ pub mod batch;
 pub mod chat;
 #[doc(hidden)]
 pub mod executor;
+mod fair_lru;
 #[doc(hidden)]
 pub mod kv_cache;
 #[doc(hidden)]
@@ -65,6 +66,7 @@ pub mod memory_plan;
 pub mod model;
 #[doc(hidden)]
 pub mod open;
+mod owner_ledger;
 #[doc(hidden)]
 pub mod response_cache;
 #[doc(hidden)]
@@ -81,8 +83,8 @@ pub mod text_model;
 pub mod tokenizer;
 
 pub use config::{
-    Device, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, ProgressCallback, ResponseCacheOptions,
-    ThreadPriority, WeightFormat,
+    Device, EngineOptions, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, ProgressCallback,
+    ResponseCacheOptions, ThreadPriority, WeightFormat,
 };
 pub use embedding::{EmbeddingInput, EmbeddingRequest, Embeddings};
 pub use engine::{Choice, Completion, Engine, Warmed};

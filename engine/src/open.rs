@@ -19,12 +19,13 @@ use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::{CpuBackend, CpuBackendOptions};
 use crate::backend::cuda::CudaBackend;
-use crate::backend::{Backend, KvLayout, Pooling};
+use crate::backend::{Backend, Int8Blocks, KvDtype, KvLayout, Pooling};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
-    EngineOptions, KvRemoteOptions, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS, MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS,
-    MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ResponseCacheOptions, ThreadPriority, WRITE_QUEUE_BYTES, WeightFormat,
+    EngineOptions, KvRemoteOptions, KvTierEncoding, LoadProgress, MAX_DECODER_EMBEDDING_TOKENS,
+    MAX_ENCODE_STEP_SEQUENCES, MAX_THREADS, MAX_WAITING_TOKENS, MIN_WRITE_QUEUE_BLOCKS, ResponseCacheOptions,
+    ThreadPriority, WRITE_QUEUE_BYTES, WeightFormat,
 };
 use crate::device::{self, CudaDevices, MachineDevices, Place, Target};
 use crate::error::{Error, Result, panic_text};
@@ -33,7 +34,7 @@ use crate::instruments::Instruments;
 use crate::intake;
 use crate::kv_cache::tiers::disk::{ANSWERS, Access, Directory, DiskOptions, DiskTier, draw_seed};
 use crate::kv_cache::tiers::remote::{RedisStore, RemoteOptions, RemoteTier, ServerUrl};
-use crate::kv_cache::tiers::{LayoutId, TierId, TierStore, TiersConfig};
+use crate::kv_cache::tiers::{Fault, LayoutId, TierId, TierStore, TiersConfig};
 use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
 use crate::loader::{GenerationConfig, ModelSource, PoolingMode, SentenceConfig, Weights};
 use crate::memory_plan::MemoryPlan;
@@ -58,6 +59,9 @@ const CPU_NUMERICS_VERSION: u32 = 1;
 const CUDA_NUMERICS_VERSION: u32 = 1;
 /// Version of the layout of a KV block.
 const KV_LAYOUT_VERSION: u32 = 1;
+
+/// Version of the rounding of blocks to 8 bits.
+const INT8_BLOCKS_VERSION: u32 = 1;
 
 /// A loaded model with everything that runs it.
 pub struct Loaded {
@@ -106,14 +110,15 @@ struct Ready {
 pub(crate) fn start(options: EngineOptions, devices: impl CudaDevices + 'static) -> Result<Running> {
     options.validate()?;
     let epoch = Instant::now();
-    let responses = Responses::new(options.response_cache)?;
+    let responses = Responses::shared_by_owners(options.response_cache, options.kv_namespace_share)?;
     let max_waiting_requests = options.max_waiting_requests;
     let load_budget = Duration::from_millis(options.kv_load_budget_ms);
+    let remote_owner_limit = options.kv_remote.as_ref().and_then(KvRemoteOptions::owner_limit);
     let (command_sender, commands) = channel();
     let (ready_sender, ready) = sync_channel(1);
     let instruments = Arc::new(Instruments::new());
     let ended = Arc::new(OnceLock::new());
-    let worker = {
+    let worker = StartedWorker::new(command_sender.clone(), {
         let (instruments, ended, tier_answers) = (instruments.clone(), ended.clone(), command_sender.clone());
         spawn("ns-llm-worker", move || {
             let priority = options.thread_priority;
@@ -136,10 +141,14 @@ pub(crate) fn start(options: EngineOptions, devices: impl CudaDevices + 'static)
             }
             host::return_free_memory();
         })?
-    };
+    });
     let Ready { text, info, plan, answer_stores } = ready.recv().unwrap_or(Err(Error::Closed))?;
     if !answer_stores.is_empty() {
-        responses.keep_in(ResponseTiers::start(answer_stores, text.identity, load_budget)?);
+        let tiers = ResponseTiers::start(answer_stores, text.identity, load_budget)?;
+        if let Some((limit_bytes, ttl_s)) = remote_owner_limit {
+            tiers.limit_owners(TierId::Remote, limit_bytes, ttl_s);
+        }
+        responses.keep_in(tiers);
     }
     let (submission_sender, submissions) = sync_channel(max_waiting_requests);
     let is_closing = Arc::new(AtomicBool::new(false));
@@ -150,8 +159,35 @@ pub(crate) fn start(options: EngineOptions, devices: impl CudaDevices + 'static)
             intake::run(&text, &responses, &instruments, epoch, &submissions, &commands, &is_closing)
         })?
     };
-    let (commands, submissions) = (command_sender, submission_sender);
+    let (commands, submissions, worker) = (command_sender, submission_sender, worker.keep());
     Ok(Running { commands, submissions, worker, intake, is_closing, instruments, ended, text, responses, info, plan })
+}
+
+/// The worker of an engine that is not complete. Dropped, it ends: nobody else could tell it to, and it holds the model.
+struct StartedWorker {
+    commands: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StartedWorker {
+    fn new(commands: Sender<Command>, thread: JoinHandle<()>) -> Self {
+        StartedWorker { commands, thread: Some(thread) }
+    }
+
+    /// The engine is complete, and ends it itself.
+    fn keep(mut self) -> JoinHandle<()> {
+        self.thread.take().expect("it is taken once")
+    }
+}
+
+impl Drop for StartedWorker {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // One that has failed to load listens no more; either way its end is near.
+            let _ = self.commands.send(Command::Close);
+            let _ = thread.join();
+        }
+    }
 }
 
 /// Loads, or reports why not; a panic while loading is a typed error like any other.
@@ -345,11 +381,13 @@ fn load_on<B: Backend>(
         options.response_cache.max_bytes = 0;
     }
     let fingerprint = fingerprint(&options, &files, threads.max(1))?;
-    let identity = kv_identity(fingerprint, wanted, &layout, &numerics);
-    let disk = options.kv_cache_dir.as_deref().map(|directory| open_disk(directory, &options, &plan)).transpose()?;
-    let remote = options.kv_remote.as_ref().map(|remote| open_remote(remote, "kv", plan.block_bytes)).transpose()?;
+    let stored = StoredBlocks::new(&options, &layout, B::int8_blocks(layout)?);
+    let identity = kv_identity(fingerprint, wanted, &layout, stored.encoding(), &numerics);
+    let disk = options.kv_cache_dir.as_deref().map(|it| open_disk(it, &options, stored.block_bytes)).transpose()?;
+    let mut kv_disk_refusal = disk.as_ref().and_then(refusal).map(|fault| fault.to_string());
+    let remote = options.kv_remote.as_ref().map(|remote| open_remote(remote, "kv", stored.block_bytes)).transpose()?;
     let answer_identity = answer_identity(&identity, plan.context_tokens, &files.text_fingerprint);
-    let answer_stores = open_answers(&options, answer_identity)?;
+    let answer_stores = open_answers(&options, answer_identity, &mut kv_disk_refusal)?;
     let config = files.config;
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
     let weights = files.weights;
@@ -371,6 +409,8 @@ fn load_on<B: Backend>(
         has_chat_template: files.chat_template.is_some(),
         weights: format.name(),
         kv_dtype: layout.dtype.name(),
+        kv_tier_encoding: stored.encoding().name(),
+        kv_disk_refusal,
         device: place.target.kind(),
         device_name: place.target.name(),
         device_reason: place.reason.clone(),
@@ -392,6 +432,7 @@ fn load_on<B: Backend>(
     let encode_layout = KvLayout { dtype: encode_kv_dtype(layout.dtype, format), ..layout };
     let encode_kv = encode_kv_layout(&options, &encode_layout, max_embedding_tokens);
     let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv, pooling(&files.sentence))?;
+    let executor = executor.written_as(stored.int8);
     let mut scheduler = Scheduler::new(
         scheduler_config(&options, &plan, max_embedding_tokens, executor.max_in_flight()),
         KvCache::new(KvCacheConfig {
@@ -399,19 +440,25 @@ fn load_on<B: Backend>(
             block_tokens: options.block_tokens,
             identity,
             prefix_cache: options.prefix_cache,
-            namespace_share: options.kv_namespace_share,
-            tiers: tiers_config(&options, &layout, &plan, &place.target),
+            owner_share: options.kv_namespace_share,
+            tiers: tiers_config(&options, &stored, &place.target),
         }),
     );
     let mut tier_stores: Vec<Box<dyn TierStore>> = Vec::new();
     if let Some((disk, tiers)) = disk.zip(scheduler.tiers()) {
-        tiers.found(TierId::Disk, disk.keys().copied());
-        if disk.access() == Access::Read {
-            tiers.forbid_writes(TierId::Disk);
+        if let Some(fault) = refusal(&disk) {
+            tiers.forbid_writes(TierId::Disk, fault);
         }
-        tier_stores.push(Box::new(disk));
+        // What is not understood is left alone, and the engine does without.
+        if let Ok(disk) = disk {
+            tiers.found(TierId::Disk, disk.keys().copied());
+            tier_stores.push(Box::new(disk));
+        }
     }
-    if let Some(remote) = remote.filter(|_| scheduler.tiers().is_some()) {
+    if let Some((remote, tiers)) = remote.zip(scheduler.tiers()) {
+        if let Some((limit_bytes, ttl_s)) = options.kv_remote.as_ref().and_then(KvRemoteOptions::owner_limit) {
+            tiers.limit_owners(TierId::Remote, limit_bytes, ttl_s);
+        }
         tier_stores.push(Box::new(remote));
     }
     Ok(Loaded { executor: Box::new(executor), scheduler, tier_stores, answer_stores, text, info, plan })
@@ -433,18 +480,31 @@ fn fingerprint(options: &EngineOptions, files: &ModelFiles, num_threads: usize) 
     Ok(hash.finalize().into())
 }
 
-/// The blocks of earlier lives in a directory.
-fn open_disk(path: &Path, options: &EngineOptions, plan: &MemoryPlan) -> Result<DiskTier> {
-    let sizes = DiskOptions::new(options.kv_disk_bytes, plan.block_bytes)?;
+/// The blocks of earlier lives in a directory. A directory that cannot be made or entered is an error of who named it; what
+/// is wrong inside is a fault of the tier.
+fn open_disk(path: &Path, options: &EngineOptions, block_bytes: u64) -> Result<Result<DiskTier, Fault>> {
+    let sizes = DiskOptions::new(options.kv_disk_bytes, block_bytes)?.owner_share(options.kv_namespace_share);
     let directory = Directory::open(path)?;
     let access = directory.access();
-    DiskTier::open(Box::new(directory), access, sizes, draw_seed())
-        .map_err(|fault| Error::Storage { tier: TierId::Disk.name(), reason: fault.to_string() })
+    Ok(DiskTier::open(Box::new(directory), access, sizes, draw_seed()))
+}
+
+/// Why nothing is written there.
+fn refusal(disk: &Result<DiskTier, Fault>) -> Option<Fault> {
+    match disk {
+        Ok(disk) => (disk.access() == Access::Read).then_some(Fault::ReadOnly),
+        Err(fault) => Some(fault.clone()),
+    }
 }
 
 /// The places beyond the process where answers are kept: beneath the directory of the KV blocks, if this process writes
-/// there, and in the store that has KV blocks too.
-fn open_answers(options: &EngineOptions, identity: [u8; 32]) -> Result<Vec<Box<dyn AnswerStore>>> {
+/// there, and in the store that has KV blocks too. Answers that are not understood are left alone; `refusal` says why, unless
+/// the KV blocks have said so.
+fn open_answers(
+    options: &EngineOptions,
+    identity: [u8; 32],
+    refusal: &mut Option<String>,
+) -> Result<Vec<Box<dyn AnswerStore>>> {
     let ResponseCacheOptions { max_bytes, disk_bytes, remote: is_shared, .. } = options.response_cache;
     let mut stores: Vec<Box<dyn AnswerStore>> = Vec::new();
     if max_bytes == 0 {
@@ -457,12 +517,14 @@ fn open_answers(options: &EngineOptions, identity: [u8; 32]) -> Result<Vec<Box<d
             }
             other => other,
         })?;
+        let sizes = sizes.owner_share(options.kv_namespace_share);
         let directory = Directory::open(&path.join(ANSWERS))?;
         // Who only reads does not hear what the writer makes invalid.
         if directory.access() == Access::Write {
-            let tier = DiskTier::open(Box::new(directory), Access::Write, sizes, draw_seed())
-                .map_err(|fault| Error::Storage { tier: TierId::Disk.name(), reason: fault.to_string() })?;
-            stores.push(Box::new(DiskAnswers::open(tier)));
+            match DiskTier::open(Box::new(directory), Access::Write, sizes, draw_seed()) {
+                Ok(tier) => stores.push(Box::new(DiskAnswers::open(tier))),
+                Err(fault) => drop(refusal.get_or_insert_with(|| format!("answers: {fault}"))),
+            }
         }
     }
     if let (Some(remote), true) = (&options.kv_remote, is_shared) {
@@ -482,8 +544,43 @@ fn open_remote(options: &KvRemoteOptions, kind: &'static str, max_payload_bytes:
     Ok(RemoteTier::new(Box::new(store), records))
 }
 
+/// Blocks as they are outside the pool.
+struct StoredBlocks {
+    layout: KvLayout,
+    /// How they are written; `None`: as the pool has them.
+    int8: Option<Int8Blocks>,
+    block_bytes: u64,
+}
+
+impl StoredBlocks {
+    /// `int8`: how blocks of the pool's layout are written in 8 bits.
+    fn new(options: &EngineOptions, layout: &KvLayout, int8: Option<Int8Blocks>) -> Self {
+        match int8.filter(|_| options.kv_tier_encoding == KvTierEncoding::Int8) {
+            Some(int8) => {
+                let block_bytes = int8.encoded_bytes() as u64;
+                StoredBlocks { layout: KvLayout { dtype: KvDtype::Int8, ..*layout }, int8: Some(int8), block_bytes }
+            }
+            None => StoredBlocks { layout: *layout, int8: None, block_bytes: layout.block_bytes() },
+        }
+    }
+
+    fn encoding(&self) -> KvTierEncoding {
+        if self.int8.is_some() { KvTierEncoding::Int8 } else { KvTierEncoding::AsComputed }
+    }
+}
+
+/// Bytes of a block outside the pool.
+pub(crate) fn stored_block_bytes(options: &EngineOptions, layout: &KvLayout, target: &Target) -> Result<u64> {
+    let int8 = match target {
+        Target::Cpu => CpuBackend::int8_blocks(*layout)?,
+        Target::Cuda(_) => CudaBackend::int8_blocks(*layout)?,
+    };
+    Ok(StoredBlocks::new(options, layout, int8).block_bytes)
+}
+
 /// `None`: the pool is all that there is.
-fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan, target: &Target) -> Option<TiersConfig> {
+fn tiers_config(options: &EngineOptions, stored: &StoredBlocks, target: &Target) -> Option<TiersConfig> {
+    let StoredBlocks { layout, block_bytes, .. } = stored;
     let disk = options.kv_cache_dir.iter().map(|_| TierId::Disk);
     let tiers: Vec<TierId> = disk.chain(options.kv_remote.iter().map(|_| TierId::Remote)).collect();
     if tiers.is_empty() && options.kv_host_bytes == 0 {
@@ -494,9 +591,9 @@ fn tiers_config(options: &EngineOptions, layout: &KvLayout, plan: &MemoryPlan, t
     Some(TiersConfig {
         layout: layout_id(layout, target),
         block_tokens: layout.block_tokens,
-        block_bytes: usize::try_from(plan.block_bytes).ok()?,
+        block_bytes: usize::try_from(*block_bytes).ok()?,
         host_bytes: options.kv_host_bytes,
-        write_queue_bytes: WRITE_QUEUE_BYTES.max(step_blocks.saturating_mul(plan.block_bytes)),
+        write_queue_bytes: WRITE_QUEUE_BYTES.max(step_blocks.saturating_mul(*block_bytes)),
         load_budget_us: options.kv_load_budget_ms * 1_000,
         tiers,
     })
@@ -554,11 +651,22 @@ fn scheduler_config(
     }
 }
 
-/// What the contents of a block depend on.
-fn kv_identity(fingerprint: [u8; 32], weights: WeightFormat, layout: &KvLayout, numerics: &str) -> KvIdentity {
+/// What the contents of a block depend on. A block that was rounded on its way is another one, and so is what was computed
+/// from it.
+fn kv_identity(
+    fingerprint: [u8; 32],
+    weights: WeightFormat,
+    layout: &KvLayout,
+    encoding: KvTierEncoding,
+    numerics: &str,
+) -> KvIdentity {
+    let kept = match encoding {
+        KvTierEncoding::AsComputed => String::new(),
+        rounded => format!(" kept as {} v{INT8_BLOCKS_VERSION}", rounded.name()),
+    };
     KvIdentity {
         fingerprint,
-        kv_layout: format!("v{KV_LAYOUT_VERSION} {} block {}", layout.dtype.name(), layout.block_tokens),
+        kv_layout: format!("v{KV_LAYOUT_VERSION} {} block {}{kept}", layout.dtype.name(), layout.block_tokens),
         numerics_id: format!("{numerics} weights {}", weights.name()),
         adapter: String::new(),
     }
@@ -591,7 +699,25 @@ pub(crate) fn model_name(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::KvDtype;
+
+    /// An engine that is not completed takes its worker with it, which holds the model and nobody else could end.
+    #[test]
+    fn worker_of_an_incomplete_engine_ends() {
+        let (model, (commands, taken)) = (Arc::new(()), channel());
+        let held = model.clone();
+        let thread = spawn("ns-llm-worker", move || {
+            while let Ok(command) = taken.recv() {
+                if matches!(command, Command::Close) {
+                    break;
+                }
+            }
+            drop(held);
+        });
+        // Another way to the worker stays open, as that of the tiers' threads does.
+        let _other = commands.clone();
+        drop(StartedWorker::new(commands, thread.expect("starts")));
+        assert_eq!(Arc::strong_count(&model), 1, "it has ended");
+    }
 
     /// Blocks of one element type are never found under the keys of another, and a smaller type has more blocks in the
     /// same bytes.
@@ -605,7 +731,10 @@ mod tests {
             options.kv_dtype = dtype;
             let WeightLevel { wanted, layout, plan, .. } = plan_memory(&options, &files, &Target::Cpu).expect("fits");
             assert_eq!(layout.dtype, dtype.unwrap_or(KvDtype::F16));
-            seen.push((kv_identity([0; 32], wanted, &layout, "cpu").kv_layout, plan.num_blocks));
+            seen.push((
+                kv_identity([0; 32], wanted, &layout, KvTierEncoding::AsComputed, "cpu").kv_layout,
+                plan.num_blocks,
+            ));
         }
         let mut names: Vec<_> = seen.iter().map(|(name, _)| name).collect();
         names.dedup();

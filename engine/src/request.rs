@@ -110,7 +110,10 @@ pub struct Request {
     pub priority: Priority,
     /// Limit from submission to the end, milliseconds.
     pub timeout_ms: Option<u64>,
-    /// Requests share prefix KV only within one namespace; `None`: the namespace of this engine.
+    /// Requests share prefix KV only within one namespace; `None`: the namespace of this engine. What stands before the first
+    /// line break in it is its owner: shares of the caches
+    /// ([`kv_namespace_share`](crate::EngineOptions::kv_namespace_share)) are counted by owner, so that nobody gains by
+    /// dividing his namespace.
     pub namespace: Option<String>,
     /// Whether this request may use KV of earlier prompts, in the pool and in the tiers, and whether others may use its own.
     pub prefix_cache: CacheUse,

@@ -24,9 +24,19 @@ use crate::config::{CLOSE_WRITES_MS, MAX_RESPONSE_LOOKUPS, MAX_RESPONSE_MARKS, R
 use crate::error::{Error, Result, panic_text};
 use crate::kv_cache::tiers::cost::Breaker;
 use crate::kv_cache::tiers::disk::Damage;
-use crate::kv_cache::tiers::{Fault, TierId};
+use crate::kv_cache::tiers::{Fault, TierId, Unstored};
+use crate::owner_ledger::Ledger;
 use crate::response_cache::{ResponseKey, StoredEntry, mark_key};
+use crate::sequence::OwnerKey;
 pub(crate) use store::{AnswerStore, DiskAnswers, RemoteAnswers};
+
+/// Why an entry is not written to a tier that rests, or is closed.
+const LEFT_ALONE: &str = "it failed several times and was left alone for a while";
+/// Why an entry is not written that finds too many before it.
+const QUEUE_FULL: &str = "too many bytes waited to be written";
+
+/// Why an entry is not written whose owner has stored enough.
+const OWNER_LIMIT: &str = "its owner has stored there what he may in their time to live";
 
 /// How often a tier that is left alone is looked at when something must be written to it.
 const REST_POLL: Duration = Duration::from_millis(100);
@@ -57,7 +67,7 @@ struct Mark {
 
 /// What waits to be written, in its order.
 enum Write {
-    Entry(ResponseKey, StoredEntry),
+    Entry(ResponseKey, OwnerKey, StoredEntry),
     Flush(SyncSender<Result<()>>),
 }
 
@@ -89,6 +99,10 @@ struct State {
     busy_since: Option<Instant>,
     breaker: Breaker,
     last_fault: Option<Fault>,
+    /// What owners have stored there, where each may store so much only.
+    ledger: Option<Ledger>,
+    /// What it was to have and has not.
+    unstored: Unstored<ResponseKey>,
     /// Set when the tier shall end: until then it may write what waits.
     close_by: Option<Instant>,
     has_ended: bool,
@@ -113,7 +127,7 @@ enum Todo {
     LookUp(LookUp),
     /// The tier is left alone.
     Pass(LookUp),
-    Write(ResponseKey, StoredEntry),
+    Write(ResponseKey, OwnerKey, StoredEntry),
     Flush(SyncSender<Result<()>>),
     Refuse(SyncSender<Result<()>>),
     End,
@@ -199,9 +213,9 @@ impl State {
             return Some(if rests || self.close_by.is_some() { Todo::Pass(lookup) } else { Todo::LookUp(lookup) });
         }
         match self.writes.pop_front()? {
-            Write::Entry(key, entry) => {
+            Write::Entry(key, owner, entry) => {
                 self.queued_bytes -= entry.value.len() as u64;
-                Some(Todo::Write(key, entry))
+                Some(Todo::Write(key, owner, entry))
             }
             Write::Flush(reply) => Some(if rests || is_over { Todo::Refuse(reply) } else { Todo::Flush(reply) }),
         }
@@ -209,9 +223,15 @@ impl State {
 
     /// Entries that wait are not written.
     fn drop_entries(&mut self) {
-        let before = self.writes.len();
-        self.writes.retain(|write| matches!(write, Write::Flush(_)));
-        self.stats.dropped += (before - self.writes.len()) as u64;
+        let (stats, unstored) = (&mut self.stats, &mut self.unstored);
+        self.writes.retain(|write| match write {
+            Write::Flush(_) => true,
+            Write::Entry(key, ..) => {
+                stats.dropped += 1;
+                unstored.note(*key, LEFT_ALONE);
+                false
+            }
+        });
         self.queued_bytes = 0;
     }
 }
@@ -249,6 +269,13 @@ impl ResponseTiers {
         Ok(started)
     }
 
+    /// Each owner may store `limit_bytes` in a tier within `ttl_s` seconds, for which they are kept.
+    pub(crate) fn limit_owners(&self, id: TierId, limit_bytes: u64, ttl_s: u64) {
+        for tier in self.tiers.iter().filter(|tier| tier.id == id) {
+            tier.change(|state| state.ledger = Some(Ledger::new(limit_bytes, ttl_s)));
+        }
+    }
+
     /// How long an asker waits.
     pub(crate) fn budget(&self) -> Duration {
         self.budget
@@ -269,19 +296,31 @@ impl ResponseTiers {
         self.gave_up.load(Ordering::Relaxed)
     }
 
-    /// Writes an entry behind, where there is room to wait.
-    pub(crate) fn write(&self, key: ResponseKey, entry: &StoredEntry) {
+    /// Writes an entry of an owner behind, where there is room to wait.
+    pub(crate) fn write(&self, key: ResponseKey, owner: OwnerKey, entry: &StoredEntry) {
         for tier in &self.tiers {
             let now_us = tier.now_us();
             tier.change(|state| {
                 let queued_bytes = state.queued_bytes + entry.value.len() as u64;
-                let may_wait = queued_bytes <= RESPONSE_WRITE_QUEUE_BYTES && state.breaker.allows(now_us);
-                if !may_wait || state.close_by.is_some() {
+                let has_room = queued_bytes <= RESPONSE_WRITE_QUEUE_BYTES;
+                let (answers, now_s) = (state.breaker.allows(now_us) && state.close_by.is_none(), now_us / 1_000_000);
+                let may_store = |ledger: &Ledger| ledger.allows(&owner, entry.value.len() as u64, now_s);
+                let reason = match (answers, has_room, state.ledger.as_ref().is_none_or(may_store)) {
+                    (true, true, true) => None,
+                    (false, ..) => Some(LEFT_ALONE),
+                    (_, false, _) => Some(QUEUE_FULL),
+                    (_, _, false) => Some(OWNER_LIMIT),
+                };
+                if let Some(reason) = reason {
                     state.stats.dropped += 1;
+                    state.unstored.note(key, reason);
                     return;
                 }
+                if let Some(ledger) = &mut state.ledger {
+                    ledger.note(&owner, entry.value.len() as u64, now_s);
+                }
                 state.queued_bytes = queued_bytes;
-                state.writes.push_back(Write::Entry(key, entry.clone()));
+                state.writes.push_back(Write::Entry(key, owner, entry.clone()));
             });
         }
     }
@@ -303,6 +342,8 @@ impl ResponseTiers {
         for tier in &self.tiers {
             tier.change(|state| {
                 state.drop_entries();
+                // On purpose.
+                state.unstored.clear();
                 state.marks = VecDeque::from([Mark { tag: None, at_ms }]);
             });
         }
@@ -330,6 +371,16 @@ impl ResponseTiers {
                     return Err(Error::DeadlineExceeded { timeout_ms: crate::config::FLUSH_MS });
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::Closed),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every entry was written that was to be, since the last call; the first tier that lacks some is told.
+    pub(crate) fn check_stored(&self) -> Result<()> {
+        for tier in &self.tiers {
+            if let Some((count, reason)) = tier.lock().unstored.take() {
+                return Err(Error::NotStored { tier: tier.id.name(), count, what: "answers", reason });
             }
         }
         Ok(())
@@ -403,13 +454,19 @@ fn run(shared: &Shared, mut store: Box<dyn AnswerStore>, rest: &[Arc<Shared>]) {
             }
             Todo::LookUp(lookup) => look_up(shared, &mut *store, lookup, rest),
             Todo::Pass(lookup) => pass(lookup, rest),
-            Todo::Write(key, entry) => {
+            Todo::Write(key, owner, entry) => {
                 let ttl_ms = entry.expires_ms - entry.stored_ms;
-                let result = call(|| store.put(&key, &entry.encode(), ttl_ms));
+                let result = call(|| store.put(&key, &owner, &entry.encode(), ttl_ms));
                 shared.note(&result, store.held());
                 shared.change(|state| match result {
-                    Ok(()) => state.stats.stored += 1,
-                    Err(_) => state.stats.dropped += 1,
+                    Ok(()) => {
+                        state.stats.stored += 1;
+                        state.unstored.is_stored(&key);
+                    }
+                    Err(fault) => {
+                        state.stats.dropped += 1;
+                        state.unstored.note(key, &fault.to_string());
+                    }
                 });
             }
             Todo::Flush(reply) => {
@@ -540,7 +597,7 @@ mod tests {
         fn get(&mut self, key: &ResponseKey) -> std::result::Result<Option<Arc<[u8]>>, Fault> {
             self.obey("get").map(|()| self.entries.get(key).cloned())
         }
-        fn put(&mut self, key: &ResponseKey, entry: &[u8], _: u64) -> std::result::Result<(), Fault> {
+        fn put(&mut self, key: &ResponseKey, _: &OwnerKey, entry: &[u8], _: u64) -> std::result::Result<(), Fault> {
             self.obey("put").map(|()| drop(self.entries.insert(*key, entry.into())))
         }
         fn mark(&mut self, key: &ResponseKey, at_ms: u64) -> std::result::Result<(), Fault> {
@@ -605,7 +662,7 @@ mod tests {
         let (store, told) = fake(TierId::Disk);
         let tiers = start(vec![store], LONG);
         (0..40).for_each(|_| told.orders.send(true).expect("it listens"));
-        tiers.write(key(1), &entry(100, "a"));
+        tiers.write(key(1), [0; 32], &entry(100, "a"));
         assert_eq!(told.next(), "put");
         assert_eq!(answer_of(ask_for(&tiers, 1, 200)), Some(entry(100, "a")));
         assert_eq!(answer_of(ask_for(&tiers, 2, 200)), None);
@@ -614,13 +671,13 @@ mod tests {
         assert_eq!(answer_of(ask_for(&tiers, 1, 600)), Some(entry(100, "a")));
         for (at_ms, begun_ms, found) in [(500, 500, false), (500, 501, true), (502, 501, false)] {
             tiers.invalidate("a", at_ms);
-            tiers.write(key(1), &entry(begun_ms, "a"));
+            tiers.write(key(1), [0; 32], &entry(begun_ms, "a"));
             tiers.flush(Instant::now() + LONG).expect("written");
             assert_eq!(answer_of(ask_for(&tiers, 1, 600)).is_some(), found, "{begun_ms} after {at_ms}");
         }
         tiers.clear(700);
         assert_eq!(answer_of(ask_for(&tiers, 1, 600)), None);
-        tiers.write(key(1), &entry(800, "a"));
+        tiers.write(key(1), [0; 32], &entry(800, "a"));
         tiers.flush(Instant::now() + LONG).expect("written");
         assert_eq!(answer_of(ask_for(&tiers, 1, 900)), Some(entry(800, "a")));
         tiers.close();
@@ -634,13 +691,13 @@ mod tests {
         let ((disk, disk_told), (remote, remote_told)) = (fake(TierId::Disk), fake(TierId::Remote));
         let tiers = start(vec![disk, remote], Duration::from_millis(20));
         (0..40).for_each(|_| remote_told.orders.send(true).expect("it listens"));
-        tiers.write(key(1), &entry(100, "a"));
+        tiers.write(key(1), [0; 32], &entry(100, "a"));
         assert_eq!((disk_told.next(), remote_told.next()), ("put", "put"));
         std::thread::sleep(Duration::from_millis(40));
         assert_eq!(answer_of(ask_for(&tiers, 1, 200)), Some(entry(100, "a")), "from the second: the first hangs");
         disk_told.orders.send(true).expect("it listens");
         (0..200).for_each(|_| disk_told.orders.send(false).expect("it listens"));
-        (0..5).for_each(|_| tiers.write(key(2), &entry(100, "a")));
+        (0..5).for_each(|_| tiers.write(key(2), [0; 32], &entry(100, "a")));
         // It rests from the fifth on.
         while tiers.tiers[0].lock().breaker.allows(tiers.tiers[0].now_us()) {
             std::thread::yield_now();
@@ -660,11 +717,11 @@ mod tests {
     fn what_waits_is_bounded() {
         let (store, told) = fake(TierId::Disk);
         let tiers = start(vec![store], LONG);
-        tiers.write(key(0), &entry(1, "a"));
+        tiers.write(key(0), [0; 32], &entry(1, "a"));
         assert_eq!(told.next(), "put");
         let large = StoredEntry { value: vec![0; 1 << 20].into(), ..entry(1, "a") };
         let room = RESPONSE_WRITE_QUEUE_BYTES >> 20;
-        (0..room + 3).for_each(|_| tiers.write(key(1), &large));
+        (0..room + 3).for_each(|_| tiers.write(key(1), [0; 32], &large));
         assert_eq!(tiers.stats().next().expect("one").1.dropped, 3);
         let asked: Vec<_> = (0..MAX_RESPONSE_LOOKUPS).map(|_| ask_for(&tiers, 1, 2)).collect();
         assert!(asked.iter().all(Option::is_some) && ask_for(&tiers, 1, 2).is_none());

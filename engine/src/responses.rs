@@ -4,7 +4,8 @@
 //! An engine with a directory or a shared store for KV keeps answers there too ([`response_tiers`](crate::response_tiers));
 //! values of callers end with the process.
 //!
-//! The lock is held for a look-up or an insertion, never while something is encoded or freed; callers of any thread.
+//! The lock is held for a look-up or an insertion, never while something is encoded or freed ([`Responses::with`]); callers
+//! of any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -21,6 +22,7 @@ use crate::response_cache::{
     StoredEntry, Ticket, answer_key, request_key, value_key,
 };
 use crate::response_tiers::{Asker, LookUp as TierLookUp, ResponseTiers};
+use crate::sequence::OwnerKey;
 use crate::stats::ResponseCacheStats;
 
 /// Finished answers, and values that callers keep beside them: cheap to clone, `Send + Sync`. Of an engine
@@ -54,9 +56,14 @@ pub struct PutOptions {
 impl Responses {
     /// An empty cache.
     pub fn new(options: ResponseCacheOptions) -> Result<Responses> {
+        Responses::shared_by_owners(options, 1.0)
+    }
+
+    /// The same, of which each owner of answers may keep a share when others need room. Values of callers count as one's.
+    pub(crate) fn shared_by_owners(options: ResponseCacheOptions, owner_share: f64) -> Result<Responses> {
         options.validate()?;
         let made_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-        let store = Mutex::new(ResponseStore::new(options));
+        let store = Mutex::new(ResponseStore::new(options, owner_share));
         let (known, answers, tiers) = (Mutex::default(), AtomicU64::new(0), OnceLock::new());
         let inner = Inner { store, known, answers, tiers, made_unix_ms, made: Instant::now() };
         Ok(Responses { inner: Arc::new(inner) })
@@ -69,17 +76,15 @@ impl Responses {
         check_response_ttl("ttl_ms", options.ttl_ms)?;
         check_response_tags("tags", &options.tags)?;
         if value.len() > MAX_RESPONSE_BYTES {
-            self.lock().refuse_too_large();
+            self.with(ResponseStore::refuse_too_large);
             return Ok(false);
         }
-        let entry = EntryOptions { tags: shared(&options.tags), ttl_ms: options.ttl_ms };
+        let entry = EntryOptions { tags: shared(&options.tags), ttl_ms: options.ttl_ms, ..EntryOptions::default() };
         let (value, now_ms): (Arc<[u8]>, _) = (value.into(), self.now_ms());
-        let mut store = self.lock();
-        if !store.is_on() {
-            return Ok(false);
-        }
-        let (key, ticket) = (value_key(store.version(), key), store.ticket());
-        Ok(store.put(key, value, entry, ticket, now_ms))
+        Ok(self.with(|store| {
+            let (key, ticket) = (value_key(store.version(), key), store.ticket());
+            store.is_on() && store.put(key, value, entry, ticket, now_ms)
+        }))
     }
 
     /// The value of a key, when it is there and not too old.
@@ -90,23 +95,21 @@ impl Responses {
     /// The same, and how it was used, this time included.
     pub fn get_with_use(&self, key: &str) -> Option<(Arc<[u8]>, EntryUse)> {
         let now_ms = self.now_ms();
-        let mut store = self.lock();
-        let key = value_key(store.version(), key);
-        if store.is_on() { store.get(&key, now_ms) } else { None }
+        self.with(|store| {
+            let key = value_key(store.version(), key);
+            if store.is_on() { store.get(&key, now_ms) } else { None }
+        })
     }
 
     /// Whether [`Responses::get`] would find a value. Counts as no use.
     pub fn contains(&self, key: &str) -> bool {
         let now_ms = self.now_ms();
-        let store = self.lock();
-        store.contains(&value_key(store.version(), key), now_ms)
+        self.with(|store| store.contains(&value_key(store.version(), key), now_ms))
     }
 
     /// Gives a value up; whether it was there.
     pub fn remove(&self, key: &str) -> bool {
-        let mut store = self.lock();
-        let key = value_key(store.version(), key);
-        store.remove(&key)
+        self.with(|store| store.remove(&value_key(store.version(), key)))
     }
 
     /// Gives up every answer and value with this tag, in all namespaces, and those that are just being computed with it; how
@@ -116,7 +119,7 @@ impl Responses {
     /// outlives the process once [`Engine::flush`](crate::Engine::flush) has returned. Other nodes honour it for what they
     /// read from the shared store, as exactly as the clocks agree; what they have in memory lives until its time is over.
     pub fn invalidate(&self, tag: &str) -> usize {
-        let count = self.lock().invalidate(tag);
+        let count = self.with(|store| store.invalidate(tag));
         if let Some(tiers) = self.inner.tiers.get() {
             tiers.invalidate(tag, self.now_ms());
         }
@@ -127,10 +130,7 @@ impl Responses {
     /// comes back to it, in memory as on disk and in a shared store. For what answers depend on and the engine does not
     /// know, such as documents that prompts are made of.
     pub fn set_version(&self, version: u64) {
-        let mut store = self.lock();
-        let is_same = store.version() == version;
-        let old = store.set_version(version);
-        drop(store);
+        let (is_same, old) = self.with(|store| (store.version() == version, store.set_version(version)));
         drop(old);
         if !is_same {
             self.clear_tiers();
@@ -139,10 +139,10 @@ impl Responses {
 
     /// Moves to the next version, and says which that is.
     pub fn bump_version(&self) -> u64 {
-        let mut store = self.lock();
-        let version = store.version().wrapping_add(1);
-        let old = store.set_version(version);
-        drop(store);
+        let (version, old) = self.with(|store| {
+            let version = store.version().wrapping_add(1);
+            (version, store.set_version(version))
+        });
         drop(old);
         self.clear_tiers();
         version
@@ -151,7 +151,7 @@ impl Responses {
     /// Gives everything up: also the files of a directory, and this engine's answers in a shared store, for all nodes. That
     /// is written behind, as by [`Responses::invalidate`].
     pub fn clear(&self) {
-        let old = self.lock().clear();
+        let old = self.with(ResponseStore::clear);
         drop(old);
         self.clear_tiers();
     }
@@ -165,12 +165,12 @@ impl Responses {
     /// Gives up what is too old, which otherwise happens when it is asked for or when room is needed; how many that were.
     pub fn prune(&self) -> usize {
         let now_ms = self.now_ms();
-        self.lock().prune(now_ms)
+        self.with(|store| store.prune(now_ms))
     }
 
     /// Counts since it was made, and what it holds.
     pub fn stats(&self) -> ResponseCacheStats {
-        let mut stats = ResponseCacheStats { answers: self.answers(), ..self.lock().stats() };
+        let mut stats = ResponseCacheStats { answers: self.answers(), ..self.with(|store| store.stats()) };
         let Some(tiers) = self.inner.tiers.get() else { return stats };
         stats.tier_give_ups = tiers.gave_up();
         for (id, tier) in tiers.stats() {
@@ -195,7 +195,7 @@ impl Responses {
     /// Gives everything up in memory and keeps nothing any more; what waits to be written elsewhere is written, in bounded
     /// time.
     pub(crate) fn close(&self) {
-        let old = self.lock().close();
+        let old = self.with(ResponseStore::close);
         drop(old);
         if let Some(tiers) = self.inner.tiers.get() {
             tiers.close();
@@ -218,6 +218,21 @@ impl Responses {
     /// Waits until what was to be written elsewhere so far is there.
     pub(crate) fn flush(&self, deadline: Instant) -> Result<()> {
         self.inner.tiers.get().map_or(Ok(()), |tiers| tiers.flush(deadline))
+    }
+
+    /// Whether all that was to be written elsewhere since the last call was.
+    pub(crate) fn check_stored(&self) -> Result<()> {
+        self.inner.tiers.get().map_or(Ok(()), ResponseTiers::check_stored)
+    }
+
+    /// Does something under the lock, and frees what was given up after it.
+    fn with<T>(&self, change: impl FnOnce(&mut ResponseStore) -> T) -> T {
+        let mut store = self.lock();
+        let result = change(&mut store);
+        let freed = store.take_freed();
+        drop(store);
+        drop(freed);
+        result
     }
 
     fn lock(&self) -> MutexGuard<'_, ResponseStore> {
@@ -244,6 +259,7 @@ pub(crate) enum LookUp {
 #[derive(Clone)]
 pub(crate) struct Asked {
     key: ResponseKey,
+    owner: OwnerKey,
     ticket: Ticket,
     now_ms: u64,
 }
@@ -253,6 +269,8 @@ pub(crate) struct Question<'a> {
     pub(crate) request: &'a Request,
     pub(crate) identity: &'a [u8; 32],
     pub(crate) namespace: &'a [u8; 32],
+    /// Whom its answer counts for.
+    pub(crate) owner: OwnerKey,
     pub(crate) prompt: &'a [u32],
     pub(crate) stop_token_ids: &'a [u32],
     pub(crate) sampling: &'a crate::request::SamplingParams,
@@ -268,17 +286,12 @@ impl Responses {
         if request.response_cache == Some(CacheUse::Off) {
             return None;
         }
-        let version = {
-            let store = self.lock();
-            store.is_on().then(|| store.version())?
-        };
+        let version = self.with(|store| store.is_on().then(|| store.version()))?;
         let KnownRequest { answer, prompt_tokens } = self.known().get(&request_key(request, version))?;
         let now_ms = self.now_ms();
-        let bytes = {
-            let mut store = self.lock();
-            // Who does not find it here looks again, and is counted there.
-            store.contains(&answer, now_ms).then(|| store.get(&answer, now_ms))??.0
-        };
+        // Who does not find it here looks again, and is counted there.
+        let found = self.with(|store| store.contains(&answer, now_ms).then(|| store.get(&answer, now_ms)));
+        let (bytes, _) = found??;
         let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let answer = CachedAnswer::decode(&bytes).ok()?;
         answer.fits(request, prompt_tokens, max_tokens, vocab_size).then(|| {
@@ -293,15 +306,10 @@ impl Responses {
 
     /// Looks for the answer to a request.
     pub(crate) fn look_up(&self, question: &Question<'_>) -> LookUp {
-        let &Question { request, identity, namespace, prompt, stop_token_ids, sampling, .. } = question;
+        let &Question { request, identity, namespace, owner, prompt, stop_token_ids, sampling, .. } = question;
         let Some(cache_use) = cache_use(question) else { return LookUp::Off };
-        let (version, ticket) = {
-            let store = self.lock();
-            if !store.is_on() {
-                return LookUp::Off;
-            }
-            (store.version(), store.ticket())
-        };
+        let began = self.with(|store| store.is_on().then(|| (store.version(), store.ticket())));
+        let Some((version, ticket)) = began else { return LookUp::Off };
         let context = KeyContext { identity, version, namespace, prompt, stop_token_ids, sampling };
         let key = answer_key(request, &context);
         if question.is_timeless {
@@ -309,7 +317,7 @@ impl Responses {
             self.known().learn(request_key(request, version), known);
         }
         let now_ms = self.now_ms();
-        let bytes = self.lock().get(&key, now_ms);
+        let bytes = self.with(|store| store.get(&key, now_ms));
         let answer = bytes.and_then(|(bytes, _)| CachedAnswer::decode(&bytes).ok());
         match answer.filter(|a| a.fits(request, prompt.len(), question.max_tokens, question.vocab_size)) {
             Some(answer) => {
@@ -319,11 +327,12 @@ impl Responses {
             }
             None => {
                 let recorder = (cache_use == CacheUse::ReadWrite).then(|| {
-                    let entry = EntryOptions { tags: shared(&request.response_tags), ttl_ms: request.response_ttl_ms };
+                    let (tags, ttl_ms) = (shared(&request.response_tags), request.response_ttl_ms);
+                    let entry = EntryOptions { tags, ttl_ms, owner };
                     let (responses, answer) = (self.clone(), CachedAnswer::begin(request.n));
                     Box::new(Recorder { responses, key, ticket, entry, answer, bytes: 0, begun_ms: now_ms })
                 });
-                let asked = self.inner.tiers.get().map(|_| Asked { key, ticket, now_ms });
+                let asked = self.inner.tiers.get().map(|_| Asked { key, owner, ticket, now_ms });
                 LookUp::Missing(recorder, asked)
             }
         }
@@ -353,8 +362,9 @@ impl Responses {
         let StoredEntry { expires_ms, tags, value, .. } = entry;
         let answer = CachedAnswer::decode(&value).ok().filter(fits)?;
         let now_ms = self.now_ms();
-        let options = EntryOptions { tags, ttl_ms: Some(expires_ms.saturating_sub(now_ms).max(1)) };
-        let is_valid = self.lock().promote(asked.key, value, options, asked.ticket, now_ms);
+        let ttl_ms = Some(expires_ms.saturating_sub(now_ms).max(1));
+        let options = EntryOptions { tags, ttl_ms, owner: asked.owner };
+        let is_valid = self.with(|store| store.promote(asked.key, value, options, asked.ticket, now_ms));
         if !is_valid {
             return None;
         }
@@ -418,7 +428,7 @@ impl Recorder {
     pub(crate) fn store(self, summary: &Summary) {
         let Recorder { responses, key, ticket, entry, mut answer, bytes, begun_ms } = self;
         if bytes > MAX_RESPONSE_BYTES {
-            responses.lock().refuse_too_large();
+            responses.with(ResponseStore::refuse_too_large);
             return;
         }
         answer.seed = summary.seed;
@@ -426,14 +436,14 @@ impl Recorder {
         answer.completion_tokens = summary.usage.completion_tokens as u32;
         answer.prompt_logprobs = summary.prompt_logprobs.clone();
         let (value, stored_ms) = (answer.encode(), responses.now_ms());
-        let tags = entry.tags.clone();
-        let mut store = responses.lock();
-        let ttl_ms = entry.ttl_ms.unwrap_or(store.ttl_ms());
-        let is_kept = store.put(key, value.clone(), entry, ticket, stored_ms);
-        drop(store);
+        let (tags, owner) = (entry.tags.clone(), entry.owner);
+        let (ttl_ms, is_kept) = responses.with(|store| {
+            let ttl_ms = entry.ttl_ms.unwrap_or(store.ttl_ms());
+            (ttl_ms, store.put(key, value.clone(), entry, ticket, stored_ms))
+        });
         if let (Some(tiers), true) = (responses.inner.tiers.get(), is_kept) {
             let expires_ms = stored_ms.saturating_add(ttl_ms);
-            tiers.write(key, &StoredEntry { begun_ms, stored_ms, expires_ms, tags, value });
+            tiers.write(key, owner, &StoredEntry { begun_ms, stored_ms, expires_ms, tags, value });
         }
     }
 }
@@ -484,7 +494,7 @@ mod tests {
             Box::new(Recorder {
                 responses: responses.clone(),
                 key: ResponseKey([key; 32]),
-                ticket: responses.lock().ticket(),
+                ticket: responses.with(|store| store.ticket()),
                 entry: EntryOptions::default(),
                 answer: CachedAnswer::begin(2),
                 bytes: 0,

@@ -468,6 +468,10 @@ impl Scheduler {
     pub fn keep_block(&mut self, block: &KeptBlock, bytes: Arc<[u8]>, now_us: u64) {
         self.kv.keep(block, bytes, now_us);
     }
+    /// The block is not given to them after all.
+    pub fn pass_over_block(&mut self, block: &KeptBlock, now_us: u64) {
+        self.kv.pass_over(block, now_us);
+    }
     /// The tiers, if there are any.
     pub fn tiers(&mut self) -> Option<&mut Tiers> {
         self.kv.tiers()

@@ -20,6 +20,9 @@ pub struct BlockId(pub u32);
 /// Hashed namespace: sequences share KV blocks only when theirs are equal.
 pub type NamespaceKey = [u8; 32];
 
+/// Hashed owner of namespaces: whom cached things count for where each may keep a share.
+pub type OwnerKey = [u8; 32];
+
 /// Content address of a full KV block: SHA-256 over everything that its numbers depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockKey(pub [u8; 32]);
@@ -45,6 +48,8 @@ pub struct SequenceSpec {
     pub timeout_ms: u64,
     /// Blocks are shared only within one namespace.
     pub namespace: NamespaceKey,
+    /// Whom its cached blocks count for.
+    pub owner: OwnerKey,
     /// Whether blocks of others may be read, and its own be offered to them.
     pub prefix_cache: CacheUse,
     /// Alternatives to report with each prompt token from the second on; `None`: no prompt logprobs. Cached blocks

@@ -257,6 +257,12 @@ pub struct ModelInfo {
     pub weights: &'static str,
     /// Form in which keys and values are kept, by [`KvDtype::name`](crate::KvDtype::name).
     pub kv_dtype: &'static str,
+    /// How they are kept in the tiers: "as-computed", or "int8", rounded: then an answer over blocks that came back from there is
+    /// a little other than one that was computed whole.
+    pub kv_tier_encoding: &'static str,
+    /// Why nothing is stored in the directory that was given for KV: another process writes it, or a newer version has. The
+    /// engine does without what it may not use. `None`: it stores there, or none was given.
+    pub kv_disk_refusal: Option<String>,
     /// Device kind: "cpu" or "cuda".
     pub device: &'static str,
     /// Which device: "cpu", or a CUDA device's number and name, such as "cuda:0 NVIDIA H200".

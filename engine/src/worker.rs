@@ -194,6 +194,8 @@ impl<E: Executor> Worker<E> {
                 BlockTransfer::Keep { block, kept } => {
                     if self.scheduler.kv().would_keep(&kept, now_us) {
                         leaving.push((block, kept));
+                    } else {
+                        self.scheduler.pass_over_block(&kept, now_us);
                     }
                     if leaving.len() == MAX_BLOCKS_READ_TOGETHER {
                         self.keep_blocks(&mut leaving, now_us)?;
@@ -224,8 +226,12 @@ impl<E: Executor> Worker<E> {
             }
             // Every later call would fail as this one, after as long a wait.
             Err(error @ Error::DeviceLost { .. }) => return Err(error),
-            // A cache may forget: what cannot be read is not kept.
-            Err(_) => leaving.clear(),
+            // A cache may forget, what cannot be read as well, as long as it says so.
+            Err(_) => {
+                for (_, kept) in leaving.drain(..) {
+                    self.scheduler.pass_over_block(&kept, now_us);
+                }
+            }
         }
         Ok(())
     }
@@ -420,6 +426,10 @@ impl<E: Executor> Worker<E> {
         if self.instruments.tracer.is_on() {
             timeline::tier(&self.instruments.tracer, &answer);
         }
+        if let TierAnswer::Flushed { .. } = answer {
+            // Before the reply: whoever has it finds counted what was stored.
+            self.publish_stats();
+        }
         let now_us = self.now_us();
         if let Some(tiers) = self.scheduler.tiers() {
             self.tiering.answer(tiers, answer, now_us);
@@ -446,7 +456,7 @@ impl<E: Executor> Worker<E> {
             Command::Cancel(id) => self.cancel(id),
             Command::Tier(answer) => self.hear(answer),
             Command::Flush(reply) => {
-                self.tiering.flush(self.scheduler.tiers().map(|tiers| &*tiers), reply);
+                self.tiering.flush(self.scheduler.tiers(), reply);
                 self.drive_tiers();
             }
             Command::Clear(reply) => {

@@ -102,12 +102,14 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("stream", &["request"]),
     ("text_model", &["chat", "request", "tokenizer"]),
     // Whole answers: as they are shared, and as plain state.
-    ("responses", &["kv_cache", "request", "response_cache", "response_tiers", "stats"]),
-    ("response_tiers", &["kv_cache", "response_cache", "sequence"]),
-    ("response_cache", &["request", "stats"]),
+    ("responses", &["kv_cache", "request", "response_cache", "response_tiers", "sequence", "stats"]),
+    ("response_tiers", &["kv_cache", "owner_ledger", "response_cache", "sequence"]),
+    ("response_cache", &["fair_lru", "request", "sequence", "stats"]),
     // The core: numbers only.
     ("scheduler", &["batch", "kv_cache", "request", "sequence"]),
-    ("kv_cache", &["request", "sequence"]),
+    ("kv_cache", &["fair_lru", "owner_ledger", "request", "sequence"]),
+    ("fair_lru", &["sequence"]),
+    ("owner_ledger", &["sequence"]),
     ("kv_cache_directory", &["kv_cache"]),
     ("batch", &["request", "sequence"]),
     ("sequence", &["request"]),

@@ -6,9 +6,10 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use ns_llm_core::config::{MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_URL_BYTES, MAX_THREADS};
+use ns_llm_core::config::{MAX_KV_TIER_BYTES, MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_URL_BYTES, MAX_THREADS};
 use ns_llm_core::{
-    Device, Engine, EngineOptions, KvDtype, KvRemoteOptions, LoadProgress, QuantType, ThreadPriority, WeightFormat,
+    Device, Engine, EngineOptions, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, QuantType, ThreadPriority,
+    WeightFormat,
 };
 
 use crate::callback::{UserData, as_callback};
@@ -92,6 +93,17 @@ pub enum ns_llm_kv_dtype {
     NS_LLM_KV_DTYPE_INT8 = 4,
 }
 
+/// How an engine keeps KV blocks outside its pool: in host memory, in `kv_cache_dir` and at `kv_remote_url`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ns_llm_kv_tier_encoding {
+    /// As they were computed: what is found again equals what would be computed, bit for bit.
+    NS_LLM_KV_TIER_ENCODING_AS_COMPUTED = 0,
+    /// Rounded to 8-bit integers with a scale for each token and head: half the bytes of half precision. An answer over blocks
+    /// that came back is a little other than one that was computed whole; no engine without this finds them.
+    NS_LLM_KV_TIER_ENCODING_INT8 = 1,
+}
+
 /// A flag of `ns_llm_engine_params`: KV of earlier prompts is not used again.
 pub const NS_LLM_ENGINE_NO_PREFIX_CACHE: u32 = 1;
 /// A flag of `ns_llm_engine_params`: compute threads get the same priority as the program's own threads, not a lower
@@ -168,8 +180,9 @@ pub struct ns_llm_engine_params {
     pub kv_disk_bytes: u64,
     /// How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. 0: 50.
     pub kv_load_budget_ms: u64,
-    /// Share of the KV pool and of host memory that the cached blocks of one namespace may keep when others need room, to 1.
-    /// 0: 1, all of it.
+    /// Share of the KV pool, of host memory, of `kv_cache_dir` and of the kept answers, in memory and on disk, that what is cached
+    /// for one owner of namespaces may keep when others need room, to 1. The owner is what stands before the first line break
+    /// of a namespace. 0: 1, all of it.
     pub kv_namespace_share: f64,
     /// Bytes of answers that are kept in memory, to be given again without computing a token to requests for the same. 0: none
     /// are. With `kv_cache_dir` they outlive the process, with `kv_remote_url` nodes share them.
@@ -184,6 +197,13 @@ pub struct ns_llm_engine_params {
     pub kv_remote_secret: ns_llm_text,
     /// Bytes that the files with answers take at most, in `answers` beneath `kv_cache_dir`; at least some 4 MiB. 0: 256 MiB.
     pub response_disk_bytes: u64,
+    /// A value of `ns_llm_kv_tier_encoding`.
+    pub kv_tier_encoding: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Bytes of KV, and as many of answers, that this engine stores at `kv_remote_url` within a day, for which they are kept, for
+    /// one owner of namespaces. 0: no limit.
+    pub kv_remote_owner_bytes: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -276,8 +296,10 @@ pub extern "C" fn ns_llm_engine_free(engine: ns_llm_engine) -> ns_llm_status {
 /// too: this is for programs that must know.
 ///
 /// Threads:    any, also concurrently, also inside a callback.
-/// Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE;
-///             NS_LLM_CLOSED if the engine is freed meanwhile; NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
+/// Returns:    NS_LLM_OK; NS_LLM_STORAGE if the medium did not take them; NS_LLM_NOT_STORED if some of them were not stored since
+///             the last call: too much waited, a place failed or may not be written, which ns_llm_last_error() says; all else is
+///             stored; NS_LLM_DEADLINE_EXCEEDED; NS_LLM_BAD_HANDLE; NS_LLM_CLOSED if the engine is freed meanwhile;
+///             NS_LLM_FORKED_PROCESS; NS_LLM_INTERNAL.
 /// On failure: requests are not touched, and nothing false is ever found: a block that cannot be read is computed again.
 #[unsafe(no_mangle)]
 pub extern "C" fn ns_llm_engine_flush(engine: ns_llm_engine) -> ns_llm_status {
@@ -324,6 +346,10 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     let directory = unsafe { read_text("kv_cache_dir", params.kv_cache_dir, MAX_PATH_BYTES) }?;
     options.kv_cache_dir = (!directory.is_empty()).then(|| directory.into());
     options.kv_disk_bytes = unless_zero(params.kv_disk_bytes).unwrap_or(options.kv_disk_bytes);
+    options.kv_tier_encoding = kv_tier_encoding(params.kv_tier_encoding)?;
+    if params.reserved != 0 {
+        return Err(Failure::invalid("reserved", params.reserved, "0"));
+    }
     options.kv_load_budget_ms = unless_zero(params.kv_load_budget_ms).unwrap_or(options.kv_load_budget_ms);
     options.kv_namespace_share = unless_zero(params.kv_namespace_share).unwrap_or(options.kv_namespace_share);
     options.response_cache.max_bytes = params.response_cache_bytes;
@@ -339,6 +365,13 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
     options.kv_remote = (!url.is_empty()).then(|| KvRemoteOptions::new(url));
     if let Some(remote) = options.kv_remote.as_mut().filter(|_| !secret.is_empty()) {
         remote.secret = Some(secret);
+    }
+    if params.kv_remote_owner_bytes > MAX_KV_TIER_BYTES {
+        let expected = format!("at most {MAX_KV_TIER_BYTES}");
+        return Err(Failure::invalid("kv_remote_owner_bytes", params.kv_remote_owner_bytes, expected));
+    }
+    if let Some(remote) = &mut options.kv_remote {
+        remote.owner_bytes = unless_zero(params.kv_remote_owner_bytes);
     }
     let sizes = [
         (&mut options.block_tokens, params.block_tokens),
@@ -419,6 +452,14 @@ fn kv_dtype(value: u32) -> Result<Option<KvDtype>, Failure> {
         3 => Ok(Some(KvDtype::Bf16)),
         4 => Ok(Some(KvDtype::Int8)),
         _ => Err(Failure::invalid("kv_dtype", value, "a value of ns_llm_kv_dtype")),
+    }
+}
+
+fn kv_tier_encoding(value: u32) -> Result<KvTierEncoding, Failure> {
+    match value {
+        0 => Ok(KvTierEncoding::AsComputed),
+        1 => Ok(KvTierEncoding::Int8),
+        _ => Err(Failure::invalid("kv_tier_encoding", value, "a value of ns_llm_kv_tier_encoding")),
     }
 }
 

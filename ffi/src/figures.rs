@@ -53,6 +53,12 @@ pub struct ns_llm_model_info {
     pub device_name: ns_llm_text,
     /// Why it was chosen: that it was asked for, or what NS_LLM_DEVICE_AUTO found.
     pub device_reason: ns_llm_text,
+    /// How keys and values are kept outside the pool: "as-computed", or "int8", rounded: then an answer over blocks that came
+    /// back from there is a little other than one that was computed whole.
+    pub kv_tier_encoding: ns_llm_text,
+    /// Why nothing is stored in `kv_cache_dir`: another process writes it, or a newer version has. The engine does without what
+    /// it may not use. Empty: it stores there, or none was given.
+    pub kv_disk_refusal: ns_llm_text,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers and raw pointers.
@@ -316,6 +322,8 @@ impl From<&ModelInfo> for ns_llm_model_info {
             has_chat_template: u32::from(info.has_chat_template),
             device_name: ns_llm_text::view(&info.device_name),
             device_reason: ns_llm_text::view(&info.device_reason),
+            kv_tier_encoding: ns_llm_text::view(info.kv_tier_encoding),
+            kv_disk_refusal: ns_llm_text::view(info.kv_disk_refusal.as_deref().unwrap_or("")),
         }
     }
 }

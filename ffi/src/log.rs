@@ -90,6 +90,10 @@ impl Log {
                 info.threads,
             )
         });
+        if let Some(refusal) = &engine.info().kv_disk_refusal {
+            let line = || format!("nothing is stored in the KV cache directory: {refusal}");
+            self.line(ns_llm_log_level::NS_LLM_LOG_WARN, line);
+        }
     }
 
     /// A request was refused or ended like this.

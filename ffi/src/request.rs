@@ -169,7 +169,8 @@ pub struct ns_llm_request_params {
     pub logit_bias: *const ns_llm_logit_bias,
     /// Number of `logit_bias`; at most 1024.
     pub num_logit_bias: usize,
-    /// Requests share KV of common prefixes only within one namespace. NULL: the namespace of the engine. At most 512
+    /// Requests share KV of common prefixes only within one namespace; what stands before its first line break is its owner, by
+    /// whom `kv_namespace_share` counts. NULL: the namespace of the engine. At most 512
     /// bytes.
     pub cache_namespace: ns_llm_text,
     /// How many of the likeliest tokens to report in each new token's place, 0 to 20; with 0, the chosen one's logprob

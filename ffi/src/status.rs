@@ -104,6 +104,8 @@ pub enum ns_llm_status {
     NS_LLM_STORAGE = 402,
     /// The device was lost while it computed. Every request of the engine ends with this; free it, and open another.
     NS_LLM_DEVICE_LOST = 403,
+    /// Some of what a cache tier was to keep since the last flush was not stored. Requests are not touched by it.
+    NS_LLM_NOT_STORED = 404,
 }
 
 use ns_llm_status::*;
@@ -153,6 +155,7 @@ const NAMES: &[(ns_llm_status, &CStr)] = &[
     (NS_LLM_DEVICE_UNAVAILABLE, c"device_unavailable"),
     (NS_LLM_STORAGE, c"storage"),
     (NS_LLM_DEVICE_LOST, c"device_lost"),
+    (NS_LLM_NOT_STORED, c"not_stored"),
 ];
 
 /// Longest text of ns_llm_last_error(), bytes; what is longer is cut at a character.

@@ -8,6 +8,7 @@ pub mod cuda;
 pub mod dtype;
 pub mod error;
 pub mod host;
+pub mod kv_int8;
 pub mod quant;
 
 #[cfg(target_endian = "big")]

@@ -17,8 +17,8 @@ use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
 use ns_llm_kernels::cpu::{Cpu, attention, embedding, kv_blocks, linear, norm, rope};
 
 use crate::backend::{
-    AttentionLayer, AttentionShape, Backend, Gelu, KvDtype, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable,
-    pooled_on_host,
+    AttentionLayer, AttentionShape, Backend, Gelu, Int8Blocks, KvDtype, KvLayout, LinearPart, LinearWeight, Pooling,
+    RopeTable, pooled_on_host,
 };
 use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
@@ -360,6 +360,10 @@ impl Backend for CpuBackend {
 
     fn pool(&self, hidden: &CpuRows, batch: &Batch, pooling: Pooling) -> Result<Vec<Vec<f32>>> {
         pooled_on_host(hidden.dense(), hidden.width, batch, pooling)
+    }
+
+    fn int8_blocks(layout: KvLayout) -> Result<Option<Int8Blocks>> {
+        Ok(kv_blocks_layout(layout).int8_blocks())
     }
 
     fn read_blocks(&self, kv: &kv_blocks::KvBlocks, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {

@@ -30,7 +30,7 @@ use ns_llm_kernels::cuda::product::{Form, Gelu as DeviceGelu, Output, multiply, 
 use ns_llm_kernels::cuda::{activation, embedding, kv_blocks, rope};
 
 use crate::backend::{
-    AttentionLayer, Backend, Gelu, KvDtype, KvLayout, LinearWeight, Pooling, RopeTable, pooled_on_host,
+    AttentionLayer, Backend, Gelu, Int8Blocks, KvDtype, KvLayout, LinearWeight, Pooling, RopeTable, pooled_on_host,
 };
 use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 use crate::config::WeightFormat;
@@ -503,6 +503,10 @@ impl Backend for CudaBackend {
     fn pool(&self, hidden: &CudaRows, batch: &Batch, pooling: Pooling) -> Result<Vec<Vec<f32>>> {
         let states = self.read(&hidden.values, 0..hidden.values.len())?;
         pooled_on_host(&states, hidden.width, batch, pooling)
+    }
+
+    fn int8_blocks(layout: KvLayout) -> Result<Option<Int8Blocks>> {
+        Ok(Some(kv_layout(layout)?.int8_blocks()))
     }
 
     fn read_blocks(&self, kv: &CudaKv, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {

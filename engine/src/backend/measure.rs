@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearWeight, Pooling, RopeTable, cpu, cuda};
+use crate::backend::{
+    AttentionLayer, Backend, Gelu, Int8Blocks, KvLayout, LinearWeight, Pooling, RopeTable, cpu, cuda,
+};
 use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 use crate::config::WeightFormat;
 use crate::error::{Error, Result};
@@ -132,6 +134,9 @@ impl Backend for Measure {
     }
     fn pool(&self, (): &(), _: &Batch, _: Pooling) -> Result<Vec<Vec<f32>>> {
         never!()
+    }
+    fn int8_blocks(_: KvLayout) -> Result<Option<Int8Blocks>> {
+        Ok(None)
     }
     fn read_blocks(&self, (): &(), _: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {
         never!()

@@ -7,9 +7,9 @@
 
 use std::collections::VecDeque;
 
-use super::fair_lru::FairLru;
 use crate::error::{Error, Result};
-use crate::sequence::{BlockId, BlockKey, NamespaceKey};
+use crate::fair_lru::FairLru;
+use crate::sequence::{BlockId, BlockKey, OwnerKey};
 
 #[derive(Debug, Default, Clone)]
 struct Block {
@@ -18,7 +18,7 @@ struct Block {
     /// Launched steps that write it.
     num_pins: u32,
     /// Its entry in the prefix index, and whose it is.
-    key: Option<(BlockKey, NamespaceKey)>,
+    key: Option<(BlockKey, OwnerKey)>,
     /// How often it was allocated.
     num_allocations: u64,
 }
@@ -35,13 +35,13 @@ pub(super) struct BlockPool {
 }
 
 impl BlockPool {
-    /// `namespace_quota`: cached blocks beyond which those of a namespace go first.
-    pub(super) fn new(num_blocks: usize, namespace_quota: u64) -> Self {
+    /// `owner_quota`: cached blocks beyond which those of an owner go first.
+    pub(super) fn new(num_blocks: usize, owner_quota: u64) -> Self {
         let num_ids = u32::try_from(num_blocks).expect("block ids are 32 bits wide");
         BlockPool {
             blocks: vec![Block::default(); num_blocks],
             free: (0..num_ids).map(BlockId).collect(),
-            cached: FairLru::new(namespace_quota),
+            cached: FairLru::new(owner_quota),
             num_pinned: 0,
         }
     }
@@ -71,9 +71,9 @@ impl BlockPool {
         self.block(id).num_refs
     }
 
-    /// A block with one reference, and the key that it loses, with its namespace, when it held a cached block. Free blocks go
+    /// A block with one reference, and the key that it loses, with its owner, when it held a cached block. Free blocks go
     /// first; then cached ones in the order of [`FairLru`]. `None`: all are owned or pinned.
-    pub(super) fn allocate(&mut self) -> Option<(BlockId, Option<(BlockKey, NamespaceKey)>)> {
+    pub(super) fn allocate(&mut self) -> Option<(BlockId, Option<(BlockKey, OwnerKey)>)> {
         let id = match self.free.pop_front() {
             Some(id) => id,
             None => self.cached.pop()?,
@@ -129,10 +129,10 @@ impl BlockPool {
     }
 
     /// The block is full and has an entry in the prefix index from now on.
-    pub(super) fn set_key(&mut self, id: BlockId, key: BlockKey, namespace: NamespaceKey) {
+    pub(super) fn set_key(&mut self, id: BlockId, key: BlockKey, owner: OwnerKey) {
         let block = self.block_mut(id);
         assert!(block.num_refs > 0 && block.num_pins == 0 && block.key.is_none(), "block {} is not at rest", id.0);
-        block.key = Some((key, namespace));
+        block.key = Some((key, owner));
     }
 
     /// The block has lost its entry in the prefix index: it is free when nobody holds it any more.
@@ -153,7 +153,7 @@ impl BlockPool {
 
     fn give_back(&mut self, id: BlockId) {
         match self.block(id).key {
-            Some((_, namespace)) => self.cached.insert(id, namespace, 1),
+            Some((_, owner)) => self.cached.insert(id, owner, 1),
             None => self.free.push_back(id),
         }
     }
@@ -210,7 +210,7 @@ pub(crate) fn violated(broken: bool, reason: impl FnOnce() -> String) -> Result<
 mod tests {
     use super::*;
 
-    const NAMESPACE: NamespaceKey = [0; 32];
+    const NAMESPACE: OwnerKey = [0; 32];
 
     fn key(name: u8) -> BlockKey {
         BlockKey([name; 32])

@@ -1,5 +1,5 @@
-//! Bytes by key, within a budget: the least recently used go first, none is found beyond its time, and what a tag or a version
-//! has made invalid is gone, also when it was still being computed at that moment.
+//! Bytes by key, within a budget: those of an owner over his share go first, of them the least recently used; none is found
+//! beyond its time, and what a tag or a version has made invalid is gone, also when it was still being computed at that moment.
 //!
 //! Invariants ([`ResponseStore::check_invariants`]): the bytes of all entries are their sum and never above the budget; each
 //! entry stands once in the order of expiry and once under each of its tags, and nothing else does.
@@ -7,13 +7,13 @@
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use lru::LruCache;
-
 use super::key::ResponseKey;
 use super::ttl::adaptive_ttl_ms;
 use crate::config::{
     MAX_REMEMBERED_INVALIDATIONS, MAX_RESPONSE_BYTES, RESPONSE_ENTRY_BYTES, RESPONSE_TAG_BYTES, ResponseCacheOptions,
 };
+use crate::fair_lru::FairLru;
+use crate::sequence::OwnerKey;
 use crate::stats::ResponseCacheStats;
 
 /// How an entry is kept.
@@ -23,6 +23,8 @@ pub struct EntryOptions {
     pub tags: Arc<[Arc<str>]>,
     /// How long it is found, milliseconds; `None`: as the cache says.
     pub ttl_ms: Option<u64>,
+    /// Whom it counts for.
+    pub owner: OwnerKey,
 }
 
 /// When somebody began to compute what is to be stored: what has become invalid since then is not stored.
@@ -59,24 +61,26 @@ pub struct EntryUse {
 /// lock drops them after it.
 #[derive(Debug)]
 pub struct Contents {
-    entries: LruCache<ResponseKey, Entry>,
+    /// Only looked up, never iterated where the order matters.
+    entries: HashMap<ResponseKey, Entry>,
+    order: FairLru<ResponseKey>,
     by_expiry: BTreeSet<(u64, ResponseKey)>,
     by_tag: HashMap<Arc<str>, HashSet<ResponseKey>>,
     bytes: u64,
 }
 
-impl Default for Contents {
-    fn default() -> Self {
-        let (by_expiry, by_tag) = (BTreeSet::new(), HashMap::new());
-        Contents { entries: LruCache::unbounded(), by_expiry, by_tag, bytes: 0 }
-    }
-}
+/// Entries that were given up. Values are large, and freeing them takes time: whoever holds a lock drops them after it.
+#[derive(Debug, Default)]
+pub struct Freed(Vec<Entry>);
 
 /// The response cache of one engine.
 #[derive(Debug)]
 pub struct ResponseStore {
     options: ResponseCacheOptions,
+    /// Of the budget, what one owner may keep when others need room.
+    owner_share: f64,
     contents: Contents,
+    freed: Freed,
     /// The latest tags that were made invalid, oldest first, each with its number.
     invalidated: VecDeque<(u64, Arc<str>)>,
     num_invalidations: u64,
@@ -84,11 +88,13 @@ pub struct ResponseStore {
 }
 
 impl ResponseStore {
-    /// An empty one.
-    pub fn new(options: ResponseCacheOptions) -> Self {
+    /// An empty one. `owner_share`: of the budget, what one owner may keep when others need room.
+    pub fn new(options: ResponseCacheOptions, owner_share: f64) -> Self {
         ResponseStore {
             options,
-            contents: Contents::default(),
+            owner_share,
+            contents: Contents::new(options.max_bytes, owner_share),
+            freed: Freed::default(),
             invalidated: VecDeque::new(),
             num_invalidations: 0,
             counters: ResponseCacheStats::default(),
@@ -125,6 +131,7 @@ impl ResponseStore {
             self.counters.misses += 1;
             return None;
         };
+        self.contents.order.touch(key);
         self.counters.hits += 1;
         entry.used.hits += 1;
         entry.used.last_used_ms = now_ms;
@@ -140,7 +147,7 @@ impl ResponseStore {
 
     /// Whether `key` would be found. Counts as no use.
     pub fn contains(&self, key: &ResponseKey, now_ms: u64) -> bool {
-        self.contents.entries.peek(key).is_some_and(|entry| now_ms < entry.expires_ms)
+        self.contents.entries.get(key).is_some_and(|entry| now_ms < entry.expires_ms)
     }
 
     /// Keeps a value, in the place of an earlier one of that key. False when it is not kept: it is too large, or has become
@@ -184,7 +191,7 @@ impl ResponseStore {
 
     /// False: it is larger than an entry may be.
     fn insert(&mut self, key: ResponseKey, value: Arc<[u8]>, options: EntryOptions, now_ms: u64) -> bool {
-        self.contents.remove(&key);
+        self.remove(&key);
         let tag_bytes: u64 = options.tags.iter().map(|tag| tag.len() as u64 + RESPONSE_TAG_BYTES).sum();
         let bytes = value.len() as u64 + tag_bytes + RESPONSE_ENTRY_BYTES;
         if value.len() > MAX_RESPONSE_BYTES || bytes > self.options.max_bytes || self.options.max_entries == 0 {
@@ -195,8 +202,13 @@ impl ResponseStore {
         let expires_ms = now_ms.saturating_add(base_ttl_ms);
         let used = EntryUse { stored_ms: now_ms, last_used_ms: now_ms, hits: 0 };
         let entry = Entry { value, tags: options.tags, bytes, used, base_ttl_ms, expires_ms };
-        self.contents.insert(key, entry);
+        self.contents.insert(key, entry, options.owner);
         true
+    }
+
+    /// What was given up since the last call, to be freed.
+    pub fn take_freed(&mut self) -> Freed {
+        std::mem::take(&mut self.freed)
     }
 
     /// Counts a value that was too large to be collected.
@@ -206,7 +218,10 @@ impl ResponseStore {
 
     /// Gives one entry up; whether it was there.
     pub fn remove(&mut self, key: &ResponseKey) -> bool {
-        self.contents.remove(key)
+        let removed = self.contents.remove(key);
+        let was_there = removed.is_some();
+        self.freed.0.extend(removed);
+        was_there
     }
 
     /// Gives up every entry with this tag, and does not store what is being computed with it; how many entries that were.
@@ -218,9 +233,7 @@ impl ResponseStore {
         self.invalidated.push_back((self.num_invalidations, tag.into()));
         let keys =
             self.contents.by_tag.get(tag).map(|keys| keys.iter().copied().collect::<Vec<_>>()).unwrap_or_default();
-        keys.iter().for_each(|key| {
-            self.contents.remove(key);
-        });
+        self.freed.0.extend(keys.iter().filter_map(|key| self.contents.remove(key)));
         self.counters.invalidated += keys.len() as u64;
         keys.len()
     }
@@ -228,7 +241,7 @@ impl ResponseStore {
     /// From now on everything that was stored under another version is not found, and what is being computed is not stored.
     pub fn set_version(&mut self, version: u64) -> Contents {
         if version == self.options.version {
-            return Contents::default();
+            return self.emptied();
         }
         self.options.version = version;
         self.clear()
@@ -240,7 +253,12 @@ impl ResponseStore {
         // What is being computed now has no tag of its own here: it counts as older than all that is remembered.
         self.num_invalidations += 1;
         self.invalidated.clear();
-        std::mem::take(&mut self.contents)
+        let empty = self.emptied();
+        std::mem::replace(&mut self.contents, empty)
+    }
+
+    fn emptied(&self) -> Contents {
+        Contents::new(self.options.max_bytes, self.owner_share)
     }
 
     /// Gives everything up and keeps nothing any more.
@@ -256,7 +274,7 @@ impl ResponseStore {
             if now_ms < expires_ms {
                 break;
             }
-            self.contents.remove(&key);
+            self.remove(&key);
             count += 1;
         }
         self.counters.expired += count as u64;
@@ -293,16 +311,16 @@ impl ResponseStore {
             self.prune(now_ms);
         }
         while is_full(&self.contents) {
-            let Some((&key, _)) = self.contents.entries.peek_lru() else { break };
-            self.contents.remove(&key);
+            let Some(key) = self.contents.order.pop() else { break };
+            self.remove(&key);
             self.counters.evictions += 1;
         }
     }
 
     fn drop_if_expired(&mut self, key: &ResponseKey, now_ms: u64) -> bool {
-        let is_expired = self.contents.entries.peek(key).is_some_and(|entry| now_ms >= entry.expires_ms);
+        let is_expired = self.contents.entries.get(key).is_some_and(|entry| now_ms >= entry.expires_ms);
         if is_expired {
-            self.contents.remove(key);
+            self.remove(key);
             self.counters.expired += 1;
         }
         is_expired
@@ -310,9 +328,11 @@ impl ResponseStore {
 
     /// See the head of this file.
     pub fn check_invariants(&self) -> Result<(), String> {
-        let Contents { entries, by_expiry, by_tag, bytes } = &self.contents;
+        let Contents { entries, order, by_expiry, by_tag, bytes } = &self.contents;
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_string()) };
-        check(*bytes == entries.iter().map(|(_, entry)| entry.bytes).sum::<u64>(), "bytes are not the sum")?;
+        order.check_invariants().map_err(|error| error.to_string())?;
+        check(order.len() == entries.len() && order.iter().all(|key| entries.contains_key(key)), "the order differs")?;
+        check(*bytes == entries.values().map(|entry| entry.bytes).sum::<u64>(), "bytes are not the sum")?;
         check(*bytes <= self.options.max_bytes, "more bytes than the budget")?;
         check(entries.len() as u64 <= self.options.max_entries, "more entries than allowed")?;
         check(by_expiry.len() == entries.len(), "the order of expiry has another length")?;
@@ -323,7 +343,7 @@ impl ResponseStore {
         }
         for (tag, keys) in by_tag {
             check(!keys.is_empty(), "a tag without entries")?;
-            let has_tag = |key| entries.peek(key).is_some_and(|entry| entry.tags.contains(tag));
+            let has_tag = |key| entries.get(key).is_some_and(|entry| entry.tags.contains(tag));
             check(keys.iter().all(has_tag), "a tag names an entry that does not have it")?;
         }
         Ok(())
@@ -331,17 +351,24 @@ impl ResponseStore {
 }
 
 impl Contents {
-    fn insert(&mut self, key: ResponseKey, entry: Entry) {
+    fn new(max_bytes: u64, owner_share: f64) -> Self {
+        let order = FairLru::new((max_bytes as f64 * owner_share) as u64);
+        Contents { entries: HashMap::new(), order, by_expiry: BTreeSet::new(), by_tag: HashMap::new(), bytes: 0 }
+    }
+
+    fn insert(&mut self, key: ResponseKey, entry: Entry, owner: OwnerKey) {
         self.bytes += entry.bytes;
         self.by_expiry.insert((entry.expires_ms, key));
         for tag in entry.tags.iter() {
             self.by_tag.entry(tag.clone()).or_default().insert(key);
         }
-        self.entries.put(key, entry);
+        self.order.insert(key, owner, entry.bytes);
+        self.entries.insert(key, entry);
     }
 
-    fn remove(&mut self, key: &ResponseKey) -> bool {
-        let Some(entry) = self.entries.pop(key) else { return false };
+    fn remove(&mut self, key: &ResponseKey) -> Option<Entry> {
+        let entry = self.entries.remove(key)?;
+        self.order.forget(key);
         self.bytes -= entry.bytes;
         self.by_expiry.remove(&(entry.expires_ms, *key));
         for tag in entry.tags.iter() {
@@ -352,7 +379,7 @@ impl Contents {
                 }
             }
         }
-        true
+        Some(entry)
     }
 }
 
@@ -365,7 +392,7 @@ mod tests {
     fn store(max_entries: u64) -> ResponseStore {
         // Entries of 100 bytes without tags.
         let max_bytes = max_entries * (RESPONSE_ENTRY_BYTES + 100);
-        ResponseStore::new(ResponseCacheOptions { max_bytes, ttl_ms: TTL_MS, ..ResponseCacheOptions::default() })
+        ResponseStore::new(ResponseCacheOptions { max_bytes, ttl_ms: TTL_MS, ..ResponseCacheOptions::default() }, 1.0)
     }
 
     fn key(name: u8) -> ResponseKey {
@@ -373,7 +400,7 @@ mod tests {
     }
 
     fn tagged(tags: &[&str]) -> EntryOptions {
-        EntryOptions { tags: tags.iter().map(|&tag| tag.into()).collect(), ttl_ms: None }
+        EntryOptions { tags: tags.iter().map(|&tag| tag.into()).collect(), ttl_ms: None, ..EntryOptions::default() }
     }
 
     fn put(store: &mut ResponseStore, name: u8, options: EntryOptions, now_ms: u64) -> bool {
@@ -383,6 +410,51 @@ mod tests {
 
     fn found(store: &mut ResponseStore, now_ms: u64) -> Vec<u8> {
         (0..=9).filter(|&name| store.contains(&key(name), now_ms)).collect()
+    }
+
+    /// The flood of one owner takes from others no more than what his share and unused room allow.
+    #[test]
+    fn flood_of_one_owner_leaves_others_theirs() {
+        for (share, num_left) in [(1.0, 0), (0.5, 40)] {
+            let max_bytes = 100 * (RESPONSE_ENTRY_BYTES + 100);
+            let options = ResponseCacheOptions { max_bytes, ttl_ms: TTL_MS, ..ResponseCacheOptions::default() };
+            let mut store = ResponseStore::new(options, share);
+            let name = |name: u32| ResponseKey(std::array::from_fn(|i| name.to_le_bytes()[i % 4]));
+            for number in 0..10_000 {
+                let owner = if number < 40 { [1; 32] } else { [2; 32] };
+                let (options, ticket) = (EntryOptions { owner, ..EntryOptions::default() }, store.ticket());
+                assert!(store.put(name(number), vec![0; 100].into(), options, ticket, 0));
+            }
+            let left = (0..40).filter(|&number| store.contains(&name(number), 0)).count();
+            assert_eq!((left, store.stats().entries), (num_left, 100), "{share}");
+            store.check_invariants().expect("sound");
+        }
+    }
+
+    /// However an entry is given up, its value is handed out and not freed meanwhile: that takes time, and somebody holds a
+    /// lock.
+    #[test]
+    fn values_are_freed_by_who_asks_for_them() {
+        type GiveUp = fn(&mut ResponseStore);
+        let ways: [(&str, GiveUp); 6] = [
+            ("a tag", |store| assert_eq!(store.invalidate("t"), 1)),
+            ("age", |store| assert_eq!(store.prune(TTL_MS), 1)),
+            ("age, when it is asked for", |store| assert!(store.get(&key(0), TTL_MS).is_none())),
+            ("room", |store| assert!(put(store, 1, EntryOptions::default(), 0))),
+            ("another value", |store| assert!(put(store, 0, EntryOptions::default(), 0))),
+            ("its name", |store| assert!(store.remove(&key(0)))),
+        ];
+        for (why, give_up) in ways {
+            // With its tag it leaves no room for another one.
+            let (mut store, value): (_, Arc<[u8]>) = (store(2), vec![0; 20].into());
+            let ticket = store.ticket();
+            assert!(store.put(key(0), value.clone(), tagged(&["t"]), ticket, 0), "{why}");
+            give_up(&mut store);
+            assert_eq!(Arc::strong_count(&value), 2, "{why}: not yet");
+            drop(store.take_freed());
+            assert_eq!(Arc::strong_count(&value), 1, "{why}");
+            store.check_invariants().expect("sound");
+        }
     }
 
     /// The least recently used entry goes when there is no room; being found is a use, being asked for is none.
@@ -422,7 +494,7 @@ mod tests {
     #[test]
     fn use_sets_the_time() {
         let options = ResponseCacheOptions { max_bytes: 1 << 20, ttl_ms: 60_000, ..ResponseCacheOptions::default() };
-        let mut store = ResponseStore::new(ResponseCacheOptions { adaptive_ttl: true, ..options });
+        let mut store = ResponseStore::new(ResponseCacheOptions { adaptive_ttl: true, ..options }, 1.0);
         for name in 0..3 {
             put(&mut store, name, EntryOptions::default(), 0);
         }
@@ -493,7 +565,7 @@ mod tests {
         assert!(!store.put(key(1), vec![0; 2_000].into(), EntryOptions::default(), ticket, 0));
         assert_eq!((found(&mut store, 0), store.stats().too_large), (vec![0], 1));
         let options = ResponseCacheOptions { max_bytes: 1 << 30, max_entries: 1, ..ResponseCacheOptions::default() };
-        let mut roomy = ResponseStore::new(options);
+        let mut roomy = ResponseStore::new(options, 1.0);
         for (len, is_kept) in [(MAX_RESPONSE_BYTES, true), (MAX_RESPONSE_BYTES + 1, false)] {
             assert_eq!(roomy.put(key(0), vec![0; len].into(), EntryOptions::default(), ticket, 0), is_kept, "{len}");
         }

@@ -17,7 +17,7 @@ use crate::kv_cache::tiers::disk::DiskTier;
 use crate::kv_cache::tiers::remote::RemoteTier;
 use crate::kv_cache::tiers::{Fault, LayoutId, StoredKey, TierId};
 use crate::response_cache::{ResponseKey, decode_mark, encode_mark, mark_key};
-use crate::sequence::BlockKey;
+use crate::sequence::{BlockKey, OwnerKey};
 
 /// How long a mark is kept in a shared store: longer than an entry that was being stored when the mark was made.
 const MARK_TTL_S: u64 = MAX_REMOTE_TTL_S + 86_400;
@@ -30,8 +30,8 @@ pub(crate) trait AnswerStore: Send {
     fn id(&self) -> TierId;
     /// The entry of a key, as it was stored.
     fn get(&mut self, key: &ResponseKey) -> Result<Option<Arc<[u8]>>, Fault>;
-    /// Stores an entry that is of use for `ttl_ms`, in the place of one that is there.
-    fn put(&mut self, key: &ResponseKey, entry: &[u8], ttl_ms: u64) -> Result<(), Fault>;
+    /// Stores an entry that is of use for `ttl_ms` and counts for an owner, in the place of one that is there.
+    fn put(&mut self, key: &ResponseKey, owner: &OwnerKey, entry: &[u8], ttl_ms: u64) -> Result<(), Fault>;
     /// Makes a mark; a later one of the same key counts.
     fn mark(&mut self, key: &ResponseKey, at_ms: u64) -> Result<(), Fault>;
     /// When a mark was made.
@@ -82,7 +82,7 @@ impl DiskAnswers {
             }
             for key in lost {
                 if let Some(&at_ms) = self.marks.get(&ResponseKey(key.block.0)) {
-                    self.tier.replace(key, &encode_mark(at_ms))?;
+                    self.tier.replace(&OwnerKey::default(), key, &encode_mark(at_ms))?;
                 }
             }
         }
@@ -102,8 +102,8 @@ impl AnswerStore for DiskAnswers {
         found
     }
 
-    fn put(&mut self, key: &ResponseKey, entry: &[u8], _ttl_ms: u64) -> Result<(), Fault> {
-        let stored = self.tier.replace(stored(key, entry_layout()), entry);
+    fn put(&mut self, key: &ResponseKey, owner: &OwnerKey, entry: &[u8], _ttl_ms: u64) -> Result<(), Fault> {
+        let stored = self.tier.replace(owner, stored(key, entry_layout()), entry);
         self.keep_marks()?;
         stored
     }
@@ -112,7 +112,7 @@ impl AnswerStore for DiskAnswers {
         if self.marks.len() >= MAX_RESPONSE_MARKS && !self.marks.contains_key(key) {
             return self.clear(at_ms);
         }
-        self.tier.replace(stored(key, mark_layout()), &encode_mark(at_ms))?;
+        self.tier.replace(&OwnerKey::default(), stored(key, mark_layout()), &encode_mark(at_ms))?;
         self.marks.insert(*key, at_ms);
         self.keep_marks()
     }
@@ -162,7 +162,7 @@ impl AnswerStore for RemoteAnswers {
         Ok(self.tier.get(&stored(key, entry_layout()))?.map(Into::into))
     }
 
-    fn put(&mut self, key: &ResponseKey, entry: &[u8], ttl_ms: u64) -> Result<(), Fault> {
+    fn put(&mut self, key: &ResponseKey, _owner: &OwnerKey, entry: &[u8], ttl_ms: u64) -> Result<(), Fault> {
         let ttl_s = ttl_ms.div_ceil(1_000).clamp(1, self.tier.max_ttl_s());
         self.tier.replace(&stored(key, entry_layout()), entry, ttl_s)
     }

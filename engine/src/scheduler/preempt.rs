@@ -56,6 +56,7 @@ mod tests {
             deadline_ms: None,
             timeout_ms: 0,
             namespace: [0; 32],
+            owner: [0; 32],
             prefix_cache: CacheUse::ReadWrite,
             prompt_logprobs: None,
             logprobs: None,

@@ -28,6 +28,23 @@ struct Flush {
     result: Result<()>,
 }
 
+impl Flush {
+    /// The first failure is told.
+    fn fail(&mut self, error: Error) {
+        if self.result.is_ok() {
+            self.result = Err(error);
+        }
+    }
+
+    /// What a tier was to have and has not is a failure too. The first one is told, others by the next flush.
+    fn note_unstored(&mut self, tiers: &mut Tiers) {
+        let ids: Vec<TierId> = tiers.ids().collect();
+        if let Some((id, (count, reason))) = ids.into_iter().find_map(|id| Some((id, tiers.take_unstored(id)?))) {
+            self.fail(Error::NotStored { tier: id.name(), count, what: "KV blocks", reason });
+        }
+    }
+}
+
 impl Tiering {
     pub(super) fn new(threads: Vec<TierThread>) -> Self {
         Tiering { threads, flushes: VecDeque::new(), clears: Vec::new() }
@@ -36,8 +53,8 @@ impl Tiering {
     /// Gives each tier what it is to do next.
     pub(super) fn drive(&mut self, tiers: &mut Tiers, now_us: u64) {
         for thread in &self.threads {
-            while let Some(job) = tiers.next_job(thread.id(), now_us) {
-                thread.give(job);
+            while let Some((id, job)) = tiers.next_job(thread.id(), now_us) {
+                thread.give(id, job);
             }
         }
         let Some(flush) = self.flushes.front_mut() else { return };
@@ -45,6 +62,7 @@ impl Tiering {
         if flush.num_unanswered.is_none() && flush.num_queued.iter().all(is_written) {
             self.threads.iter().for_each(TierThread::flush);
             flush.num_unanswered = Some(self.threads.len());
+            flush.note_unstored(tiers);
         }
         self.settle_flush();
     }
@@ -52,16 +70,16 @@ impl Tiering {
     /// Takes what a tier's thread has to say.
     pub(super) fn answer(&mut self, tiers: &mut Tiers, answer: TierAnswer, now_us: u64) {
         match answer {
-            TierAnswer::Done { id, done, lost } => {
-                tiers.complete(id, done, now_us);
+            TierAnswer::Done { id, job, done, lost } => {
+                tiers.complete(id, job, done, now_us);
                 tiers.lost(id, lost);
                 self.settle_clears(Some(tiers));
             }
             TierAnswer::Flushed { id, result } => {
                 let flush = self.flushes.front_mut().expect("one that was asked for");
                 flush.num_unanswered = flush.num_unanswered.map(|num| num - 1);
-                if let (Err(fault), Ok(())) = (result, &flush.result) {
-                    flush.result = Err(storage_error(id, &fault));
+                if let Err(fault) = result {
+                    flush.fail(storage_error(id, &fault));
                 }
                 self.settle_flush();
             }
@@ -69,15 +87,14 @@ impl Tiering {
     }
 
     /// Begins a flush; without tiers there is nothing to wait for.
-    pub(super) fn flush(&mut self, tiers: Option<&Tiers>, reply: SyncSender<Result<()>>) {
-        let queued = |thread: &TierThread| Some((thread.id(), tiers?.num_writes_queued(thread.id())));
-        let num_queued = self.threads.iter().filter_map(queued).collect();
+    pub(super) fn flush(&mut self, tiers: Option<&mut Tiers>, reply: SyncSender<Result<()>>) {
+        let Some(tiers) = tiers else {
+            // Whoever asked may have gone.
+            let _ = reply.send(Ok(()));
+            return;
+        };
+        let num_queued = self.threads.iter().map(|it| (it.id(), tiers.num_writes_queued(it.id()))).collect();
         self.flushes.push_back(Flush { reply, num_queued, num_unanswered: None, result: Ok(()) });
-        if tiers.is_none() {
-            // Only to be answered.
-            self.flushes.iter_mut().for_each(|flush| flush.num_unanswered = Some(0));
-            self.settle_flush();
-        }
     }
 
     /// Somebody waits until the tiers have given everything up.

@@ -32,6 +32,7 @@ pub fn spec(prompt: &[u32], max_new_tokens: usize, sampling: SamplingParams) -> 
         deadline_ms: None,
         timeout_ms: 0,
         namespace: NamespaceKey::default(),
+        owner: [0; 32],
         prefix_cache: CacheUse::ReadWrite,
         prompt_logprobs: None,
         logprobs: Some(20),

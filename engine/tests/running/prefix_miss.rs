@@ -38,7 +38,7 @@ fn cache(pool_blocks: usize, host_blocks: u64, tiers: &[TierId]) -> KvCache {
         block_tokens: BLOCK,
         identity,
         prefix_cache: true,
-        namespace_share: 1.0,
+        owner_share: 1.0,
         tiers: Some(tiers),
     })
 }
@@ -52,6 +52,7 @@ fn sequence(prompt: &[u32]) -> Sequence {
         deadline_ms: None,
         timeout_ms: 0,
         namespace: [0; 32],
+        owner: [0; 32],
         prefix_cache: CacheUse::ReadWrite,
         prompt_logprobs: None,
         logprobs: None,
@@ -106,14 +107,14 @@ fn serve(kv: &mut KvCache, now_us: u64, elapsed_us: u64, outcome: impl Fn(usize)
     let tiers = kv.tiers().expect("there are some");
     let id = tiers.ids().next().expect("one below host memory");
     let mut num_reads = 0;
-    while let Some(job) = tiers.next_job(id, now_us) {
+    while let Some((job_id, job)) = tiers.next_job(id, now_us) {
         let outcome = match job {
             Job::Read(_) => outcome(num_reads),
             Job::Write(..) => Outcome::Stored,
             Job::Quarantine(_) | Job::Clear => Outcome::Missing,
         };
         num_reads += usize::from(matches!(job, Job::Read(_)));
-        tiers.complete(id, Done { outcome, elapsed_us }, now_us);
+        tiers.complete(id, job_id, Done { outcome, elapsed_us }, now_us);
     }
 }
 
@@ -193,7 +194,7 @@ fn evicted_blocks_name_their_place() {
 fn missing_in_a_shared_store_is_not_evicted() {
     for (was_there, reason) in [(false, MissReason::NeverSeen), (true, MissReason::Evicted(CacheTier::Pool))] {
         let mut kv = cache(8, 0, &[TierId::Remote]);
-        kv.tiers().expect("a store").forbid_writes(TierId::Remote);
+        kv.tiers().expect("a store").forbid_writes(TierId::Remote, Fault::ReadOnly);
         let first = prompt(1, 4);
         let ask = |kv: &mut KvCache, prompt: &[u32]| {
             let mut seq = sequence(prompt);
@@ -251,8 +252,8 @@ fn slow_tiers_are_told_apart() {
     admit(&mut kv, &mut seq, 0);
     let tiers = kv.tiers().expect("a disk");
     let done = Done { outcome: Outcome::Found(vec![7; BLOCK_BYTES].into()), elapsed_us: 1 };
-    assert!(tiers.next_job(TierId::Disk, 0).is_some());
-    tiers.complete(TierId::Disk, done, 0);
+    let (job_id, _) = tiers.next_job(TierId::Disk, 0).expect("a read");
+    tiers.complete(TierId::Disk, job_id, done, 0);
     kv.advance_restore(&mut seq, 0);
     assert!(seq.prefix_miss.is_none() && seq.restore.is_some(), "it waits");
     kv.advance_restore(&mut seq, BUDGET_US);

@@ -142,12 +142,14 @@ impl World {
         }
         let max_new_tokens = if rng.one_in(8) { rng.range(0, 1) } else { rng.range(2, 30) };
         let seed = rng.next();
+        let owner = namespace(rng.range(0, 1) as u8);
         let template = SequenceSpec {
             priority: rng.pick(&[Priority::High, Priority::Normal, Priority::Normal, Priority::Background]),
             stop_token_ids: if rng.one_in(3) { Arc::from([3, 5]) } else { Arc::from([]) },
             deadline_ms: rng.one_in(5).then(|| sim.now_ms + rng.range(1, 60) as u64),
             timeout_ms: 60,
-            namespace: namespace(rng.range(0, 1) as u8),
+            namespace: owner,
+            owner,
             prefix_cache: rng.pick(&USES),
             prompt_logprobs: rng.one_in(6).then(|| rng.range(0, 2)),
             logprobs: rng.one_in(3).then(|| rng.range(0, 2)),

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use ns_llm::kv_cache::tiers::disk::Damage;
-use ns_llm::kv_cache::tiers::{Done, Fault, Job, LayoutId, Outcome, StoredKey, TierId, Tiers, TiersConfig};
+use ns_llm::kv_cache::tiers::{Done, Fault, Job, JobId, LayoutId, Outcome, StoredKey, TierId, Tiers, TiersConfig};
 
 use crate::fake_executor::{block_bytes, mix};
 
@@ -55,7 +55,7 @@ struct SimStore {
     /// Sorted, so that a draw means the same in each run.
     keys: Vec<StoredKey>,
     /// With the moment at which each is done.
-    jobs: VecDeque<(Job, u64)>,
+    jobs: VecDeque<(JobId, Job, u64)>,
 }
 
 impl SimTiers {
@@ -72,17 +72,17 @@ impl SimTiers {
     pub fn serve(&mut self, tiers: &mut Tiers, now_ms: u64) {
         let now_us = now_ms * 1_000;
         for (place, id) in [TierId::Disk, TierId::Remote].into_iter().enumerate() {
-            while let Some(job) = tiers.next_job(id, now_us) {
+            while let Some((job_id, job)) = tiers.next_job(id, now_us) {
                 let takes_ms = if self.draw(40) == 0 { 2 * LOAD_BUDGET_MS } else { self.draw(4) };
-                let before_ms = self.stores[place].jobs.back().map_or(now_ms, |(_, end_ms)| *end_ms);
-                self.stores[place].jobs.push_back((job, before_ms.max(now_ms) + takes_ms));
+                let before_ms = self.stores[place].jobs.back().map_or(now_ms, |(_, _, end_ms)| *end_ms);
+                self.stores[place].jobs.push_back((job_id, job, before_ms.max(now_ms) + takes_ms));
             }
-            while self.stores[place].jobs.front().is_some_and(|(_, end_ms)| *end_ms <= now_ms) {
-                let (job, _) = self.stores[place].jobs.pop_front().expect("just seen");
+            while self.stores[place].jobs.front().is_some_and(|(_, _, end_ms)| *end_ms <= now_ms) {
+                let (job_id, job, _) = self.stores[place].jobs.pop_front().expect("just seen");
                 let outcome = self.run(place, job);
                 self.tally.faults += u64::from(matches!(outcome, Outcome::Fault(_)));
                 let elapsed_us = self.draw(2_000);
-                tiers.complete(id, Done { outcome, elapsed_us }, now_us);
+                tiers.complete(id, job_id, Done { outcome, elapsed_us }, now_us);
                 let lost = self.lose(place);
                 tiers.lost(id, lost);
             }
@@ -108,7 +108,7 @@ impl SimTiers {
                 }
                 None => Outcome::Missing,
             },
-            Job::Write(key, bytes) => {
+            Job::Write(key, bytes, _) => {
                 self.tally.writes += 1;
                 if store.blocks.insert(key, bytes).is_none() {
                     let at = store.keys.partition_point(|other| *other < key);

@@ -25,6 +25,7 @@ pub fn spec(prompt: impl Into<Arc<[u32]>>, max_new_tokens: usize) -> SequenceSpe
         deadline_ms: None,
         timeout_ms: 0,
         namespace: [0; 32],
+        owner: [0; 32],
         prefix_cache: CacheUse::ReadWrite,
         prompt_logprobs: None,
         logprobs: None,
@@ -45,7 +46,7 @@ pub fn kv_cache_over(num_blocks: usize, block_tokens: usize, tiers: Option<Tiers
         numerics_id: "fake".to_string(),
         adapter: String::new(),
     };
-    KvCache::new(KvCacheConfig { num_blocks, block_tokens, identity, prefix_cache: true, namespace_share: 0.5, tiers })
+    KvCache::new(KvCacheConfig { num_blocks, block_tokens, identity, prefix_cache: true, owner_share: 0.5, tiers })
 }
 
 /// What is known of an added sequence without looking into the scheduler, and what came of it.

@@ -17,6 +17,7 @@
 //! | G12 | A newer format is left alone | `newer_version_is_left_alone`; there is no older one |
 //! | G13 | A panic is an unclean end | nothing is done at a clean end, so every test that drops a tier shows it |
 //! | G14 | Private, and wiped by one call | `directory_is_private`, `real_files_are_found_again_and_wiped` |
+//! | M7 | One owner's flood leaves others their share, after a restart too | `flood_of_one_owner_leaves_others_theirs` |
 //! | G15 | A stalled disk costs a bounded time | `tiers.rs`: `stalled_tier_costs_the_budget_once`, in simulated time |
 //!
 //! Less than the charter: a file system of limited size and a read-only mount (G5) need the rights to mount, the simulated
@@ -709,4 +710,80 @@ fn directory_is_private() {
     std::fs::remove_file(path.join("lock")).expect("there");
     symlink(&secret, path.join("lock")).expect("links");
     assert_eq!(Directory::open(&path).expect_err("the lock is a link").code(), "io");
+}
+
+/// With a share for each owner, the flood of one takes from the other what is over his own share and nothing else, in all
+/// orders of writing and after a restart; without one it takes everything. The budget holds, and blocks are found whoever
+/// they count for.
+#[test]
+fn flood_of_one_owner_leaves_others_theirs() {
+    let budget_bytes = 400 * PAGE_BYTES;
+    let open_with = |disk: &SimDisk, share: f64| {
+        let options = DiskOptions::new(budget_bytes, MAX_PAYLOAD_BYTES).expect("room").owner_share(share);
+        let seed = disk.num_calls().to_le_bytes();
+        DiskTier::open(Box::new(disk.clone()), Access::Write, options, std::array::from_fn(|i| seed[i % 8]))
+    };
+    let (quiet, loud) = ([1; 32], [2; 32]);
+    for (share, keeps) in [(0.5, true), (1.0, false)] {
+        let disk = SimDisk::new(7);
+        let mut tier = open_with(&disk, share).expect("an empty disk");
+        let mine: Vec<StoredKey> = (0..60).map(key).collect();
+        let mut others = 1_000..;
+        let mut flood = |tier: &mut DiskTier, count: usize| {
+            for name in others.by_ref().take(count) {
+                assert_eq!(tier.put_for(&loud, key(name), &payload(&key(name))), Ok(true));
+                tier.check_invariants().expect("sound");
+            }
+        };
+        for key in &mine {
+            tier.put_for(&quiet, *key, &payload(key)).expect("room");
+            flood(&mut tier, 3);
+        }
+        flood(&mut tier, 500);
+        let is_here = |tier: &mut DiskTier| mine.iter().filter(|key| tier.get(key) == Ok(Some(payload(key)))).count();
+        assert_eq!(is_here(&mut tier), if keeps { 60 } else { 0 }, "{share}");
+        assert!(
+            tier.report().evicted_segments > 10 && tier.stats().bytes > budget_bytes * 3 / 4,
+            "{:?}",
+            tier.report()
+        );
+        drop(tier);
+        // Who owns what is found again in the files.
+        let mut tier = open_with(&disk, share).expect("opens");
+        flood(&mut tier, 500);
+        assert_eq!(is_here(&mut tier), if keeps { 60 } else { 0 }, "{share}, after a restart");
+        assert!(tier.report().evicted_segments > 10 && disk.take_max_bytes() <= budget_bytes);
+        drop(tier);
+        // An engine without shares finds the same blocks, and what it writes later is what counts.
+        let mut tier = open_with(&disk, 1.0).expect("opens");
+        assert_eq!(is_here(&mut tier), if keeps { 60 } else { 0 });
+        tier.replace(&quiet, mine[0], b"newer").expect("room");
+        drop(tier);
+        let mut tier = open_with(&disk, share).expect("opens");
+        assert_eq!(tier.get(&mine[0]).map(|found| found.is_some_and(|it| *it == *b"newer")), Ok(true), "{share}");
+        tier.check_invariants().expect("sound");
+    }
+}
+
+/// Segments of several owners are written side by side, so a later record may lie in an older file: it counts, also after a
+/// restart.
+#[test]
+fn later_record_in_an_older_file_counts() {
+    let disk = SimDisk::new(3);
+    let open_with = |share: f64| {
+        let options = DiskOptions::new(400 * PAGE_BYTES, MAX_PAYLOAD_BYTES).expect("room").owner_share(share);
+        DiskTier::open(Box::new(disk.clone()), Access::Write, options, [5; 16]).expect("opens")
+    };
+    for (share, value) in [(1.0, b"first"), (0.5, b"other"), (1.0, b"later")] {
+        let mut tier = open_with(share);
+        tier.replace(&[1; 32], key(1), value).expect("room");
+        tier.put(key(2 + share as u64), b"beside").expect("room");
+        tier.check_invariants().expect("sound");
+    }
+    assert_eq!(disk.contents().len(), 2, "the last one went to the first file");
+    for share in [0.5, 1.0] {
+        let mut tier = open_with(share);
+        assert_eq!(tier.get(&key(1)).map(|found| found.is_some_and(|it| *it == *b"later")), Ok(true));
+        tier.check_invariants().expect("sound");
+    }
 }

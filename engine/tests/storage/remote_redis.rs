@@ -69,11 +69,11 @@ impl Machine {
     /// Does every job that there is, and says how each ended.
     fn drive(&mut self) -> Vec<Outcome> {
         let mut outcomes = Vec::new();
-        while let Some(job) = self.tiers.next_job(TierId::Remote, self.now_us) {
+        while let Some((job_id, job)) = self.tiers.next_job(TierId::Remote, self.now_us) {
             let outcome = self.remote.run(job);
             self.now_us += 100;
             outcomes.push(outcome.clone());
-            self.tiers.complete(TierId::Remote, Done { outcome, elapsed_us: 100 }, self.now_us);
+            self.tiers.complete(TierId::Remote, job_id, Done { outcome, elapsed_us: 100 }, self.now_us);
             self.tiers.check_invariants().expect("sound");
         }
         outcomes
@@ -81,7 +81,7 @@ impl Machine {
 
     fn persist(&mut self, names: std::ops::Range<u64>) {
         for name in names {
-            self.tiers.persist(key(name), payload(name).into(), self.now_us);
+            self.tiers.persist(key(name), payload(name).into(), [0; 32], self.now_us);
         }
     }
 

@@ -3,7 +3,9 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 use ns_llm::Result;
-use ns_llm::backend::{AttentionLayer, Backend, Gelu, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable};
+use ns_llm::backend::{
+    AttentionLayer, Backend, Gelu, Int8Blocks, KvLayout, LinearPart, LinearWeight, Pooling, RopeTable,
+};
 use std::sync::Arc;
 
 use ns_llm::batch::{Batch, BlockId, OutputRow, Sampled};
@@ -325,6 +327,10 @@ impl Backend for Reference {
             (0..hidden.width).map(mean).collect()
         };
         Ok(batch.sequences.iter().map(|sequence| vector(&sequence.rows)).collect())
+    }
+
+    fn int8_blocks(_: KvLayout) -> Result<Option<Int8Blocks>> {
+        Ok(None)
     }
 
     fn read_blocks(&self, _: &Kv, _: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {

@@ -1,5 +1,5 @@
 /* KV that outlives its engine: what one has computed, the next over the same directory finds on disk, and answers the same;
- * each place beside the pool tells what it holds; a flush is answered in every state.
+ * each place beside the pool tells what it holds; a flush is answered in every state, and says what was not stored.
  * Arguments: the model's folder, and a folder that does not exist. */
 #include "check.h"
 
@@ -88,6 +88,25 @@ static void cleared_kv_is_gone(void) {
     CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(engine));
 }
 
+/* Who may not write a directory knows it from the beginning, and a flush says once what is not stored there. */
+static void a_flush_says_what_was_not_stored(void) {
+    static heard h;
+    ns_llm_engine writer = open_over(folder, 0);
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_clear_prefix_cache(writer));
+    ns_llm_engine reader = open_over(folder, 0);
+    ns_llm_model_info info = {.struct_size = sizeof info};
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_info(writer, &info));
+    CHECK(info.kv_disk_refusal.size == 0 && info.kv_tier_encoding.size == strlen("as-computed"));
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_info(reader, &info));
+    CHECK(info.kv_disk_refusal.size == strlen("another process writes to this tier"));
+    CHECK(answer(reader, &h).cached_tokens == 0);
+    CHECK_STATUS(NS_LLM_NOT_STORED, ns_llm_engine_flush(reader));
+    CHECK(strstr(ns_llm_last_error(NULL), "KV blocks were not stored") != NULL);
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_flush(reader));
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(reader));
+    CHECK_STATUS(NS_LLM_OK, ns_llm_engine_free(writer));
+}
+
 /* Without a directory there is nothing to wait for, and no tier. */
 static void engines_without_tiers_say_so(void) {
     static heard h;
@@ -104,6 +123,7 @@ int main(int argc, char **argv) {
     CHECK(access(folder, F_OK) != 0);
     kv_outlives_its_engine();
     cleared_kv_is_gone();
+    a_flush_says_what_was_not_stored();
     engines_without_tiers_say_so();
     return 0;
 }

@@ -125,7 +125,11 @@ static void options_out_of_range(void) {
     CHECK_STATUS(NS_LLM_INVALID_ARGUMENT, ns_llm_engine_open(&where, &out_engine));
     where.kv_dtype = 0, where.device_ordinal = 1;
     CHECK_STATUS(NS_LLM_INVALID_ARGUMENT, ns_llm_engine_open(&where, &out_engine));
-    where.device_ordinal = 0, where.threads = 100000;
+    where.device_ordinal = 0, where.kv_tier_encoding = NS_LLM_KV_TIER_ENCODING_INT8 + 1;
+    CHECK_STATUS(NS_LLM_INVALID_ARGUMENT, ns_llm_engine_open(&where, &out_engine));
+    where.kv_tier_encoding = 0, where.reserved = 1;
+    CHECK_STATUS(NS_LLM_INVALID_ARGUMENT, ns_llm_engine_open(&where, &out_engine));
+    where.reserved = 0, where.threads = 100000;
     CHECK_STATUS(NS_LLM_INVALID_ARGUMENT, ns_llm_engine_open(&where, &out_engine));
     where.threads = 0, where.flags = 64;
     CHECK_STATUS(NS_LLM_UNSUPPORTED, ns_llm_engine_open(&where, &out_engine));

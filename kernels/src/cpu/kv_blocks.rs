@@ -21,6 +21,7 @@ use half::{bf16, f16};
 
 use crate::error::{Error, Result};
 use crate::host::{HugeBuffer, Plain};
+use crate::kv_int8::{Float, Int8Blocks};
 
 /// Tokens whose keys are the lanes of one score product.
 pub const CHUNK_TOKENS: usize = 16;
@@ -107,6 +108,24 @@ impl KvBlocksLayout {
     /// Bytes of one block over all layers, keys and values.
     pub fn block_bytes(&self) -> usize {
         self.block_len() * self.dtype.size_bytes()
+    }
+
+    /// How a block is written in 8 bits; `None`: it is.
+    pub fn int8_blocks(&self) -> Option<Int8Blocks> {
+        let float = match self.dtype {
+            KvDtype::F32 => Float::F32,
+            KvDtype::F16 => Float::F16,
+            KvDtype::Bf16 => Float::Bf16,
+            KvDtype::Int8 => return None,
+        };
+        Some(Int8Blocks {
+            num_heads: self.num_layers * self.num_kv_heads,
+            block_tokens: self.block_tokens,
+            head_dim: self.head_dim,
+            value_stride: self.value_stride(),
+            keys_are_transposed: true,
+            float,
+        })
     }
 
     /// Bytes of the whole pool, when the sizes are possible.
@@ -251,6 +270,18 @@ mod tests {
         refused(|l| l.num_blocks = 1 << 28, "num_blocks is 268435456");
         refused(|l| l.num_layers = 1 << 50, "num_blocks is 5");
         refused(|l| l.num_layers = 1 << 24, "KV blocks needs");
+    }
+
+    /// A block that is written in 8 bits has the bytes of a block of a pool of 8-bit integers.
+    #[test]
+    fn eight_bits_are_those_of_the_pool() {
+        for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16] {
+            let blocks = KvBlocksLayout { dtype, ..layout() };
+            let encoded = blocks.int8_blocks().expect("floats");
+            assert_eq!(encoded.block_bytes(), blocks.block_bytes());
+            assert_eq!(encoded.encoded_bytes(), KvBlocksLayout { dtype: KvDtype::Int8, ..layout() }.block_bytes());
+        }
+        assert_eq!(KvBlocksLayout { dtype: KvDtype::Int8, ..layout() }.int8_blocks(), None);
     }
 
     /// Heads tile the pool without gap or overlap in every type: writing each with its own number and reading all back

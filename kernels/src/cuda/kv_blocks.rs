@@ -6,6 +6,7 @@
 
 use super::launch::{Sizes, SliceMut};
 use crate::error::Result;
+use crate::kv_int8::{Float, Int8Blocks};
 
 /// How a key or a value is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,6 +55,20 @@ impl KvLayout {
     /// Bytes of one block over all layers, keys and values.
     pub fn block_bytes(&self) -> usize {
         self.block_len() * size_of::<u16>()
+    }
+    /// How a block is written in 8 bits.
+    pub fn int8_blocks(&self) -> Int8Blocks {
+        Int8Blocks {
+            num_heads: self.num_layers * self.num_kv_heads,
+            block_tokens: self.block_tokens,
+            head_dim: self.head_dim,
+            value_stride: self.head_dim,
+            keys_are_transposed: false,
+            float: match self.dtype {
+                KvDtype::F16 => Float::F16,
+                KvDtype::Bf16 => Float::Bf16,
+            },
+        }
     }
     /// Where the keys of a token begin; its values begin half a [`head_len`](Self::head_len) behind them.
     pub fn key_start(&self, slot: usize, layer_idx: usize, kv_head: usize) -> usize {
@@ -111,5 +126,6 @@ mod tests {
         }
         assert!(seen.iter().all(|&count| count == 1));
         assert_eq!(layout.block_bytes(), 3 * 2 * 2 * 16 * 20 * 2);
+        assert_eq!(layout.int8_blocks().block_bytes(), layout.block_bytes());
     }
 }

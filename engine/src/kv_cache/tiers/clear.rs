@@ -1,10 +1,10 @@
 //! Giving everything up: host memory at once, a tier by a job. What was given to a tier before is answered as if nothing had
 //! happened to those who wait for it, but is not kept.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 
-use super::{Fault, Job, Tier, TierId, Tiers};
+use super::{Fault, Job, StoredKey, Tier, TierId, Tiers};
 use crate::request::MissReason;
 
 /// What has become of the last [`Tiers::clear`] in one tier.
@@ -31,10 +31,11 @@ impl Tiers {
             let tier = self.tier_mut(id);
             tier.held.clear();
             tier.drop_writes();
-            tier.num_stale_jobs = tier.jobs.len();
+            tier.unstored.clear();
+            tier.first_valid_job = tier.next_job;
             if id == TierId::Disk {
-                tier.clear = if !tier.writes_allowed {
-                    ClearState::Failed(Fault::ReadOnly)
+                tier.clear = if let Some(refusal) = &tier.refusal {
+                    ClearState::Failed(refusal.clone())
                 } else if tier.breaker.allows(now_us) {
                     ClearState::Pending
                 } else {
@@ -54,16 +55,18 @@ impl Tiers {
 impl Tier {
     /// The job that clears, when it is to be done. It goes before all others.
     pub(super) fn next_clear(&self) -> Option<Job> {
-        let is_given = self.jobs.contains(&Job::Clear);
-        (self.writes_allowed && self.clear != ClearState::Done && !is_given).then_some(Job::Clear)
+        let is_given = self.jobs.iter().any(|(_, job)| *job == Job::Clear);
+        (self.refusal.is_none() && self.clear != ClearState::Done && !is_given).then_some(Job::Clear)
     }
 
-    /// What waits to be written is not; how many blocks that are.
-    pub(super) fn drop_writes(&mut self) -> usize {
+    /// What waits to be written is not; which blocks that are.
+    pub(super) fn drop_writes(&mut self) -> Vec<StoredKey> {
         let writes: VecDeque<_> = std::mem::take(&mut self.writes);
-        let keys: HashSet<_> = writes.iter().map(|(key, _)| *key).collect();
-        self.write_queue_bytes -= writes.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
-        self.writing.retain(|key| !keys.contains(key));
-        writes.len()
+        self.write_queue_bytes -= writes.iter().map(|write| write.bytes.len() as u64).sum::<u64>();
+        let keys: Vec<_> = writes.into_iter().map(|write| write.key).collect();
+        keys.iter().for_each(|key| {
+            self.writing.remove(key);
+        });
+        keys
     }
 }

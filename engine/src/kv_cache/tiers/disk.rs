@@ -6,7 +6,8 @@
 //! **How.** A block is one record ([`record`]): all layers or nothing. Records are appended and never changed. The index
 //! lives in memory and is rebuilt from the records' headers at opening: a torn end is cut off, damaged records are
 //! skipped and counted. A payload is checked each time it is read. Room is made by removing whole segments, the least
-//! recently used first; a file is never used again for something else.
+//! recently used first; a file is never used again for something else. Where owners have a share, each has segments of his
+//! own, and those of one over his share go first.
 //!
 //! **Sync policy.** Writing does not wait for the medium: for a cache a torn record is a miss. [`DiskTier::flush`] does:
 //! what was stored before it returned `Ok` outlives a power failure. A sync that failed is not tried again, for the system
@@ -15,6 +16,7 @@
 //! Owns no thread and no clock; its files are behind [`SegmentFiles`]. Invariants: [`DiskTier::check_invariants`].
 
 mod directory;
+mod options;
 mod record;
 mod survey;
 
@@ -25,76 +27,16 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use super::{Fault, Job, Outcome, StoredKey, TierId, TierStats, TierStore};
-use crate::config::{DISK_MIN_SEGMENTS, DISK_SEGMENT_BYTES, MAX_DISK_ENTRIES, MAX_DISK_SEGMENTS};
+use crate::config::{MAX_DISK_ENTRIES, MAX_DISK_SEGMENTS};
 use crate::error::Error;
+use crate::sequence::OwnerKey;
 pub use directory::{ANSWERS, Access, Directory, SegmentFile, SegmentFiles, draw_seed, file_name};
+pub use options::{DiskOptions, DiskReport, Verification};
 pub use record::{Damage, FORMAT_VERSION, Nonce, PAGE_BYTES, record_bytes};
-use record::{Expected, HEADER_BYTES, RecordHeader, parse_segment_page, segment_page};
+use record::{
+    Expected, HEADER_BYTES, RecordHeader, SegmentOwner, parse_segment_owner, parse_segment_page, segment_page,
+};
 pub use survey::{DamagedPlace, Survey, survey};
-
-/// Sizes of a disk tier; fixed for its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DiskOptions {
-    budget_bytes: u64,
-    max_payload_bytes: u64,
-    segment_bytes: u64,
-}
-
-impl DiskOptions {
-    /// A tier whose files take at most `budget_bytes`, for blocks of at most `max_payload_bytes`.
-    pub fn new(budget_bytes: u64, max_payload_bytes: u64) -> crate::Result<Self> {
-        let max_segment_bytes = PAGE_BYTES + record_bytes(max_payload_bytes.min(u64::MAX / 4));
-        let min_bytes = max_segment_bytes.saturating_mul(2);
-        if budget_bytes < min_bytes {
-            return Err(Error::InvalidArgument {
-                field: "kv_disk_bytes",
-                value: budget_bytes.to_string(),
-                expected: format!("at least {min_bytes}, two segments of one block each"),
-            });
-        }
-        let segment_bytes = (budget_bytes / DISK_MIN_SEGMENTS).min(DISK_SEGMENT_BYTES).max(max_segment_bytes);
-        Ok(DiskOptions { budget_bytes, max_payload_bytes, segment_bytes })
-    }
-
-    /// Bytes that the files take at most.
-    pub fn budget_bytes(&self) -> u64 {
-        self.budget_bytes
-    }
-    /// Longest segment file.
-    pub fn segment_bytes(&self) -> u64 {
-        self.segment_bytes
-    }
-}
-
-/// What opening found and what has happened since, beyond [`TierStats`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct DiskReport {
-    /// Segment files.
-    pub segments: u64,
-    /// Bytes of torn ends that were cut off.
-    pub cut_bytes: u64,
-    /// Runs of bytes that should have been records, at opening; and records that were damaged when they were read.
-    pub damaged_records: u64,
-    /// Those of the damages at opening that no torn end explains: what was stored there was whole once.
-    pub inner_damage: u64,
-    /// Segments whose first page was damaged.
-    pub damaged_segments: u64,
-    /// Segments that were removed because a sync failed or a block of theirs was quarantined.
-    pub dropped_segments: u64,
-    /// Segments that were evicted.
-    pub evicted_segments: u64,
-}
-
-/// What [`DiskTier::verify`] found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Verification {
-    /// Blocks that are as they were written.
-    pub intact: u64,
-    /// Blocks that were not, and are forgotten now.
-    pub damaged: u64,
-    /// Blocks that could not be read.
-    pub unreadable: u64,
-}
 
 #[derive(Debug, Clone, Copy)]
 struct Place {
@@ -108,6 +50,8 @@ struct Place {
 struct Segment {
     /// `None`: nothing in it is believed; it waits for its removal.
     nonce: Option<Nonce>,
+    /// Whom its blocks count for.
+    owner: SegmentOwner,
     /// Upper bound of the file's length.
     bytes: u64,
     /// Keys of its records, in their order.
@@ -127,8 +71,8 @@ pub struct DiskTier {
     access: Access,
     seed: [u8; 16],
     segments: BTreeMap<u64, Segment>,
-    /// The segment that records are appended to.
-    open: Option<u64>,
+    /// The segment that records of an owner are appended to: his newest.
+    open: BTreeMap<SegmentOwner, u64>,
     /// Only looked up, never iterated: its order reaches no result.
     index: HashMap<StoredKey, Place>,
     total_bytes: u64,
@@ -161,7 +105,7 @@ impl DiskTier {
             access,
             seed,
             segments: BTreeMap::new(),
-            open: None,
+            open: BTreeMap::new(),
             index: HashMap::new(),
             total_bytes: 0,
             next_segment: found.last().map_or(0, |file| file.segment + 1),
@@ -172,7 +116,6 @@ impl DiskTier {
             report: DiskReport::default(),
         };
         for file in found {
-            tier.open = None;
             tier.scan(file);
             tier.trim();
         }
@@ -193,17 +136,22 @@ impl DiskTier {
         all.filter(is_here).map(|(_, key)| key)
     }
 
-    /// Stores a block; false: it was here already. Others may go for it ([`DiskTier::take_lost`]).
+    /// Stores a block of no owner in particular; false: it was here already. Others may go for it ([`DiskTier::take_lost`]).
     pub fn put(&mut self, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
-        let stored = self.try_put(key, payload);
+        self.put_for(&OwnerKey::default(), key, payload)
+    }
+
+    /// The same for an owner.
+    pub fn put_for(&mut self, owner: &OwnerKey, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
+        let stored = self.try_put(self.segment_owner(owner), key, payload);
         self.stats.faults += u64::from(stored.is_err());
         stored
     }
 
     /// Stores what is found by `key` from now on, in the place of what was there: also after a restart, for the later of
     /// two records counts.
-    pub fn replace(&mut self, key: StoredKey, payload: &[u8]) -> Result<(), Fault> {
-        let stored = self.try_append(key, payload);
+    pub fn replace(&mut self, owner: &OwnerKey, key: StoredKey, payload: &[u8]) -> Result<(), Fault> {
+        let stored = self.try_append(self.segment_owner(owner), key, payload);
         self.stats.faults += u64::from(stored.is_err());
         stored
     }
@@ -324,7 +272,7 @@ impl DiskTier {
     }
 
     /// The index names records of believed segments under the keys that these list; the bytes add up and stay within the
-    /// budget; the open segment is the newest.
+    /// budget; an open segment is the newest of its owner.
     pub fn check_invariants(&self) -> crate::Result<()> {
         let broken = |reason: String| Err(Error::Internal { reason });
         let total_bytes: u64 = self.segments.values().map(|segment| segment.bytes).sum();
@@ -344,9 +292,11 @@ impl DiskTier {
                 return broken(format!("{key:?} is at {place:?}"));
             }
         }
-        match self.open.is_some() && self.open != self.segments.keys().last().copied() {
-            true => broken("the open segment is not the newest".to_string()),
-            false => Ok(()),
+        let newest_of =
+            |owner| self.segments.iter().rev().find(|(_, segment)| segment.owner == owner).map(|(&id, _)| id);
+        match self.open.iter().find(|&(&owner, &id)| newest_of(owner) != Some(id)) {
+            Some((_, id)) => broken(format!("the open segment {id} is not the newest of its owner")),
+            None => Ok(()),
         }
     }
 }
@@ -359,7 +309,7 @@ impl TierStore for DiskTier {
     fn run(&mut self, job: Job) -> Outcome {
         let outcome = match job {
             Job::Read(key) => self.get(&key).map(|found| found.map_or(Outcome::Missing, Outcome::Found)),
-            Job::Write(key, bytes) => self.put(key, &bytes).map(|_| Outcome::Stored),
+            Job::Write(key, bytes, owner) => self.put_for(&owner, key, &bytes).map(|_| Outcome::Stored),
             Job::Quarantine(key) => {
                 DiskTier::quarantine(self, &key);
                 Ok(Outcome::Missing)
@@ -380,24 +330,32 @@ impl TierStore for DiskTier {
 
 // Writing.
 impl DiskTier {
-    fn try_put(&mut self, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
+    /// Whose segments his blocks are in.
+    fn segment_owner(&self, owner: &OwnerKey) -> SegmentOwner {
+        match self.options.quota_bytes {
+            Some(_) => SegmentOwner(std::array::from_fn(|i| owner[i])),
+            None => SegmentOwner::default(),
+        }
+    }
+
+    fn try_put(&mut self, owner: SegmentOwner, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
         self.check_writer()?;
         if let Some(place) = self.index.get(&key) {
             self.touch(place.segment);
             return Ok(false);
         }
-        self.try_append(key, payload).map(|()| true)
+        self.try_append(owner, key, payload).map(|()| true)
     }
 
-    fn try_append(&mut self, key: StoredKey, payload: &[u8]) -> Result<(), Fault> {
+    fn try_append(&mut self, owner: SegmentOwner, key: StoredKey, payload: &[u8]) -> Result<(), Fault> {
         self.check_writer()?;
         let (bytes, limit_bytes) = (payload.len() as u64, self.options.max_payload_bytes);
         if bytes > limit_bytes {
             return Err(Fault::TooLong { bytes, limit_bytes });
         }
         let record_bytes = record_bytes(bytes);
-        let (id, nonce) = self.segment_with_room(record_bytes)?;
-        self.make_room(record_bytes, 1)?;
+        let (id, nonce) = self.segment_with_room(owner, record_bytes)?;
+        self.make_room(record_bytes, 1, Some(id))?;
         let sequence = self.next_sequence;
         let record = RecordHeader::record(key, nonce, sequence, payload);
         let offset = self.append(id, &record)?;
@@ -408,16 +366,16 @@ impl DiskTier {
         Ok(())
     }
 
-    /// The open segment, or a new one when it has no room for `record_bytes`.
-    fn segment_with_room(&mut self, record_bytes: u64) -> Result<(u64, Nonce), Fault> {
-        if let Some((id, segment)) = self.open.and_then(|id| Some((id, self.segments.get(&id)?)))
+    /// The owner's open segment, or a new one when it has no room for `record_bytes`.
+    fn segment_with_room(&mut self, owner: SegmentOwner, record_bytes: u64) -> Result<(u64, Nonce), Fault> {
+        if let Some((id, segment)) = self.open.get(&owner).and_then(|&id| Some((id, self.segments.get(&id)?)))
             && let Some(nonce) = segment.nonce
             && segment.bytes + record_bytes <= self.options.segment_bytes
         {
             return Ok((id, nonce));
         }
-        self.open = None;
-        self.make_room(PAGE_BYTES + record_bytes, 1)?;
+        self.open.remove(&owner);
+        self.make_room(PAGE_BYTES + record_bytes, 1, None)?;
         // A number is used once, also when this fails: the file may be there all the same.
         let id = self.next_segment;
         self.next_segment += 1;
@@ -425,6 +383,7 @@ impl DiskTier {
         let nonce = self.nonce(id);
         let segment = Segment {
             nonce: Some(nonce),
+            owner,
             bytes: 0,
             keys: Vec::new(),
             last_used: self.clock,
@@ -432,8 +391,8 @@ impl DiskTier {
             name_is_durable: false,
         };
         self.segments.insert(id, segment);
-        self.open = Some(id);
-        let written = self.append(id, &segment_page(id, nonce));
+        self.open.insert(owner, id);
+        let written = self.append(id, &segment_page(id, nonce, owner));
         if let Err(fault) = written {
             // Without its first page nothing in it would be believed.
             let _ = self.remove_segment(id);
@@ -462,18 +421,23 @@ impl DiskTier {
         };
         match self.files.truncate(id, offset) {
             Ok(()) => self.shrink(id, bytes.len() as u64),
-            Err(_) => self.open = None,
+            Err(_) => self.close_segment(id),
         }
         Err(io_fault("write a record", &failure))
     }
 
-    /// Evicts until `new_bytes` and `new_entries` more fit.
-    fn make_room(&mut self, new_bytes: u64, new_entries: usize) -> Result<(), Fault> {
+    /// Nothing is appended to it any more.
+    fn close_segment(&mut self, id: u64) {
+        self.open.retain(|_, open| *open != id);
+    }
+
+    /// Evicts until `new_bytes` and `new_entries` more fit, which go to the segment `target`.
+    fn make_room(&mut self, new_bytes: u64, new_entries: usize, target: Option<u64>) -> Result<(), Fault> {
         while self.total_bytes + new_bytes > self.options.budget_bytes
             || self.index.len() + new_entries > MAX_DISK_ENTRIES
             || self.segments.len() >= MAX_DISK_SEGMENTS
         {
-            let Some(id) = self.victim() else {
+            let Some(id) = self.victim(target) else {
                 return Err(Fault::Full { held_bytes: self.total_bytes, budget_bytes: self.options.budget_bytes });
             };
             let before = self.index.len() as u64;
@@ -484,10 +448,24 @@ impl DiskTier {
         Ok(())
     }
 
-    /// The segment that is given up next: one that holds nothing, else the least recently used, of these the oldest.
-    fn victim(&self) -> Option<u64> {
-        let closed = self.segments.iter().filter(|(id, _)| Some(**id) != self.open);
-        closed.min_by_key(|(id, segment)| (segment.nonce.is_some(), segment.last_used, **id)).map(|(&id, _)| id)
+    /// The segment that is given up next, but `kept`: one that holds nothing, else one of the owner who is over his quota by
+    /// most, else any; of these the least recently used, then the oldest. Without owners the open one stays.
+    fn victim(&self, kept: Option<u64>) -> Option<u64> {
+        let kept = kept.or_else(|| self.open.get(&SegmentOwner::default()).copied());
+        let over_quota = self.options.quota_bytes.and_then(|quota_bytes| self.heaviest_over(quota_bytes));
+        let rank = |(id, segment): &(&u64, &Segment)| {
+            let is_his = over_quota == Some(segment.owner);
+            (segment.nonce.is_some(), !is_his, segment.last_used, **id)
+        };
+        self.segments.iter().filter(|(id, _)| Some(**id) != kept).min_by_key(rank).map(|(&id, _)| id)
+    }
+
+    /// Who holds most, if that is more than his quota.
+    fn heaviest_over(&self, quota_bytes: u64) -> Option<SegmentOwner> {
+        let mut held_bytes: BTreeMap<SegmentOwner, u64> = BTreeMap::new();
+        self.segments.values().for_each(|segment| *held_bytes.entry(segment.owner).or_default() += segment.bytes);
+        let over = held_bytes.into_iter().filter(|(_, bytes)| *bytes > quota_bytes);
+        over.max_by_key(|(_, bytes)| *bytes).map(|(owner, _)| owner)
     }
 
     fn drop_segment(&mut self, id: u64) {
@@ -514,9 +492,7 @@ impl DiskTier {
     }
 
     fn forget_segment(&mut self, id: u64) {
-        if self.open == Some(id) {
-            self.open = None;
-        }
+        self.close_segment(id);
         let Some(segment) = self.segments.get_mut(&id) else { return };
         segment.nonce = None;
         for key in std::mem::take(&mut segment.keys) {
@@ -615,10 +591,14 @@ impl DiskTier {
         let SegmentFile { segment: id, bytes, .. } = file;
         let mut page = vec![0; PAGE_BYTES as usize];
         let nonce = self.read_exact(id, 0, &mut page).and_then(|()| Ok(parse_segment_page(&page, id)?));
+        let owner = if nonce.is_ok() { parse_segment_owner(&page) } else { SegmentOwner::default() };
+        // This one is newer.
+        self.open.remove(&owner);
         self.total_bytes += bytes;
         self.clock += 1;
         let segment = Segment {
             nonce: nonce.as_ref().ok().copied(),
+            owner,
             bytes,
             keys: Vec::new(),
             last_used: self.clock,
@@ -680,7 +660,11 @@ impl DiskTier {
 
     fn index_record(&mut self, id: u64, offset: u64, record: &RecordHeader) {
         let place = Place { segment: id, offset, payload_bytes: record.payload_bytes, sequence: record.sequence };
-        self.index_place(record.key, place);
+        // Segments of several owners are written side by side: the later record may be in the older one.
+        let is_newer = |older: &Place| older.sequence <= record.sequence;
+        if self.index.get(&record.key).is_none_or(is_newer) {
+            self.index_place(record.key, place);
+        }
         self.next_sequence = self.next_sequence.max(record.sequence + 1);
     }
 
@@ -706,13 +690,17 @@ impl DiskTier {
             self.report.cut_bytes += bytes - sound_end;
         }
         // One that is longer than segments are now would only stand in the way of eviction.
-        self.open = Some(id).filter(|_| sound_end <= self.options.segment_bytes);
+        if sound_end <= self.options.segment_bytes
+            && let Some(segment) = self.segments.get(&id)
+        {
+            self.open.insert(segment.owner, id);
+        }
     }
 
     /// After opening: less budget than last time, or more blocks than are remembered.
     fn trim(&mut self) {
         let fitted = match self.access {
-            Access::Write => self.make_room(0, 0),
+            Access::Write => self.make_room(0, 0, None),
             Access::Read => {
                 while self.index.len() > MAX_DISK_ENTRIES {
                     let Some(id) = self.segments.iter().find(|(_, segment)| segment.nonce.is_some()) else { break };

@@ -1,13 +1,13 @@
-//! The host tier: blocks that the pool has given away, in this process's memory; those that go first are of namespaces over
+//! The host tier: blocks that the pool has given away, in this process's memory; those that go first are of owners over
 //! their quota, then the least recently used. Never holds more than its budget, which counts what it costs to remember a block as well.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use super::super::fair_lru::FairLru;
 use super::{StoredKey, TierStats, note_lost};
 use crate::error::Error;
-use crate::sequence::NamespaceKey;
+use crate::fair_lru::FairLru;
+use crate::sequence::OwnerKey;
 
 /// Memory that a block takes beside its bytes: keys, links, the reference count and the allocator's own.
 pub const ENTRY_BYTES: u64 = 256;
@@ -25,15 +25,15 @@ pub struct HostTier {
 }
 
 impl HostTier {
-    /// An empty tier. A budget of 0 holds nothing. Blocks of a namespace that holds more than `namespace_quota_bytes` go
+    /// An empty tier. A budget of 0 holds nothing. Blocks of an owner who holds more than `quota_bytes` go
     /// first.
-    pub fn new(budget_bytes: u64, namespace_quota_bytes: u64) -> Self {
-        let (blocks, order) = (HashMap::new(), FairLru::new(namespace_quota_bytes));
+    pub fn new(budget_bytes: u64, quota_bytes: u64) -> Self {
+        let (blocks, order) = (HashMap::new(), FairLru::new(quota_bytes));
         HostTier { budget_bytes, bytes: 0, blocks, order, lost: VecDeque::new(), stats: TierStats::default() }
     }
 
     /// Takes a block in, and gives up others for it. False: it is longer than the budget, or here already.
-    pub fn insert(&mut self, key: StoredKey, bytes: Arc<[u8]>, namespace: NamespaceKey) -> bool {
+    pub fn insert(&mut self, key: StoredKey, bytes: Arc<[u8]>, owner: OwnerKey) -> bool {
         let entry_bytes = ENTRY_BYTES + bytes.len() as u64;
         if self.blocks.contains_key(&key) {
             self.order.touch(&key);
@@ -50,7 +50,7 @@ impl HostTier {
             self.stats.evictions += 1;
         }
         self.bytes += entry_bytes;
-        self.order.insert(key, namespace, entry_bytes);
+        self.order.insert(key, owner, entry_bytes);
         self.blocks.insert(key, bytes);
         self.stats.stored += 1;
         true

@@ -252,7 +252,7 @@ impl TierStore for RemoteTier {
             Job::Read(key) => {
                 self.get(&key).map(|found| found.map_or(Outcome::Missing, |it| Outcome::Found(it.into())))
             }
-            Job::Write(key, bytes) => self.put(&key, &bytes).map(|_| Outcome::Stored),
+            Job::Write(key, bytes, _) => self.put(&key, &bytes).map(|_| Outcome::Stored),
             Job::Quarantine(key) => self.remove(&key).map(|()| Outcome::Missing),
             // Others use it too: what is in it ends with its time.
             Job::Clear => Ok(Outcome::Missing),

@@ -1,7 +1,7 @@
 //! Where a block is fetched, and whether that is worth it.
 
-use super::{Source, StoredKey, Tier, TierId, Tiers, Wanted};
-use crate::sequence::{NamespaceKey, RestoreId};
+use super::{Job, Source, StoredKey, Tier, TierId, Tiers, Wanted};
+use crate::sequence::{OwnerKey, RestoreId};
 
 impl Tiers {
     /// Where a block is to be fetched. `None`: nowhere.
@@ -24,16 +24,18 @@ impl Tiers {
         self.tiers.iter().filter(may_hold).find(answers).map(|tier| Source::Tier(tier.id))
     }
 
-    /// How many of the first blocks are fetched: all, but from the first tier on that is slower than computing. What waits
-    /// in the tier's queue counts as its time.
+    /// How many of the first blocks are fetched: all, but from the first tier on that is slower than computing. What the tier
+    /// does before counts as its time: reads that were given or wait, and one write that it may be at.
     pub(super) fn num_worth_fetching(&self, sources: &[Source], now_us: u64) -> usize {
         for tier in &self.tiers {
             let Some(first) = sources.iter().position(|source| *source == Source::Tier(tier.id)) else { continue };
             let num_blocks = sources.iter().filter(|source| **source == Source::Tier(tier.id)).count();
-            let load_bytes = ((num_blocks + tier.reads.len()) * self.config.block_bytes) as u64;
-            let compute_tokens = ((sources.len() - first) * self.config.block_tokens) as u64;
-            let load_us = tier.read_rate.estimate_us(load_bytes);
-            let compute_us = self.prefill_rate.estimate_us(compute_tokens);
+            let num_reads = num_blocks + tier.reads.len() + tier.num_given_reads();
+            let block_bytes = self.config.block_bytes as u64;
+            let writes = tier.jobs.iter().any(|(_, job)| matches!(job, Job::Write(..)));
+            let write_us = tier.write_rate.estimate_us(block_bytes).filter(|_| writes).unwrap_or(0.0);
+            let load_us = tier.read_rate.estimate_us(num_reads as u64 * block_bytes).map(|us| us + write_us);
+            let compute_us = self.compute_us(sources.len() - first);
             let is_slower = load_us.zip(compute_us).is_some_and(|(load_us, compute_us)| load_us > compute_us);
             if is_slower {
                 // One block now and then says whether it still is.
@@ -44,12 +46,40 @@ impl Tiers {
         sources.len()
     }
 
-    pub(super) fn want(&mut self, key: StoredKey, tier: TierId, namespace: NamespaceKey, restore: RestoreId) {
-        let wanted = self.wanted.entry(key).or_insert_with(|| Wanted { tier, namespace, waiting: Vec::new() });
+    /// How long the blocks of a restore are waited for, however often something arrives: as long as computing them would
+    /// take, and the load budget. Before that was measured, each block may take the load budget.
+    pub(super) fn longest_wait_us(&self, sources: &[Source]) -> u64 {
+        let num_blocks = sources.iter().filter(|source| **source != Source::Host).count();
+        let budget_us = self.config.load_budget_us;
+        match self.compute_us(num_blocks) {
+            Some(compute_us) => budget_us.saturating_add(compute_us as u64),
+            None => budget_us.saturating_mul(num_blocks as u64 + 1),
+        }
+    }
+
+    /// How long computing so many blocks takes, if that was measured.
+    fn compute_us(&self, num_blocks: usize) -> Option<f64> {
+        self.prefill_rate.estimate_us((num_blocks * self.config.block_tokens) as u64)
+    }
+
+    pub(super) fn want(&mut self, key: StoredKey, tier: TierId, owner: OwnerKey, restore: RestoreId) {
+        let wanted = self.wanted.entry(key).or_insert_with(|| Wanted { tier, owner, waiting: Vec::new() });
         let is_new = wanted.waiting.is_empty();
         wanted.waiting.push(restore);
         if is_new {
             self.tier_mut(tier).reads.push_back(key);
         }
+    }
+}
+
+impl Tier {
+    /// Whether a block is neither there nor on its way there.
+    pub(super) fn lacks(&self, key: &StoredKey) -> bool {
+        !self.held.contains(key) && !self.writing.contains(key)
+    }
+
+    /// Reads that were given and are not done.
+    pub(super) fn num_given_reads(&self) -> usize {
+        self.jobs.iter().filter(|(_, job)| matches!(job, Job::Read(_))).count()
     }
 }

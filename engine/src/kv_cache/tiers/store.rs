@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::disk::Damage;
 use crate::request::CacheTier;
-use crate::sequence::BlockKey;
+use crate::sequence::{BlockKey, OwnerKey};
 
 /// Hash of what a block's bytes mean: number format, shape, order. A tier holds bytes and knows no more of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -134,8 +134,8 @@ impl TierId {
 pub enum Job {
     /// Read a block: [`Outcome::Found`], [`Outcome::Missing`] or [`Outcome::Fault`].
     Read(StoredKey),
-    /// Store a block: [`Outcome::Stored`] or [`Outcome::Fault`].
-    Write(StoredKey, Arc<[u8]>),
+    /// Store a block, which counts for an owner: [`Outcome::Stored`] or [`Outcome::Fault`].
+    Write(StoredKey, Arc<[u8]>, OwnerKey),
     /// See to it that the block is never read again: [`Outcome::Missing`] or [`Outcome::Fault`].
     Quarantine(StoredKey),
     /// Give up every block: [`Outcome::Missing`] or [`Outcome::Fault`].
@@ -154,6 +154,10 @@ pub enum Outcome {
     /// The tier failed.
     Fault(Fault),
 }
+
+/// Identity of a job that was given to a tier, in the order in which they were given; never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobId(pub u64);
 
 /// A job that was done.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -16,6 +16,10 @@
 //!           128 header check  16   XXH3-128 of bytes 0..128
 //! ```
 //!
+//! On the first page, at byte 64, a segment may say whom its blocks count for: magic "nsllmKVO", 16 bytes of the owner's hash,
+//! XXH3-128 of both. A page without that, or with a damaged one, is of no owner in particular; nothing but which segment
+//! goes first depends on it.
+//!
 //! The checksum of the payload covers the key, so that a payload under another key is damage; the nonce and the growing
 //! sequence keep a record from being believed in another file, in space that was cut and written again, and inside of
 //! another record's payload. A checksum finds accidents, it is no proof against an adversary: each field is checked against
@@ -38,6 +42,10 @@ pub const MAX_NUMBER: u64 = 1 << 62;
 
 const RECORD_MAGIC: [u8; 8] = *b"nsllmKVR";
 const SEGMENT_MAGIC: [u8; 8] = *b"nsllmKVS";
+const OWNER_MAGIC: [u8; 8] = *b"nsllmKVO";
+/// Where the owner's mark is on the first page, and its bytes.
+const OWNER_AT: usize = 64;
+const OWNER_BYTES: usize = 40;
 /// Bytes of a segment's header: magic, version, its own length, segment number, nonce, checksum.
 const SEGMENT_HEADER_BYTES: usize = 56;
 /// Bytes of a record's header that the checksum of its payload covers.
@@ -93,8 +101,12 @@ pub enum Damage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Nonce(pub [u8; 16]);
 
+/// Beginning of the hash of an owner. Zeros: of no owner in particular.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct SegmentOwner(pub [u8; 16]);
+
 /// First page of the segment file `segment`.
-pub fn segment_page(segment: u64, nonce: Nonce) -> Vec<u8> {
+pub fn segment_page(segment: u64, nonce: Nonce, owner: SegmentOwner) -> Vec<u8> {
     let mut page = Vec::with_capacity(PAGE_BYTES as usize);
     page.extend(SEGMENT_MAGIC);
     page.extend(FORMAT_VERSION.to_le_bytes());
@@ -103,8 +115,21 @@ pub fn segment_page(segment: u64, nonce: Nonce) -> Vec<u8> {
     page.extend(nonce.0);
     page.extend(checksum(&page).to_le_bytes());
     debug_assert_eq!(page.len(), SEGMENT_HEADER_BYTES);
+    if owner != SegmentOwner::default() {
+        page.resize(OWNER_AT, 0);
+        page.extend(OWNER_MAGIC);
+        page.extend(owner.0);
+        page.extend(checksum(&page[OWNER_AT..]).to_le_bytes());
+    }
     page.resize(PAGE_BYTES as usize, 0);
     page
+}
+
+/// Whom the blocks of a segment count for, whose first page is `page`.
+pub fn parse_segment_owner(page: &[u8]) -> SegmentOwner {
+    let mark = page.get(OWNER_AT..OWNER_AT + OWNER_BYTES).filter(|mark| mark.starts_with(&OWNER_MAGIC));
+    let is_sound = |mark: &&[u8]| checksum(&mark[..24]) == u128::from_le_bytes(field(mark, 24));
+    mark.filter(is_sound).map_or(SegmentOwner::default(), |mark| SegmentOwner(field(mark, 8)))
 }
 
 /// The nonce of the segment file `segment`, whose first page is `page`.
@@ -269,7 +294,7 @@ mod tests {
             assert_eq!((header.key, header.sequence, header.payload_bytes), (KEY, 5, length as u64));
             header.check_payload(&record, &record[HEADER_BYTES..HEADER_BYTES + length]).expect("sound");
         }
-        let page = segment_page(9, NONCE);
+        let page = segment_page(9, NONCE, SegmentOwner::default());
         assert_eq!((page.len(), parse_segment_page(&page, 9)), (4096, Ok(NONCE)));
     }
 
@@ -307,7 +332,7 @@ mod tests {
             Err(Damage::Length { found_bytes: 4000, limit_bytes }),
             "the page of the record's end is not whole"
         );
-        let page = segment_page(9, NONCE);
+        let page = segment_page(9, NONCE, SegmentOwner::default());
         assert_eq!(parse_segment_page(&page, 8), Err(Damage::Key));
         assert_eq!(parse_segment_page(&page[..20], 9), Err(Damage::Truncated));
     }

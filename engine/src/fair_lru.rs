@@ -1,4 +1,4 @@
-//! Which of many cached things goes first: what was used least recently, but before that what belongs to a namespace that
+//! Which of many cached things goes first: what was used least recently, but before that what belongs to an owner who
 //! holds more than its quota. So the flood of one tenant takes from others at most its quota and what nobody uses.
 //!
 //! Invariants: every entry is in both orders; each owner's weight is the sum of its entries' weights.
@@ -6,37 +6,35 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 
-use crate::error::Result;
-use crate::sequence::NamespaceKey;
-
-use super::violated;
+use crate::error::{Error, Result};
+use crate::sequence::OwnerKey;
 
 /// Things by their last use and by their owner. Maps that are hashed are only looked up, never iterated.
 #[derive(Debug)]
-pub(super) struct FairLru<K> {
+pub(crate) struct FairLru<K> {
     quota: u64,
     entries: HashMap<K, Entry>,
     /// By the moment of their last use.
     order: BTreeMap<u64, K>,
     /// The same moments, by owner.
-    by_owner: BTreeSet<(NamespaceKey, u64)>,
-    weights: HashMap<NamespaceKey, u64>,
+    by_owner: BTreeSet<(OwnerKey, u64)>,
+    weights: HashMap<OwnerKey, u64>,
     /// Owners by their weight.
-    heaviest: BTreeSet<(u64, NamespaceKey)>,
+    heaviest: BTreeSet<(u64, OwnerKey)>,
     /// Counts uses.
     clock: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
-    owner: NamespaceKey,
+    owner: OwnerKey,
     weight: u64,
     used_at: u64,
 }
 
 impl<K: Copy + Eq + Hash> FairLru<K> {
     /// Nothing yet. `quota`: the weight beyond which an owner's entries go first.
-    pub(super) fn new(quota: u64) -> Self {
+    pub(crate) fn new(quota: u64) -> Self {
         FairLru {
             quota,
             entries: HashMap::new(),
@@ -48,16 +46,16 @@ impl<K: Copy + Eq + Hash> FairLru<K> {
         }
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
     /// All of them, least recently used first.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &K> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &K> {
         self.order.values()
     }
 
     /// A new entry, used now.
-    pub(super) fn insert(&mut self, key: K, owner: NamespaceKey, weight: u64) {
+    pub(crate) fn insert(&mut self, key: K, owner: OwnerKey, weight: u64) {
         self.remove(&key);
         self.clock += 1;
         let entry = Entry { owner, weight, used_at: self.clock };
@@ -68,16 +66,16 @@ impl<K: Copy + Eq + Hash> FairLru<K> {
     }
 
     /// The entry was used.
-    pub(super) fn touch(&mut self, key: &K) {
+    pub(crate) fn touch(&mut self, key: &K) {
         if let Some(Entry { owner, weight, .. }) = self.remove(key) {
             self.insert(*key, owner, weight);
         }
     }
 
     /// Takes the entry that is to go first.
-    pub(super) fn pop(&mut self) -> Option<K> {
+    pub(crate) fn pop(&mut self) -> Option<K> {
         let over_quota = self.heaviest.last().filter(|(weight, _)| *weight > self.quota);
-        let oldest_of = |owner: NamespaceKey| self.by_owner.range((owner, 0)..).next().map(|&(_, used_at)| used_at);
+        let oldest_of = |owner: OwnerKey| self.by_owner.range((owner, 0)..).next().map(|&(_, used_at)| used_at);
         let used_at = match over_quota {
             Some(&(_, owner)) => oldest_of(owner)?,
             None => *self.order.first_key_value()?.0,
@@ -87,11 +85,11 @@ impl<K: Copy + Eq + Hash> FairLru<K> {
         Some(key)
     }
 
-    pub(super) fn forget(&mut self, key: &K) {
+    pub(crate) fn forget(&mut self, key: &K) {
         self.remove(key);
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         *self = FairLru::new(self.quota);
     }
 
@@ -103,7 +101,7 @@ impl<K: Copy + Eq + Hash> FairLru<K> {
         Some(entry)
     }
 
-    fn change_weight(&mut self, owner: NamespaceKey, change: impl FnOnce(u64) -> u64) {
+    fn change_weight(&mut self, owner: OwnerKey, change: impl FnOnce(u64) -> u64) {
         let before = self.weights.get(&owner).copied().unwrap_or(0);
         self.heaviest.remove(&(before, owner));
         match change(before) {
@@ -116,20 +114,24 @@ impl<K: Copy + Eq + Hash> FairLru<K> {
     }
 
     /// See the head of this file.
-    pub(super) fn check_invariants(&self) -> Result<()> {
-        let mut weights: HashMap<NamespaceKey, u64> = HashMap::new();
+    pub(crate) fn check_invariants(&self) -> Result<()> {
+        let violated = |is_violated: bool, reason: &dyn Fn() -> String| match is_violated {
+            true => Err(Error::Internal { reason: reason() }),
+            false => Ok(()),
+        };
+        let mut weights: HashMap<OwnerKey, u64> = HashMap::new();
         for (used_at, key) in &self.order {
             let entry = self.entries.get(key).filter(|entry| entry.used_at == *used_at);
             let is_owned = entry.is_some_and(|entry| self.by_owner.contains(&(entry.owner, *used_at)));
-            violated(!is_owned, || format!("a cached entry of moment {used_at} is in one order only"))?;
+            violated(!is_owned, &|| format!("a cached entry of moment {used_at} is in one order only"))?;
             entry.into_iter().for_each(|entry| *weights.entry(entry.owner).or_default() += entry.weight);
         }
         weights.retain(|_, weight| *weight > 0);
-        violated(self.entries.len() != self.order.len() || self.by_owner.len() != self.order.len(), || {
+        violated(self.entries.len() != self.order.len() || self.by_owner.len() != self.order.len(), &|| {
             "the orders of cached entries differ".to_string()
         })?;
         let agree = weights == self.weights && self.heaviest.len() == self.weights.len();
-        violated(!agree, || "weights of owners do not add up".to_string())
+        violated(!agree, &|| "weights of owners do not add up".to_string())
     }
 }
 
@@ -137,7 +139,7 @@ impl<K: Copy + Eq + Hash> FairLru<K> {
 mod tests {
     use super::*;
 
-    fn owner(name: u8) -> NamespaceKey {
+    fn owner(name: u8) -> OwnerKey {
         [name; 32]
     }
 
