@@ -4,7 +4,7 @@
 // counted as skipped.
 
 import { spawnSync } from 'node:child_process';
-import { readdirSync } from 'node:fs';
+import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 
 import { build } from './build.mjs';
@@ -22,7 +22,7 @@ const SCRIPT_TESTS = [
 ];
 
 const total = { passed: 0, failed: 0, skipped: 0 };
-for (const suite of [rustTests, nodeTests]) {
+for (const suite of [rustTests, cudaTests, nodeTests]) {
   const { passed, failed, skipped } = await suite();
   total.passed += passed;
   total.failed += failed;
@@ -40,20 +40,24 @@ console.log(`\n${total.passed} passed, ${total.failed} failed, ${total.skipped} 
 async function rustTests() {
   title('Rust and C: cargo test --workspace');
   const counts = { passed: 0, failed: 0, skipped: 0 };
-  const onLine = (line) => {
-    const match = /^test result: \S+ (\d+) passed; (\d+) failed; (\d+) ignored;/.exec(line);
-    if (match) {
-      counts.passed += Number(match[1]);
-      counts.failed += Number(match[2]);
-      counts.skipped += Number(match[3]);
-    }
-  };
-  const code = await run('cargo', ['test', '--workspace', '--no-fail-fast'], { onLine });
+  const code = await run('cargo', ['test', '--workspace', '--no-fail-fast'], { onLine: counter(counts) });
   const rust = atLeastOneFailure(counts, code);
   const redis = await redisTests();
   // Each of them that ran was counted as skipped before.
   const skipped = rust.skipped - redis.passed - redis.failed;
   return { passed: rust.passed + redis.passed, failed: rust.failed + redis.failed, skipped };
+}
+
+/** The kernels compiled for devices and embedded, on a machine that need have none: what runs there is said, and typed. */
+async function cudaTests() {
+  const counts = { passed: 0, failed: 0, skipped: 0 };
+  if (!existsSync(join(ROOT, '.cuda', 'nvidia', 'cu13', 'bin', 'nvcc'))) {
+    console.log('\nthe CUDA compiler is not here (node scripts/cuda-toolkit.mjs): a build with CUDA support is skipped');
+    return { ...counts, skipped: 1 };
+  }
+  title('Rust, with CUDA support: cargo test --features cuda');
+  const code = await run('cargo', ['test', '--package', 'ns-llm-kernels', '--features', 'cuda', '--lib', '--', 'cuda::'], { onLine: counter(counts) });
+  return atLeastOneFailure(counts, code);
 }
 
 /** The tests of the remote tier that start a server of their own: cargo ignores them unless they are asked for. */
@@ -64,18 +68,11 @@ async function redisTests() {
     return { passed: 0, failed: 0 };
   }
   title(`Rust, with ${program}: cargo test --test storage --test running`);
-  const counts = { passed: 0, failed: 0 };
-  const onLine = (line) => {
-    const match = /^test result: \S+ (\d+) passed; (\d+) failed;/.exec(line);
-    if (match) {
-      counts.passed += Number(match[1]);
-      counts.failed += Number(match[2]);
-    }
-  };
+  const counts = { passed: 0, failed: 0, skipped: 0 };
   // A child is a part of another test.
   const programs = ['--test', 'storage', '--test', 'running'];
   const filter = ['--', '--ignored', 'remote_redis::', 'kv_remote::', '--skip', 'child_'];
-  const code = await run('cargo', ['test', '--package', 'ns-llm', ...programs, ...filter], { onLine });
+  const code = await run('cargo', ['test', '--package', 'ns-llm', ...programs, ...filter], { onLine: counter(counts) });
   return atLeastOneFailure(counts, code);
 }
 
@@ -103,6 +100,18 @@ async function nodeTests() {
 function nodeTestFiles() {
   const sources = readdirSync(join(ROOT, 'bindings-node', 'test')).filter((name) => /\.test\.m?ts$/.test(name));
   return [...sources.map((name) => join(NODE_TESTS, name.replace(/ts$/, 'js'))), ...SCRIPT_TESTS];
+}
+
+/** Adds up what cargo's test programs say at their end. */
+function counter(counts) {
+  return (line) => {
+    const match = /^test result: \S+ (\d+) passed; (\d+) failed; (\d+) ignored;/.exec(line);
+    if (match) {
+      counts.passed += Number(match[1]);
+      counts.failed += Number(match[2]);
+      counts.skipped += Number(match[3]);
+    }
+  };
 }
 
 /** A suite that fails without a failed test (it did not build, crashed, or could not start) counts as one. */
