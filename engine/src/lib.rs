@@ -76,6 +76,8 @@ pub mod scheduler;
 #[doc(hidden)]
 pub mod sequence;
 #[doc(hidden)]
+pub mod storage;
+#[doc(hidden)]
 pub mod tensor;
 #[doc(hidden)]
 pub mod text_model;

@@ -32,9 +32,7 @@ use crate::error::{Error, Result, panic_text};
 use crate::executor::{Executor, ModelExecutor};
 use crate::instruments::Instruments;
 use crate::intake;
-use crate::kv_cache::tiers::disk::{ANSWERS, Access, Directory, DiskOptions, DiskTier, draw_seed};
-use crate::kv_cache::tiers::remote::{RedisStore, RemoteOptions, RemoteTier, ServerUrl};
-use crate::kv_cache::tiers::{Fault, LayoutId, TierId, TierStore, TiersConfig};
+use crate::kv_cache::tiers::{TierStore, TiersConfig};
 use crate::kv_cache::{KvCache, KvCacheConfig, KvIdentity};
 use crate::loader::{GenerationConfig, ModelSource, PoolingMode, SentenceConfig, Weights};
 use crate::memory_plan::MemoryPlan;
@@ -46,6 +44,9 @@ use crate::response_tiers::{AnswerStore, DiskAnswers, RemoteAnswers, ResponseTie
 use crate::responses::Responses;
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::ModelInfo;
+use crate::storage::disk::{ANSWERS, Access, Directory, DiskOptions, DiskStore, draw_seed};
+use crate::storage::remote::{RedisStore, RemoteOptions, RemoteStore, ServerUrl};
+use crate::storage::{Fault, LayoutId, TierId};
 use crate::text_model::TextModel;
 use crate::tier_thread::TierThread;
 use crate::tokenizer::{Tokenizer, TokenizerConfig};
@@ -482,15 +483,15 @@ fn fingerprint(options: &EngineOptions, files: &ModelFiles, num_threads: usize) 
 
 /// The blocks of earlier lives in a directory. A directory that cannot be made or entered is an error of who named it; what
 /// is wrong inside is a fault of the tier.
-fn open_disk(path: &Path, options: &EngineOptions, block_bytes: u64) -> Result<Result<DiskTier, Fault>> {
+fn open_disk(path: &Path, options: &EngineOptions, block_bytes: u64) -> Result<Result<DiskStore, Fault>> {
     let sizes = DiskOptions::new(options.kv_disk_bytes, block_bytes)?.owner_share(options.kv_namespace_share);
     let directory = Directory::open(path)?;
     let access = directory.access();
-    Ok(DiskTier::open(Box::new(directory), access, sizes, draw_seed()))
+    Ok(DiskStore::open(Box::new(directory), access, sizes, draw_seed()))
 }
 
 /// Why nothing is written there.
-fn refusal(disk: &Result<DiskTier, Fault>) -> Option<Fault> {
+fn refusal(disk: &Result<DiskStore, Fault>) -> Option<Fault> {
     match disk {
         Ok(disk) => (disk.access() == Access::Read).then_some(Fault::ReadOnly),
         Err(fault) => Some(fault.clone()),
@@ -521,7 +522,7 @@ fn open_answers(
         let directory = Directory::open(&path.join(ANSWERS))?;
         // Who only reads does not hear what the writer makes invalid.
         if directory.access() == Access::Write {
-            match DiskTier::open(Box::new(directory), Access::Write, sizes, draw_seed()) {
+            match DiskStore::open(Box::new(directory), Access::Write, sizes, draw_seed()) {
                 Ok(tier) => stores.push(Box::new(DiskAnswers::open(tier))),
                 Err(fault) => drop(refusal.get_or_insert_with(|| format!("answers: {fault}"))),
             }
@@ -534,14 +535,14 @@ fn open_answers(
 }
 
 /// A store that nodes share; asked for nothing yet.
-fn open_remote(options: &KvRemoteOptions, kind: &'static str, max_payload_bytes: u64) -> Result<RemoteTier> {
+fn open_remote(options: &KvRemoteOptions, kind: &'static str, max_payload_bytes: u64) -> Result<RemoteStore> {
     let store = RedisStore::new(ServerUrl::parse(&options.url)?, options.timeout_ms)?;
     let records = RemoteOptions::new(max_payload_bytes).kind(kind);
     let mut records = records.ttl_s(options.ttl_s)?.prefix(&options.prefix)?;
     if let Some(secret) = &options.secret {
         records = records.secret(secret.as_bytes())?;
     }
-    Ok(RemoteTier::new(Box::new(store), records))
+    Ok(RemoteStore::new(Box::new(store), records))
 }
 
 /// Blocks as they are outside the pool.

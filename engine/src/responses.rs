@@ -13,7 +13,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::config::{DEFAULT_MAX_TOKENS, MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions};
 use crate::error::Result;
-use crate::kv_cache::tiers::TierId;
 use crate::request::{
     CacheUse, Delta, FinishReason, Request, Summary, at_most, check_response_tags, check_response_ttl,
 };
@@ -24,6 +23,7 @@ use crate::response_cache::{
 use crate::response_tiers::{Asker, LookUp as TierLookUp, ResponseTiers};
 use crate::sequence::OwnerKey;
 use crate::stats::ResponseCacheStats;
+use crate::storage::TierId;
 
 /// Finished answers, and values that callers keep beside them: cheap to clone, `Send + Sync`. Of an engine
 /// ([`Engine::responses`](crate::Engine::responses)), or on its own.

@@ -13,9 +13,11 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use super::resp::{Broken, Reply, command, read_reply};
-use super::{Fault, RemoteStore, ServerUrl};
+use super::server_url::ServerUrl;
+use super::values::ValueStore;
 use crate::config::MAX_REMOTE_TIMEOUT_MS;
 use crate::error::{Error, Result};
+use crate::storage::fault::{Damage, Fault};
 
 /// How long a server is left alone after a failure at least. It is never less than the time of a call, so that a server
 /// that hangs costs at most half of the time; each further failure doubles it.
@@ -171,7 +173,7 @@ impl RedisStore {
     }
 }
 
-impl RemoteStore for RedisStore {
+impl ValueStore for RedisStore {
     fn get(&mut self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, Fault> {
         let deadline = Instant::now() + self.timeout;
         // A part, whose end is counted in: an honest server does not send more than one byte too many, however long the
@@ -180,7 +182,7 @@ impl RemoteStore for RedisStore {
         let limit = max_bytes.saturating_add(1);
         match self.ask(deadline, &[b"GETRANGE", name.as_bytes(), b"0", end.as_bytes()], limit)? {
             Reply::Bytes(bytes) if bytes.len() as u64 > max_bytes => {
-                Err(super::Damage::Length { found_bytes: bytes.len() as u64, limit_bytes: max_bytes }.into())
+                Err(Damage::Length { found_bytes: bytes.len() as u64, limit_bytes: max_bytes }.into())
             }
             Reply::Bytes(bytes) => Ok(Some(bytes).filter(|bytes| !bytes.is_empty())),
             Reply::Nothing => Ok(None),
