@@ -377,7 +377,9 @@ fn load_on<B: Backend>(
     let Compute { backend, weights_bytes, isa, threads, numerics } = compute;
     let WeightLevel { wanted, format, layout, mut plan } = level;
     if !files.config.architecture.can_generate() {
-        // Its keys and values end with each step.
+        // Its keys and values end with each step. What was given for them is right all the same.
+        let remote = options.kv_remote.take();
+        remote.map(|remote| open_remote(&remote, "kv", 0)).transpose()?;
         (options.kv_host_bytes, options.kv_cache_dir) = (0, None);
         options.response_cache.max_bytes = 0;
     }

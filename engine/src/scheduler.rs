@@ -122,8 +122,6 @@ pub enum SequenceEvent {
         seq: SeqId,
         /// The token.
         token_id: u32,
-        /// How many new tokens the sequence had before: 0 is the first.
-        index: usize,
         /// When asked for.
         logprobs: Option<TokenLogprobs>,
     },

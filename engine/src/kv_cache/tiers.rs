@@ -689,7 +689,8 @@ impl Tiers {
                 }
                 self.fail_wanted(&key, MissReason::Fault);
             }
-            Outcome::Missing | Outcome::Stored => {
+            // Whatever a tier calls it, it brought nothing.
+            Outcome::Missing | Outcome::Stored | Outcome::Done => {
                 let tier = self.tier_mut(id);
                 tier.stats.misses += 1;
                 let was_held = tier.held.remove(&key);
@@ -823,7 +824,7 @@ mod tests {
         match job {
             Job::Read(key) => Outcome::Found(block(key)),
             Job::Write(..) => Outcome::Stored,
-            Job::Quarantine(_) | Job::Clear => Outcome::Missing,
+            Job::Quarantine(_) | Job::Clear => Outcome::Done,
         }
     }
     fn names(blocks: &[RestoredBlock]) -> Vec<RecordKey> {

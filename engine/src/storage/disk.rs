@@ -33,7 +33,7 @@ use crate::storage::fault::{Damage, Fault};
 use crate::storage::key::RecordKey;
 use crate::storage::tier::TierStats;
 pub use directory::{ANSWERS, Access, Directory, SegmentFile, SegmentFiles, draw_seed, file_name};
-pub use options::{DiskOptions, DiskReport, Verification};
+pub use options::{DiskOptions, DiskReport};
 use record::{
     Expected, HEADER_BYTES, RecordHeader, SegmentOwner, parse_segment_owner, parse_segment_page, segment_page,
 };
@@ -228,24 +228,6 @@ impl DiskStore {
             keep_first(&mut first, self.failed("sync the directory", &error));
         }
         first
-    }
-
-    /// Reads and checks every record.
-    pub fn verify(&mut self) -> Verification {
-        let keys: Vec<RecordKey> = self.keys().copied().collect();
-        let mut verification = Verification::default();
-        for key in keys {
-            let Some(&place) = self.index.get(&key) else { continue };
-            match self.read(&key, place) {
-                Ok(_) => verification.intact += 1,
-                Err(Fault::Damaged(_)) => {
-                    verification.damaged += 1;
-                    self.forget_damaged(&key);
-                }
-                Err(_) => verification.unreadable += 1,
-            }
-        }
-        verification
     }
 
     /// The use of a record ended in an error of the engine: neither it nor what was written beside it is used again, also

@@ -16,9 +16,9 @@ impl TierStore for DiskStore {
             Job::Write(key, bytes, owner) => self.put_for(&owner, key, &bytes).map(|_| Outcome::Stored),
             Job::Quarantine(key) => {
                 DiskStore::quarantine(self, &key);
-                Ok(Outcome::Missing)
+                Ok(Outcome::Done)
             }
-            Job::Clear => DiskStore::clear(self).map(|()| Outcome::Missing),
+            Job::Clear => DiskStore::clear(self).map(|()| Outcome::Done),
         };
         outcome.unwrap_or_else(Outcome::Fault)
     }
@@ -43,9 +43,9 @@ impl TierStore for RemoteStore {
                 self.get(&key).map(|found| found.map_or(Outcome::Missing, |it| Outcome::Found(it.into())))
             }
             Job::Write(key, bytes, _) => self.put(&key, &bytes).map(|_| Outcome::Stored),
-            Job::Quarantine(key) => self.remove(&key).map(|()| Outcome::Missing),
+            Job::Quarantine(key) => self.remove(&key).map(|()| Outcome::Done),
             // Others use it too: what is in it ends with its time.
-            Job::Clear => Ok(Outcome::Missing),
+            Job::Clear => Ok(Outcome::Done),
         };
         done.unwrap_or_else(Outcome::Fault)
     }

@@ -112,7 +112,7 @@ fn serve(kv: &mut KvCache, now_us: u64, elapsed_us: u64, outcome: impl Fn(usize)
         let outcome = match job {
             Job::Read(_) => outcome(num_reads),
             Job::Write(..) => Outcome::Stored,
-            Job::Quarantine(_) | Job::Clear => Outcome::Missing,
+            Job::Quarantine(_) | Job::Clear => Outcome::Done,
         };
         num_reads += usize::from(matches!(job, Job::Read(_)));
         tiers.complete(id, job_id, Done { outcome, elapsed_us }, now_us);

@@ -12,9 +12,9 @@ pub enum Job {
     Read(RecordKey),
     /// Store a block, which counts for an owner: [`Outcome::Stored`] or [`Outcome::Fault`].
     Write(RecordKey, Arc<[u8]>, OwnerKey),
-    /// See to it that the block is never read again: [`Outcome::Missing`] or [`Outcome::Fault`].
+    /// See to it that the block is never read again: [`Outcome::Done`] or [`Outcome::Fault`].
     Quarantine(RecordKey),
-    /// Give up every block: [`Outcome::Missing`] or [`Outcome::Fault`].
+    /// Give up every block: [`Outcome::Done`] or [`Outcome::Fault`].
     Clear,
 }
 
@@ -27,6 +27,8 @@ pub enum Outcome {
     Missing,
     /// It is there now.
     Stored,
+    /// What was asked for beside reading and writing has been done.
+    Done,
     /// The tier failed.
     Fault(Fault),
 }

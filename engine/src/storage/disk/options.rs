@@ -71,14 +71,3 @@ pub struct DiskReport {
     /// Segments that were evicted.
     pub evicted_segments: u64,
 }
-
-/// What [`DiskStore::verify`](super::DiskStore::verify) found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Verification {
-    /// Records that are as they were written.
-    pub intact: u64,
-    /// Records that were not, and are forgotten now.
-    pub damaged: u64,
-    /// Records that could not be read.
-    pub unreadable: u64,
-}
