@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
+use ns_llm_kernels::host::return_free_memory;
+
 use crate::command::{Command, Pending, RequestId, Submission, Work};
 use crate::config::{EngineOptions, FLUSH_MS, MAX_TRACE_EVENTS};
 use crate::device::{CudaDevices, MachineDevices};
@@ -16,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::instruments::Instruments;
 use crate::intake::{check_embedding_request, check_request_token_ids, replay};
 use crate::memory_plan::MemoryPlan;
-use crate::open::{self, return_free_memory};
+use crate::open;
 use crate::request::{Embedding, Event, FinishReason, Origin, Request, Summary, TokenLogprobs, at_most};
 use crate::responses::Responses;
 use crate::sampler::check_token_ids;

@@ -26,8 +26,9 @@ use crate::loader::gguf::{
 };
 use crate::loader::{ModelSource, StoredDtype, Weights};
 use crate::model::config::{Architecture, ModelConfig};
-use crate::open::{ModelFiles, measure_weights, model_name};
+use crate::model_files::{ModelFiles, model_name};
 use crate::tensor::Encoding;
+use crate::weight_levels::measure_weights;
 
 /// What to make of what, and where.
 #[non_exhaustive]
