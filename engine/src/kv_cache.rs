@@ -21,12 +21,12 @@ use crate::config::MAX_LOST_BLOCKS;
 use crate::error::Result;
 use crate::request::{CacheTier, CacheUse, CachedTokens, MissReason, PrefixMiss};
 use crate::sequence::{BlockId, BlockKey, OwnerKey, SeqId, Sequence};
-use crate::storage::{TierId, TierStats};
+use crate::storage::TierStats;
 use block_pool::BlockPool;
 pub(crate) use block_pool::violated;
 pub use prefix_index::KvIdentity;
 use prefix_index::PrefixIndex;
-use tiers::{Begun, Source, Tiers, TiersConfig};
+use tiers::{Begun, Tiers, TiersConfig};
 
 /// Sizes and identity of a pool.
 #[derive(Debug, Clone, PartialEq)]
@@ -358,12 +358,7 @@ impl KvCache {
                 self.pool.set_key(id, key, seq.spec.owner);
             }
             seq.num_published += 1;
-            let count = match block.source {
-                Source::Host => &mut restored.host,
-                Source::Tier(TierId::Disk) => &mut restored.disk,
-                Source::Tier(TierId::Remote) => &mut restored.remote,
-            };
-            *count += self.config.block_tokens;
+            *restored.at_mut(block.source) += self.config.block_tokens;
         }
         seq.restored.end = seq.num_published;
         if let Some(mut reason) = arrived.cut
@@ -432,11 +427,11 @@ impl KvCache {
             KeepReason::Evicted => tiers.spill(key, bytes, block.owner, now_us),
         }
     }
-    /// Every tier by its name, and what it holds and did.
-    pub fn tier_stats(&self) -> impl Iterator<Item = (&'static str, TierStats)> {
+    /// What each tier holds and did.
+    pub fn tier_stats(&self) -> impl Iterator<Item = (CacheTier, TierStats)> {
         self.tiers.iter().flat_map(|tiers| {
-            let below = tiers.ids().map(|id| (id.name(), tiers.tier_stats(id)));
-            std::iter::once(("host", tiers.host_stats())).chain(below)
+            let below = tiers.ids().map(|id| (id.place(), tiers.tier_stats(id)));
+            std::iter::once((CacheTier::Host, tiers.host_stats())).chain(below)
         })
     }
     /// The tiers, if there are any: whoever drives them asks for their jobs.

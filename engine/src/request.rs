@@ -484,6 +484,15 @@ pub struct CachedTokens {
 }
 
 impl CachedTokens {
+    /// Those of one place, to count more.
+    pub(crate) fn at_mut(&mut self, tier: CacheTier) -> &mut usize {
+        match tier {
+            CacheTier::Pool => &mut self.pool,
+            CacheTier::Host => &mut self.host,
+            CacheTier::Disk => &mut self.disk,
+            CacheTier::Remote => &mut self.remote,
+        }
+    }
     /// Wherever they were.
     pub fn total(&self) -> usize {
         self.pool + self.host + self.disk + self.remote

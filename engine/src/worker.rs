@@ -21,7 +21,7 @@ use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
 use crate::instruments::Instruments;
 use crate::kv_cache::{BlockTransfer, KeptBlock};
-use crate::request::{FinishReason, Origin, Summary, Usage};
+use crate::request::{CacheTier, FinishReason, Origin, Summary, Usage};
 use crate::scheduler::{Scheduler, SequenceEvent, Step};
 use crate::stats::{Histograms, KvTierStats, Stats};
 use crate::storage::TierStats;
@@ -695,7 +695,7 @@ fn finish_writes(
     }
 }
 
-fn tier_stats((name, stats): (&'static str, TierStats)) -> KvTierStats {
+fn tier_stats((tier, stats): (CacheTier, TierStats)) -> KvTierStats {
     let TierStats { entries, bytes, hits, hit_bytes, misses, stored, evictions, faults } = stats;
-    KvTierStats { name, blocks: entries, bytes, hits, hit_bytes, misses, stored, evictions, faults }
+    KvTierStats { name: tier.as_str(), blocks: entries, bytes, hits, hit_bytes, misses, stored, evictions, faults }
 }

@@ -44,6 +44,7 @@ use host::HostTier;
 pub use job::{Done, Job, JobId, Outcome, TierStore};
 use lost::note_lost;
 use rate::Rate;
+use source::Source;
 
 /// Why a tier that rests has not stored something.
 const LEFT_ALONE: &str = "it failed several times and was left alone for a while";
@@ -67,15 +68,6 @@ pub struct TiersConfig {
     pub tiers: Vec<TierId>,
 }
 
-/// Where a block came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Source {
-    /// Memory of this process.
-    Host,
-    /// A tier that was asked by a job.
-    Tier(TierId),
-}
-
 /// A block that came back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RestoredBlock {
@@ -84,7 +76,7 @@ pub struct RestoredBlock {
     /// All of it.
     pub bytes: Arc<[u8]>,
     /// Where it was.
-    pub source: Source,
+    pub source: CacheTier,
 }
 
 /// What a restore has brought since it was asked last.
@@ -417,7 +409,7 @@ impl Tiers {
             blocks.push(match source {
                 Source::Host => {
                     let bytes = self.host.get(key).expect("it is there");
-                    Some(RestoredBlock { key: *key, bytes, source: Source::Host })
+                    Some(RestoredBlock { key: *key, bytes, source: CacheTier::Host })
                 }
                 Source::Tier(tier_id) => {
                     self.want(*key, *tier_id, owner, id);
@@ -729,7 +721,7 @@ impl Tiers {
         for id in wanted.iter().flat_map(|wanted| &wanted.waiting) {
             let Some(restore) = self.restores.get_mut(id) else { continue };
             let Some(idx) = restore.keys.iter().position(|other| *other == key) else { continue };
-            restore.blocks[idx] = Some(RestoredBlock { key, bytes: Arc::clone(bytes), source: Source::Tier(from) });
+            restore.blocks[idx] = Some(RestoredBlock { key, bytes: Arc::clone(bytes), source: from.place() });
             restore.progress_us = now_us;
             is_late = false;
         }
@@ -861,10 +853,10 @@ mod tests {
         assert_eq!((names(&first.blocks), first.has_ended), (keys(0..1), false), "as they arrive");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
         let last = tiers.poll(id, now_us);
-        let sources: Vec<Source> = last.blocks.iter().map(|block| block.source).collect();
+        let sources: Vec<CacheTier> = last.blocks.iter().map(|block| block.source).collect();
         assert_eq!((names(&last.blocks), last.has_ended), (keys(1..5), true));
-        let disk = Source::Tier(TierId::Disk);
-        assert_eq!(sources, [disk, disk, Source::Host, Source::Host]);
+        let (disk, host) = (CacheTier::Disk, CacheTier::Host);
+        assert_eq!(sources, [disk, disk, host, host]);
         assert_eq!(rest(&mut tiers, id, now_us), [], "handed out once");
         assert_eq!(tiers.begin(&keys(20..22), OWNER, now_us).restore, None);
         assert_eq!((tiers.tier_stats(TierId::Disk).hits, tiers.counters().restored), (3, 5));

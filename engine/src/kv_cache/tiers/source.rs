@@ -1,8 +1,17 @@
 //! Where a block is fetched, and whether that is worth it.
 
-use super::{Job, Source, Tier, Tiers, Wanted};
+use super::{Job, Tier, Tiers, Wanted};
 use crate::sequence::{OwnerKey, RestoreId};
 use crate::storage::{RecordKey, TierId};
+
+/// Where a block is fetched from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Memory of this process, at once.
+    Host,
+    /// A store, by a job.
+    Tier(TierId),
+}
 
 impl Tiers {
     /// Where a block is to be fetched. `None`: nowhere.
