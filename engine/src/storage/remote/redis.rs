@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use super::resp::{Broken, Reply, command, read_reply};
 use super::server_url::ServerUrl;
 use super::values::ValueStore;
-use crate::config::MAX_REMOTE_TIMEOUT_MS;
-use crate::error::{Error, Result};
+use crate::config::{MAX_REMOTE_TIMEOUT_MS, in_range};
+use crate::error::Result;
 use crate::storage::fault::{Damage, Fault};
 
 /// How long a server is left alone after a failure at least. It is never less than the time of a call, so that a server
@@ -50,10 +50,7 @@ pub struct RedisStore {
 impl RedisStore {
     /// A store whose calls take at most `timeout_ms`. Connects when it is first asked.
     pub fn new(url: ServerUrl, timeout_ms: u64) -> Result<Self> {
-        if !(1..=MAX_REMOTE_TIMEOUT_MS).contains(&timeout_ms) {
-            let (value, expected) = (timeout_ms.to_string(), format!("1 to {MAX_REMOTE_TIMEOUT_MS}"));
-            return Err(Error::InvalidArgument { field: "kv_remote_timeout_ms", value, expected });
-        }
+        in_range("kv_remote_timeout_ms", timeout_ms, 1, MAX_REMOTE_TIMEOUT_MS)?;
         let mut store = RedisStore {
             url,
             timeout: Duration::from_millis(timeout_ms),
