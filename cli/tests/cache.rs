@@ -10,10 +10,9 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use ns_llm::kv_cache::tiers::disk::{Access, Directory, DiskOptions, DiskTier, draw_seed};
-use ns_llm::kv_cache::tiers::{LayoutId, StoredKey};
 use ns_llm::sampler::random_at;
-use ns_llm::sequence::BlockKey;
+use ns_llm::storage::disk::{Access, Directory, DiskOptions, DiskStore, draw_seed};
+use ns_llm::storage::{LayoutId, RecordKey};
 use serde_json::Value;
 
 const PAYLOAD_BYTES: u64 = 10_000;
@@ -43,14 +42,14 @@ impl Folder {
         let names = fs::read_dir(self.cache()).expect("there").map(|entry| entry.expect("readable").file_name());
         names.map(|name| name.to_string_lossy().into_owned()).filter(|name| name != "lock").collect()
     }
-    fn open(&self) -> DiskTier {
+    fn open(&self) -> DiskStore {
         self.open_with(16 * SEGMENT_BYTES)
     }
-    fn open_with(&self, budget_bytes: u64) -> DiskTier {
+    fn open_with(&self, budget_bytes: u64) -> DiskStore {
         let directory = Directory::open(&self.cache()).expect("a private directory");
         let access = directory.access();
         let options = DiskOptions::new(budget_bytes, PAYLOAD_BYTES).expect("room");
-        DiskTier::open(Box::new(directory), access, options, draw_seed()).expect("opens")
+        DiskStore::open(Box::new(directory), access, options, draw_seed()).expect("opens")
     }
     /// Stores the blocks `names`, four in a segment.
     fn fill(&self, names: std::ops::Range<u64>) {
@@ -60,13 +59,13 @@ impl Folder {
     fn fill_answers(&self, names: std::ops::Range<u64>) {
         let directory = Directory::open(&self.answers()).expect("a private directory");
         let options = DiskOptions::new(16 * SEGMENT_BYTES, PAYLOAD_BYTES).expect("room");
-        let tier = DiskTier::open(Box::new(directory), Access::Write, options, draw_seed()).expect("opens");
+        let tier = DiskStore::open(Box::new(directory), Access::Write, options, draw_seed()).expect("opens");
         Folder::fill_tier(tier, names);
     }
     fn answers(&self) -> PathBuf {
         self.cache().join("answers")
     }
-    fn fill_tier(mut tier: DiskTier, names: std::ops::Range<u64>) {
+    fn fill_tier(mut tier: DiskStore, names: std::ops::Range<u64>) {
         for name in names {
             tier.put(key(name), &payload(name)).expect("room");
         }
@@ -80,10 +79,10 @@ impl Drop for Folder {
     }
 }
 
-fn key(name: u64) -> StoredKey {
+fn key(name: u64) -> RecordKey {
     let mut block = [0; 32];
     block[..8].copy_from_slice(&name.to_le_bytes());
-    StoredKey { block: BlockKey(block), layout: LayoutId([7; 32]) }
+    RecordKey { content: block, layout: LayoutId([7; 32]) }
 }
 
 fn payload(name: u64) -> Vec<u8> {
@@ -306,7 +305,7 @@ fn answers_are_looked_after_as_well() {
     // Both have young files: none is too old. Then KV goes before answers, and answers when they alone are too much.
     let (untouched, _) = report("prune", &folder.cache(), &["--max-age-hours", "4"]);
     assert_eq!((number(&untouched, "removed_segments"), number(&untouched, "kept_segments")), (0, 3));
-    let mut tier = DiskTier::open(
+    let mut tier = DiskStore::open(
         Box::new(Directory::open(&folder.answers()).expect("private")),
         Access::Write,
         DiskOptions::new(64 * SEGMENT_BYTES, PAYLOAD_BYTES).expect("room"),

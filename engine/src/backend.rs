@@ -55,6 +55,10 @@ pub enum Pooling {
     Last,
 }
 
+/// Version of how the numbers of a block lie in its bytes, on any device. It changes when any of them moves; what was stored
+/// in another layout is not read.
+pub const KV_LAYOUT_VERSION: u32 = 1;
+
 /// Sizes of the KV blocks of all layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {

@@ -8,10 +8,11 @@ use std::sync::mpsc::SyncSender;
 use crate::config::MAX_PENDING_PROMPT_BYTES;
 use crate::embedding::EmbeddingRequest;
 use crate::error::{Error, Result};
-use crate::kv_cache::tiers::{Done, Fault, JobId, StoredKey, TierId};
+use crate::kv_cache::tiers::{Done, JobId};
 use crate::request::{Origin, Prompt, Request};
 use crate::responses::Recorder;
 use crate::sequence::{EncodeSpec, SequenceSpec};
+use crate::storage::{Fault, RecordKey, TierId};
 use crate::stream::EventSender;
 use crate::tokenizer::StopStrings;
 
@@ -40,7 +41,7 @@ pub(crate) enum Command {
 /// What the thread of a tier says.
 pub(crate) enum TierAnswer {
     /// One of its jobs is done; these blocks went for it.
-    Done { id: TierId, job: JobId, done: Done, lost: Vec<StoredKey> },
+    Done { id: TierId, job: JobId, done: Done, lost: Vec<RecordKey> },
     /// Whether what it had stored is on the medium.
     Flushed { id: TierId, result: Result<(), Fault> },
 }

@@ -3,7 +3,7 @@
 
 use crate::config::*;
 use crate::error::Result;
-use crate::request::{Embedding, Priority, Summary, at_most, check_timeout, invalid};
+use crate::request::{Embedding, Priority, Summary, check_timeout};
 
 /// One input of an [`EmbeddingRequest`].
 #[derive(Debug, Clone, PartialEq, Eq)]

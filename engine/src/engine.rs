@@ -8,16 +8,18 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
+use ns_llm_kernels::host::return_free_memory;
+
 use crate::command::{Command, Pending, RequestId, Submission, Work};
-use crate::config::{EngineOptions, FLUSH_MS, MAX_TRACE_EVENTS};
+use crate::config::{EngineOptions, FLUSH_MS, MAX_TRACE_EVENTS, at_most};
 use crate::device::{CudaDevices, MachineDevices};
 use crate::embedding::{EmbeddingRequest, Embeddings};
 use crate::error::{Error, Result};
 use crate::instruments::Instruments;
 use crate::intake::{check_embedding_request, check_request_token_ids, replay};
 use crate::memory_plan::MemoryPlan;
-use crate::open::{self, return_free_memory};
-use crate::request::{Embedding, Event, FinishReason, Origin, Request, Summary, TokenLogprobs, at_most};
+use crate::open;
+use crate::request::{Embedding, Event, FinishReason, Origin, Request, Summary, TokenLogprobs};
 use crate::responses::Responses;
 use crate::sampler::check_token_ids;
 use crate::stats::{MemoryUse, ModelInfo, RunningStep, Stats};

@@ -1,13 +1,15 @@
 //! What a model's files hold and what running it would take, from its headers alone: no weight is read.
 
+use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::CudaBackend;
+use crate::backend::{Backend, KvLayout};
 use crate::config::{Device, EngineOptions, WeightFormat};
 use crate::device::{self, CudaDevices, MachineDevices, Target};
 use crate::error::Result;
 use crate::loader::PoolingMode;
-use crate::memory_plan::MemoryPlan;
-use crate::open::{
-    ModelFiles, WeightLevel, max_embedding_tokens, memory_limit_bytes, plan_memory, stored_block_bytes, weight_levels,
-};
+use crate::memory_plan::{MemoryPlan, StoredBlocks};
+use crate::model_files::ModelFiles;
+use crate::weight_levels::{WeightLevel, memory_limit_bytes, plan_memory, weight_levels};
 
 /// One tensor of the checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,7 +133,7 @@ pub fn inspect_among(options: &EngineOptions, devices: &dyn CudaDevices) -> Resu
             ("activation", format!("{:?}", config.activation)),
             ("tie_word_embeddings", config.tie_word_embeddings.to_string()),
             ("pooling", files.sentence.pooling.map_or("mean", PoolingMode::name).to_string()),
-            ("max_embedding_tokens", max_embedding_tokens(config, &files.sentence, &plan).to_string()),
+            ("max_embedding_tokens", files.max_embedding_tokens(plan.context_tokens).to_string()),
         ],
         num_parameters: tensors.iter().map(|tensor| tensor.shape.iter().map(|&n| n as u64).product::<u64>()).sum(),
         tensors,
@@ -148,4 +150,13 @@ pub fn inspect_among(options: &EngineOptions, devices: &dyn CudaDevices) -> Resu
         stored_block_bytes,
         levels,
     })
+}
+
+/// Bytes of a block outside the pool.
+fn stored_block_bytes(options: &EngineOptions, layout: &KvLayout, target: &Target) -> Result<u64> {
+    let int8 = match target {
+        Target::Cpu => CpuBackend::int8_blocks(*layout)?,
+        Target::Cuda(_) => CudaBackend::int8_blocks(*layout)?,
+    };
+    Ok(StoredBlocks::new(options, layout, int8).block_bytes)
 }

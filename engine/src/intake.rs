@@ -12,13 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use sha2::{Digest, Sha256};
-
 use crate::chat::RenderContext;
 use crate::command::{Command, Prepared, PreparedInput, PreparedWork, Submission, VectorForm, Work};
 use crate::config::{DEFAULT_MAX_TOKENS, TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN, TEMPLATE_TIME_MS};
 use crate::embedding::{EmbeddingInput, EmbeddingRequest};
 use crate::error::{Error, Result, panic_text};
+use crate::field_hash::{FieldHash, FieldTag};
 use crate::instruments::Instruments;
 use crate::request::{Prompt, Request, SamplingParams};
 use crate::response_cache::CachedAnswer;
@@ -271,18 +270,26 @@ pub(crate) fn check_request_token_ids(request: &Request, vocab_size: usize) -> R
     check_token_ids("logit_bias", request.sampling.logit_bias.iter().map(|&(id, _)| id), vocab_size)
 }
 
+#[derive(Clone, Copy)]
+#[repr(u8)]
+enum NamespaceTag {
+    What = 1,
+    Name,
+}
+
+impl FieldTag for NamespaceTag {
+    fn number(self) -> u8 {
+        self as u8
+    }
+}
+
 /// Hash of a namespace: its text goes no further than here. `None` is the engine's own.
 fn namespace_key(namespace: Option<&str>) -> NamespaceKey {
-    let mut hash = Sha256::new();
-    hash.update(b"ns-llm namespace v1\0");
+    let hash = FieldHash::new().text(NamespaceTag::What, "namespace");
     match namespace {
-        None => hash.update([0]),
-        Some(name) => {
-            hash.update([1]);
-            hash.update(name.as_bytes());
-        }
+        None => hash.finish(),
+        Some(name) => hash.text(NamespaceTag::Name, name).finish(),
     }
-    hash.finalize().into()
 }
 
 /// Hash of a namespace's owner: what stands before its first line break.

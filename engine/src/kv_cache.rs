@@ -21,11 +21,12 @@ use crate::config::MAX_LOST_BLOCKS;
 use crate::error::Result;
 use crate::request::{CacheTier, CacheUse, CachedTokens, MissReason, PrefixMiss};
 use crate::sequence::{BlockId, BlockKey, OwnerKey, SeqId, Sequence};
+use crate::storage::TierStats;
 use block_pool::BlockPool;
 pub(crate) use block_pool::violated;
 pub use prefix_index::KvIdentity;
 use prefix_index::PrefixIndex;
-use tiers::{Begun, Source, TierId, TierStats, Tiers, TiersConfig};
+use tiers::{Begun, Tiers, TiersConfig};
 
 /// Sizes and identity of a pool.
 #[derive(Debug, Clone, PartialEq)]
@@ -298,7 +299,7 @@ impl KvCache {
         if let Some(tiers) = &mut self.tiers {
             let shareable = seq.max_cached_tokens() / self.config.block_tokens;
             let missing = seq.block_keys.get(seq.num_published..shareable).unwrap_or(&[]);
-            let missing: Vec<_> = missing.iter().map(|key| tiers.stored_key(*key)).collect();
+            let missing: Vec<_> = missing.iter().map(|key| tiers.record_key(*key)).collect();
             begun = tiers.begin(&missing, seq.spec.owner, now_us);
             seq.restore = begun.restore;
             seq.restored = seq.num_published..seq.num_published;
@@ -332,7 +333,7 @@ impl KvCache {
             for (key, tier) in tiers.take_lost() {
                 self.lost.put(key, tier);
             }
-            if tiers.is_withheld(&tiers.stored_key(key)) {
+            if tiers.is_withheld(&tiers.record_key(key)) {
                 return MissReason::Fault;
             }
         }
@@ -350,19 +351,14 @@ impl KvCache {
         }
         for block in arrived.blocks {
             let (key, id) = (seq.block_keys[seq.num_published], seq.blocks[seq.num_published]);
-            assert_eq!(block.key.block, key, "blocks come back in the order of the prefix");
+            assert_eq!(block.key.content, key.0, "blocks come back in the order of the prefix");
             self.transfers.push(BlockTransfer::Restore { block: id, bytes: block.bytes });
             self.index.unclaim(&key, seq.id);
             if self.index.insert(key, id) {
                 self.pool.set_key(id, key, seq.spec.owner);
             }
             seq.num_published += 1;
-            let count = match block.source {
-                Source::Host => &mut restored.host,
-                Source::Tier(TierId::Disk) => &mut restored.disk,
-                Source::Tier(TierId::Remote) => &mut restored.remote,
-            };
-            *count += self.config.block_tokens;
+            *restored.at_mut(block.source) += self.config.block_tokens;
         }
         seq.restored.end = seq.num_published;
         if let Some(mut reason) = arrived.cut
@@ -385,7 +381,7 @@ impl KvCache {
         let Some(tiers) = &mut self.tiers else { return };
         for idx in seq.restored.clone() {
             let (key, id) = (seq.block_keys[idx], seq.blocks[idx]);
-            tiers.quarantine(tiers.stored_key(key));
+            tiers.quarantine(tiers.record_key(key));
             if self.index.get(&key) == Some(id) {
                 self.index.remove(&key);
                 self.pool.clear_key(id);
@@ -412,30 +408,30 @@ impl KvCache {
     /// Whether any tier would take the block: else it need not be read.
     pub fn would_keep(&self, block: &KeptBlock, now_us: u64) -> bool {
         self.tiers.as_ref().is_some_and(|tiers| match block.reason {
-            KeepReason::Published => tiers.would_persist(&tiers.stored_key(block.key), &block.owner, now_us),
-            KeepReason::Evicted => tiers.would_spill(&tiers.stored_key(block.key), &block.owner, now_us),
+            KeepReason::Published => tiers.would_persist(&tiers.record_key(block.key), &block.owner, now_us),
+            KeepReason::Evicted => tiers.would_spill(&tiers.record_key(block.key), &block.owner, now_us),
         })
     }
     /// The block is not given to the tiers after all: none would take it now, or it could not be read.
     pub fn pass_over(&mut self, block: &KeptBlock, now_us: u64) {
         if let Some(tiers) = &mut self.tiers {
-            tiers.pass_over(&tiers.stored_key(block.key), &block.owner, now_us);
+            tiers.pass_over(&tiers.record_key(block.key), &block.owner, now_us);
         }
     }
     /// Gives a block to the tiers.
     pub fn keep(&mut self, block: &KeptBlock, bytes: Arc<[u8]>, now_us: u64) {
         let Some(tiers) = &mut self.tiers else { return };
-        let key = tiers.stored_key(block.key);
+        let key = tiers.record_key(block.key);
         match block.reason {
             KeepReason::Published => tiers.persist(key, bytes, block.owner, now_us),
             KeepReason::Evicted => tiers.spill(key, bytes, block.owner, now_us),
         }
     }
-    /// Every tier by its name, and what it holds and did.
-    pub fn tier_stats(&self) -> impl Iterator<Item = (&'static str, TierStats)> {
+    /// What each tier holds and did.
+    pub fn tier_stats(&self) -> impl Iterator<Item = (CacheTier, TierStats)> {
         self.tiers.iter().flat_map(|tiers| {
-            let below = tiers.ids().map(|id| (id.name(), tiers.tier_stats(id)));
-            std::iter::once(("host", tiers.host_stats())).chain(below)
+            let below = tiers.ids().map(|id| (id.place(), tiers.tier_stats(id)));
+            std::iter::once((CacheTier::Host, tiers.host_stats())).chain(below)
         })
     }
     /// The tiers, if there are any: whoever drives them asks for their jobs.

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
-use crate::kv_cache::tiers::disk::{self, Directory, FORMAT_VERSION, SegmentFile, SegmentFiles, Survey};
+use crate::storage::disk::{self, Directory, FORMAT_VERSION, SegmentFile, SegmentFiles, Survey};
 
 /// What is in a directory. Of answers, and what makes them invalid, the words about blocks and KV hold as well.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -32,6 +32,7 @@ pub mod device;
 mod embedding;
 mod engine;
 mod error;
+mod field_hash;
 pub mod inspect;
 mod instruments;
 mod intake;
@@ -64,6 +65,7 @@ pub mod loader;
 pub mod memory_plan;
 #[doc(hidden)]
 pub mod model;
+mod model_files;
 #[doc(hidden)]
 pub mod open;
 mod owner_ledger;
@@ -76,11 +78,14 @@ pub mod scheduler;
 #[doc(hidden)]
 pub mod sequence;
 #[doc(hidden)]
+pub mod storage;
+#[doc(hidden)]
 pub mod tensor;
 #[doc(hidden)]
 pub mod text_model;
 #[doc(hidden)]
 pub mod tokenizer;
+mod weight_levels;
 
 pub use config::{
     Device, EngineOptions, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, ProgressCallback,

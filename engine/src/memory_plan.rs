@@ -1,8 +1,11 @@
 //! How many KV blocks an engine gets and how long a sequence may become, decided before any weight is read. Pure: memory that is available is an argument.
 
+mod stored_blocks;
+
 use crate::backend::KvLayout;
 use crate::config::{DEFAULT_KV_MAX_BYTES, DEFAULT_KV_MEMORY_SHARE, DEFAULT_KV_MIN_TOKENS, EngineOptions};
 use crate::error::{Error, Result};
+pub(crate) use stored_blocks::StoredBlocks;
 
 /// What an engine will hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -36,8 +36,6 @@ pub struct LoadedModel<B: Backend> {
     pub model: Box<dyn Model<B>>,
     /// Numbers in all weights; a matrix that is used twice counts once.
     pub num_parameters: u64,
-    /// Bytes of these weights in the checkpoint.
-    pub checkpoint_bytes: u64,
 }
 
 /// Loads the model that `config` describes, for sequences of at most `context_tokens`. Every tensor of `weights` must
@@ -59,6 +57,6 @@ pub fn load<B: Backend>(
         Architecture::Gpt2 => Box::new(gpt2::Gpt2::load(&mut loader, config)?),
         Architecture::Bert => Box::new(bert::Bert::load(&mut loader, config)?),
     };
-    let (num_parameters, checkpoint_bytes) = loader.finish()?;
-    Ok(LoadedModel { model, num_parameters, checkpoint_bytes })
+    let num_parameters = loader.finish()?;
+    Ok(LoadedModel { model, num_parameters })
 }

@@ -18,7 +18,7 @@ use safetensors::Dtype;
 use self::convert::{ConversionError, Rows, StoredOrder};
 pub use self::file_type::FileType;
 use self::file_type::ModelShape;
-use crate::config::{EngineOptions, LoadProgress, MAX_THREADS, ProgressCallback, WeightFormat};
+use crate::config::{EngineOptions, LoadProgress, MAX_THREADS, ProgressCallback, WeightFormat, in_range};
 use crate::error::{Error, Result};
 use crate::inspect::TensorInfo;
 use crate::loader::gguf::{
@@ -26,8 +26,9 @@ use crate::loader::gguf::{
 };
 use crate::loader::{ModelSource, StoredDtype, Weights};
 use crate::model::config::{Architecture, ModelConfig};
-use crate::open::{ModelFiles, measure_weights, model_name};
+use crate::model_files::{ModelFiles, model_name};
 use crate::tensor::Encoding;
+use crate::weight_levels::measure_weights;
 
 /// What to make of what, and where.
 #[non_exhaustive]
@@ -79,10 +80,7 @@ pub struct Quantized {
 /// Writes the file. Whatever fails, nothing is left at [`QuantizeOptions::output`] but what was there.
 pub fn quantize(mut options: QuantizeOptions) -> Result<Quantized> {
     let threads = options.threads.unwrap_or_else(|| host::usable_cores().clamp(1, MAX_THREADS));
-    if !(1..=MAX_THREADS).contains(&threads) {
-        let expected = format!("1 to {MAX_THREADS}");
-        return Err(Error::InvalidArgument { field: "threads", value: threads.to_string(), expected });
-    }
+    in_range("threads", threads, 1, MAX_THREADS)?;
     let files = ModelFiles::open(&EngineOptions::new(&options.model))?;
     // Finds what is missing or of another shape before anything is written.
     measure_weights(WeightFormat::Auto, &files.weights, &files.config)?;

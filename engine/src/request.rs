@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::config::*;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -184,22 +184,24 @@ impl Request {
     /// Checks every range that does not depend on a model. Costs no more than reading the request once.
     pub fn validate(&self) -> Result<()> {
         let s = &self.sampling;
-        in_range("temperature", s.temperature, 0.0, 100.0)?;
-        in_range("top_p", s.top_p, f32::MIN_POSITIVE, 1.0)?;
-        in_range("min_p", s.min_p, 0.0, 1.0)?;
-        in_range("repetition_penalty", s.repetition_penalty, f32::MIN_POSITIVE, 100.0)?;
-        in_range("presence_penalty", s.presence_penalty, -2.0, 2.0)?;
-        in_range("frequency_penalty", s.frequency_penalty, -2.0, 2.0)?;
+        for (field, value, min, max) in [
+            ("temperature", s.temperature, 0.0, 100.0),
+            ("top_p", s.top_p, f32::MIN_POSITIVE, 1.0),
+            ("min_p", s.min_p, 0.0, 1.0),
+            ("repetition_penalty", s.repetition_penalty, f32::MIN_POSITIVE, 100.0),
+            ("presence_penalty", s.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", s.frequency_penalty, -2.0, 2.0),
+        ] {
+            value.map_or(Ok(()), |value| in_range(field, value, min, max))?;
+        }
         at_most("logit_bias (entries)", s.logit_bias.len(), MAX_LOGIT_BIAS)?;
         for &(_, bias) in &s.logit_bias {
-            in_range("logit_bias", Some(bias), -100.0, 100.0)?;
+            in_range("logit_bias", bias, -100.0, 100.0)?;
         }
         if let Some(max_tokens) = self.max_tokens {
             at_most("max_tokens", max_tokens, MAX_NEW_TOKENS)?;
         }
-        if self.n == 0 || self.n > MAX_CHOICES {
-            return Err(invalid("n", self.n, format!("1 to {MAX_CHOICES}")));
-        }
+        in_range("n", self.n, 1, MAX_CHOICES)?;
         if let Some(logprobs) = self.logprobs {
             at_most("logprobs", logprobs, MAX_LOGPROBS)?;
         }
@@ -232,28 +234,8 @@ impl Request {
     }
 }
 
-pub(crate) fn invalid(field: &'static str, value: impl std::fmt::Display, expected: String) -> Error {
-    Error::InvalidArgument { field, value: value.to_string(), expected }
-}
-
-fn in_range(field: &'static str, value: Option<f32>, min: f32, max: f32) -> Result<()> {
-    match value {
-        Some(v) if !(min..=max).contains(&v) => Err(invalid(field, v, format!("{min} to {max}"))),
-        _ => Ok(()),
-    }
-}
-
-pub(crate) fn at_most(field: &'static str, value: usize, max: usize) -> Result<()> {
-    if value > max { Err(invalid(field, value, format!("at most {max}"))) } else { Ok(()) }
-}
-
 pub(crate) fn check_timeout(timeout_ms: Option<u64>) -> Result<()> {
-    match timeout_ms {
-        Some(timeout_ms) if timeout_ms == 0 || timeout_ms > MAX_TIMEOUT_MS => {
-            Err(invalid("timeout_ms", timeout_ms, format!("1 to {MAX_TIMEOUT_MS}")))
-        }
-        _ => Ok(()),
-    }
+    timeout_ms.map_or(Ok(()), |timeout_ms| in_range("timeout_ms", timeout_ms, 1, MAX_TIMEOUT_MS))
 }
 
 pub(crate) fn check_response_tags(field: &'static str, tags: &[String]) -> Result<()> {
@@ -267,12 +249,7 @@ pub(crate) fn check_response_tags(field: &'static str, tags: &[String]) -> Resul
 }
 
 pub(crate) fn check_response_ttl(field: &'static str, ttl_ms: Option<u64>) -> Result<()> {
-    match ttl_ms {
-        Some(ttl_ms) if ttl_ms == 0 || ttl_ms > MAX_RESPONSE_TTL_MS => {
-            Err(invalid(field, ttl_ms, format!("1 to {MAX_RESPONSE_TTL_MS}")))
-        }
-        _ => Ok(()),
-    }
+    ttl_ms.map_or(Ok(()), |ttl_ms| in_range(field, ttl_ms, 1, MAX_RESPONSE_TTL_MS))
 }
 
 /// A token and the natural logarithm of its probability under the model (before temperature, truncation and penalties).
@@ -484,6 +461,15 @@ pub struct CachedTokens {
 }
 
 impl CachedTokens {
+    /// Those of one place, to count more.
+    pub(crate) fn at_mut(&mut self, tier: CacheTier) -> &mut usize {
+        match tier {
+            CacheTier::Pool => &mut self.pool,
+            CacheTier::Host => &mut self.host,
+            CacheTier::Disk => &mut self.disk,
+            CacheTier::Remote => &mut self.remote,
+        }
+    }
     /// Wherever they were.
     pub fn total(&self) -> usize {
         self.pool + self.host + self.disk + self.remote

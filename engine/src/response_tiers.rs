@@ -22,12 +22,10 @@ use std::time::{Duration, Instant};
 
 use crate::config::{CLOSE_WRITES_MS, MAX_RESPONSE_LOOKUPS, MAX_RESPONSE_MARKS, RESPONSE_WRITE_QUEUE_BYTES};
 use crate::error::{Error, Result, panic_text};
-use crate::kv_cache::tiers::cost::Breaker;
-use crate::kv_cache::tiers::disk::Damage;
-use crate::kv_cache::tiers::{Fault, TierId, Unstored};
 use crate::owner_ledger::Ledger;
 use crate::response_cache::{ResponseKey, StoredEntry, mark_key};
 use crate::sequence::OwnerKey;
+use crate::storage::{Breaker, Damage, Fault, TierId, Unstored};
 pub(crate) use store::{AnswerStore, DiskAnswers, RemoteAnswers};
 
 /// Why an entry is not written to a tier that rests, or is closed.

@@ -11,12 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::config::{DEFAULT_MAX_TOKENS, MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions};
+use crate::config::{DEFAULT_MAX_TOKENS, MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions, at_most};
 use crate::error::Result;
-use crate::kv_cache::tiers::TierId;
-use crate::request::{
-    CacheUse, Delta, FinishReason, Request, Summary, at_most, check_response_tags, check_response_ttl,
-};
+use crate::request::{CacheUse, Delta, FinishReason, Request, Summary, check_response_tags, check_response_ttl};
 use crate::response_cache::{
     CachedAnswer, EntryOptions, EntryUse, KeyContext, KnownRequest, KnownRequests, ResponseKey, ResponseStore,
     StoredEntry, Ticket, answer_key, request_key, value_key,
@@ -24,6 +21,7 @@ use crate::response_cache::{
 use crate::response_tiers::{Asker, LookUp as TierLookUp, ResponseTiers};
 use crate::sequence::OwnerKey;
 use crate::stats::ResponseCacheStats;
+use crate::storage::TierId;
 
 /// Finished answers, and values that callers keep beside them: cheap to clone, `Send + Sync`. Of an engine
 /// ([`Engine::responses`](crate::Engine::responses)), or on its own.

@@ -85,9 +85,9 @@ impl SchedulerConfig {
             context_tokens,
             max_encode_tokens: context_tokens.min(config::MAX_DECODER_EMBEDDING_TOKENS),
             max_running_sequences: config::DEFAULT_MAX_RUNNING_SEQUENCES,
-            prefill_budget_tokens: config::PREFILL_BUDGET_TOKENS,
-            mixed_budget_tokens: config::MIXED_BUDGET_TOKENS,
-            max_waiting_requests: config::MAX_WAITING_REQUESTS,
+            prefill_budget_tokens: config::DEFAULT_PREFILL_BUDGET_TOKENS,
+            mixed_budget_tokens: config::DEFAULT_MIXED_BUDGET_TOKENS,
+            max_waiting_requests: config::DEFAULT_MAX_WAITING_REQUESTS,
             max_waiting_tokens: config::MAX_WAITING_TOKENS,
             max_in_flight: 1,
             age_steps: config::AGE_STEPS,
@@ -122,8 +122,6 @@ pub enum SequenceEvent {
         seq: SeqId,
         /// The token.
         token_id: u32,
-        /// How many new tokens the sequence had before: 0 is the first.
-        index: usize,
         /// When asked for.
         logprobs: Option<TokenLogprobs>,
     },

@@ -5,6 +5,8 @@
 //! Invariant: each job and each flush has exactly one answer, also when the tier panics; reads in their order, and all
 //! else in its own.
 
+mod stores;
+
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -13,7 +15,8 @@ use std::time::Instant;
 
 use crate::command::{Command, TierAnswer};
 use crate::error::{Error, Result, panic_text};
-use crate::kv_cache::tiers::{Done, Fault, Job, JobId, Outcome, TierId, TierStore};
+use crate::kv_cache::tiers::{Done, Job, JobId, Outcome, TierStore};
+use crate::storage::{Fault, TierId};
 
 /// What the thread is asked to do.
 enum Work {
@@ -126,8 +129,7 @@ mod tests {
     use std::sync::mpsc::SyncSender;
 
     use super::*;
-    use crate::kv_cache::tiers::{LayoutId, StoredKey};
-    use crate::sequence::BlockKey;
+    use crate::storage::{LayoutId, RecordKey};
 
     /// Does a job when it is allowed to.
     struct Slow {
@@ -147,7 +149,7 @@ mod tests {
                 _ => Outcome::Stored,
             }
         }
-        fn take_lost(&mut self) -> Vec<StoredKey> {
+        fn take_lost(&mut self) -> Vec<RecordKey> {
             Vec::new()
         }
         fn flush(&mut self) -> std::result::Result<(), Fault> {
@@ -163,7 +165,7 @@ mod tests {
         let (begun, has_begun) = std::sync::mpsc::sync_channel(0);
         let (allow, may_end) = channel();
         let thread = TierThread::spawn(Box::new(Slow { begun, may_end }), commands).expect("starts");
-        let key = StoredKey { block: BlockKey([1; 32]), layout: LayoutId([2; 32]) };
+        let key = RecordKey { content: [1; 32], layout: LayoutId([2; 32]) };
         thread.give(JobId(0), Job::Write(key, Arc::new([]), [0; 32]));
         has_begun.recv().expect("it works");
         (1..5).for_each(|id| thread.give(JobId(id), Job::Write(key, Arc::new([]), [0; 32])));

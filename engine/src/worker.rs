@@ -20,11 +20,11 @@ use crate::config::{CLOSE_WRITES_MS, MAX_BLOCKS_READ_TOGETHER, MIN_MEASURED_PREF
 use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
 use crate::instruments::Instruments;
-use crate::kv_cache::tiers::TierStats;
 use crate::kv_cache::{BlockTransfer, KeptBlock};
-use crate::request::{FinishReason, Origin, Summary, Usage};
+use crate::request::{CacheTier, FinishReason, Origin, Summary, Usage};
 use crate::scheduler::{Scheduler, SequenceEvent, Step};
 use crate::stats::{Histograms, KvTierStats, Stats};
+use crate::storage::TierStats;
 use crate::stream::{Delivery, EventSender};
 use crate::text_model::TextModel;
 use crate::tier_thread::TierThread;
@@ -695,7 +695,7 @@ fn finish_writes(
     }
 }
 
-fn tier_stats((name, stats): (&'static str, TierStats)) -> KvTierStats {
+fn tier_stats((tier, stats): (CacheTier, TierStats)) -> KvTierStats {
     let TierStats { entries, bytes, hits, hit_bytes, misses, stored, evictions, faults } = stats;
-    KvTierStats { name, blocks: entries, bytes, hits, hit_bytes, misses, stored, evictions, faults }
+    KvTierStats { name: tier.as_str(), blocks: entries, bytes, hits, hit_bytes, misses, stored, evictions, faults }
 }

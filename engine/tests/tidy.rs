@@ -28,32 +28,33 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "text_model",
         ],
     ),
-    ("inspect", &["device", "loader", "memory_plan", "open"]),
-    ("quantize", &["inspect", "loader", "model", "open", "tensor"]),
+    ("inspect", &["backend", "device", "loader", "memory_plan", "model_files", "weight_levels"]),
+    ("quantize", &["inspect", "loader", "model", "model_files", "tensor", "weight_levels"]),
     (
         "open",
         &[
             "backend",
-            "chat",
             "command",
             "device",
             "executor",
+            "field_hash",
             "instruments",
             "intake",
             "kv_cache",
             "loader",
             "memory_plan",
             "model",
+            "model_files",
             "request",
             "response_cache",
             "response_tiers",
             "responses",
             "scheduler",
             "stats",
-            "tensor",
+            "storage",
             "text_model",
             "tier_thread",
-            "tokenizer",
+            "weight_levels",
             "worker",
         ],
     ),
@@ -64,6 +65,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "chat",
             "command",
             "embedding",
+            "field_hash",
             "instruments",
             "request",
             "response_cache",
@@ -90,6 +92,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "scheduler",
             "sequence",
             "stats",
+            "storage",
             "stream",
             "text_model",
             "tier_thread",
@@ -97,31 +100,35 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
             "trace",
         ],
     ),
-    ("tier_thread", &["command", "kv_cache"]),
-    ("command", &["embedding", "kv_cache", "request", "responses", "sequence", "stream", "tokenizer"]),
+    ("tier_thread", &["command", "kv_cache", "storage"]),
+    ("command", &["embedding", "kv_cache", "request", "responses", "sequence", "storage", "stream", "tokenizer"]),
     ("stream", &["request"]),
     ("text_model", &["chat", "request", "tokenizer"]),
     // Whole answers: as they are shared, and as plain state.
-    ("responses", &["kv_cache", "request", "response_cache", "response_tiers", "sequence", "stats"]),
-    ("response_tiers", &["kv_cache", "owner_ledger", "response_cache", "sequence"]),
-    ("response_cache", &["fair_lru", "request", "sequence", "stats"]),
+    ("responses", &["request", "response_cache", "response_tiers", "sequence", "stats", "storage"]),
+    ("response_tiers", &["owner_ledger", "response_cache", "sequence", "storage"]),
+    ("response_cache", &["fair_lru", "field_hash", "request", "sequence", "stats"]),
     // The core: numbers only.
     ("scheduler", &["batch", "kv_cache", "request", "sequence"]),
-    ("kv_cache", &["fair_lru", "owner_ledger", "request", "sequence"]),
+    ("kv_cache", &["fair_lru", "field_hash", "owner_ledger", "request", "sequence", "storage"]),
     ("fair_lru", &["sequence"]),
     ("owner_ledger", &["sequence"]),
-    ("kv_cache_directory", &["kv_cache"]),
+    ("kv_cache_directory", &["storage"]),
+    // Where records outlive the process: KV blocks and answers alike.
+    ("storage", &["request", "sequence"]),
     ("batch", &["request", "sequence"]),
     ("sequence", &["request"]),
     // Compute.
     ("executor", &["backend", "batch", "model"]),
-    ("model", &["backend", "batch", "loader", "tensor"]),
+    ("model", &["backend", "batch", "field_hash", "loader", "tensor"]),
     ("backend", &["batch", "sampler", "tensor"]),
     ("sampler", &["batch", "request"]),
     ("memory_plan", &["backend"]),
     ("device", &["backend"]),
     // Files and text.
-    ("loader", &["tensor"]),
+    ("model_files", &["chat", "field_hash", "loader", "model", "tokenizer"]),
+    ("weight_levels", &["backend", "device", "loader", "memory_plan", "model", "model_files", "tensor"]),
+    ("loader", &["field_hash", "tensor"]),
     ("chat", &["request"]),
     ("tensor", &[]),
     ("tokenizer", &[]),
@@ -132,6 +139,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("instruments", &["stats", "trace"]),
     ("config", &[]),
     ("error", &[]),
+    ("field_hash", &[]),
 ];
 
 struct Source {
@@ -303,6 +311,32 @@ fn imports_go_one_way() {
     broken.sort();
     broken.dedup();
     check("imports that the table forbids", broken);
+}
+
+/// Scheduler and KV cache are plain state machines: no thread, clock, file or socket, and of the storage only its words. So
+/// are the parts of the storage that both caches share.
+#[test]
+fn the_core_is_pure() {
+    let pure = ["batch", "fair_lru", "kv_cache", "owner_ledger", "response_cache", "scheduler", "sequence"];
+    let pure_files =
+        ["breaker", "fault", "key", "tier", "unstored"].map(|file| format!("engine/src/storage/{file}.rs"));
+    let foreign = ["std::thread", "std::fs", "std::net", "std::sync::mpsc", "Instant", "SystemTime"];
+    let stores = ["storage::disk", "storage::remote"];
+    let (mut broken, mut num_files) = (Vec::new(), 0);
+    for source in sources(&[".rs"]) {
+        let is_core = source.path.strip_prefix("engine/src/").is_some_and(|path| pure.contains(&&*top_module(path)));
+        if !is_core && !pure_files.contains(&source.path) {
+            continue;
+        }
+        num_files += 1;
+        let code = without_tests(&source.text).lines().filter(|line| !line.trim_start().starts_with("//"));
+        for line in code {
+            let words = foreign.iter().chain(&stores).filter(|word| line.contains(*word));
+            broken.extend(words.map(|word| format!("{}: {word}", source.path)));
+        }
+    }
+    assert!(num_files > 30, "the core was not found: {num_files} files");
+    check("the core is not pure", broken);
 }
 
 /// The table itself has no circle: every module can be put above all that it may use.

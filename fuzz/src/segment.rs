@@ -2,9 +2,8 @@
 
 use std::io::{self, ErrorKind};
 
-use ns_llm::kv_cache::tiers::disk::{Access, DiskOptions, DiskTier, PAGE_BYTES, SegmentFile, SegmentFiles};
-use ns_llm::kv_cache::tiers::{Fault, LayoutId, StoredKey};
-use ns_llm::sequence::BlockKey;
+use ns_llm::storage::disk::{Access, DiskOptions, DiskStore, PAGE_BYTES, SegmentFile, SegmentFiles};
+use ns_llm::storage::{Fault, LayoutId, RecordKey};
 use twox_hash::XxHash3_128;
 
 use crate::Outcome;
@@ -94,8 +93,8 @@ pub fn disk_segment(bytes: &[u8]) -> Outcome {
 fn open(bytes: &[u8]) -> usize {
     let options = DiskOptions::new(BUDGET_BYTES, MAX_PAYLOAD_BYTES).expect("room for two segments");
     let files = Box::new(Files(vec![Some(bytes.to_vec())]));
-    let mut tier = DiskTier::open(files, Access::Write, options, [3; 16]).expect("any content opens");
-    let keys: Vec<StoredKey> = tier.keys().copied().collect();
+    let mut tier = DiskStore::open(files, Access::Write, options, [3; 16]).expect("any content opens");
+    let keys: Vec<RecordKey> = tier.keys().copied().collect();
     let mut found = 0;
     for key in &keys {
         match tier.get(key) {
@@ -108,7 +107,7 @@ fn open(bytes: &[u8]) -> usize {
             Err(fault) => panic!("{fault}"),
         }
     }
-    let key = StoredKey { block: BlockKey([9; 32]), layout: LayoutId([9; 32]) };
+    let key = RecordKey { content: [9; 32], layout: LayoutId([9; 32]) };
     // It may be there already; then what is there was checked to belong to the key.
     if tier.put(key, b"payload").expect("no file fails") {
         assert_eq!(tier.get(&key).expect("no file fails").as_deref(), Some(&b"payload"[..]));

@@ -21,3 +21,7 @@ mod neon;
 mod scalar;
 
 pub use dispatch::{Cpu, Isa};
+
+/// Version of the numerics of these operations: it changes when any of them may give other bits than before. What was
+/// computed with another one is not used.
+pub const NUMERICS_VERSION: u32 = 1;

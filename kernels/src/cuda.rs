@@ -28,3 +28,7 @@ pub mod norm;
 pub mod product;
 pub mod rope;
 pub mod sampling;
+
+/// Version of the numerics of these kernels: it changes when any of them may give other bits than before. What was computed
+/// with another one is not used.
+pub const NUMERICS_VERSION: u32 = 1;

@@ -10,6 +10,9 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+/// Version of this rounding: it changes when any block may come back with other bits than before.
+pub const VERSION: u32 = 1;
+
 /// Largest 8-bit element.
 const LEVELS: f32 = 127.0;
 /// Added to a number of at most 22 bits, it leaves the nearest integer in the low bits of the sum: 1.5 * 2^23.

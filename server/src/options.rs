@@ -29,7 +29,7 @@ pub const MAX_CONNECTIONS: usize = 4_096;
 /// Requests that the engine is given at once: as many as it runs by default. The rest waits in a fair queue.
 pub const MAX_RUNNING_REQUESTS: usize = ns_llm::config::DEFAULT_MAX_RUNNING_SEQUENCES;
 /// Requests in that queue; the next one is told 503 and when to try again.
-pub const MAX_WAITING_REQUESTS: usize = ns_llm::config::MAX_WAITING_REQUESTS;
+pub const MAX_WAITING_REQUESTS: usize = ns_llm::config::DEFAULT_MAX_WAITING_REQUESTS;
 /// From a connection's start, or its last answer, to the last byte of the next head. An idle connection ends with it.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// From a head to the last byte of its body; beyond it 408.

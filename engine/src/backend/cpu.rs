@@ -120,11 +120,6 @@ impl CpuBackend {
         self.cpu.isa().name()
     }
 
-    /// Compute threads.
-    pub fn threads(&self) -> usize {
-        self.cpu.pool().num_threads()
-    }
-
     /// Bytes of all packed matrices and norms so far.
     pub fn weights_bytes(&self) -> u64 {
         self.weights_bytes.load(Ordering::Relaxed)

@@ -2,16 +2,14 @@
 //! mean equal contents *and* equal history. The key covers everything the numbers depend on; two models, numeric
 //! modes or namespaces never meet. Also: which sequence is just computing a block that others may want.
 //!
-//! Each hash runs over tagged, length-prefixed fields: no two different lists of fields have the same bytes.
+//! Each hash is a [`FieldHash`]: no two different lists of fields have the same bytes.
 
 use std::collections::HashMap;
 
-use sha2::{Digest, Sha256};
+use crate::field_hash::{FieldHash, FieldTag};
+use crate::sequence::{BlockId, BlockKey, NamespaceKey, SeqId};
 
-use crate::sequence::BlockKey;
-use crate::sequence::{BlockId, NamespaceKey, SeqId};
-
-/// Version of the key's own format and of the layout of a block. It changes with either.
+/// Version of the key's own format: which fields there are, and how they are hashed.
 const FORMAT_VERSION: u32 = 1;
 
 /// What the contents of a block depend on besides its tokens.
@@ -28,15 +26,16 @@ pub struct KvIdentity {
 }
 
 impl KvIdentity {
-    /// Parent of every namespace's root.
-    fn root(&self) -> BlockKey {
-        hash(&[
-            (Tag::FormatVersion, &FORMAT_VERSION.to_le_bytes()),
-            (Tag::Fingerprint, &self.fingerprint),
-            (Tag::KvLayout, self.kv_layout.as_bytes()),
-            (Tag::Numerics, self.numerics_id.as_bytes()),
-            (Tag::Adapter, self.adapter.as_bytes()),
-        ])
+    /// Of everything in it; the parent of every namespace's root.
+    pub(crate) fn hash(&self) -> [u8; 32] {
+        let KvIdentity { fingerprint, kv_layout, numerics_id, adapter } = self;
+        FieldHash::new()
+            .field(Tag::FormatVersion, &FORMAT_VERSION.to_le_bytes())
+            .field(Tag::Fingerprint, fingerprint)
+            .text(Tag::KvLayout, kv_layout)
+            .text(Tag::Numerics, numerics_id)
+            .text(Tag::Adapter, adapter)
+            .finish()
     }
 }
 
@@ -53,14 +52,10 @@ enum Tag {
     Tokens = 8,
 }
 
-fn hash(fields: &[(Tag, &[u8])]) -> BlockKey {
-    let mut hasher = Sha256::new();
-    for &(tag, bytes) in fields {
-        hasher.update([tag as u8]);
-        hasher.update((bytes.len() as u64).to_le_bytes());
-        hasher.update(bytes);
+impl FieldTag for Tag {
+    fn number(self) -> u8 {
+        self as u8
     }
-    BlockKey(hasher.finalize().into())
 }
 
 /// Blocks by content. Maps are only looked up, never iterated: their order cannot reach a result.
@@ -73,7 +68,7 @@ pub(super) struct PrefixIndex {
 
 impl PrefixIndex {
     pub(super) fn new(identity: &KvIdentity) -> Self {
-        PrefixIndex { root: identity.root(), blocks: HashMap::new(), computing: HashMap::new() }
+        PrefixIndex { root: BlockKey(identity.hash()), blocks: HashMap::new(), computing: HashMap::new() }
     }
 
     /// Appends to `keys` until it has the first `num_blocks` keys of `tokens`.
@@ -92,7 +87,7 @@ impl PrefixIndex {
     }
 
     fn namespace_root(&self, namespace: &NamespaceKey) -> BlockKey {
-        hash(&[(Tag::Parent, &self.root.0), (Tag::Namespace, namespace)])
+        BlockKey(FieldHash::new().field(Tag::Parent, &self.root.0).field(Tag::Namespace, namespace).finish())
     }
 
     /// Number of published blocks.
@@ -146,8 +141,7 @@ impl PrefixIndex {
 
 /// Key of a block of `tokens` whose history is `parent`.
 fn block_key(parent: &BlockKey, tokens: &[u32]) -> BlockKey {
-    let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-    hash(&[(Tag::Parent, &parent.0), (Tag::Tokens, &bytes)])
+    BlockKey(FieldHash::new().field(Tag::Parent, &parent.0).numbers(Tag::Tokens, tokens).finish())
 }
 
 #[cfg(test)]

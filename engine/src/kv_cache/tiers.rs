@@ -11,21 +11,19 @@
 //!   skipped once it is slower than computing; what was never measured, or long ago, is tried.
 //! - **Bounded waiting.** Reads go before writes. A restore that made no progress for `load_budget_us` ends with what it had,
 //!   and so does one that has taken that much longer than computing its blocks would have. A tier whose job hangs that long
-//!   gets no new reads, and one that keeps failing is left alone for a while ([`cost::Breaker`]).
+//!   gets no new reads, and one that keeps failing is left alone for a while ([`Breaker`]).
 //! - What arrives too late is kept in host memory.
 //! - **What was not stored is known**, until somebody asks ([`Tiers::take_unstored`]).
 //!
 //! Invariants: [`Tiers::check_invariants`].
 
 mod clear;
-pub mod cost;
-pub mod disk;
 mod held;
 pub mod host;
-pub mod remote;
+mod job;
+mod lost;
+pub mod rate;
 mod source;
-mod store;
-mod unstored;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -34,18 +32,19 @@ use std::sync::Arc;
 
 use lru::LruCache;
 
-use crate::config::{MAX_LOST_BLOCKS, MAX_QUARANTINED_BLOCKS, MAX_TIER_READS};
+use crate::config::{MAX_QUARANTINED_BLOCKS, MAX_TIER_READS};
 use crate::error::Error as EngineError;
 use crate::owner_ledger::Ledger;
 use crate::request::{CacheTier, MissReason};
 use crate::sequence::{BlockKey, OwnerKey, RestoreId};
+use crate::storage::{Breaker, Damage, Fault, LayoutId, RecordKey, TierId, TierStats, Unstored};
 pub use clear::ClearState;
-use cost::{Breaker, Rate};
-use disk::Damage;
 use held::Held;
 use host::HostTier;
-pub use store::{Done, Fault, Job, JobId, LayoutId, Outcome, StoredKey, TierId, TierStats, TierStore};
-pub use unstored::Unstored;
+pub use job::{Done, Job, JobId, Outcome, TierStore};
+use lost::note_lost;
+use rate::Rate;
+use source::Source;
 
 /// Why a tier that rests has not stored something.
 const LEFT_ALONE: &str = "it failed several times and was left alone for a while";
@@ -69,24 +68,15 @@ pub struct TiersConfig {
     pub tiers: Vec<TierId>,
 }
 
-/// Where a block came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Source {
-    /// Memory of this process.
-    Host,
-    /// A tier that was asked by a job.
-    Tier(TierId),
-}
-
 /// A block that came back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RestoredBlock {
     /// What it is found by.
-    pub key: StoredKey,
+    pub key: RecordKey,
     /// All of it.
     pub bytes: Arc<[u8]>,
     /// Where it was.
-    pub source: Source,
+    pub source: CacheTier,
 }
 
 /// What a restore has brought since it was asked last.
@@ -129,7 +119,7 @@ pub struct TiersCounters {
 /// A block that waits to be written.
 #[derive(Debug)]
 struct QueuedWrite {
-    key: StoredKey,
+    key: RecordKey,
     bytes: Arc<[u8]>,
     owner: OwnerKey,
 }
@@ -139,10 +129,10 @@ struct Tier {
     id: TierId,
     /// Blocks that it said it has. `Remote` may have more.
     held: Held,
-    reads: VecDeque<StoredKey>,
+    reads: VecDeque<RecordKey>,
     writes: VecDeque<QueuedWrite>,
     /// Keys of `writes` and of the write that is being done.
-    writing: HashSet<StoredKey>,
+    writing: HashSet<RecordKey>,
     write_queue_bytes: u64,
     num_writes_queued: u64,
     /// Why nothing is written there.
@@ -150,8 +140,8 @@ struct Tier {
     /// What owners have stored there, where each may store so much only.
     ledger: Option<Ledger>,
     /// What it was to have and has not.
-    unstored: Unstored<StoredKey>,
-    quarantines: VecDeque<StoredKey>,
+    unstored: Unstored<RecordKey>,
+    quarantines: VecDeque<RecordKey>,
     /// What was given to be done, in that order. Reads are done before the others.
     jobs: VecDeque<(JobId, Job)>,
     /// Since when one of them is being done.
@@ -168,7 +158,7 @@ struct Tier {
 
 #[derive(Debug)]
 struct Restore {
-    keys: Vec<StoredKey>,
+    keys: Vec<RecordKey>,
     /// One per key, as they arrive; those that were handed out are gone.
     blocks: Vec<Option<RestoredBlock>>,
     /// Leading blocks that were handed out.
@@ -215,10 +205,10 @@ pub struct Tiers {
     tiers: Vec<Tier>,
     restores: BTreeMap<RestoreId, Restore>,
     /// Who waits for a block, and from which tier it comes.
-    wanted: HashMap<StoredKey, Wanted>,
-    quarantined: LruCache<StoredKey, ()>,
+    wanted: HashMap<RecordKey, Wanted>,
+    quarantined: LruCache<RecordKey, ()>,
     /// What tiers have given up and nobody has asked for yet, oldest first; bounded.
-    lost: VecDeque<(StoredKey, TierId)>,
+    lost: VecDeque<(RecordKey, TierId)>,
     prefill_rate: Rate,
     next_restore: u64,
     counters: TiersCounters,
@@ -266,16 +256,16 @@ impl Tiers {
     }
 
     /// Under what a block is stored here.
-    pub fn stored_key(&self, block: BlockKey) -> StoredKey {
-        StoredKey { block, layout: self.config.layout }
+    pub fn record_key(&self, block: BlockKey) -> RecordKey {
+        RecordKey { content: block.0, layout: self.config.layout }
     }
 
     /// What a tier held when it was opened.
-    pub fn found(&mut self, id: TierId, keys: impl IntoIterator<Item = StoredKey>) {
+    pub fn found(&mut self, id: TierId, keys: impl IntoIterator<Item = RecordKey>) {
         self.tier_mut(id).held.extend(keys);
     }
     /// What a tier has given up.
-    pub fn lost(&mut self, id: TierId, keys: impl IntoIterator<Item = StoredKey>) {
+    pub fn lost(&mut self, id: TierId, keys: impl IntoIterator<Item = RecordKey>) {
         for key in keys {
             let tier = self.tier_mut(id);
             if tier.held.remove(&key) {
@@ -286,12 +276,12 @@ impl Tiers {
     }
     /// What was given up since the last call, and where; of very many the newest.
     pub fn take_lost(&mut self) -> impl Iterator<Item = (BlockKey, CacheTier)> {
-        let below = self.lost.drain(..).map(|(key, id)| (key.block, id.place()));
-        self.host.take_lost().map(|key| (key.block, CacheTier::Host)).chain(below)
+        let below = self.lost.drain(..).map(|(key, id)| (BlockKey(key.content), id.place()));
+        self.host.take_lost().map(|key| (BlockKey(key.content), CacheTier::Host)).chain(below)
     }
     /// Whether a block that [`Tiers::begin`] has no source for is there all the same: in a tier that does not answer now, or
     /// not to be used again.
-    pub fn is_withheld(&self, key: &StoredKey) -> bool {
+    pub fn is_withheld(&self, key: &RecordKey) -> bool {
         self.quarantined.contains(key) || self.tiers.iter().any(|tier| tier.held.contains(key))
     }
     /// Prefill of `num_tokens` took `elapsed_us`.
@@ -300,15 +290,15 @@ impl Tiers {
     }
 
     /// Whether [`Tiers::spill`] would keep the block anywhere: else it need not be read.
-    pub fn would_spill(&self, key: &StoredKey, owner: &OwnerKey, now_us: u64) -> bool {
+    pub fn would_spill(&self, key: &RecordKey, owner: &OwnerKey, now_us: u64) -> bool {
         (self.config.host_bytes > 0 && !self.host.contains(key)) || self.would_persist(key, owner, now_us)
     }
     /// Whether [`Tiers::persist`] would write the block to any tier.
-    pub fn would_persist(&self, key: &StoredKey, owner: &OwnerKey, now_us: u64) -> bool {
+    pub fn would_persist(&self, key: &RecordKey, owner: &OwnerKey, now_us: u64) -> bool {
         self.tiers.iter().any(|tier| tier.lacks(key) && self.why_not_written(tier, owner, now_us).is_none())
     }
     /// The block that [`Tiers::would_persist`] asked about is not given to the tiers after all.
-    pub fn pass_over(&mut self, key: &StoredKey, owner: &OwnerKey, now_us: u64) {
+    pub fn pass_over(&mut self, key: &RecordKey, owner: &OwnerKey, now_us: u64) {
         if self.quarantined.contains(key) {
             return;
         }
@@ -322,7 +312,7 @@ impl Tiers {
     }
 
     /// The pool gives a block away: it is kept in host memory and, where it is not yet, in the tiers below.
-    pub fn spill(&mut self, key: StoredKey, bytes: Arc<[u8]>, owner: OwnerKey, now_us: u64) {
+    pub fn spill(&mut self, key: RecordKey, bytes: Arc<[u8]>, owner: OwnerKey, now_us: u64) {
         if bytes.len() != self.config.block_bytes || self.quarantined.contains(&key) {
             return;
         }
@@ -331,7 +321,7 @@ impl Tiers {
     }
 
     /// A block that was computed is to outlive the process: it is written behind, if there is room in the queue.
-    pub fn persist(&mut self, key: StoredKey, bytes: Arc<[u8]>, owner: OwnerKey, now_us: u64) {
+    pub fn persist(&mut self, key: RecordKey, bytes: Arc<[u8]>, owner: OwnerKey, now_us: u64) {
         if bytes.len() != self.config.block_bytes || self.quarantined.contains(&key) {
             return;
         }
@@ -398,7 +388,7 @@ impl Tiers {
     }
 
     /// Begins to fetch the prefix `keys`, as far as it is somewhere and fetching is worth it.
-    pub fn begin(&mut self, keys: &[StoredKey], owner: OwnerKey, now_us: u64) -> Begun {
+    pub fn begin(&mut self, keys: &[RecordKey], owner: OwnerKey, now_us: u64) -> Begun {
         let mut sources = Vec::new();
         for key in keys {
             match self.source(key, now_us) {
@@ -419,7 +409,7 @@ impl Tiers {
             blocks.push(match source {
                 Source::Host => {
                     let bytes = self.host.get(key).expect("it is there");
-                    Some(RestoredBlock { key: *key, bytes, source: Source::Host })
+                    Some(RestoredBlock { key: *key, bytes, source: CacheTier::Host })
                 }
                 Source::Tier(tier_id) => {
                     self.want(*key, *tier_id, owner, id);
@@ -464,7 +454,7 @@ impl Tiers {
     }
 
     /// The use of a block ended in an error of the engine: it is not used again.
-    pub fn quarantine(&mut self, key: StoredKey) {
+    pub fn quarantine(&mut self, key: RecordKey) {
         self.quarantined.put(key, ());
         self.host.remove(&key);
         self.fail_wanted(&key, MissReason::Fault);
@@ -618,7 +608,7 @@ impl Tiers {
                 _ => None,
             });
             let writes = tier.writes.iter().map(|write| (&write.key, &write.bytes)).chain(in_job);
-            let (keys, bytes): (HashSet<StoredKey>, Vec<u64>) = writes.map(|(key, b)| (*key, b.len() as u64)).unzip();
+            let (keys, bytes): (HashSet<RecordKey>, Vec<u64>) = writes.map(|(key, b)| (*key, b.len() as u64)).unzip();
             let queued_bytes: u64 = bytes.iter().sum();
             if keys != tier.writing || bytes.len() != keys.len() || queued_bytes != tier.write_queue_bytes {
                 return broken(format!("{:?} counts {} bytes of {queued_bytes}", tier.id, tier.write_queue_bytes));
@@ -650,7 +640,7 @@ impl Tiers {
 // Jobs.
 impl Tiers {
     /// The next read that somebody still waits for.
-    fn next_read(&mut self, id: TierId) -> Option<StoredKey> {
+    fn next_read(&mut self, id: TierId) -> Option<RecordKey> {
         while let Some(key) = self.tier_mut(id).reads.pop_front() {
             let waiting = self.wanted.get(&key).map_or(&[][..], |wanted| &wanted.waiting);
             if waiting.iter().any(|restore| self.restores.get(restore).is_some_and(|it| it.keys.contains(&key))) {
@@ -673,7 +663,7 @@ impl Tiers {
         }
     }
 
-    fn complete_read(&mut self, id: TierId, key: StoredKey, outcome: Outcome, elapsed_us: u64, now_us: u64) {
+    fn complete_read(&mut self, id: TierId, key: RecordKey, outcome: Outcome, elapsed_us: u64, now_us: u64) {
         match outcome {
             Outcome::Found(bytes) => {
                 let tier = self.tier_mut(id);
@@ -691,7 +681,8 @@ impl Tiers {
                 }
                 self.fail_wanted(&key, MissReason::Fault);
             }
-            Outcome::Missing | Outcome::Stored => {
+            // Whatever a tier calls it, it brought nothing.
+            Outcome::Missing | Outcome::Stored | Outcome::Done => {
                 let tier = self.tier_mut(id);
                 tier.stats.misses += 1;
                 let was_held = tier.held.remove(&key);
@@ -702,7 +693,7 @@ impl Tiers {
     }
 
     /// A block that was given up while it was read: only for those who wait.
-    fn complete_stale_read(&mut self, id: TierId, key: StoredKey, outcome: Outcome, now_us: u64) {
+    fn complete_stale_read(&mut self, id: TierId, key: RecordKey, outcome: Outcome, now_us: u64) {
         match outcome {
             Outcome::Found(bytes) if !self.quarantined.contains(&key) => {
                 self.hand_out(id, key, &bytes, now_us);
@@ -712,7 +703,7 @@ impl Tiers {
     }
 
     /// Gives a block to all who wait for it; to host memory when nobody does; and to the tiers that lack it.
-    fn deliver(&mut self, from: TierId, key: StoredKey, bytes: Arc<[u8]>, now_us: u64) {
+    fn deliver(&mut self, from: TierId, key: RecordKey, bytes: Arc<[u8]>, now_us: u64) {
         let (wanted, is_late) = self.hand_out(from, key, &bytes, now_us);
         // One that was quarantined meanwhile is wanted by nobody at all.
         let owner = wanted.map_or(OwnerKey::default(), |wanted| wanted.owner);
@@ -724,13 +715,13 @@ impl Tiers {
     }
 
     /// Gives a block to all who wait for it. Who wanted it, and whether nobody waits any more.
-    fn hand_out(&mut self, from: TierId, key: StoredKey, bytes: &Arc<[u8]>, now_us: u64) -> (Option<Wanted>, bool) {
+    fn hand_out(&mut self, from: TierId, key: RecordKey, bytes: &Arc<[u8]>, now_us: u64) -> (Option<Wanted>, bool) {
         let wanted = self.wanted.remove(&key);
         let mut is_late = true;
         for id in wanted.iter().flat_map(|wanted| &wanted.waiting) {
             let Some(restore) = self.restores.get_mut(id) else { continue };
             let Some(idx) = restore.keys.iter().position(|other| *other == key) else { continue };
-            restore.blocks[idx] = Some(RestoredBlock { key, bytes: Arc::clone(bytes), source: Source::Tier(from) });
+            restore.blocks[idx] = Some(RestoredBlock { key, bytes: Arc::clone(bytes), source: from.place() });
             restore.progress_us = now_us;
             is_late = false;
         }
@@ -738,7 +729,7 @@ impl Tiers {
     }
 
     /// A block will not come: who waits for it does with what is before it.
-    fn fail_wanted(&mut self, key: &StoredKey, reason: MissReason) {
+    fn fail_wanted(&mut self, key: &RecordKey, reason: MissReason) {
         let Some(Wanted { tier, waiting, .. }) = self.wanted.remove(key) else { return };
         self.tier_mut(tier).reads.retain(|other| other != key);
         for id in waiting {
@@ -751,7 +742,7 @@ impl Tiers {
 
     /// The tier is left alone: what waits for it does not come, what was to be written is not.
     fn drop_queues(&mut self, id: TierId) {
-        let reads: Vec<StoredKey> = self.tier_mut(id).reads.drain(..).collect();
+        let reads: Vec<RecordKey> = self.tier_mut(id).reads.drain(..).collect();
         reads.iter().for_each(|key| self.fail_wanted(key, MissReason::Fault));
         let tier = self.tier_mut(id);
         let dropped = tier.drop_writes();
@@ -767,35 +758,27 @@ impl Tiers {
     }
 }
 
-/// Remembers what was given up, of too many the newest.
-fn note_lost<T>(lost: &mut VecDeque<T>, what: T) {
-    if lost.len() >= MAX_LOST_BLOCKS {
-        lost.pop_front();
-    }
-    lost.push_back(what);
-}
-
 #[cfg(test)]
 mod tests {
     use std::io;
 
     use super::*;
-    use cost::{FIRST_REST_US, MAX_FAULTS, MAX_REST_US};
+    use crate::storage::breaker::{FIRST_REST_US, MAX_FAULTS, MAX_REST_US};
 
     const OWNER: OwnerKey = [0; 32];
     const BLOCK_BYTES: usize = 1_000;
     const BUDGET_US: u64 = 50_000;
 
-    fn key(name: u32) -> StoredKey {
-        let mut block = [0; 32];
-        block[..4].copy_from_slice(&name.to_le_bytes());
-        StoredKey { block: BlockKey(block), layout: LayoutId([0; 32]) }
+    fn key(name: u32) -> RecordKey {
+        let mut content = [0; 32];
+        content[..4].copy_from_slice(&name.to_le_bytes());
+        RecordKey { content, layout: LayoutId([0; 32]) }
     }
-    fn keys(names: std::ops::Range<u32>) -> Vec<StoredKey> {
+    fn keys(names: std::ops::Range<u32>) -> Vec<RecordKey> {
         names.map(key).collect()
     }
-    fn block(key: &StoredKey) -> Arc<[u8]> {
-        (0..BLOCK_BYTES).map(|i| key.block.0[i % 4].wrapping_add(i as u8)).collect()
+    fn block(key: &RecordKey) -> Arc<[u8]> {
+        (0..BLOCK_BYTES).map(|i| key.content[i % 4].wrapping_add(i as u8)).collect()
     }
     fn machine(host_blocks: u64, tiers: &[TierId]) -> Tiers {
         let config = TiersConfig {
@@ -833,15 +816,15 @@ mod tests {
         match job {
             Job::Read(key) => Outcome::Found(block(key)),
             Job::Write(..) => Outcome::Stored,
-            Job::Quarantine(_) | Job::Clear => Outcome::Missing,
+            Job::Quarantine(_) | Job::Clear => Outcome::Done,
         }
     }
-    fn names(blocks: &[RestoredBlock]) -> Vec<StoredKey> {
+    fn names(blocks: &[RestoredBlock]) -> Vec<RecordKey> {
         assert!(blocks.iter().all(|it| it.bytes == block(&it.key)), "a wrong block");
         blocks.iter().map(|it| it.key).collect()
     }
     /// The rest of a restore that ends with it.
-    fn rest(tiers: &mut Tiers, id: RestoreId, now_us: u64) -> Vec<StoredKey> {
+    fn rest(tiers: &mut Tiers, id: RestoreId, now_us: u64) -> Vec<RecordKey> {
         let arrived = tiers.poll(id, now_us);
         assert!(arrived.has_ended, "it goes on");
         names(&arrived.blocks)
@@ -870,10 +853,10 @@ mod tests {
         assert_eq!((names(&first.blocks), first.has_ended), (keys(0..1), false), "as they arrive");
         assert_eq!(serve(&mut tiers, TierId::Disk, &mut now_us, 10, works), 2);
         let last = tiers.poll(id, now_us);
-        let sources: Vec<Source> = last.blocks.iter().map(|block| block.source).collect();
+        let sources: Vec<CacheTier> = last.blocks.iter().map(|block| block.source).collect();
         assert_eq!((names(&last.blocks), last.has_ended), (keys(1..5), true));
-        let disk = Source::Tier(TierId::Disk);
-        assert_eq!(sources, [disk, disk, Source::Host, Source::Host]);
+        let (disk, host) = (CacheTier::Disk, CacheTier::Host);
+        assert_eq!(sources, [disk, disk, host, host]);
         assert_eq!(rest(&mut tiers, id, now_us), [], "handed out once");
         assert_eq!(tiers.begin(&keys(20..22), OWNER, now_us).restore, None);
         assert_eq!((tiers.tier_stats(TierId::Disk).hits, tiers.counters().restored), (3, 5));
@@ -1203,10 +1186,10 @@ mod tests {
                 (z ^ (z >> 31)) % bound.max(1)
             };
             let mut tiers = machine(seed % 5, &[TierId::Disk, TierId::Remote]);
-            let mut held: [HashSet<StoredKey>; 2] = Default::default();
+            let mut held: [HashSet<RecordKey>; 2] = Default::default();
             let mut busy: [VecDeque<(JobId, Outcome)>; 2] = Default::default();
             // With the keys that are still to come.
-            let mut open: Vec<(RestoreId, Vec<StoredKey>)> = Vec::new();
+            let mut open: Vec<(RestoreId, Vec<RecordKey>)> = Vec::new();
             let mut now_us = 0;
             for _ in 0..500 {
                 now_us += draw(5_000);
@@ -1253,7 +1236,7 @@ mod tests {
                 open.retain_mut(|(id, wanted)| {
                     let arrived = tiers.poll(*id, now_us);
                     restored += arrived.blocks.len();
-                    let next: Vec<StoredKey> = wanted.drain(..arrived.blocks.len()).collect();
+                    let next: Vec<RecordKey> = wanted.drain(..arrived.blocks.len()).collect();
                     assert_eq!(names(&arrived.blocks), next, "seed {seed}");
                     !arrived.has_ended
                 });

@@ -3,8 +3,8 @@
 //! models can be made to have the same one.
 //!
 //! A hash tree, so that several threads can compute it: each tensor's bytes are cut into chunks of [`CHUNK_BYTES`], each
-//! chunk is hashed with its place, and the root is hashed over the description of the model and, tensor by tensor in
-//! alphabetical order, the name, type, shape and order of rows and the hashes of its chunks. All fields carry their length.
+//! chunk is hashed with its place, and the root is hashed over the configuration of the model and, tensor by tensor in
+//! alphabetical order, the name, type, shape and order of rows and the hashes of its chunks.
 //! Not covered: padding, tokenizer, templates and where the files lie.
 
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
@@ -14,18 +14,38 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
-use sha2::{Digest, Sha256};
-
 use super::Weights;
-use super::stored::StoredTensor;
+use super::stored::{RowOrder, StoredTensor};
 use crate::error::{Error, Result};
+use crate::field_hash::{FieldHash, FieldTag};
 
 /// Bytes that one thread reads and hashes at a time. Part of the format: it changes every fingerprint.
 const CHUNK_BYTES: u64 = 4 << 20;
-const LEAF: &[u8] = b"ns-llm fingerprint v1 chunk\0";
-const ROOT: &[u8] = b"ns-llm fingerprint v1 model\0";
+const LEAF: &str = "chunk of a tensor, version 2";
+const ROOT: &str = "weights of a model, version 2";
 
 type Hash = [u8; 32];
+
+#[derive(Clone, Copy)]
+#[repr(u8)]
+enum Tag {
+    What = 1,
+    ChunkIdx,
+    Bytes,
+    Configuration,
+    Conv1dIsLinear,
+    TensorName,
+    TensorType,
+    InterleavedHeads,
+    TensorShape,
+    Chunks,
+}
+
+impl FieldTag for Tag {
+    fn number(self) -> u8 {
+        self as u8
+    }
+}
 
 /// A piece of a tensor.
 struct Chunk<'a> {
@@ -50,39 +70,37 @@ impl Chunk<'_> {
         let len = usize::try_from(self.num_bytes).map_err(|e| failed(e.to_string()))?;
         let bytes = buffer.get_mut(..len).ok_or_else(|| failed(format!("a chunk of {len} bytes")))?;
         read_exact_at(self.file, bytes, self.offset).map_err(|e| failed(e.to_string()))?;
-        let mut hasher = Sha256::new();
-        hasher.update(LEAF);
-        hasher.update(self.idx.to_le_bytes());
-        hasher.update(&*bytes);
-        Ok(hasher.finalize().into())
+        Ok(FieldHash::new().text(Tag::What, LEAF).number(Tag::ChunkIdx, self.idx).field(Tag::Bytes, bytes).finish())
     }
 }
 
 impl Weights {
-    /// The fingerprint of a model of these weights. `description`: whatever else its numbers depend on, the architecture
-    /// and its hyperparameters. Reads every byte of the weights, with `num_threads` threads.
-    pub fn fingerprint(&self, description: &str, num_threads: usize) -> Result<Hash> {
+    /// The fingerprint of a model of these weights. `configuration`: hash of whatever else its numbers depend on, the
+    /// architecture and its hyperparameters. Reads every byte of the weights, with `num_threads` threads.
+    pub fn fingerprint(&self, configuration: &[u8; 32], num_threads: usize) -> Result<Hash> {
         let chunks = self.chunks()?;
         let hashes = hash_chunks(&chunks, num_threads)?;
-        let mut root = Sha256::new();
-        root.update(ROOT);
-        let mut field = |bytes: &[u8]| {
-            root.update((bytes.len() as u64).to_le_bytes());
-            root.update(bytes);
-        };
-        field(description.as_bytes());
-        field(&[u8::from(self.conv1d_is_linear)]);
+        let mut root = FieldHash::new()
+            .text(Tag::What, ROOT)
+            .field(Tag::Configuration, configuration)
+            .flag(Tag::Conv1dIsLinear, self.conv1d_is_linear);
         let mut hashes = hashes.iter();
         for (name, (_, tensor)) in &self.tensors {
-            field(name.as_bytes());
-            field(format!("{:?} {:?}", tensor.dtype, tensor.row_order).as_bytes());
+            let interleaved_heads = match tensor.row_order {
+                RowOrder::AsIs => None,
+                RowOrder::InterleavedHeads(heads) => Some(heads as u64),
+            };
             let shape: Vec<u8> = tensor.shape.iter().flat_map(|&size| (size as u64).to_le_bytes()).collect();
-            field(&shape);
             let num_chunks = tensor.num_bytes.div_ceil(CHUNK_BYTES) as usize;
             let leaves: Vec<u8> = hashes.by_ref().take(num_chunks).flatten().copied().collect();
-            field(&leaves);
+            root = root
+                .text(Tag::TensorName, name)
+                .text(Tag::TensorType, &tensor.dtype.to_string())
+                .optional(Tag::InterleavedHeads, interleaved_heads)
+                .field(Tag::TensorShape, &shape)
+                .field(Tag::Chunks, &leaves);
         }
-        Ok(root.finalize().into())
+        Ok(root.finish())
     }
 
     /// All chunks of all tensors, in the order in which the root takes them.

@@ -5,6 +5,7 @@
 
 mod bert;
 mod gpt2;
+mod identity;
 
 use crate::backend::{Gelu, KvDtype, KvLayout};
 use crate::config::MAX_EOS_TOKENS;

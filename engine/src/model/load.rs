@@ -111,10 +111,10 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         None
     }
 
-    /// Fails if tensors are left over. Returns the numbers in all weights that were taken, and their bytes.
-    pub fn finish(self) -> Result<(u64, u64)> {
+    /// Fails if tensors are left over. Returns the numbers in all weights that were taken.
+    pub fn finish(self) -> Result<u64> {
         self.weights.finish()?;
-        Ok((self.num_parameters, self.loaded.loaded_bytes))
+        Ok(self.num_parameters)
     }
 
     fn matrix(&mut self, name: &str, [out, width]: [usize; 2], bias: bool) -> Result<Matrix> {

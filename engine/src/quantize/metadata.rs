@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::loader::gguf::{GgufMetadata, Stretching, set_vocabulary};
 use crate::loader::{JsonFile, ModelSource, PoolingMode};
 use crate::model::config::{Architecture, ModelConfig, RopeScaling};
-use crate::open::ModelFiles;
+use crate::model_files::ModelFiles;
 
 /// Keys of hyperparameters and vocabulary.
 pub(super) fn of_folder(source: &ModelSource, files: &ModelFiles, name: &str) -> Result<GgufMetadata> {

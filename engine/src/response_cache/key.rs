@@ -2,15 +2,14 @@
 //! must be answered alike have it wherever that is easy to see (a prompt as text or as its token ids, a sampling value
 //! given or taken from the model's recommendation).
 //!
-//! The hash runs over tagged, length-prefixed fields: no two different lists of fields have the same bytes. A request
+//! The hash is a [`FieldHash`]: no two different lists of fields have the same bytes. A request
 //! is taken apart with every field named, so that a new field does not compile until somebody has decided what it
 //! means here.
 
 use std::fmt;
 
-use sha2::{Digest, Sha256};
-
 use crate::config::DEFAULT_MAX_TOKENS;
+use crate::field_hash::{FieldHash, FieldTag};
 use crate::request::{Message, Prompt, Request, SamplingOptions, SamplingParams};
 
 /// Version of the key's own format and of what is kept under it. It changes with either.
@@ -76,53 +75,16 @@ enum Tag {
     CacheUse,
 }
 
-/// A hash over fields.
-struct KeyHash(Sha256);
-
-impl KeyHash {
-    fn new(version: u64) -> Self {
-        let hash = KeyHash(Sha256::new());
-        hash.field(Tag::FormatVersion, &FORMAT_VERSION.to_le_bytes()).field(Tag::Version, &version.to_le_bytes())
+impl FieldTag for Tag {
+    fn number(self) -> u8 {
+        self as u8
     }
+}
 
-    fn field(mut self, tag: Tag, bytes: &[u8]) -> Self {
-        self.begin(tag, bytes.len());
-        self.0.update(bytes);
-        self
-    }
-
-    /// A list of numbers, without a copy of a long one.
-    fn numbers(mut self, tag: Tag, numbers: &[u32]) -> Self {
-        self.begin(tag, numbers.len() * 4);
-        let mut bytes = [0; 1024];
-        for chunk in numbers.chunks(bytes.len() / 4) {
-            for (to, number) in bytes.chunks_exact_mut(4).zip(chunk) {
-                to.copy_from_slice(&number.to_le_bytes());
-            }
-            self.0.update(&bytes[..chunk.len() * 4]);
-        }
-        self
-    }
-
-    fn float(self, tag: Tag, value: f32) -> Self {
-        self.field(tag, &value.to_bits().to_le_bytes())
-    }
-
-    fn optional(self, tag: Tag, value: Option<u64>) -> Self {
-        match value {
-            None => self.field(tag, &[]),
-            Some(value) => self.field(tag, &value.to_le_bytes()),
-        }
-    }
-
-    fn begin(&mut self, tag: Tag, num_bytes: usize) {
-        self.0.update([tag as u8]);
-        self.0.update((num_bytes as u64).to_le_bytes());
-    }
-
-    fn key(self) -> ResponseKey {
-        ResponseKey(self.0.finalize().into())
-    }
+/// What every key begins with.
+fn key_hash(version: u64) -> FieldHash<Tag> {
+    let hash = FieldHash::new().field(Tag::FormatVersion, &FORMAT_VERSION.to_le_bytes());
+    hash.number(Tag::Version, version)
 }
 
 /// The key of the answer to `request`.
@@ -169,17 +131,17 @@ pub fn answer_key(request: &Request, context: &KeyContext<'_>) -> ResponseKey {
         stop.iter().flat_map(|text| (text.len() as u64).to_le_bytes().into_iter().chain(text.bytes())).collect();
     let biases: Vec<u32> = logit_bias.iter().flat_map(|&(id, bias)| [id, bias.to_bits()]).collect();
     let is_drawn = *temperature > 0.0;
-    KeyHash::new(context.version)
+    let hash = key_hash(context.version)
         .field(Tag::Identity, context.identity)
         .field(Tag::Namespace, context.namespace)
         .numbers(Tag::Prompt, context.prompt)
         .optional(Tag::MaxTokens, Some(max_tokens.unwrap_or(DEFAULT_MAX_TOKENS) as u64))
         .field(Tag::StopStrings, &stop_strings)
         .numbers(Tag::StopTokens, &stop_token_ids)
-        .field(Tag::IgnoreEos, &[u8::from(*ignore_eos)])
+        .flag(Tag::IgnoreEos, *ignore_eos)
         .optional(Tag::Choices, Some(*n as u64))
         .optional(Tag::Logprobs, logprobs.map(|count| count as u64))
-        .field(Tag::PromptLogprobs, &[u8::from(*prompt_logprobs)])
+        .flag(Tag::PromptLogprobs, *prompt_logprobs)
         .float(Tag::Temperature, *temperature)
         .numbers(Tag::TopK, &[*top_k])
         .float(Tag::TopP, *top_p)
@@ -188,8 +150,8 @@ pub fn answer_key(request: &Request, context: &KeyContext<'_>) -> ResponseKey {
         .float(Tag::PresencePenalty, *presence_penalty)
         .float(Tag::FrequencyPenalty, *frequency_penalty)
         .numbers(Tag::LogitBias, &biases)
-        .optional(Tag::Seed, if is_drawn { *seed } else { None })
-        .key()
+        .optional(Tag::Seed, if is_drawn { *seed } else { None });
+    ResponseKey(hash.finish())
 }
 
 /// The key of a request as it was asked, by all that its answer depends on before it is rendered, encoded and resolved: equal
@@ -226,7 +188,7 @@ pub fn request_key(request: &Request, version: u64) -> ResponseKey {
         logit_bias,
         seed,
     } = sampling;
-    let mut hash = KeyHash::new(version).field(Tag::Request, &[]);
+    let mut hash = key_hash(version).field(Tag::Request, &[]);
     hash = match prompt {
         Prompt::Text(text) => hash.field(Tag::PromptText, text.as_bytes()),
         Prompt::Tokens(ids) => hash.numbers(Tag::Prompt, ids),
@@ -242,13 +204,14 @@ pub fn request_key(request: &Request, version: u64) -> ResponseKey {
         None => hash,
         Some(name) => hash.field(Tag::Namespace, name.as_bytes()),
     };
-    hash.numbers(Tag::StopTokens, stop_token_ids)
+    hash = hash
+        .numbers(Tag::StopTokens, stop_token_ids)
         .optional(Tag::CacheUse, cache_use)
         .optional(Tag::MaxTokens, max_tokens.map(|count| count as u64))
-        .field(Tag::IgnoreEos, &[u8::from(*ignore_eos)])
+        .flag(Tag::IgnoreEos, *ignore_eos)
         .optional(Tag::Choices, Some(*n as u64))
         .optional(Tag::Logprobs, logprobs.map(|count| count as u64))
-        .field(Tag::PromptLogprobs, &[u8::from(*prompt_logprobs)])
+        .flag(Tag::PromptLogprobs, *prompt_logprobs)
         .optional(Tag::Temperature, bits(temperature))
         .optional(Tag::TopK, top_k.map(u64::from))
         .optional(Tag::TopP, bits(top_p))
@@ -257,13 +220,13 @@ pub fn request_key(request: &Request, version: u64) -> ResponseKey {
         .optional(Tag::PresencePenalty, bits(presence_penalty))
         .optional(Tag::FrequencyPenalty, bits(frequency_penalty))
         .numbers(Tag::LogitBias, &biases)
-        .optional(Tag::Seed, *seed)
-        .key()
+        .optional(Tag::Seed, *seed);
+    ResponseKey(hash.finish())
 }
 
 /// The key of a value that a caller keeps under a name of its own. No name has the key of an answer.
 pub fn value_key(version: u64, name: &str) -> ResponseKey {
-    KeyHash::new(version).field(Tag::Value, name.as_bytes()).key()
+    ResponseKey(key_hash(version).text(Tag::Value, name).finish())
 }
 
 /// The key of the mark that makes an engine's answers with this tag invalid in a tier; `None`: all its answers. Of every
@@ -271,7 +234,7 @@ pub fn value_key(version: u64, name: &str) -> ResponseKey {
 pub fn mark_key(identity: &[u8; 32], tag: Option<&str>) -> ResponseKey {
     let scope = [u8::from(tag.is_some())];
     let name = [&scope, tag.unwrap_or_default().as_bytes()].concat();
-    KeyHash::new(0).field(Tag::Identity, identity).field(Tag::Mark, &name).key()
+    ResponseKey(key_hash(0).field(Tag::Identity, identity).field(Tag::Mark, &name).finish())
 }
 
 #[cfg(test)]

@@ -90,7 +90,7 @@ impl Scheduler {
         let index = seq.tokens.len() - seq.spec.prompt.len();
         seq.tokens.push(token_id);
         self.counters.generated_tokens += 1;
-        events.push(SequenceEvent::Token { seq: seq.id, token_id, index, logprobs });
+        events.push(SequenceEvent::Token { seq: seq.id, token_id, logprobs });
         if seq.spec.stop_token_ids.contains(&token_id) {
             Some(FinishReason::Stop)
         } else {

@@ -40,16 +40,6 @@ impl TokenizerConfig {
             chat_template: chat_template(json.get("chat_template"))?,
         })
     }
-
-    /// Text of the token that begins a prompt.
-    pub fn bos_token(&self) -> Option<&str> {
-        self.special_tokens.get("bos_token").map(String::as_str)
-    }
-
-    /// Text of the token that ends an answer.
-    pub fn eos_token(&self) -> Option<&str> {
-        self.special_tokens.get("eos_token").map(String::as_str)
-    }
 }
 
 /// `add_bos_token` is a switch, not a token.
@@ -122,7 +112,7 @@ mod tests {
         }))
         .unwrap();
         assert_eq!((config.add_bos_token, config.add_eos_token), (Some(true), None));
-        assert_eq!((config.bos_token(), config.eos_token()), (Some("<s>"), Some("</s>")));
+        assert_eq!((&*config.special_tokens["bos_token"], &*config.special_tokens["eos_token"]), ("<s>", "</s>"));
         assert_eq!(config.special_tokens.len(), 2);
         assert_eq!(config.chat_template.as_deref(), Some("d"));
         assert_eq!(TokenizerConfig::parse(&json!({})).unwrap(), TokenizerConfig::default());

@@ -6,7 +6,8 @@ use std::sync::mpsc::SyncSender;
 
 use crate::command::TierAnswer;
 use crate::error::{Error, Result};
-use crate::kv_cache::tiers::{ClearState, Fault, TierId, Tiers};
+use crate::kv_cache::tiers::{ClearState, Tiers};
+use crate::storage::{Fault, TierId};
 use crate::tier_thread::TierThread;
 
 /// The threads, and who waits for a flush.

@@ -57,6 +57,7 @@ pub(super) fn tier(tracer: &Tracer, answer: &TierAnswer) {
         Outcome::Found(bytes) => ("read", bytes.len() as u64),
         Outcome::Missing => ("missing", 0),
         Outcome::Stored => ("write", 0),
+        Outcome::Done => ("done", 0),
         Outcome::Fault(_) => ("fault", 0),
     };
     let end = Instant::now();

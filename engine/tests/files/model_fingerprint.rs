@@ -1,6 +1,6 @@
 //! Promise: KV that outlives a process is found again by what the model *is*. The same weights have the same fingerprint in
 //! any folder, in any number of files and with any number of threads; one flipped byte anywhere in any tensor, another
-//! description, name, type or shape gives another one.
+//! configuration, name, type or shape gives another one.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,11 +12,12 @@ use serde_json::{Value, json};
 
 use crate::tiny_model::{TempFolder, TensorData, small_config, weights, write_model, write_weights};
 
-const DESCRIPTION: &str = "hyperparameters";
+/// Stands for the hash of a configuration.
+const CONFIGURATION: [u8; 32] = [7; 32];
 
-fn fingerprint(folder: &Path, description: &str, num_threads: usize) -> [u8; 32] {
+fn fingerprint(folder: &Path, configuration: [u8; 32], num_threads: usize) -> [u8; 32] {
     let weights = ModelSource::open(folder).and_then(ModelSource::weights).expect("a valid model");
-    weights.fingerprint(description, num_threads).expect("readable")
+    weights.fingerprint(&configuration, num_threads).expect("readable")
 }
 
 /// Four layers and a vocabulary that makes the embedding longer than two chunks.
@@ -33,17 +34,17 @@ fn same_content_has_the_same_fingerprint() {
     let (whole, sharded) = (TempFolder::new("fingerprint-whole"), TempFolder::new("fingerprint-sharded"));
     write_model(&whole, &config, Dtype::F32, 1);
     write_model(&sharded, &config, Dtype::F32, 3);
-    let expected = fingerprint(whole.path(), DESCRIPTION, 1);
+    let expected = fingerprint(whole.path(), CONFIGURATION, 1);
     for threads in [2, 3, 64] {
-        assert_eq!(fingerprint(whole.path(), DESCRIPTION, threads), expected, "{threads} threads");
+        assert_eq!(fingerprint(whole.path(), CONFIGURATION, threads), expected, "{threads} threads");
     }
-    assert_eq!(fingerprint(sharded.path(), DESCRIPTION, 2), expected, "three files");
+    assert_eq!(fingerprint(sharded.path(), CONFIGURATION, 2), expected, "three files");
     // A copy under another name, with everything changed that is no weight.
     let copy = TempFolder::new("fingerprint-copy");
     fs::copy(whole.path().join("model.safetensors"), copy.path().join("model.safetensors")).expect("writable");
     copy.write("config.json", json!({"architectures": ["unknown"]}).to_string());
     copy.write("tokenizer.json", "no tokenizer at all");
-    assert_eq!(fingerprint(copy.path(), DESCRIPTION, 2), expected, "another path");
+    assert_eq!(fingerprint(copy.path(), CONFIGURATION, 2), expected, "another path");
 }
 
 /// A bit of each chunk's first, middle and last byte, in every tensor.
@@ -56,7 +57,7 @@ fn one_flipped_byte_is_another_model() {
     let file = fs::read(&path).expect("just written");
     let header_bytes = 8 + u64::from_le_bytes(file[..8].try_into().expect("8 bytes")) as usize;
     let header: Value = serde_json::from_slice(&file[8..header_bytes]).expect("JSON");
-    let mut seen = BTreeSet::from([fingerprint(folder.path(), DESCRIPTION, 2)]);
+    let mut seen = BTreeSet::from([fingerprint(folder.path(), CONFIGURATION, 2)]);
     let mut num_flips = 0;
     for (name, tensor) in header.as_object().expect("an object").iter().filter(|(name, _)| *name != "__metadata__") {
         let offset = |idx: usize| tensor["data_offsets"][idx].as_u64().expect("a number") as usize;
@@ -67,7 +68,7 @@ fn one_flipped_byte_is_another_model() {
             flipped[header_bytes + at] ^= 1 << (at % 8);
             fs::write(&path, flipped).expect("writable");
             num_flips += 1;
-            assert!(seen.insert(fingerprint(folder.path(), DESCRIPTION, 2)), "byte {at} of the data, in {name}");
+            assert!(seen.insert(fingerprint(folder.path(), CONFIGURATION, 2)), "byte {at} of the data, in {name}");
         }
     }
     assert!(num_flips > 60, "{num_flips} flips");
@@ -80,22 +81,21 @@ fn meaning_is_part_of_it() {
     let tensors = weights(&small_config(), Dtype::F16);
     folder.write("config.json", small_config().to_string());
     let mut seen = BTreeSet::new();
-    let mut add = |what: &str, tensors: &[(String, TensorData)], description: &str| {
+    let mut add = |what: &str, tensors: &[(String, TensorData)], configuration: [u8; 32]| {
         write_weights(&folder, tensors, 1);
-        assert!(seen.insert(fingerprint(folder.path(), description, 1)), "{what}");
+        assert!(seen.insert(fingerprint(folder.path(), configuration, 1)), "{what}");
     };
-    add("as it is", &tensors, DESCRIPTION);
-    add("another description", &tensors, "other hyperparameters");
-    add("no description", &tensors, "");
+    add("as it is", &tensors, CONFIGURATION);
+    add("another configuration", &tensors, [8; 32]);
     let change = |change: fn(&mut Vec<(String, TensorData)>)| {
         let mut changed = tensors.clone();
         change(&mut changed);
         changed
     };
-    add("another type", &change(|tensors| tensors[0].1.dtype = Dtype::BF16), DESCRIPTION);
-    add("another shape", &change(|tensors| tensors[0].1.shape.reverse()), DESCRIPTION);
-    add("another name", &change(|tensors| tensors[0].0.push('x')), DESCRIPTION);
-    add("one tensor less", &change(|tensors| drop(tensors.pop())), DESCRIPTION);
+    add("another type", &change(|tensors| tensors[0].1.dtype = Dtype::BF16), CONFIGURATION);
+    add("another shape", &change(|tensors| tensors[0].1.shape.reverse()), CONFIGURATION);
+    add("another name", &change(|tensors| tensors[0].0.push('x')), CONFIGURATION);
+    add("one tensor less", &change(|tensors| drop(tensors.pop())), CONFIGURATION);
     let swap_contents = |tensors: &mut Vec<(String, TensorData)>| {
         let same = |name: &str| tensors.iter().position(|(other, _)| other == name).expect("there");
         let (a, b) =
@@ -103,7 +103,7 @@ fn meaning_is_part_of_it() {
         let bytes = std::mem::take(&mut tensors[a].1.bytes);
         tensors[a].1.bytes = std::mem::replace(&mut tensors[b].1.bytes, bytes);
     };
-    add("contents of two tensors swapped", &change(swap_contents), DESCRIPTION);
+    add("contents of two tensors swapped", &change(swap_contents), CONFIGURATION);
 }
 
 /// A file that became shorter after it was opened is an error that names the tensor, with any number of threads.
@@ -117,7 +117,7 @@ fn truncated_file_is_an_error() {
         let bytes = fs::metadata(&path).expect("there").len();
         let file = fs::OpenOptions::new().write(true).open(&path).expect("writable");
         file.set_len(bytes / 2).expect("writable");
-        let error = weights.fingerprint(DESCRIPTION, threads).expect_err("half of it is gone");
+        let error = weights.fingerprint(&CONFIGURATION, threads).expect_err("half of it is gone");
         assert_eq!(error.code(), "weights", "{error}");
         file.set_len(bytes).expect("writable");
     }

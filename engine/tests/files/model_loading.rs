@@ -38,7 +38,7 @@ fn progress_counts_every_byte() {
     assert_eq!(heard.last(), Some(&LoadProgress { loaded_bytes: total_bytes, total_bytes }));
     assert!(heard.is_sorted_by_key(|progress| progress.loaded_bytes) && heard.len() > 10);
     let loaded = loaded.unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!((loaded.num_parameters, loaded.checkpoint_bytes), (parameters as u64, total_bytes));
+    assert_eq!(loaded.num_parameters, parameters as u64);
 }
 
 /// A load ends where its listener says so: shown by cancelling at each of its reports.

@@ -77,7 +77,7 @@ impl Driver {
 
 fn record(traces: &mut [Trace], seqs: &[SeqId], event: SequenceEvent) {
     match event {
-        SequenceEvent::Token { seq, token_id, logprobs, .. } => {
+        SequenceEvent::Token { seq, token_id, logprobs } => {
             let idx = seqs.iter().position(|&other| other == seq).expect("one of ours");
             traces[idx].token_ids.push(token_id);
             let logprobs = logprobs.expect("asked for");

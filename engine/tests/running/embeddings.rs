@@ -3,12 +3,18 @@
 
 use ns_llm::backend::cpu::{CpuBackend, CpuBackendOptions};
 use ns_llm::backend::{KvDtype, Pooling};
-use ns_llm::{Embedding, EmbeddingRequest, Error, Event, Priority, Request, ThreadPriority, WeightFormat};
+use ns_llm::{
+    Embedding, EmbeddingRequest, Engine, EngineOptions, Error, Event, KvRemoteOptions, Priority, Request,
+    ThreadPriority, WeightFormat,
+};
+use safetensors::Dtype;
+use serde_json::json;
 
 use crate::demo;
 use crate::demo::Rng;
 use crate::direct_run::DirectRun;
 use crate::reference_backend::Reference;
+use crate::tiny_model::{TempFolder, write_model};
 
 fn inputs(count: usize) -> Vec<Vec<u32>> {
     let mut rng = Rng(77);
@@ -186,4 +192,41 @@ fn cancel_deadline_and_priority() {
     let stats = engine.stats();
     assert!(stats.requests_cancelled + stats.requests_refused >= 1, "{stats:?}");
     assert_eq!(stats.num_requests_waiting, 0);
+}
+
+/// A model that only makes vectors keeps nothing for later: what is given for that is checked, and then nobody is asked, no
+/// thread waits for anybody and no weight is hashed.
+#[test]
+fn encoder_uses_no_shared_store() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.set_nonblocking(true).expect("a socket");
+    let url = format!("redis://{}", listener.local_addr().expect("bound"));
+    let folder = tiny_encoder();
+    let options = |url: &str| {
+        let options = EngineOptions::new(folder.path()).threads(1);
+        options.kv_remote(KvRemoteOptions::new(url)).response_cache_bytes(1 << 20)
+    };
+    let refused = Engine::open(options("http://elsewhere")).err().expect("no such store");
+    assert!(matches!(refused, Error::InvalidArgument { field: "kv_remote_url", .. }), "{refused}");
+    let engine = Engine::open(options(&url)).expect("opens");
+    assert_eq!(engine.embed(EmbeddingRequest::new([vec![1, 2, 3]])).expect("embeds").embeddings.len(), 1);
+    assert_eq!(engine.stats().kv_tiers, []);
+    engine.flush().expect("nothing to store");
+    drop(engine);
+    assert!(listener.accept().is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock), "somebody came");
+}
+
+fn tiny_encoder() -> TempFolder {
+    let config = json!({
+        "architectures": ["BertModel"], "vocab_size": 70, "hidden_size": 96, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "type_vocab_size": 2,
+    });
+    let tokenizer = json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+        "decoder": null, "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+    });
+    let folder = TempFolder::new("tiny-encoder");
+    folder.write("tokenizer.json", tokenizer.to_string());
+    write_model(&folder, &config, Dtype::F32, 1);
+    folder
 }

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use ns_llm::config::MAX_LOST_BLOCKS;
-use ns_llm::kv_cache::tiers::{Done, Fault, Job, LayoutId, Outcome, TierId, TiersConfig, host};
+use ns_llm::kv_cache::tiers::{Done, Job, Outcome, TiersConfig, host};
 use ns_llm::kv_cache::{BlockTransfer, KvCache, KvCacheConfig, KvIdentity};
 use ns_llm::sequence::{SeqId, Sequence, SequenceSpec};
+use ns_llm::storage::{Fault, LayoutId, TierId};
 use ns_llm::{CacheTier, CacheUse, MissReason, PrefixMiss, Priority, Request, SamplingParams};
 
 use crate::demo;
@@ -111,7 +112,7 @@ fn serve(kv: &mut KvCache, now_us: u64, elapsed_us: u64, outcome: impl Fn(usize)
         let outcome = match job {
             Job::Read(_) => outcome(num_reads),
             Job::Write(..) => Outcome::Stored,
-            Job::Quarantine(_) | Job::Clear => Outcome::Missing,
+            Job::Quarantine(_) | Job::Clear => Outcome::Done,
         };
         num_reads += usize::from(matches!(job, Job::Read(_)));
         tiers.complete(id, job_id, Done { outcome, elapsed_us }, now_us);
@@ -171,7 +172,7 @@ fn evicted_blocks_name_their_place() {
     let mut seq = sequence(&first);
     kv.plan_admission(&mut seq);
     let tiers = kv.tiers().expect("a disk");
-    let lost = tiers.stored_key(seq.block_keys[2]);
+    let lost = tiers.record_key(seq.block_keys[2]);
     tiers.lost(TierId::Disk, [lost]);
     let mut seq = sequence(&first);
     admit(&mut kv, &mut seq, 0);
@@ -239,7 +240,7 @@ fn failing_tiers_are_faults() {
     let mut seq = sequence(&first);
     kv.plan_admission(&mut seq);
     let tiers = kv.tiers().expect("a disk");
-    tiers.quarantine(tiers.stored_key(seq.block_keys[2]));
+    tiers.quarantine(tiers.record_key(seq.block_keys[2]));
     assert_eq!(miss_of(&mut kv, &first, 0), at(2, MissReason::Fault));
 }
 

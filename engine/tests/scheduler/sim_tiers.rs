@@ -3,8 +3,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use ns_llm::kv_cache::tiers::disk::Damage;
-use ns_llm::kv_cache::tiers::{Done, Fault, Job, JobId, LayoutId, Outcome, StoredKey, TierId, Tiers, TiersConfig};
+use ns_llm::kv_cache::tiers::{Done, Job, JobId, Outcome, Tiers, TiersConfig};
+use ns_llm::storage::{Damage, Fault, LayoutId, RecordKey, TierId};
 
 use crate::fake_executor::{block_bytes, mix};
 
@@ -51,9 +51,9 @@ pub struct SimTiers {
 
 #[derive(Debug, Default)]
 struct SimStore {
-    blocks: HashMap<StoredKey, Arc<[u8]>>,
+    blocks: HashMap<RecordKey, Arc<[u8]>>,
     /// Sorted, so that a draw means the same in each run.
-    keys: Vec<StoredKey>,
+    keys: Vec<RecordKey>,
     /// With the moment at which each is done.
     jobs: VecDeque<(JobId, Job, u64)>,
 }
@@ -119,19 +119,19 @@ impl SimTiers {
             Job::Quarantine(key) => {
                 store.blocks.remove(&key);
                 store.keys.retain(|other| *other != key);
-                Outcome::Missing
+                Outcome::Done
             }
             Job::Clear => {
                 store.blocks.clear();
                 store.keys.clear();
                 self.tally.clears += 1;
-                Outcome::Missing
+                Outcome::Done
             }
         }
     }
 
     /// A block that has gone; the tiers hear of it.
-    fn lose(&mut self, place: usize) -> Vec<StoredKey> {
+    fn lose(&mut self, place: usize) -> Vec<RecordKey> {
         let num_keys = self.stores[place].keys.len() as u64;
         if num_keys == 0 || self.draw(10) > 0 {
             return Vec::new();

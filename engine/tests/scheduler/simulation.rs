@@ -369,9 +369,9 @@ impl Simulation {
     /// Takes an event and compares it with what the prompt implies.
     pub fn hear(&mut self, event: SequenceEvent) {
         match event {
-            SequenceEvent::Token { seq, token_id, index, logprobs } => {
+            SequenceEvent::Token { seq, token_id, logprobs } => {
                 let tracked = self.live(seq);
-                assert_eq!(index, tracked.received.len());
+                let index = tracked.received.len();
                 assert_eq!(Some(&token_id), tracked.answer.get(index), "{seq:?} gets a wrong token at {index}");
                 assert_eq!(logprobs.map(|logprobs| logprobs.top.len()), tracked.spec.logprobs);
                 tracked.received.push(token_id);

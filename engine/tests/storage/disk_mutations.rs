@@ -1,10 +1,9 @@
 //! Promise: whatever happens to the bytes of a segment file, no block is wrong and nothing panics; and a survey of the files
 //! sees every change of a byte that anyone reads. Every byte of a segment is changed in turn; then many at once.
 
-use ns_llm::kv_cache::tiers::disk::{Access, DiskOptions, DiskTier, PAGE_BYTES, Survey, record_bytes, survey};
-use ns_llm::kv_cache::tiers::{Fault, LayoutId, StoredKey};
 use ns_llm::sampler::random_at;
-use ns_llm::sequence::BlockKey;
+use ns_llm::storage::disk::{Access, DiskOptions, DiskStore, PAGE_BYTES, Survey, record_bytes, survey};
+use ns_llm::storage::{Fault, LayoutId, RecordKey};
 
 use crate::sim_disk::SimDisk;
 
@@ -14,17 +13,17 @@ const HEADER_BYTES: u64 = 144;
 /// One page and a few records: all in one segment.
 const BLOCKS: [u64; 3] = [700, 5_000, 30];
 
-fn key(name: u64) -> StoredKey {
-    StoredKey { block: BlockKey([name as u8 + 1; 32]), layout: LayoutId([7; 32]) }
+fn key(name: u64) -> RecordKey {
+    RecordKey { content: [name as u8 + 1; 32], layout: LayoutId([7; 32]) }
 }
 
 fn payload(name: u64) -> Vec<u8> {
     (0..BLOCKS[name as usize]).map(|i| random_at(name, i) as u8).collect()
 }
 
-fn open(disk: &SimDisk, access: Access) -> Result<DiskTier, Fault> {
+fn open(disk: &SimDisk, access: Access) -> Result<DiskStore, Fault> {
     let options = DiskOptions::new(1 << 20, MAX_PAYLOAD_BYTES).expect("room");
-    DiskTier::open(Box::new(disk.clone()), access, options, [5; 16])
+    DiskStore::open(Box::new(disk.clone()), access, options, [5; 16])
 }
 
 fn filled() -> SimDisk {
@@ -56,7 +55,7 @@ fn count_right(bytes: &[u8], what: &str) -> usize {
                 right += 1;
             }
         }
-        let keys: Vec<StoredKey> = tier.keys().copied().collect();
+        let keys: Vec<RecordKey> = tier.keys().copied().collect();
         assert!(keys.iter().all(|found| (0..3).any(|name| *found == key(name))), "{what}: a key out of nothing");
         tier.check_invariants().expect("sound");
     }

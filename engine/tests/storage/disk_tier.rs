@@ -26,12 +26,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use ns_llm::kv_cache::tiers::disk::{
-    Access, Damage, Directory, DiskOptions, DiskTier, PAGE_BYTES, SegmentFiles, Verification, draw_seed,
-};
-use ns_llm::kv_cache::tiers::{Fault, LayoutId, StoredKey};
 use ns_llm::sampler::random_at;
-use ns_llm::sequence::BlockKey;
+use ns_llm::storage::disk::{Access, Directory, DiskOptions, DiskStore, PAGE_BYTES, SegmentFiles, draw_seed};
+use ns_llm::storage::{Damage, Fault, LayoutId, RecordKey};
 
 use crate::sim_disk::{FAULT_KINDS, FaultKind, SimDisk};
 
@@ -41,15 +38,15 @@ const MAX_PAYLOAD_BYTES: u64 = 6_000;
 const BUDGET_BYTES: u64 = 44 * PAGE_BYTES;
 const LAYOUT: LayoutId = LayoutId([7; 32]);
 
-fn key(name: u64) -> StoredKey {
-    let mut block = [0; 32];
-    block[..8].copy_from_slice(&name.to_le_bytes());
-    StoredKey { block: BlockKey(block), layout: LAYOUT }
+fn key(name: u64) -> RecordKey {
+    let mut content = [0; 32];
+    content[..8].copy_from_slice(&name.to_le_bytes());
+    RecordKey { content, layout: LAYOUT }
 }
 
 /// The content of a block is a function of its key, as it is in the engine.
-fn payload(key: &StoredKey) -> Arc<[u8]> {
-    let seed = u64::from_le_bytes(key.block.0[..8].try_into().expect("8 bytes"));
+fn payload(key: &RecordKey) -> Arc<[u8]> {
+    let seed = u64::from_le_bytes(key.content[..8].try_into().expect("8 bytes"));
     let length = random_at(seed, 0) % (MAX_PAYLOAD_BYTES + 1);
     (0..length).map(|i| (random_at(seed, 1 + i / 8) >> (i % 8 * 8)) as u8).collect()
 }
@@ -58,9 +55,9 @@ fn options() -> DiskOptions {
     DiskOptions::new(BUDGET_BYTES, MAX_PAYLOAD_BYTES).expect("room for two segments")
 }
 
-fn open(disk: &SimDisk) -> Result<DiskTier, Fault> {
+fn open(disk: &SimDisk) -> Result<DiskStore, Fault> {
     let seed = random_at(disk.seed(), disk.num_calls()).to_le_bytes();
-    DiskTier::open(Box::new(disk.clone()), Access::Write, options(), std::array::from_fn(|i| seed[i % 8]))
+    DiskStore::open(Box::new(disk.clone()), Access::Write, options(), std::array::from_fn(|i| seed[i % 8]))
 }
 
 /// How often a random test runs: `few`, or a hundred times as often.
@@ -69,10 +66,10 @@ fn rounds(few: u64) -> u64 {
 }
 
 /// A disk with two segments of known blocks, 0 to 3, and one that is just being filled.
-fn filled() -> (SimDisk, Vec<StoredKey>) {
+fn filled() -> (SimDisk, Vec<RecordKey>) {
     let disk = SimDisk::new(1);
     let mut tier = open(&disk).expect("an empty disk");
-    let keys: Vec<StoredKey> = (0..7).map(key).collect();
+    let keys: Vec<RecordKey> = (0..7).map(key).collect();
     for key in &keys {
         assert!(tier.put(*key, &payload(key)).expect("room"));
     }
@@ -84,9 +81,9 @@ fn filled() -> (SimDisk, Vec<StoredKey>) {
 /// What is known of the tier's blocks while a scenario runs.
 struct Scenario {
     disk: SimDisk,
-    tier: Option<DiskTier>,
+    tier: Option<DiskStore>,
     /// Flushed, and not reported as lost since.
-    acknowledged: BTreeSet<StoredKey>,
+    acknowledged: BTreeSet<RecordKey>,
     /// Bits may flip: then also what was flushed may be lost.
     bits_flip: bool,
     /// What the files may take.
@@ -118,7 +115,7 @@ impl Scenario {
         self.limit_bytes = BUDGET_BYTES.max(tier.stats().bytes);
         assert!(self.limit_bytes == BUDGET_BYTES || tier.stats().faults > 0, "{:?}", tier.stats());
         let all_read = tier.stats().faults == 0 && !self.bits_flip;
-        let is_lost = |key: &&StoredKey| !tier.contains(key);
+        let is_lost = |key: &&RecordKey| !tier.contains(key);
         let lost = self.acknowledged.iter().filter(is_lost).count();
         assert!(lost == 0 || !all_read, "{lost} flushed blocks were lost, {:?}", tier.report());
         self.acknowledged.retain(|key| tier.contains(key));
@@ -196,7 +193,7 @@ impl Scenario {
             if name == 32
                 && let Some(tier) = &mut self.tier
             {
-                tier.verify();
+                read_all(tier);
                 self.after(false);
             }
         }
@@ -220,7 +217,7 @@ impl Scenario {
         assert!(self.open() && self.get(100), "it is found again");
     }
 
-    fn contains(&self, key: &StoredKey) -> bool {
+    fn contains(&self, key: &RecordKey) -> bool {
         self.tier.as_ref().is_some_and(|tier| tier.contains(key))
     }
 }
@@ -379,7 +376,7 @@ fn keys_are_bound_to_payloads() {
     let keys = [key(1), key(2)];
     tier.put(keys[0], &[1; 1_000]).expect("room");
     tier.put(keys[1], &[2; 1_000]).expect("room");
-    let other = StoredKey { layout: LayoutId([8; 32]), ..keys[0] };
+    let other = RecordKey { layout: LayoutId([8; 32]), ..keys[0] };
     assert_eq!(tier.get(&other), Ok(None));
     let mut files = disk.contents();
     let file = files.get_mut(&0).expect("the first");
@@ -525,12 +522,26 @@ fn opening_reads_headers_only() {
     assert!(start.elapsed().as_secs_f64() <= 1.0, "{:?}", start.elapsed());
 }
 
-/// Verification finds the damaged record among the intact ones, and forgets it.
+/// Reads what there is: how many records are as they were written, were not, and could not be read.
+fn read_all(store: &mut DiskStore) -> (u64, u64, u64) {
+    let keys: Vec<RecordKey> = store.keys().copied().collect();
+    let (mut intact, mut damaged, mut unreadable) = (0, 0, 0);
+    for key in keys {
+        match store.get(&key) {
+            Ok(found) => intact += u64::from(found == Some(payload(&key))),
+            Err(Fault::Damaged(_)) => damaged += 1,
+            Err(_) => unreadable += 1,
+        }
+    }
+    (intact, damaged, unreadable)
+}
+
+/// A read finds the damaged record among the intact ones, and forgets it.
 #[test]
-fn verify_finds_damage() {
+fn reading_finds_damage() {
     let (disk, keys) = filled();
     let mut tier = open(&disk).expect("opens");
-    assert_eq!(tier.verify(), Verification { intact: 7, damaged: 0, unreadable: 0 });
+    assert_eq!(read_all(&mut tier), (7, 0, 0));
     let mut files = disk.contents();
     let long = keys.iter().find(|key| payload(key).len() > 4_200).expect("one takes two pages");
     let needle = &payload(long)[4_100..4_200];
@@ -540,10 +551,10 @@ fn verify_finds_damage() {
         }
     }
     disk.set_contents(files);
-    assert_eq!(tier.verify(), Verification { intact: 6, damaged: 1, unreadable: 0 });
-    assert_eq!(tier.verify(), Verification { intact: 6, damaged: 0, unreadable: 0 });
+    assert_eq!(read_all(&mut tier), (6, 1, 0));
+    assert_eq!(read_all(&mut tier), (6, 0, 0));
     disk.fail(disk.num_calls(), FaultKind::Error);
-    assert_eq!(tier.verify(), Verification { intact: 5, damaged: 0, unreadable: 1 });
+    assert_eq!(read_all(&mut tier), (5, 0, 1));
 }
 
 /// Sizes are checked by name; a block that is longer than the tier was told is refused.
@@ -559,7 +570,7 @@ fn sizes_have_limits() {
     // With less budget than last time the oldest go at opening.
     let (disk, keys) = filled();
     let small = DiskOptions::new(6 * PAGE_BYTES, 6_000).expect("two segments");
-    let tier = DiskTier::open(Box::new(disk.clone()), Access::Write, small, [0; 16]).expect("opens");
+    let tier = DiskStore::open(Box::new(disk.clone()), Access::Write, small, [0; 16]).expect("opens");
     assert!(tier.stats().bytes <= 6 * PAGE_BYTES && !tier.contains(&keys[0]) && tier.contains(&keys[6]));
 }
 
@@ -576,10 +587,10 @@ impl Folder {
     fn directory(&self) -> Directory {
         Directory::open(&self.0.join("kv")).expect("a private directory")
     }
-    fn tier(&self, options: DiskOptions) -> Result<DiskTier, Fault> {
+    fn tier(&self, options: DiskOptions) -> Result<DiskStore, Fault> {
         let directory = self.directory();
         let access = directory.access();
-        DiskTier::open(Box::new(directory), access, options, draw_seed())
+        DiskStore::open(Box::new(directory), access, options, draw_seed())
     }
 }
 
@@ -603,7 +614,7 @@ fn real_files_are_found_again_and_wiped() {
     drop(tier);
     let mut tier = folder.tier(options()).expect("opens");
     assert_eq!(tier.stats().entries, held);
-    assert_eq!(tier.verify(), Verification { intact: held, ..Verification::default() });
+    assert_eq!(read_all(&mut tier), (held, 0, 0));
     let path = folder.0.join("kv");
     let bytes_on_disk = || -> u64 {
         let entries = std::fs::read_dir(&path).expect("readable").flatten();
@@ -638,7 +649,7 @@ fn one_writer_and_many_readers() {
 
     let (disk, keys) = filled();
     let mut writer = open(&disk).expect("opens");
-    let mut reader = DiskTier::open(Box::new(disk.clone()), Access::Read, options(), [0; 16]).expect("opens");
+    let mut reader = DiskStore::open(Box::new(disk.clone()), Access::Read, options(), [0; 16]).expect("opens");
     writer.clear().expect("removes");
     assert_eq!(reader.get(&keys[0]), Ok(None), "the writer has removed it");
     assert_eq!((reader.stats().faults, reader.stats().misses), (0, 1));
@@ -652,7 +663,7 @@ fn reader_changes_nothing() {
     files.values_mut().for_each(|file| file.extend([1; 5_000]));
     files.insert(90, vec![0; 4096]);
     disk.set_contents(files.clone());
-    let mut reader = DiskTier::open(Box::new(disk.clone()), Access::Read, options(), [0; 16]).expect("opens");
+    let mut reader = DiskStore::open(Box::new(disk.clone()), Access::Read, options(), [0; 16]).expect("opens");
     assert_eq!(reader.stats().entries, 7);
     reader.quarantine(&key(3));
     assert!(!reader.contains(&key(3)));
@@ -721,15 +732,15 @@ fn flood_of_one_owner_leaves_others_theirs() {
     let open_with = |disk: &SimDisk, share: f64| {
         let options = DiskOptions::new(budget_bytes, MAX_PAYLOAD_BYTES).expect("room").owner_share(share);
         let seed = disk.num_calls().to_le_bytes();
-        DiskTier::open(Box::new(disk.clone()), Access::Write, options, std::array::from_fn(|i| seed[i % 8]))
+        DiskStore::open(Box::new(disk.clone()), Access::Write, options, std::array::from_fn(|i| seed[i % 8]))
     };
     let (quiet, loud) = ([1; 32], [2; 32]);
     for (share, keeps) in [(0.5, true), (1.0, false)] {
         let disk = SimDisk::new(7);
         let mut tier = open_with(&disk, share).expect("an empty disk");
-        let mine: Vec<StoredKey> = (0..60).map(key).collect();
+        let mine: Vec<RecordKey> = (0..60).map(key).collect();
         let mut others = 1_000..;
-        let mut flood = |tier: &mut DiskTier, count: usize| {
+        let mut flood = |tier: &mut DiskStore, count: usize| {
             for name in others.by_ref().take(count) {
                 assert_eq!(tier.put_for(&loud, key(name), &payload(&key(name))), Ok(true));
                 tier.check_invariants().expect("sound");
@@ -740,7 +751,7 @@ fn flood_of_one_owner_leaves_others_theirs() {
             flood(&mut tier, 3);
         }
         flood(&mut tier, 500);
-        let is_here = |tier: &mut DiskTier| mine.iter().filter(|key| tier.get(key) == Ok(Some(payload(key)))).count();
+        let is_here = |tier: &mut DiskStore| mine.iter().filter(|key| tier.get(key) == Ok(Some(payload(key)))).count();
         assert_eq!(is_here(&mut tier), if keeps { 60 } else { 0 }, "{share}");
         assert!(
             tier.report().evicted_segments > 10 && tier.stats().bytes > budget_bytes * 3 / 4,
@@ -772,7 +783,7 @@ fn later_record_in_an_older_file_counts() {
     let disk = SimDisk::new(3);
     let open_with = |share: f64| {
         let options = DiskOptions::new(400 * PAGE_BYTES, MAX_PAYLOAD_BYTES).expect("room").owner_share(share);
-        DiskTier::open(Box::new(disk.clone()), Access::Write, options, [5; 16]).expect("opens")
+        DiskStore::open(Box::new(disk.clone()), Access::Write, options, [5; 16]).expect("opens")
     };
     for (share, value) in [(1.0, b"first"), (0.5, b"other"), (1.0, b"later")] {
         let mut tier = open_with(share);

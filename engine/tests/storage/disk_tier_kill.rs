@@ -10,10 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ns_llm::kv_cache::tiers::disk::{Access, Directory, DiskOptions, DiskTier, draw_seed};
-use ns_llm::kv_cache::tiers::{LayoutId, StoredKey};
 use ns_llm::sampler::random_at;
-use ns_llm::sequence::BlockKey;
+use ns_llm::storage::disk::{Access, Directory, DiskOptions, DiskStore, draw_seed};
+use ns_llm::storage::{LayoutId, RecordKey};
 
 /// Where the child writes.
 const FOLDER: &str = "NS_LLM_KILL_TEST_FOLDER";
@@ -23,10 +22,10 @@ const FIRST: &str = "NS_LLM_KILL_TEST_FIRST";
 const BUDGET: &str = "NS_LLM_KILL_TEST_BUDGET";
 const MAX_PAYLOAD_BYTES: u64 = 200_000;
 
-fn key(name: u64) -> StoredKey {
-    let mut block = [0; 32];
-    block[..8].copy_from_slice(&name.to_le_bytes());
-    StoredKey { block: BlockKey(block), layout: LayoutId([0; 32]) }
+fn key(name: u64) -> RecordKey {
+    let mut content = [0; 32];
+    content[..8].copy_from_slice(&name.to_le_bytes());
+    RecordKey { content, layout: LayoutId([0; 32]) }
 }
 
 fn payload(name: u64) -> Vec<u8> {
@@ -34,11 +33,11 @@ fn payload(name: u64) -> Vec<u8> {
     (0..length).map(|i| (name + i * 31 + (i >> 9)) as u8).collect()
 }
 
-fn open(folder: &Path, budget_bytes: u64) -> DiskTier {
+fn open(folder: &Path, budget_bytes: u64) -> DiskStore {
     let directory = Directory::open(folder).expect("a private directory");
     assert_eq!(directory.access(), Access::Write, "the lock of a killed process is free at once");
     let options = DiskOptions::new(budget_bytes, MAX_PAYLOAD_BYTES).expect("room");
-    DiskTier::open(Box::new(directory), Access::Write, options, draw_seed()).expect("always opens")
+    DiskStore::open(Box::new(directory), Access::Write, options, draw_seed()).expect("always opens")
 }
 
 /// Not a test of its own: stores blocks and tells of each until it is killed.

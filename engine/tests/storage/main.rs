@@ -3,6 +3,7 @@
 mod disk_mutations;
 mod disk_tier;
 mod disk_tier_kill;
+mod older_files;
 mod remote_redis;
 mod remote_tier;
 

@@ -7,12 +7,10 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ns_llm::kv_cache::tiers::remote::{RedisStore, RemoteOptions, RemoteStore, RemoteTier, ServerUrl};
-use ns_llm::kv_cache::tiers::{
-    Done, Fault, LayoutId, Outcome, RestoredBlock, StoredKey, TierId, TierStore, Tiers, TiersConfig,
-};
+use ns_llm::kv_cache::tiers::{Done, Outcome, RestoredBlock, TierStore, Tiers, TiersConfig};
 use ns_llm::sampler::random_at;
-use ns_llm::sequence::BlockKey;
+use ns_llm::storage::remote::{RedisStore, RemoteOptions, RemoteStore, ServerUrl, ValueStore};
+use ns_llm::storage::{Fault, LayoutId, RecordKey, TierId};
 
 use crate::redis_server::RedisServer;
 
@@ -22,10 +20,10 @@ const TIMEOUT_MS: u64 = 5_000;
 /// Far less than what would follow from a call without a bound.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn key(name: u64) -> StoredKey {
-    let mut block = [0; 32];
-    block[..8].copy_from_slice(&name.to_le_bytes());
-    StoredKey { block: BlockKey(block), layout: LayoutId([7; 32]) }
+fn key(name: u64) -> RecordKey {
+    let mut content = [0; 32];
+    content[..8].copy_from_slice(&name.to_le_bytes());
+    RecordKey { content, layout: LayoutId([7; 32]) }
 }
 
 fn payload(name: u64) -> Vec<u8> {
@@ -40,19 +38,19 @@ fn options() -> RemoteOptions {
     RemoteOptions::new(BLOCK_BYTES as u64)
 }
 
-fn tier_at(url: &str) -> RemoteTier {
-    RemoteTier::new(Box::new(store(url, TIMEOUT_MS)), options())
+fn tier_at(url: &str) -> RemoteStore {
+    RemoteStore::new(Box::new(store(url, TIMEOUT_MS)), options())
 }
 
 /// Tiers with a remote one only, on a clock that the test moves.
 struct Machine {
     tiers: Tiers,
-    remote: RemoteTier,
+    remote: RemoteStore,
     now_us: u64,
 }
 
 impl Machine {
-    fn new(remote: RemoteTier) -> Machine {
+    fn new(remote: RemoteStore) -> Machine {
         let config = TiersConfig {
             layout: LayoutId([7; 32]),
             block_tokens: 16,
@@ -87,7 +85,7 @@ impl Machine {
 
     /// The blocks of `names` as far as they come.
     fn restore(&mut self, names: std::ops::Range<u64>) -> Vec<RestoredBlock> {
-        let keys: Vec<StoredKey> = names.map(key).collect();
+        let keys: Vec<RecordKey> = names.map(key).collect();
         let Some(id) = self.tiers.begin(&keys, [0; 32], self.now_us).restore else { return Vec::new() };
         self.drive();
         let arrived = self.tiers.poll(id, self.now_us);
@@ -99,7 +97,7 @@ impl Machine {
 /// Fails on a wrong byte; says how many blocks there are.
 fn count_right(restored: &[RestoredBlock]) -> usize {
     for RestoredBlock { key, bytes, .. } in restored {
-        let name = u64::from_le_bytes(key.block.0[..8].try_into().expect("8 bytes"));
+        let name = u64::from_le_bytes(key.content[..8].try_into().expect("8 bytes"));
         assert!(bytes[..] == payload(name), "block {name}");
     }
     restored.len()
@@ -117,7 +115,7 @@ fn tiers_share_blocks() {
     let server = RedisServer::start(&[]);
     let secret = |options: RemoteOptions| options.secret(b"a secret of the cluster").expect("long enough");
     for options in [options(), secret(options())] {
-        let tier = |url: &str| RemoteTier::new(Box::new(store(url, TIMEOUT_MS)), options.clone());
+        let tier = |url: &str| RemoteStore::new(Box::new(store(url, TIMEOUT_MS)), options.clone());
         let (mut one, mut two) = (tier(&server.url()), tier(&server.url()));
         let mut elsewhere = tier(&format!("{}/1", server.url()));
         for name in 0..20 {
@@ -142,7 +140,7 @@ fn records_end_with_their_time() {
     let server = RedisServer::start(&[]);
     let tier = |ttl_s| {
         let options = options().ttl_s(ttl_s).expect("in range");
-        RemoteTier::new(Box::new(store(&server.url(), TIMEOUT_MS)), options)
+        RemoteStore::new(Box::new(store(&server.url(), TIMEOUT_MS)), options)
     };
     let (mut short, mut long) = (tier(1), tier(1_000));
     for name in [1, 2] {
@@ -166,7 +164,7 @@ fn foreign_values_are_misses() {
     let mut tier = tier_at(&server.url());
     tier.put(&key(1), &payload(1)).expect("stored");
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    let name = format!("ns-llm:kv:1:open:{}:{}", hex(&key(1).block.0), hex(&key(1).layout.0));
+    let name = format!("ns-llm:kv:1:open:{}:{}", hex(&key(1).content), hex(&key(1).layout.0));
     let mut other = store(&server.url(), TIMEOUT_MS);
     let sound = other.get(&name, 1 << 20).expect("no fault").expect("this is its name");
     let mut damaged = sound.clone();
@@ -231,7 +229,7 @@ fn stopped_server_costs_its_time_once() {
     let server = RedisServer::start(&[]);
     let mut direct = store(&server.url(), SHORT_MS);
     assert_eq!(direct.put("a", b"1", 1_000), Ok(true));
-    let mut machine = Machine::new(RemoteTier::new(Box::new(store(&server.url(), SHORT_MS)), options()));
+    let mut machine = Machine::new(RemoteStore::new(Box::new(store(&server.url(), SHORT_MS)), options()));
     machine.persist(0..10);
     assert_eq!(faults(&machine.drive()), 0);
 

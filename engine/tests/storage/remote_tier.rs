@@ -17,17 +17,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ns_llm::kv_cache::tiers::disk::Damage;
-use ns_llm::kv_cache::tiers::remote::{HEADER_BYTES, RedisStore, RemoteOptions, RemoteStore, RemoteTier, ServerUrl};
-use ns_llm::kv_cache::tiers::{Fault, Job, LayoutId, Outcome, StoredKey, TierStore};
+use ns_llm::kv_cache::tiers::{Job, Outcome, TierStore};
 use ns_llm::sampler::random_at;
-use ns_llm::sequence::BlockKey;
+use ns_llm::storage::remote::{HEADER_BYTES, RedisStore, RemoteOptions, RemoteStore, ServerUrl, ValueStore};
+use ns_llm::storage::{Damage, Fault, LayoutId, RecordKey};
 
 const MAX_PAYLOAD_BYTES: u64 = 600;
 const SECRET: &[u8] = b"sixteen bytes at least";
 
-fn key(name: u8) -> StoredKey {
-    StoredKey { block: BlockKey([name; 32]), layout: LayoutId([7; 32]) }
+fn key(name: u8) -> RecordKey {
+    RecordKey { content: [name; 32], layout: LayoutId([7; 32]) }
 }
 
 fn payload(name: u8) -> Vec<u8> {
@@ -40,8 +39,8 @@ fn payload(name: u8) -> Vec<u8> {
 struct SharedStore(Arc<Mutex<HashMap<String, Vec<u8>>>>);
 
 impl SharedStore {
-    fn tier(&self, options: RemoteOptions) -> RemoteTier {
-        RemoteTier::new(Box::new(self.clone()), options)
+    fn tier(&self, options: RemoteOptions) -> RemoteStore {
+        RemoteStore::new(Box::new(self.clone()), options)
     }
     fn values(&self) -> HashMap<String, Vec<u8>> {
         self.0.lock().expect("no panic").clone()
@@ -56,7 +55,7 @@ impl SharedStore {
     }
 }
 
-impl RemoteStore for SharedStore {
+impl ValueStore for SharedStore {
     fn get(&mut self, name: &str, _: u64) -> Result<Option<Vec<u8>>, Fault> {
         Ok(self.values().remove(name))
     }
@@ -104,7 +103,7 @@ fn nodes_share_what_they_agree_on() {
         assert_eq!(reader.num_damaged(), 0);
     }
     let mut tier = store.tier(open_options());
-    assert_eq!(tier.run(Job::Quarantine(key(1))), Outcome::Missing);
+    assert_eq!(tier.run(Job::Quarantine(key(1))), Outcome::Done);
     assert_eq!(tier.get(&key(1)), Ok(None), "taken away for all");
     assert_eq!(tier.run(Job::Write(key(1), payload(1).into(), [0; 32])), Outcome::Stored);
     let too_long = vec![0; MAX_PAYLOAD_BYTES as usize + 1];
@@ -159,7 +158,7 @@ fn no_changed_byte_is_believed() {
 #[test]
 fn value_of_another_block_is_a_miss() {
     let store = SharedStore::default();
-    let other_layout = StoredKey { layout: LayoutId([8; 32]), ..key(1) };
+    let other_layout = RecordKey { layout: LayoutId([8; 32]), ..key(1) };
     store.tier(open_options()).put(&key(1), &payload(1)).expect("stored");
     let name = store.only_name();
     for (options, other) in [(open_options(), key(2)), (open_options(), other_layout), (keyed_options(), key(1))] {
@@ -224,9 +223,9 @@ impl Peer {
         Peer { port, num_connections }
     }
 
-    fn tier(&self, timeout_ms: u64) -> RemoteTier {
+    fn tier(&self, timeout_ms: u64) -> RemoteStore {
         let store = store_at(self.port, timeout_ms).expect("in range");
-        RemoteTier::new(Box::new(store), open_options())
+        RemoteStore::new(Box::new(store), open_options())
     }
     fn num_connections(&self) -> u64 {
         self.num_connections.load(Ordering::SeqCst)
@@ -378,7 +377,7 @@ fn every_hang_ends_with_its_time() {
         is_first
     });
     let store = store_at(peer.port, 400).expect("in range");
-    let mut tier = RemoteTier::new(Box::new(store), RemoteOptions::new(1 << 30));
+    let mut tier = RemoteStore::new(Box::new(store), RemoteOptions::new(1 << 30));
     let start = Instant::now();
     let fault = tier.put(&key(1), &vec![0; 64 << 20]).expect_err("it hangs");
     assert!(matches!(fault, Fault::Io { operation: "SET", kind: ErrorKind::TimedOut, .. }), "{fault}");
@@ -448,7 +447,7 @@ fn refusal_shows_no_password() {
     let url = ServerUrl::parse(&format!("redis://:hunter2@127.0.0.1:{}", peer.port)).expect("a URL");
     let store = RedisStore::new(url, LONG_TIMEOUT_MS).expect("in range");
     let mut shown = format!("{store:?}");
-    let mut tier = RemoteTier::new(Box::new(store), open_options());
+    let mut tier = RemoteStore::new(Box::new(store), open_options());
     let fault = tier.get(&key(1)).expect_err("refused");
     assert_eq!(fault, Fault::Refused { operation: "AUTH", code: "ERR".to_string() });
     shown += &format!("{fault} {fault:?} {tier:?}");

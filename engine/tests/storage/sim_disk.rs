@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use ns_llm::kv_cache::tiers::disk::{SegmentFile, SegmentFiles};
 use ns_llm::sampler::random_at;
+use ns_llm::storage::disk::{SegmentFile, SegmentFiles};
 
 /// Unit in which a device writes: a torn write keeps whole ones.
 const SECTOR_BYTES: usize = 512;

@@ -4,8 +4,9 @@
 use std::collections::VecDeque;
 use std::io;
 
-use super::{Fault, Job, StoredKey, Tier, TierId, Tiers};
+use super::{Job, Tier, Tiers};
 use crate::request::MissReason;
+use crate::storage::{Fault, RecordKey, TierId};
 
 /// What has become of the last [`Tiers::clear`] in one tier.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -60,7 +61,7 @@ impl Tier {
     }
 
     /// What waits to be written is not; which blocks that are.
-    pub(super) fn drop_writes(&mut self) -> Vec<StoredKey> {
+    pub(super) fn drop_writes(&mut self) -> Vec<RecordKey> {
         let writes: VecDeque<_> = std::mem::take(&mut self.writes);
         self.write_queue_bytes -= writes.iter().map(|write| write.bytes.len() as u64).sum::<u64>();
         let keys: Vec<_> = writes.into_iter().map(|write| write.key).collect();

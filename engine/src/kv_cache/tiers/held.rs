@@ -6,13 +6,13 @@ use std::num::NonZeroUsize;
 
 use lru::LruCache;
 
-use super::{StoredKey, TierId};
 use crate::config::MAX_REMOTE_KNOWN_BLOCKS;
+use crate::storage::{RecordKey, TierId};
 
 /// Keys of blocks, the most recently met ones when there are too many.
 #[derive(Debug)]
 pub(super) struct Held {
-    keys: LruCache<StoredKey, ()>,
+    keys: LruCache<RecordKey, ()>,
 }
 
 impl Held {
@@ -26,17 +26,17 @@ impl Held {
     }
 
     /// A block is there.
-    pub(super) fn insert(&mut self, key: StoredKey) {
+    pub(super) fn insert(&mut self, key: RecordKey) {
         self.keys.put(key, ());
     }
 
     /// A block is not there any more; whether it was.
-    pub(super) fn remove(&mut self, key: &StoredKey) -> bool {
+    pub(super) fn remove(&mut self, key: &RecordKey) -> bool {
         self.keys.pop(key).is_some()
     }
 
     /// Whether a block is there.
-    pub(super) fn contains(&self, key: &StoredKey) -> bool {
+    pub(super) fn contains(&self, key: &RecordKey) -> bool {
         self.keys.contains(key)
     }
 
@@ -46,7 +46,7 @@ impl Held {
     }
 
     /// All that are known.
-    pub(super) fn keys(&self) -> impl Iterator<Item = &StoredKey> {
+    pub(super) fn keys(&self) -> impl Iterator<Item = &RecordKey> {
         self.keys.iter().map(|(key, ())| key)
     }
 
@@ -56,8 +56,8 @@ impl Held {
     }
 }
 
-impl Extend<StoredKey> for Held {
-    fn extend<I: IntoIterator<Item = StoredKey>>(&mut self, keys: I) {
+impl Extend<RecordKey> for Held {
+    fn extend<I: IntoIterator<Item = RecordKey>>(&mut self, keys: I) {
         keys.into_iter().for_each(|key| self.insert(key));
     }
 }

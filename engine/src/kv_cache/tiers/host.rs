@@ -4,10 +4,11 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use super::{StoredKey, TierStats, note_lost};
+use super::lost::note_lost;
 use crate::error::Error;
 use crate::fair_lru::FairLru;
 use crate::sequence::OwnerKey;
+use crate::storage::{RecordKey, TierStats};
 
 /// Memory that a block takes beside its bytes: keys, links, the reference count and the allocator's own.
 pub const ENTRY_BYTES: u64 = 256;
@@ -17,10 +18,10 @@ pub const ENTRY_BYTES: u64 = 256;
 pub struct HostTier {
     budget_bytes: u64,
     bytes: u64,
-    blocks: HashMap<StoredKey, Arc<[u8]>>,
-    order: FairLru<StoredKey>,
+    blocks: HashMap<RecordKey, Arc<[u8]>>,
+    order: FairLru<RecordKey>,
     /// What was given up and nobody has asked for yet, oldest first; bounded.
-    lost: VecDeque<StoredKey>,
+    lost: VecDeque<RecordKey>,
     stats: TierStats,
 }
 
@@ -33,7 +34,7 @@ impl HostTier {
     }
 
     /// Takes a block in, and gives up others for it. False: it is longer than the budget, or here already.
-    pub fn insert(&mut self, key: StoredKey, bytes: Arc<[u8]>, owner: OwnerKey) -> bool {
+    pub fn insert(&mut self, key: RecordKey, bytes: Arc<[u8]>, owner: OwnerKey) -> bool {
         let entry_bytes = ENTRY_BYTES + bytes.len() as u64;
         if self.blocks.contains_key(&key) {
             self.order.touch(&key);
@@ -57,7 +58,7 @@ impl HostTier {
     }
 
     /// A block, which was used with that. Asking for one that is not here is a miss.
-    pub fn get(&mut self, key: &StoredKey) -> Option<Arc<[u8]>> {
+    pub fn get(&mut self, key: &RecordKey) -> Option<Arc<[u8]>> {
         let found = self.blocks.get(key).cloned();
         self.order.touch(key);
         match &found {
@@ -71,17 +72,17 @@ impl HostTier {
     }
 
     /// What was given up since the last call, oldest first; of very many the newest.
-    pub fn take_lost(&mut self) -> impl Iterator<Item = StoredKey> {
+    pub fn take_lost(&mut self) -> impl Iterator<Item = RecordKey> {
         self.lost.drain(..)
     }
 
     /// Whether the block is here; no use of it.
-    pub fn contains(&self, key: &StoredKey) -> bool {
+    pub fn contains(&self, key: &RecordKey) -> bool {
         self.blocks.contains_key(key)
     }
 
     /// Forgets a block.
-    pub fn remove(&mut self, key: &StoredKey) {
+    pub fn remove(&mut self, key: &RecordKey) {
         self.order.forget(key);
         if let Some(bytes) = self.blocks.remove(key) {
             self.bytes -= ENTRY_BYTES + bytes.len() as u64;
@@ -118,10 +119,9 @@ impl HostTier {
 mod tests {
     use super::super::LayoutId;
     use super::*;
-    use crate::sequence::BlockKey;
 
-    fn key(name: u8) -> StoredKey {
-        StoredKey { block: BlockKey([name; 32]), layout: LayoutId([0; 32]) }
+    fn key(name: u8) -> RecordKey {
+        RecordKey { content: [name; 32], layout: LayoutId([0; 32]) }
     }
     fn block(name: u8, bytes: usize) -> Arc<[u8]> {
         vec![name; bytes].into()

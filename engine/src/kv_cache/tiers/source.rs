@@ -1,11 +1,21 @@
 //! Where a block is fetched, and whether that is worth it.
 
-use super::{Job, Source, StoredKey, Tier, TierId, Tiers, Wanted};
+use super::{Job, Tier, Tiers, Wanted};
 use crate::sequence::{OwnerKey, RestoreId};
+use crate::storage::{RecordKey, TierId};
+
+/// Where a block is fetched from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Memory of this process, at once.
+    Host,
+    /// A store, by a job.
+    Tier(TierId),
+}
 
 impl Tiers {
     /// Where a block is to be fetched. `None`: nowhere.
-    pub(super) fn source(&self, key: &StoredKey, now_us: u64) -> Option<Source> {
+    pub(super) fn source(&self, key: &RecordKey, now_us: u64) -> Option<Source> {
         if self.quarantined.contains(key) {
             return None;
         }
@@ -62,7 +72,7 @@ impl Tiers {
         self.prefill_rate.estimate_us((num_blocks * self.config.block_tokens) as u64)
     }
 
-    pub(super) fn want(&mut self, key: StoredKey, tier: TierId, owner: OwnerKey, restore: RestoreId) {
+    pub(super) fn want(&mut self, key: RecordKey, tier: TierId, owner: OwnerKey, restore: RestoreId) {
         let wanted = self.wanted.entry(key).or_insert_with(|| Wanted { tier, owner, waiting: Vec::new() });
         let is_new = wanted.waiting.is_empty();
         wanted.waiting.push(restore);
@@ -74,7 +84,7 @@ impl Tiers {
 
 impl Tier {
     /// Whether a block is neither there nor on its way there.
-    pub(super) fn lacks(&self, key: &StoredKey) -> bool {
+    pub(super) fn lacks(&self, key: &RecordKey) -> bool {
         !self.held.contains(key) && !self.writing.contains(key)
     }
 

@@ -1,11 +1,11 @@
-//! What a disk tier is told and what it tells: its sizes, and what it has found and done beyond
-//! [`TierStats`](crate::kv_cache::tiers::TierStats).
+//! What a disk store is told and what it tells: its sizes, and what it has found and done beyond
+//! [`TierStats`](crate::storage::TierStats).
 
 use super::record::{PAGE_BYTES, record_bytes};
 use crate::config::{DISK_MIN_SEGMENTS, DISK_SEGMENT_BYTES};
 use crate::error::Error;
 
-/// Sizes of a disk tier; fixed for its life.
+/// Sizes of a disk store; fixed for its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskOptions {
     pub(super) budget_bytes: u64,
@@ -16,7 +16,7 @@ pub struct DiskOptions {
 }
 
 impl DiskOptions {
-    /// A tier whose files take at most `budget_bytes`, for blocks of at most `max_payload_bytes`.
+    /// A store whose files take at most `budget_bytes`, for records of at most `max_payload_bytes`.
     pub fn new(budget_bytes: u64, max_payload_bytes: u64) -> crate::Result<Self> {
         let max_segment_bytes = PAGE_BYTES + record_bytes(max_payload_bytes.min(u64::MAX / 4));
         let min_bytes = max_segment_bytes.saturating_mul(2);
@@ -53,7 +53,7 @@ impl DiskOptions {
     }
 }
 
-/// What opening found and what has happened since, beyond [`TierStats`](crate::kv_cache::tiers::TierStats).
+/// What opening found and what has happened since, beyond [`TierStats`](crate::storage::TierStats).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DiskReport {
     /// Segment files.
@@ -66,19 +66,8 @@ pub struct DiskReport {
     pub inner_damage: u64,
     /// Segments whose first page was damaged.
     pub damaged_segments: u64,
-    /// Segments that were removed because a sync failed or a block of theirs was quarantined.
+    /// Segments that were removed because a sync failed or a record of theirs was quarantined.
     pub dropped_segments: u64,
     /// Segments that were evicted.
     pub evicted_segments: u64,
-}
-
-/// What [`DiskTier::verify`](super::DiskTier::verify) found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Verification {
-    /// Blocks that are as they were written.
-    pub intact: u64,
-    /// Blocks that were not, and are forgotten now.
-    pub damaged: u64,
-    /// Blocks that could not be read.
-    pub unreadable: u64,
 }

@@ -1,19 +1,19 @@
-//! The disk tier: KV blocks in append-only segment files, found again after a restart and after `kill -9`.
+//! The disk store: records in append-only segment files, found again after a restart and after `kill -9`.
 //!
 //! **Contract.** It always opens; it never returns bytes that were not stored under the key; it loses at most what was not
 //! flushed; its files never exceed the budget, not while it writes either; a fault is a miss.
 //!
-//! **How.** A block is one record ([`record`]): all layers or nothing. Records are appended and never changed. The index
+//! **How.** A record ([`record`]) is there whole or not at all. Records are appended and never changed. The index
 //! lives in memory and is rebuilt from the records' headers at opening: a torn end is cut off, damaged records are
 //! skipped and counted. A payload is checked each time it is read. Room is made by removing whole segments, the least
 //! recently used first; a file is never used again for something else. Where owners have a share, each has segments of his
 //! own, and those of one over his share go first.
 //!
-//! **Sync policy.** Writing does not wait for the medium: for a cache a torn record is a miss. [`DiskTier::flush`] does:
+//! **Sync policy.** Writing does not wait for the medium: for a cache a torn record is a miss. [`DiskStore::flush`] does:
 //! what was stored before it returned `Ok` outlives a power failure. A sync that failed is not tried again, for the system
 //! may have dropped the bytes and forgotten that it had to write them: the segment is removed.
 //!
-//! Owns no thread and no clock; its files are behind [`SegmentFiles`]. Invariants: [`DiskTier::check_invariants`].
+//! Owns no thread and no clock; its files are behind [`SegmentFiles`]. Invariants: [`DiskStore::check_invariants`].
 
 mod directory;
 mod options;
@@ -26,16 +26,18 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::{Fault, Job, Outcome, StoredKey, TierId, TierStats, TierStore};
 use crate::config::{MAX_DISK_ENTRIES, MAX_DISK_SEGMENTS};
 use crate::error::Error;
 use crate::sequence::OwnerKey;
+use crate::storage::fault::{Damage, Fault};
+use crate::storage::key::RecordKey;
+use crate::storage::tier::TierStats;
 pub use directory::{ANSWERS, Access, Directory, SegmentFile, SegmentFiles, draw_seed, file_name};
-pub use options::{DiskOptions, DiskReport, Verification};
-pub use record::{Damage, FORMAT_VERSION, Nonce, PAGE_BYTES, record_bytes};
+pub use options::{DiskOptions, DiskReport};
 use record::{
     Expected, HEADER_BYTES, RecordHeader, SegmentOwner, parse_segment_owner, parse_segment_page, segment_page,
 };
+pub use record::{FORMAT_VERSION, Nonce, PAGE_BYTES, record_bytes};
 pub use survey::{DamagedPlace, Survey, survey};
 
 #[derive(Debug, Clone, Copy)]
@@ -50,13 +52,13 @@ struct Place {
 struct Segment {
     /// `None`: nothing in it is believed; it waits for its removal.
     nonce: Option<Nonce>,
-    /// Whom its blocks count for.
+    /// Whom its records count for.
     owner: SegmentOwner,
     /// Upper bound of the file's length.
     bytes: u64,
     /// Keys of its records, in their order.
-    keys: Vec<StoredKey>,
-    /// On [`DiskTier::clock`], a count of uses.
+    keys: Vec<RecordKey>,
+    /// On [`DiskStore::clock`], a count of uses.
     last_used: u64,
     /// Written since its last sync.
     is_dirty: bool,
@@ -64,8 +66,8 @@ struct Segment {
     name_is_durable: bool,
 }
 
-/// The blocks of one directory.
-pub struct DiskTier {
+/// The records of one directory.
+pub struct DiskStore {
     files: Box<dyn SegmentFiles>,
     options: DiskOptions,
     access: Access,
@@ -74,18 +76,18 @@ pub struct DiskTier {
     /// The segment that records of an owner are appended to: his newest.
     open: BTreeMap<SegmentOwner, u64>,
     /// Only looked up, never iterated: its order reaches no result.
-    index: HashMap<StoredKey, Place>,
+    index: HashMap<RecordKey, Place>,
     total_bytes: u64,
     next_segment: u64,
     next_sequence: u64,
     clock: u64,
-    lost: Vec<StoredKey>,
+    lost: Vec<RecordKey>,
     stats: TierStats,
     report: DiskReport,
 }
 
-impl DiskTier {
-    /// Finds the blocks of earlier lives. `seed`: random bytes, new for each opening. Fails only when the directory
+impl DiskStore {
+    /// Finds the records of earlier lives. `seed`: random bytes, new for each opening. Fails only when the directory
     /// cannot be listed or was written by a newer version.
     pub fn open(
         mut files: Box<dyn SegmentFiles>,
@@ -99,7 +101,7 @@ impl DiskTier {
         }
         found.retain(|file| file.version == FORMAT_VERSION);
         found.sort_by_key(|file| file.segment);
-        let mut tier = DiskTier {
+        let mut tier = DiskStore {
             files,
             options,
             access,
@@ -124,25 +126,25 @@ impl DiskTier {
         Ok(tier)
     }
 
-    /// Whether the block is here. It may still turn out to be damaged.
-    pub fn contains(&self, key: &StoredKey) -> bool {
+    /// Whether the record is here. It may still turn out to be damaged.
+    pub fn contains(&self, key: &RecordKey) -> bool {
         self.index.contains_key(key)
     }
 
-    /// Keys of all blocks, oldest record first.
-    pub fn keys(&self) -> impl Iterator<Item = &StoredKey> {
-        let is_here = |(id, key): &(&u64, &StoredKey)| self.index.get(key).is_some_and(|place| place.segment == **id);
+    /// Keys of all records, oldest record first.
+    pub fn keys(&self) -> impl Iterator<Item = &RecordKey> {
+        let is_here = |(id, key): &(&u64, &RecordKey)| self.index.get(key).is_some_and(|place| place.segment == **id);
         let all = self.segments.iter().flat_map(|(id, segment)| segment.keys.iter().map(move |key| (id, key)));
         all.filter(is_here).map(|(_, key)| key)
     }
 
-    /// Stores a block of no owner in particular; false: it was here already. Others may go for it ([`DiskTier::take_lost`]).
-    pub fn put(&mut self, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
+    /// Stores a record of no owner in particular; false: it was here already. Others may go for it ([`DiskStore::take_lost`]).
+    pub fn put(&mut self, key: RecordKey, payload: &[u8]) -> Result<bool, Fault> {
         self.put_for(&OwnerKey::default(), key, payload)
     }
 
     /// The same for an owner.
-    pub fn put_for(&mut self, owner: &OwnerKey, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
+    pub fn put_for(&mut self, owner: &OwnerKey, key: RecordKey, payload: &[u8]) -> Result<bool, Fault> {
         let stored = self.try_put(self.segment_owner(owner), key, payload);
         self.stats.faults += u64::from(stored.is_err());
         stored
@@ -150,14 +152,14 @@ impl DiskTier {
 
     /// Stores what is found by `key` from now on, in the place of what was there: also after a restart, for the later of
     /// two records counts.
-    pub fn replace(&mut self, owner: &OwnerKey, key: StoredKey, payload: &[u8]) -> Result<(), Fault> {
+    pub fn replace(&mut self, owner: &OwnerKey, key: RecordKey, payload: &[u8]) -> Result<(), Fault> {
         let stored = self.try_append(self.segment_owner(owner), key, payload);
         self.stats.faults += u64::from(stored.is_err());
         stored
     }
 
-    /// Reads a block and checks it. `None`: it is not here.
-    pub fn get(&mut self, key: &StoredKey) -> Result<Option<Arc<[u8]>>, Fault> {
+    /// Reads a record and checks it. `None`: it is not here.
+    pub fn get(&mut self, key: &RecordKey) -> Result<Option<Arc<[u8]>>, Fault> {
         let Some(&place) = self.index.get(key) else {
             self.stats.misses += 1;
             return Ok(None);
@@ -214,7 +216,7 @@ impl DiskTier {
         first
     }
 
-    /// Removes every block, and waits until that is on the medium.
+    /// Removes every record, and waits until that is on the medium.
     pub fn clear(&mut self) -> Result<(), Fault> {
         self.check_writer()?;
         let ids: Vec<u64> = self.segments.keys().copied().collect();
@@ -228,33 +230,15 @@ impl DiskTier {
         first
     }
 
-    /// Reads and checks every block.
-    pub fn verify(&mut self) -> Verification {
-        let keys: Vec<StoredKey> = self.keys().copied().collect();
-        let mut verification = Verification::default();
-        for key in keys {
-            let Some(&place) = self.index.get(&key) else { continue };
-            match self.read(&key, place) {
-                Ok(_) => verification.intact += 1,
-                Err(Fault::Damaged(_)) => {
-                    verification.damaged += 1;
-                    self.forget_damaged(&key);
-                }
-                Err(_) => verification.unreadable += 1,
-            }
-        }
-        verification
-    }
-
-    /// The use of a block ended in an error of the engine: neither it nor what was written beside it is used again, also
+    /// The use of a record ended in an error of the engine: neither it nor what was written beside it is used again, also
     /// not after a restart. (Removing the one record would mean to change a file in place.)
-    pub fn quarantine(&mut self, key: &StoredKey) {
+    pub fn quarantine(&mut self, key: &RecordKey) {
         let Some(&place) = self.index.get(key) else { return };
         self.drop_segment(place.segment);
     }
 
-    /// Keys of the blocks that were here and are not any more, since the last call.
-    pub fn take_lost(&mut self) -> Vec<StoredKey> {
+    /// Keys of the records that were here and are not any more, since the last call.
+    pub fn take_lost(&mut self) -> Vec<RecordKey> {
         std::mem::take(&mut self.lost)
     }
 
@@ -301,36 +285,9 @@ impl DiskTier {
     }
 }
 
-impl TierStore for DiskTier {
-    fn id(&self) -> TierId {
-        TierId::Disk
-    }
-
-    fn run(&mut self, job: Job) -> Outcome {
-        let outcome = match job {
-            Job::Read(key) => self.get(&key).map(|found| found.map_or(Outcome::Missing, Outcome::Found)),
-            Job::Write(key, bytes, owner) => self.put_for(&owner, key, &bytes).map(|_| Outcome::Stored),
-            Job::Quarantine(key) => {
-                DiskTier::quarantine(self, &key);
-                Ok(Outcome::Missing)
-            }
-            Job::Clear => DiskTier::clear(self).map(|()| Outcome::Missing),
-        };
-        outcome.unwrap_or_else(Outcome::Fault)
-    }
-
-    fn take_lost(&mut self) -> Vec<StoredKey> {
-        DiskTier::take_lost(self)
-    }
-
-    fn flush(&mut self) -> Result<(), Fault> {
-        DiskTier::flush(self)
-    }
-}
-
 // Writing.
-impl DiskTier {
-    /// Whose segments his blocks are in.
+impl DiskStore {
+    /// Whose segments his records are in.
     fn segment_owner(&self, owner: &OwnerKey) -> SegmentOwner {
         match self.options.quota_bytes {
             Some(_) => SegmentOwner(std::array::from_fn(|i| owner[i])),
@@ -338,7 +295,7 @@ impl DiskTier {
         }
     }
 
-    fn try_put(&mut self, owner: SegmentOwner, key: StoredKey, payload: &[u8]) -> Result<bool, Fault> {
+    fn try_put(&mut self, owner: SegmentOwner, key: RecordKey, payload: &[u8]) -> Result<bool, Fault> {
         self.check_writer()?;
         if let Some(place) = self.index.get(&key) {
             self.touch(place.segment);
@@ -347,7 +304,7 @@ impl DiskTier {
         self.try_append(owner, key, payload).map(|()| true)
     }
 
-    fn try_append(&mut self, owner: SegmentOwner, key: StoredKey, payload: &[u8]) -> Result<(), Fault> {
+    fn try_append(&mut self, owner: SegmentOwner, key: RecordKey, payload: &[u8]) -> Result<(), Fault> {
         self.check_writer()?;
         let (bytes, limit_bytes) = (payload.len() as u64, self.options.max_payload_bytes);
         if bytes > limit_bytes {
@@ -478,7 +435,7 @@ impl DiskTier {
         }
     }
 
-    /// Forgets a segment's blocks, and removes its file. When the file stays it is still counted.
+    /// Forgets a segment's records, and removes its file. When the file stays it is still counted.
     fn remove_segment(&mut self, id: u64) -> Result<(), Fault> {
         self.forget_segment(id);
         match self.files.remove(id) {
@@ -503,7 +460,7 @@ impl DiskTier {
         }
     }
 
-    fn forget_damaged(&mut self, key: &StoredKey) {
+    fn forget_damaged(&mut self, key: &RecordKey) {
         self.report.damaged_records += 1;
         if let Some(place) = self.index.remove(key) {
             self.segments.entry(place.segment).and_modify(|segment| segment.keys.retain(|other| other != key));
@@ -549,9 +506,9 @@ impl DiskTier {
 }
 
 // Reading.
-impl DiskTier {
+impl DiskStore {
     /// The payload of the record at `place`, checked.
-    fn read(&mut self, key: &StoredKey, place: Place) -> Result<Arc<[u8]>, Fault> {
+    fn read(&mut self, key: &RecordKey, place: Place) -> Result<Arc<[u8]>, Fault> {
         let segment = self.segments.get(&place.segment).expect("the index names listed segments");
         let expected = Expected {
             nonce: segment.nonce.expect("the index names believed segments"),
@@ -565,7 +522,7 @@ impl DiskTier {
         if (parsed.key, parsed.payload_bytes, parsed.sequence) != (*key, place.payload_bytes, place.sequence) {
             return Err(Damage::Key.into());
         }
-        // Made where it will stay: blocks are large, and fresh memory is slow.
+        // Made where it will stay: records are large, and fresh memory is slow.
         let mut payload: Arc<[u8]> = std::iter::repeat_n(0, place.payload_bytes as usize).collect();
         let place_of_payload = place.offset + HEADER_BYTES as u64;
         self.read_exact(place.segment, place_of_payload, Arc::get_mut(&mut payload).expect("nobody else has it yet"))?;
@@ -635,7 +592,7 @@ impl DiskTier {
                 self.report.inner_damage += 1;
                 return;
             }
-            // Engines with larger blocks may share the directory; the file bounds what a header can claim.
+            // Engines with larger records may share the directory; the file bounds what a header can claim.
             let max_payload_bytes = u64::MAX;
             let expected = Expected { nonce, last_sequence, max_payload_bytes, rest_bytes: bytes - offset };
             match RecordHeader::parse(&header, &expected) {
@@ -668,8 +625,8 @@ impl DiskTier {
         self.next_sequence = self.next_sequence.max(record.sequence + 1);
     }
 
-    /// The block is found at `place`, and no longer where it was.
-    fn index_place(&mut self, key: StoredKey, place: Place) {
+    /// The record is found at `place`, and no longer where it was.
+    fn index_place(&mut self, key: RecordKey, place: Place) {
         if let Some(older) = self.index.insert(key, place) {
             self.segments.entry(older.segment).and_modify(|segment| segment.keys.retain(|other| *other != key));
         }
@@ -697,7 +654,7 @@ impl DiskTier {
         }
     }
 
-    /// After opening: less budget than last time, or more blocks than are remembered.
+    /// After opening: less budget than last time, or more records than are remembered.
     fn trim(&mut self) {
         let fitted = match self.access {
             Access::Write => self.make_room(0, 0, None),
@@ -725,9 +682,9 @@ fn keep_first(first: &mut Result<(), Fault>, next: Result<(), Fault>) {
     }
 }
 
-impl std::fmt::Debug for DiskTier {
+impl std::fmt::Debug for DiskStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DiskTier")
+        f.debug_struct("DiskStore")
             .field("options", &self.options)
             .field("report", &self.report())
             .finish_non_exhaustive()

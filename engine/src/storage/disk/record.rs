@@ -10,13 +10,13 @@
 //!            16 payload bytes  8
 //!            24 sequence       8   grows within a segment
 //!            32 nonce         16   that of the segment: random, drawn when the file is created
-//!            48 block key     32
+//!            48 content       32
 //!            80 layout id     32
 //!           112 payload check 16   XXH3-128 of bytes 0..112 and the payload
 //!           128 header check  16   XXH3-128 of bytes 0..128
 //! ```
 //!
-//! On the first page, at byte 64, a segment may say whom its blocks count for: magic "nsllmKVO", 16 bytes of the owner's hash,
+//! On the first page, at byte 64, a segment may say whom its records count for: magic "nsllmKVO", 16 bytes of the owner's hash,
 //! XXH3-128 of both. A page without that, or with a damaged one, is of no owner in particular; nothing but which segment
 //! goes first depends on it.
 //!
@@ -25,11 +25,10 @@
 //! another record's payload. A checksum finds accidents, it is no proof against an adversary: each field is checked against
 //! its range as well, and nothing is allocated from a length before that.
 
-use thiserror::Error;
 use twox_hash::XxHash3_128;
 
-use super::super::{LayoutId, StoredKey};
-use crate::sequence::BlockKey;
+use crate::storage::fault::Damage;
+use crate::storage::key::{LayoutId, RecordKey};
 
 /// Records begin at multiples of this.
 pub const PAGE_BYTES: u64 = 4096;
@@ -51,51 +50,6 @@ const SEGMENT_HEADER_BYTES: usize = 56;
 /// Bytes of a record's header that the checksum of its payload covers.
 const PAYLOAD_CHECK_AT: usize = 112;
 const HEADER_CHECK_AT: usize = 128;
-
-/// Why bytes are not what they should be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub enum Damage {
-    /// The file ends before the bytes that were asked for.
-    #[error("the file ends within it")]
-    Truncated,
-    /// It does not begin as it must.
-    #[error("magic is wrong")]
-    Magic,
-    /// Version, or the length of the header, is that of another format.
-    #[error("format version or header length is wrong")]
-    Version,
-    /// The header's checksum differs.
-    #[error("checksum of the header differs")]
-    HeaderChecksum,
-    /// It was written for another file.
-    #[error("it belongs to another segment")]
-    Nonce,
-    /// It does not follow the record before.
-    #[error("sequence {found} does not follow {last}")]
-    Sequence {
-        /// What it says.
-        found: u64,
-        /// Of the last record before it.
-        last: u64,
-    },
-    /// It is longer than a payload may be, or than the file.
-    #[error("payload of {found_bytes} bytes, at most {limit_bytes} are possible")]
-    Length {
-        /// What it says.
-        found_bytes: u64,
-        /// The smaller of both limits.
-        limit_bytes: u64,
-    },
-    /// It is not the record that the index names.
-    #[error("it is the record of another block")]
-    Key,
-    /// The payload's checksum differs.
-    #[error("checksum of the payload differs")]
-    PayloadChecksum,
-    /// It was not written by who knows the secret (in a store that nodes share).
-    #[error("authentication code differs")]
-    Code,
-}
 
 /// Random bytes of one segment file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +79,7 @@ pub fn segment_page(segment: u64, nonce: Nonce, owner: SegmentOwner) -> Vec<u8> 
     page
 }
 
-/// Whom the blocks of a segment count for, whose first page is `page`.
+/// Whom the records of a segment count for, whose first page is `page`.
 pub fn parse_segment_owner(page: &[u8]) -> SegmentOwner {
     let mark = page.get(OWNER_AT..OWNER_AT + OWNER_BYTES).filter(|mark| mark.starts_with(&OWNER_MAGIC));
     let is_sound = |mark: &&[u8]| checksum(&mark[..24]) == u128::from_le_bytes(field(mark, 24));
@@ -149,7 +103,7 @@ pub fn parse_segment_page(page: &[u8], segment: u64) -> Result<Nonce, Damage> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecordHeader {
     /// What the payload is found by.
-    pub key: StoredKey,
+    pub key: RecordKey,
     /// Of the segment.
     pub nonce: Nonce,
     /// Place among all records.
@@ -174,7 +128,7 @@ pub struct Expected {
 
 impl RecordHeader {
     /// A record as it is written: header, payload, zeros to the page.
-    pub fn record(key: StoredKey, nonce: Nonce, sequence: u64, payload: &[u8]) -> Vec<u8> {
+    pub fn record(key: RecordKey, nonce: Nonce, sequence: u64, payload: &[u8]) -> Vec<u8> {
         let record_bytes = record_bytes(payload.len() as u64) as usize;
         let mut record = Vec::with_capacity(record_bytes);
         record.extend(RECORD_MAGIC);
@@ -183,7 +137,7 @@ impl RecordHeader {
         record.extend((payload.len() as u64).to_le_bytes());
         record.extend(sequence.to_le_bytes());
         record.extend(nonce.0);
-        record.extend(key.block.0);
+        record.extend(key.content);
         record.extend(key.layout.0);
         record.extend(payload_checksum(&record, payload).to_le_bytes());
         record.extend(checksum(&record).to_le_bytes());
@@ -201,7 +155,7 @@ impl RecordHeader {
             return Err(Damage::HeaderChecksum);
         }
         let parsed = RecordHeader {
-            key: StoredKey { block: BlockKey(field(header, 48)), layout: LayoutId(field(header, 80)) },
+            key: RecordKey { content: field(header, 48), layout: LayoutId(field(header, 80)) },
             nonce: Nonce(field(header, 32)),
             sequence: u64::from_le_bytes(field(header, 24)),
             payload_bytes: u64::from_le_bytes(field(header, 16)),
@@ -270,7 +224,7 @@ mod tests {
     use super::*;
 
     const NONCE: Nonce = Nonce([7; 16]);
-    const KEY: StoredKey = StoredKey { block: BlockKey([1; 32]), layout: LayoutId([2; 32]) };
+    const KEY: RecordKey = RecordKey { content: [1; 32], layout: LayoutId([2; 32]) };
 
     fn expected() -> Expected {
         Expected { nonce: NONCE, last_sequence: Some(4), max_payload_bytes: 6000, rest_bytes: 8192 }
@@ -353,8 +307,8 @@ mod tests {
             assert!(is_sound(&flipped).is_err(), "bit {bit}");
         }
         let other = [
-            RecordHeader::record(StoredKey { block: BlockKey([9; 32]), ..KEY }, NONCE, 5, &[4; 300]),
-            RecordHeader::record(StoredKey { layout: LayoutId([9; 32]), ..KEY }, NONCE, 5, &[4; 300]),
+            RecordHeader::record(RecordKey { content: [9; 32], ..KEY }, NONCE, 5, &[4; 300]),
+            RecordHeader::record(RecordKey { layout: LayoutId([9; 32]), ..KEY }, NONCE, 5, &[4; 300]),
             RecordHeader::record(KEY, NONCE, 6, &[4; 300]),
         ];
         for other in other {

@@ -13,9 +13,11 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use super::resp::{Broken, Reply, command, read_reply};
-use super::{Fault, RemoteStore, ServerUrl};
-use crate::config::MAX_REMOTE_TIMEOUT_MS;
-use crate::error::{Error, Result};
+use super::server_url::ServerUrl;
+use super::values::ValueStore;
+use crate::config::{MAX_REMOTE_TIMEOUT_MS, in_range};
+use crate::error::Result;
+use crate::storage::fault::{Damage, Fault};
 
 /// How long a server is left alone after a failure at least. It is never less than the time of a call, so that a server
 /// that hangs costs at most half of the time; each further failure doubles it.
@@ -48,10 +50,7 @@ pub struct RedisStore {
 impl RedisStore {
     /// A store whose calls take at most `timeout_ms`. Connects when it is first asked.
     pub fn new(url: ServerUrl, timeout_ms: u64) -> Result<Self> {
-        if !(1..=MAX_REMOTE_TIMEOUT_MS).contains(&timeout_ms) {
-            let (value, expected) = (timeout_ms.to_string(), format!("1 to {MAX_REMOTE_TIMEOUT_MS}"));
-            return Err(Error::InvalidArgument { field: "kv_remote_timeout_ms", value, expected });
-        }
+        in_range("kv_remote_timeout_ms", timeout_ms, 1, MAX_REMOTE_TIMEOUT_MS)?;
         let mut store = RedisStore {
             url,
             timeout: Duration::from_millis(timeout_ms),
@@ -171,7 +170,7 @@ impl RedisStore {
     }
 }
 
-impl RemoteStore for RedisStore {
+impl ValueStore for RedisStore {
     fn get(&mut self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, Fault> {
         let deadline = Instant::now() + self.timeout;
         // A part, whose end is counted in: an honest server does not send more than one byte too many, however long the
@@ -180,7 +179,7 @@ impl RemoteStore for RedisStore {
         let limit = max_bytes.saturating_add(1);
         match self.ask(deadline, &[b"GETRANGE", name.as_bytes(), b"0", end.as_bytes()], limit)? {
             Reply::Bytes(bytes) if bytes.len() as u64 > max_bytes => {
-                Err(super::Damage::Length { found_bytes: bytes.len() as u64, limit_bytes: max_bytes }.into())
+                Err(Damage::Length { found_bytes: bytes.len() as u64, limit_bytes: max_bytes }.into())
             }
             Reply::Bytes(bytes) => Ok(Some(bytes).filter(|bytes| !bytes.is_empty())),
             Reply::Nothing => Ok(None),

@@ -1,72 +1,44 @@
-//! The remote tier: KV blocks in a store that several nodes share ([`RemoteStore`]; [`RedisStore`] for servers that speak
-//! Redis's protocol).
+//! The remote store: records in a store of values that several nodes share ([`ValueStore`]; [`RedisStore`] for servers that
+//! speak Redis's protocol).
 //!
 //! **Contract.** It never returns bytes that were not stored under the key; each call ends within its time; a fault is a
 //! miss. The store is not trusted: what it answers is bounded before it is taken in, and believed only when it is the whole
-//! record ([`record`]) of that very block.
+//! record ([`record`]) of that very key.
 //!
-//! **What is found out.** Without a secret: damage of any kind, another block's record, another length, layout or version.
+//! **What is found out.** Without a secret: damage of any kind, the record of another key, another length, layout or version.
 //! A store that *makes* a sound record with wrong numbers is found out only by nodes that share a secret: then each record
 //! carries a keyed authentication code. The store can read what it holds, and that is as private as the prompts it
 //! came from; the way to it is not encrypted either. Give it a network of its own.
 //!
-//! **Names.** `PREFIX:kv:1:AUTH:BLOCK:LAYOUT` (of the response cache `answer` instead of `kv`): the version of the record's format; `open`, or eight digits that belong to the
-//! secret; both halves of the key in hexadecimal. Nodes of another version or secret use other names, and never meet.
+//! **Names.** `PREFIX:KIND:1:AUTH:CONTENT:LAYOUT`: what it is kept for (`kv`, or `answer` of the response cache); the
+//! version of the record's format; `open`, or eight digits that belong to the secret; both halves of the key in hexadecimal.
+//! Nodes of another version or secret use other names, and never meet.
 //! Every record has a time to live, which is new again when a node finds that what it wants to store is there.
 
 mod record;
 mod redis;
 mod resp;
+mod secret;
 mod server_url;
+mod values;
 
-use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
+use hmac::Mac;
 
-use super::disk::Damage;
-use super::{Fault, Job, Outcome, StoredKey, TierId, TierStats, TierStore};
 use crate::config::{
     DEFAULT_REMOTE_PREFIX, DEFAULT_REMOTE_TTL_S, MAX_REMOTE_PREFIX_BYTES, MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_TTL_S,
     MIN_REMOTE_SECRET_BYTES,
 };
 use crate::error::{Error, Result};
+use crate::storage::fault::{Damage, Fault};
+use crate::storage::key::RecordKey;
+use crate::storage::tier::TierStats;
 pub use record::{HEADER_BYTES, VERSION};
 pub use redis::{RedisStore, StoreReport};
+use secret::Secret;
 pub use server_url::ServerUrl;
+pub use values::ValueStore;
 
-/// A store of values by name that others use at the same time, and that forgets. Each call ends within a time that the
-/// store knows; what it gives may be anything.
-pub trait RemoteStore: Send {
-    /// The value of `name`; `None`: it has none. Of one that is longer than `max_bytes` nothing is returned.
-    fn get(&mut self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, Fault>;
-    /// Gives `name` a value for `ttl_s` seconds. False: it has one already, for `ttl_s` seconds from now.
-    fn put(&mut self, name: &str, value: &[u8], ttl_s: u64) -> Result<bool, Fault>;
-    /// Gives `name` this value for `ttl_s` seconds, in the place of one that it may have.
-    fn replace(&mut self, name: &str, value: &[u8], ttl_s: u64) -> Result<(), Fault>;
-    /// Takes the value of `name` away, if it has one.
-    fn remove(&mut self, name: &str) -> Result<(), Fault>;
-}
-
-/// What nodes know and the store does not. Not shown by `Debug`.
-#[derive(Clone)]
-pub(crate) struct Secret(Vec<u8>);
-
-impl Secret {
-    /// Keyed hash of `parts`, which follow one another without a mark: the first ends with a zero byte, all others but the
-    /// last have a fixed length.
-    fn code(&self, parts: &[&[u8]]) -> Hmac<Sha256> {
-        let mut code = Hmac::<Sha256>::new_from_slice(&self.0).expect("a key of any length will do");
-        parts.iter().for_each(|part| code.update(part));
-        code
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Secret(not shown)")
-    }
-}
-
-/// How blocks are kept in a store; fixed for the life of a tier.
+/// How records are kept there; fixed for the life of a [`RemoteStore`].
 #[derive(Debug, Clone)]
 pub struct RemoteOptions {
     max_payload_bytes: u64,
@@ -77,7 +49,7 @@ pub struct RemoteOptions {
 }
 
 impl RemoteOptions {
-    /// Blocks of at most `max_payload_bytes`, with every default.
+    /// Records of at most `max_payload_bytes`, with every default.
     pub fn new(max_payload_bytes: u64) -> Self {
         let prefix = DEFAULT_REMOTE_PREFIX.to_string();
         RemoteOptions { max_payload_bytes, ttl_s: DEFAULT_REMOTE_TTL_S, prefix, kind: "kv", secret: None }
@@ -89,7 +61,7 @@ impl RemoteOptions {
         self
     }
 
-    /// How long a block is kept that nobody stores again, seconds.
+    /// How long a record is kept that nobody stores again, seconds.
     pub fn ttl_s(mut self, ttl_s: u64) -> Result<Self> {
         if !(1..=MAX_REMOTE_TTL_S).contains(&ttl_s) {
             let expected = format!("1 to {MAX_REMOTE_TTL_S} seconds");
@@ -122,14 +94,14 @@ impl RemoteOptions {
                 expected: format!("{MIN_REMOTE_SECRET_BYTES} to {MAX_REMOTE_SECRET_BYTES} bytes long"),
             });
         }
-        self.secret = Some(Secret(secret.to_vec()));
+        self.secret = Some(Secret::new(secret));
         Ok(self)
     }
 }
 
-/// The blocks of one store.
-pub struct RemoteTier {
-    store: Box<dyn RemoteStore>,
+/// The records of one store.
+pub struct RemoteStore {
+    store: Box<dyn ValueStore>,
     options: RemoteOptions,
     /// Beginning of all names.
     names: String,
@@ -137,9 +109,9 @@ pub struct RemoteTier {
     damaged: u64,
 }
 
-impl RemoteTier {
+impl RemoteStore {
     /// Asks the store for nothing yet.
-    pub fn new(store: Box<dyn RemoteStore>, options: RemoteOptions) -> Self {
+    pub fn new(store: Box<dyn ValueStore>, options: RemoteOptions) -> Self {
         let auth = match &options.secret {
             None => "open".to_string(),
             Some(secret) => {
@@ -148,11 +120,11 @@ impl RemoteTier {
             }
         };
         let names = format!("{}:{}:{VERSION}:{auth}", options.prefix, options.kind);
-        RemoteTier { store, options, names, stats: TierStats::default(), damaged: 0 }
+        RemoteStore { store, options, names, stats: TierStats::default(), damaged: 0 }
     }
 
-    /// Stores a block; false: the store has a value for it already.
-    pub fn put(&mut self, key: &StoredKey, payload: &[u8]) -> Result<bool, Fault> {
+    /// Stores a record; false: the store has a value for it already.
+    pub fn put(&mut self, key: &RecordKey, payload: &[u8]) -> Result<bool, Fault> {
         let stored = self.try_put(key, payload);
         match &stored {
             Ok(is_new) => self.stats.stored += u64::from(*is_new),
@@ -162,7 +134,7 @@ impl RemoteTier {
     }
 
     /// Stores what is found by `key` from now on, in the place of what was there, for at most `ttl_s` seconds.
-    pub fn replace(&mut self, key: &StoredKey, payload: &[u8], ttl_s: u64) -> Result<(), Fault> {
+    pub fn replace(&mut self, key: &RecordKey, payload: &[u8], ttl_s: u64) -> Result<(), Fault> {
         let stored = self.record(key, payload).and_then(|it| self.store.replace(&self.name(key), &it, ttl_s));
         match &stored {
             Ok(()) => self.stats.stored += 1,
@@ -171,8 +143,8 @@ impl RemoteTier {
         stored
     }
 
-    /// Fetches a block and checks it. `None`: it is not there.
-    pub fn get(&mut self, key: &StoredKey) -> Result<Option<Vec<u8>>, Fault> {
+    /// Fetches a record and checks it. `None`: it is not there.
+    pub fn get(&mut self, key: &RecordKey) -> Result<Option<Vec<u8>>, Fault> {
         let name = self.name(key);
         let found = self.try_get(key, &name);
         match &found {
@@ -193,8 +165,8 @@ impl RemoteTier {
         found
     }
 
-    /// Takes a block away, for all nodes.
-    pub fn remove(&mut self, key: &StoredKey) -> Result<(), Fault> {
+    /// Takes a record away, for all nodes.
+    pub fn remove(&mut self, key: &RecordKey) -> Result<(), Fault> {
         let removed = self.store.remove(&self.name(key));
         self.stats.faults += u64::from(removed.is_err());
         removed
@@ -213,12 +185,12 @@ impl RemoteTier {
         self.damaged
     }
 
-    fn try_put(&mut self, key: &StoredKey, payload: &[u8]) -> Result<bool, Fault> {
+    fn try_put(&mut self, key: &RecordKey, payload: &[u8]) -> Result<bool, Fault> {
         let record = self.record(key, payload)?;
         self.store.put(&self.name(key), &record, self.options.ttl_s)
     }
 
-    fn record(&self, key: &StoredKey, payload: &[u8]) -> Result<Vec<u8>, Fault> {
+    fn record(&self, key: &RecordKey, payload: &[u8]) -> Result<Vec<u8>, Fault> {
         let (bytes, limit_bytes) = (payload.len() as u64, self.options.max_payload_bytes);
         if bytes > limit_bytes {
             return Err(Fault::TooLong { bytes, limit_bytes });
@@ -226,7 +198,7 @@ impl RemoteTier {
         Ok(record::record(key, payload, self.options.secret.as_ref()))
     }
 
-    fn try_get(&mut self, key: &StoredKey, name: &str) -> Result<Option<Vec<u8>>, Fault> {
+    fn try_get(&mut self, key: &RecordKey, name: &str) -> Result<Option<Vec<u8>>, Fault> {
         let max_bytes = self.options.max_payload_bytes.saturating_add(HEADER_BYTES as u64);
         let Some(mut value) = self.store.get(name, max_bytes)? else { return Ok(None) };
         if value.len() as u64 > max_bytes {
@@ -237,43 +209,14 @@ impl RemoteTier {
         Ok(Some(value))
     }
 
-    fn name(&self, key: &StoredKey) -> String {
-        format!("{}:{}:{}", self.names, hexadecimal(&key.block.0), hexadecimal(&key.layout.0))
+    fn name(&self, key: &RecordKey) -> String {
+        format!("{}:{}:{}", self.names, hexadecimal(&key.content), hexadecimal(&key.layout.0))
     }
 }
 
-impl TierStore for RemoteTier {
-    fn id(&self) -> TierId {
-        TierId::Remote
-    }
-
-    fn run(&mut self, job: Job) -> Outcome {
-        let done = match job {
-            Job::Read(key) => {
-                self.get(&key).map(|found| found.map_or(Outcome::Missing, |it| Outcome::Found(it.into())))
-            }
-            Job::Write(key, bytes, _) => self.put(&key, &bytes).map(|_| Outcome::Stored),
-            Job::Quarantine(key) => self.remove(&key).map(|()| Outcome::Missing),
-            // Others use it too: what is in it ends with its time.
-            Job::Clear => Ok(Outcome::Missing),
-        };
-        done.unwrap_or_else(Outcome::Fault)
-    }
-
-    /// What others or the time have taken away is found out when it is asked for.
-    fn take_lost(&mut self) -> Vec<StoredKey> {
-        Vec::new()
-    }
-
-    /// How durable the store is is its own affair.
-    fn flush(&mut self) -> Result<(), Fault> {
-        Ok(())
-    }
-}
-
-impl std::fmt::Debug for RemoteTier {
+impl std::fmt::Debug for RemoteStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RemoteTier").field("names", &self.names).field("stats", &self.stats).finish_non_exhaustive()
+        f.debug_struct("RemoteStore").field("names", &self.names).field("stats", &self.stats).finish_non_exhaustive()
     }
 }
 

@@ -1,44 +1,14 @@
-//! Whether a tier is worth asking: how fast it was, and whether it works. Both are measured as the tier is used; time is
-//! an argument, microseconds on any clock that does not run backwards.
+//! Whether a store works: one that keeps failing is left alone for a while. Time is an argument, microseconds on any clock
+//! that does not run backwards.
 
-/// Weight of the newest measurement in a running mean.
-const NEWEST_WEIGHT: f64 = 0.25;
-/// Faults in a row after which a tier is left alone.
+/// Faults in a row after which a store is left alone.
 pub const MAX_FAULTS: u32 = 5;
 /// How long it is left alone at first; each trial that fails doubles it.
 pub const FIRST_REST_US: u64 = 1_000_000;
 /// How long it is left alone at most: a disk that is no longer full is in use again after this.
 pub const MAX_REST_US: u64 = 30_000_000;
 
-/// A rate, as a running mean of amounts per second.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Rate {
-    per_second: Option<f64>,
-    measured_at_us: u64,
-}
-
-impl Rate {
-    /// `amount` took `elapsed_us`.
-    pub fn measure(&mut self, amount: u64, elapsed_us: u64, now_us: u64) {
-        let newest = amount as f64 * 1e6 / elapsed_us.max(1) as f64;
-        let mean = self.per_second.map_or(newest, |mean| mean + NEWEST_WEIGHT * (newest - mean));
-        *self = Rate { per_second: Some(mean), measured_at_us: now_us };
-    }
-    /// Amounts per second; `None`: never measured.
-    pub fn per_second(&self) -> Option<f64> {
-        self.per_second
-    }
-    /// How long `amount` would take, microseconds.
-    pub fn estimate_us(&self, amount: u64) -> Option<f64> {
-        self.per_second.map(|per_second| amount as f64 * 1e6 / per_second.max(1e-9))
-    }
-    /// The last measurement is so old that it may not hold any more.
-    pub fn is_stale(&self, now_us: u64) -> bool {
-        now_us.saturating_sub(self.measured_at_us) >= MAX_REST_US
-    }
-}
-
-/// Leaves a tier alone that keeps failing, and tries it again after a while: a circuit breaker.
+/// Leaves a store alone that keeps failing, and tries it again after a while: a circuit breaker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Breaker {
     faults_in_a_row: u32,
@@ -54,7 +24,7 @@ impl Default for Breaker {
 }
 
 impl Breaker {
-    /// Whether the tier may be asked now: it works, or its rest is over and it is to be tried.
+    /// Whether the store may be asked now: it works, or its rest is over and it is to be tried.
     pub fn allows(&self, now_us: u64) -> bool {
         self.rests_until_us.is_none_or(|until_us| now_us >= until_us)
     }
@@ -68,7 +38,7 @@ impl Breaker {
             *self = Breaker { num_rests: self.num_rests, ..Breaker::default() };
         }
     }
-    /// A call failed. True: the tier rests from now on. What ends while it rests was asked before, and says nothing new.
+    /// A call failed. True: the store rests from now on. What ends while it rests was asked before, and says nothing new.
     pub fn failed(&mut self, now_us: u64) -> bool {
         if !self.allows(now_us) {
             return false;
@@ -83,7 +53,7 @@ impl Breaker {
         }
         rests
     }
-    /// How often the tier was left alone.
+    /// How often the store was left alone.
     pub fn num_rests(&self) -> u64 {
         self.num_rests
     }
@@ -93,7 +63,7 @@ impl Breaker {
 mod tests {
     use super::*;
 
-    /// A tier is left alone after five faults in a row, not after five in all; then it has one trial at a time, after
+    /// A store is left alone after five faults in a row, not after five in all; then it has one trial at a time, after
     /// rests that double up to 30 seconds; a success ends all that.
     #[test]
     fn failing_tier_rests() {
@@ -126,19 +96,5 @@ mod tests {
         breaker.succeeded(20);
         assert!(!breaker.allows(FIRST_REST_US - 1) && breaker.allows(FIRST_REST_US));
         assert_eq!(breaker.num_rests(), 1);
-    }
-
-    /// A rate is what was measured, follows what changes, and says nothing before.
-    #[test]
-    fn rate_is_measured() {
-        let mut rate = Rate::default();
-        assert_eq!((rate.per_second(), rate.estimate_us(1)), (None, None));
-        rate.measure(1_000, 1_000_000, 5);
-        assert_eq!((rate.per_second(), rate.estimate_us(500)), (Some(1_000.0), Some(500_000.0)));
-        (0..40).for_each(|_| rate.measure(1_000, 100_000, 6));
-        assert!(rate.per_second().is_some_and(|rate| (9_990.0..10_000.0).contains(&rate)), "{rate:?}");
-        assert!(!rate.is_stale(5 + MAX_REST_US) && rate.is_stale(6 + MAX_REST_US));
-        rate.measure(1, 0, 7);
-        assert!(rate.per_second().is_some_and(f64::is_finite));
     }
 }

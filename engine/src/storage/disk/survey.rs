@@ -5,15 +5,16 @@
 use std::collections::HashSet;
 use std::io;
 
-use super::super::StoredKey;
 use super::directory::{SegmentFile, SegmentFiles};
 use super::record::{
-    Damage, Expected, FORMAT_VERSION, HEADER_BYTES, PAGE_BYTES, RecordHeader, parse_segment_page, record_bytes,
+    Expected, FORMAT_VERSION, HEADER_BYTES, PAGE_BYTES, RecordHeader, parse_segment_page, record_bytes,
 };
+use crate::storage::fault::Damage;
+use crate::storage::key::RecordKey;
 
 /// Damaged places that are listed; more are only counted.
 const MAX_LISTED: usize = 1_000;
-/// Longer payloads are damage: the largest blocks of the largest models have less.
+/// Longer payloads are damage: the largest records of the largest models have less.
 const MAX_PAYLOAD_BYTES: u64 = 1 << 30;
 
 /// A place where something else stands than was written.
@@ -36,7 +37,7 @@ pub struct Survey {
     pub bytes: u64,
     /// Records with a sound header, and with a sound payload if payloads were read.
     pub records: u64,
-    /// Blocks: some may have been stored more than once.
+    /// Records: some may have been stored more than once.
     pub live: u64,
     /// Bytes of payload of all records that were counted.
     pub payload_bytes: u64,
@@ -79,7 +80,7 @@ pub fn survey(files: &mut dyn SegmentFiles, reads_payloads: bool) -> io::Result<
 struct Surveyor<'a> {
     files: &'a mut dyn SegmentFiles,
     reads_payloads: bool,
-    keys: HashSet<StoredKey>,
+    keys: HashSet<RecordKey>,
     survey: Survey,
     /// Used again for each record.
     payload: Vec<u8>,

@@ -18,7 +18,7 @@ use crate::loader::Weights;
 use crate::memory_plan::{MemoryPlan, MemoryRoom};
 use crate::model;
 use crate::model::config::ModelConfig;
-use crate::open::ModelFiles;
+use crate::model_files::ModelFiles;
 use crate::tensor::{DType, Encoding, QuantType};
 
 /// A form of the weights, the KV pool beside it, and the bytes of both.
@@ -182,7 +182,7 @@ fn default_kv_dtype(format: WeightFormat) -> KvDtype {
 }
 
 /// In steps that encode. Their keys and values are gone with the step: 8 bits would cost accuracy and save nothing.
-pub(super) fn encode_kv_dtype(dtype: KvDtype, format: WeightFormat) -> KvDtype {
+pub(crate) fn encode_kv_dtype(dtype: KvDtype, format: WeightFormat) -> KvDtype {
     if dtype == KvDtype::Int8 { default_kv_dtype(format) } else { dtype }
 }
 

@@ -1,12 +1,12 @@
-//! What the disk tier asks of a directory ([`SegmentFiles`], which a test replaces to make every call fail), and the real
-//! one. The only place of the tiers that writes files.
+//! What the disk store asks of a directory ([`SegmentFiles`], which a test replaces to make every call fail), and the real
+//! one. The only place of the storage that writes files.
 //!
 //! - Names are made here from a version and a number; no text of a request or a file becomes a path.
-//! - The directory belongs to the tier alone: mode 0700, files 0600, for its contents are as private as the prompts they
-//!   came from. A directory that others may enter is made private when it holds nothing but the tier's own files, and
+//! - The directory belongs to the store alone: mode 0700, files 0600, for its contents are as private as the prompts they
+//!   came from. A directory that others may enter is made private when it holds nothing but the store's own files, and
 //!   refused otherwise.
 //! - Links are never followed: neither the directory itself nor a file in it may be one. What does not look like the
-//!   tier's own file is not opened, counted or removed.
+//!   store's own file is not opened, counted or removed.
 //! - One writer: it holds a lock on the file `lock` for its life, which the system releases at once when the process dies.
 //!   Everyone else may read.
 
@@ -96,13 +96,13 @@ impl Directory {
         Ok(Directory::new(path, Some(lock), access))
     }
 
-    /// Enters a directory that is a tier's already, to read. Makes nothing, changes nothing and takes no lock.
+    /// Enters a directory that is a store's already, to read. Makes nothing, changes nothing and takes no lock.
     pub fn look(path: &Path) -> Result<Self> {
         refuse_unless_cache(path).map_err(|error| failed(path, &error))?;
         Ok(Directory::new(path, None, Access::Read))
     }
 
-    /// Enters a directory that is a tier's already, to remove what is in it. Fails when another process writes to it.
+    /// Enters a directory that is a store's already, to remove what is in it. Fails when another process writes to it.
     pub fn seize(path: &Path) -> Result<Self> {
         refuse_unless_cache(path).map_err(|error| failed(path, &error))?;
         let directory = Directory::open(path)?;
@@ -224,7 +224,7 @@ impl SegmentFiles for Directory {
     }
 }
 
-/// Random bytes for [`DiskTier::open`](super::DiskTier::open): the standard library's keyed hasher is keyed by the
+/// Random bytes for [`DiskStore::open`](super::DiskStore::open): the standard library's keyed hasher is keyed by the
 /// operating system.
 pub fn draw_seed() -> [u8; 16] {
     let draw = || RandomState::new().build_hasher().finish().to_le_bytes();
@@ -311,7 +311,7 @@ fn take(lock: &File) -> io::Result<bool> {
     Ok(false)
 }
 
-/// `path` is a directory, no link to one, and looks like that of a tier: it has segments, or a lock and nothing else.
+/// `path` is a directory, no link to one, and looks like that of a store: it has segments, or a lock and nothing else.
 fn refuse_unless_cache(path: &Path) -> io::Result<()> {
     if !fs::symlink_metadata(path)?.is_dir() {
         return Err(io::Error::new(io::ErrorKind::NotADirectory, "not a directory, or a link to one"));
@@ -337,7 +337,7 @@ fn failed(path: &Path, error: &io::Error) -> Error {
     Error::Io { path: path.to_path_buf(), reason: error.to_string() }
 }
 
-/// Nothing but the tier's own files is in `path`: its mode may be changed.
+/// Nothing but the store's own files is in `path`: its mode may be changed.
 #[cfg(unix)]
 fn refuse_foreign(path: &Path) -> io::Result<()> {
     for entry in fs::read_dir(path)? {
@@ -351,7 +351,7 @@ fn refuse_foreign(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A link, a pipe or a device under a name of the tier is not opened. (Between this look and the opening only the owner
+/// A link, a pipe or a device under a name of the store is not opened. (Between this look and the opening only the owner
 /// of the directory could change it: nobody else may enter.)
 fn refuse_unless_file(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path)?.is_file() {
@@ -368,7 +368,7 @@ fn missing_is_fine(error: io::Error) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// Only the tier's own spelling is a segment; each number and version has one spelling.
+    /// Only the store's own spelling is a segment; each number and version has one spelling.
     #[test]
     fn names_have_one_spelling() {
         assert_eq!(parse_name(&file_name(0x1f)), Some((1, 0x1f)));

@@ -7,7 +7,7 @@
 //!  12 header bytes   4   144
 //!  16 payload bytes  8
 //!  24 zeros          8
-//!  32 block key     32
+//!  32 content       32
 //!  64 layout id     32
 //!  96 check         16   XXH3-128 of bytes 0..96 and the payload
 //! 112 code          32   HMAC-SHA256 of bytes 0..112 and the payload, or zeros when there is no secret
@@ -22,9 +22,9 @@
 use hmac::Mac;
 use twox_hash::XxHash3_128;
 
-use super::super::StoredKey;
-use super::super::disk::Damage;
-use super::Secret;
+use super::secret::Secret;
+use crate::storage::fault::Damage;
+use crate::storage::key::RecordKey;
 
 /// Version of the format. The names of records carry it too, so that versions do not meet.
 pub const VERSION: u32 = 1;
@@ -38,7 +38,7 @@ const CODE_AT: usize = 112;
 const CODE_BYTES: usize = HEADER_BYTES - CODE_AT;
 
 /// A record as it is stored.
-pub(super) fn record(key: &StoredKey, payload: &[u8], secret: Option<&Secret>) -> Vec<u8> {
+pub(super) fn record(key: &RecordKey, payload: &[u8], secret: Option<&Secret>) -> Vec<u8> {
     let mut record = Vec::with_capacity(HEADER_BYTES.saturating_add(payload.len()));
     record.extend(start(key, payload.len() as u64));
     record.extend(checksum(&record, payload).to_le_bytes());
@@ -55,7 +55,7 @@ pub(super) fn record(key: &StoredKey, payload: &[u8], secret: Option<&Secret>) -
 }
 
 /// Checks that `value` is the record of `key` and of nothing else, whole.
-pub(super) fn check(value: &[u8], key: &StoredKey, secret: Option<&Secret>) -> Result<(), Damage> {
+pub(super) fn check(value: &[u8], key: &RecordKey, secret: Option<&Secret>) -> Result<(), Damage> {
     let (header, payload) = value.split_at_checked(HEADER_BYTES).ok_or(Damage::Truncated)?;
     let (covered, code) = header.split_at_checked(CODE_AT).ok_or(Damage::Truncated)?;
     let (found, check) = covered.split_at_checked(CHECK_AT).ok_or(Damage::Truncated)?;
@@ -74,14 +74,14 @@ pub(super) fn check(value: &[u8], key: &StoredKey, secret: Option<&Secret>) -> R
 }
 
 /// Everything before the check.
-fn start(key: &StoredKey, payload_bytes: u64) -> Vec<u8> {
+fn start(key: &RecordKey, payload_bytes: u64) -> Vec<u8> {
     let mut start = Vec::with_capacity(CHECK_AT);
     start.extend(MAGIC);
     start.extend(VERSION.to_le_bytes());
     start.extend((HEADER_BYTES as u32).to_le_bytes());
     start.extend(payload_bytes.to_le_bytes());
     start.extend([0; 8]);
-    start.extend(key.block.0);
+    start.extend(key.content);
     start.extend(key.layout.0);
     start
 }
@@ -113,14 +113,13 @@ fn checksum(start: &[u8], payload: &[u8]) -> u128 {
 #[allow(clippy::arithmetic_side_effects, clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
-    use crate::kv_cache::tiers::LayoutId;
-    use crate::sequence::BlockKey;
+    use crate::storage::key::LayoutId;
 
-    const KEY: StoredKey = StoredKey { block: BlockKey([1; 32]), layout: LayoutId([2; 32]) };
+    const KEY: RecordKey = RecordKey { content: [1; 32], layout: LayoutId([2; 32]) };
     const PAYLOAD: [u8; 300] = [3; 300];
 
     fn secret(letter: u8) -> Secret {
-        Secret(vec![letter; 32])
+        Secret::new(&[letter; 32])
     }
 
     /// Makes the checksum right again after a change: only the other checks can see it.
@@ -138,9 +137,9 @@ mod tests {
                 let record = record(&KEY, payload, secret.as_ref());
                 assert_eq!(record.len(), HEADER_BYTES + payload.len());
                 assert_eq!(check(&record, &KEY, secret.as_ref()), Ok(()));
-                let other = StoredKey { block: BlockKey([9; 32]), ..KEY };
+                let other = RecordKey { content: [9; 32], ..KEY };
                 assert_eq!(check(&record, &other, secret.as_ref()), Err(Damage::Key));
-                let other = StoredKey { layout: LayoutId([9; 32]), ..KEY };
+                let other = RecordKey { layout: LayoutId([9; 32]), ..KEY };
                 assert_eq!(check(&record, &other, secret.as_ref()), Err(Damage::Key));
             }
         }
