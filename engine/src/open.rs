@@ -56,7 +56,7 @@ pub(crate) use levels::{WeightLevel, measure_weights, memory_limit_bytes, plan_m
 /// Version of the CPU kernels' numerics: changes when any of them may give other bits than before.
 const CPU_NUMERICS_VERSION: u32 = 1;
 /// The same of the CUDA kernels.
-const CUDA_NUMERICS_VERSION: u32 = 1;
+const CUDA_NUMERICS_VERSION: u32 = 2;
 /// Version of the layout of a KV block.
 const KV_LAYOUT_VERSION: u32 = 1;
 
@@ -346,8 +346,10 @@ pub fn load_among(options: EngineOptions, devices: &dyn CudaDevices) -> Result<L
         }
         Target::Cuda(cuda) => {
             let backend = CudaBackend::new(cuda.driver.clone(), cuda.name(), level.wanted);
-            let (isa, weights_bytes) = (cuda.architecture(), CudaBackend::weights_bytes);
-            let numerics = format!("cuda {isa} v{CUDA_NUMERICS_VERSION}");
+            let (architecture, weights_bytes) = (cuda.architecture(), CudaBackend::weights_bytes);
+            // The form of a product shows in no bit, so that it is no part of this.
+            let numerics = format!("cuda {architecture} v{CUDA_NUMERICS_VERSION}");
+            let isa = if backend.has_warpgroups() { "sm_90a" } else { architecture };
             let compute = Compute { backend, weights_bytes, isa, threads: 0, numerics };
             load_on(options, files, level, &place, compute, start)
         }

@@ -14,6 +14,7 @@ mod attention_prefill;
 pub mod device;
 pub mod driver;
 pub mod embedding;
+pub mod forms;
 #[cfg(feature = "cuda")]
 pub mod graph;
 pub mod kv_blocks;
@@ -28,3 +29,4 @@ pub mod norm;
 pub mod product;
 pub mod rope;
 pub mod sampling;
+mod sm90_matmul;
