@@ -64,7 +64,10 @@ fn bits_are_those_of_the_other_kernels() {
         let mut both = vec![bf16::NAN; out.len()];
         let matrices = [&matrix(&weights), &matrix(&up)];
         multiply_swiglu(&shim, form, slice(x), matrices, &mut slice_mut(&mut both)).expect("sizes fit");
-        (out.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>(), both.iter().map(|it| it.to_bits()).collect::<Vec<_>>())
+        (
+            out.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>(),
+            both.iter().map(|it| it.to_bits()).collect::<Vec<_>>(),
+        )
     };
     let want = bits(FORM, &x);
     assert_eq!(bits(Form::Warpgroups { max_blocks: 1 }, &x), want);
@@ -72,7 +75,12 @@ fn bits_are_those_of_the_other_kernels() {
     for (first, rows) in [(0, 64), (64, 67), (130, 1)] {
         let (x, results) = (&x[first * columns..(first + rows) * columns], first * features..(first + rows) * features);
         let (sums, both) = bits(FORM, x);
-        assert_eq!((&sums[..], &both[..]), (&want.0[results.clone()], &want.1[results]), "rows {first}..{}", first + rows);
+        assert_eq!(
+            (&sums[..], &both[..]),
+            (&want.0[results.clone()], &want.1[results]),
+            "rows {first}..{}",
+            first + rows
+        );
     }
     assert_eq!(bits(Form::Tile64, &x) == want, says_same_bits(), "the device says otherwise");
 }
