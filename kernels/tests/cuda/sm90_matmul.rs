@@ -42,7 +42,7 @@ const FORM: Form = Form::Warpgroups { max_blocks: 2 };
 
 /// Sizes around tiles, warpgroups' halves, stages and slices; fewer stages than the pipeline has, and more; more tiles than blocks.
 fn products_are_the_scalar_ones() {
-    let shapes = [(1, 1, 8), (63, 40, 72), (128, 128, 256), (65, 129, 328), (130, 257, 520), (0, 8, 64)];
+    let shapes = [(1, 1, 8), (63, 40, 72), (70, 24, 712), (65, 129, 328), (130, 257, 256), (0, 8, 64)];
     check_stored(&[FORM], &shapes);
 }
 
@@ -128,22 +128,19 @@ fn other_bits_are_not_chosen() {
     assert_eq!(forms_of((9, 0), Some("PLANT_OTHER_ARITHMETIC")), Forms::PORTABLE);
 }
 
-/// A planted bug is wrong, or `refused` with these words, in at least one schedule; without it none is. More stages than the
-/// pipeline has, so that each is filled again.
+/// A planted bug is wrong, or `refused` with these words, in at least one schedule. More stages than the pipeline has, so that each
+/// is filled again. (That there is no bug without one is what the tests above show, in the same schedules.)
 fn shows(plant: &'static str, refused: Option<&str>) {
-    let (mut random, rows, features, columns) = (Random(7), 128, 128, 712);
+    let (mut random, rows, features, columns) = (Random(7), 70, 24, 712);
     let weights = random_weights(&mut random, features, columns, false);
     let x = random.bf16s(rows * columns);
     let want = scalar::product(&widened(&x), &weights);
-    let wrong = |shim: Shim| {
-        let mut out = vec![f32::NAN; rows * features];
+    let wrong = |schedule| {
+        let (shim, mut out) = (Shim::with_planted(schedule, plant), vec![f32::NAN; rows * features]);
         let result = multiply(&shim, FORM, slice(&x), &matrix(&weights), Output::Store(&mut slice_mut(&mut out)));
         result.map_err(|error| error.to_string()).and_then(|()| compare(&out, &want, F32)).err()
     };
-    for schedule in schedules() {
-        assert_eq!(wrong(Shim::new(schedule)), None, "{schedule:?} without a bug");
-    }
-    let said: Vec<String> = schedules().filter_map(|schedule| wrong(Shim::with_planted(schedule, plant))).collect();
+    let said: Vec<String> = schedules().filter_map(wrong).collect();
     assert!(!said.is_empty(), "{plant} went unseen");
     if let Some(words) = refused {
         assert!(said.iter().all(|said| said.contains(words)), "{said:?}");
