@@ -88,7 +88,7 @@ impl Device {
         device.enter()?;
         let kind = result::stream::StreamKind::NonBlocking;
         device.stream = result::stream::create(kind).map_err(failed("cuStreamCreate"))?;
-        device.modules = Some(Modules::load(device.info.max_shared_bytes)?);
+        device.modules = Some(Modules::load(&device.info)?);
         Ok(Arc::new(device))
     }
 
