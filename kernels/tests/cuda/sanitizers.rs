@@ -45,14 +45,7 @@ fn run(filter: &str, plant: Option<&str>) -> (bool, String) {
 
 /// One test of each kernel, through every schedule.
 fn kernels_are_clean() {
-    for filter in [
-        "scalar",
-        "bits of the other kernels",
-        "taken by their index",
-        "lie in their slots",
-        "that of f64",
-        "those of the sampler",
-    ] {
+    for filter in ["scalar", "taken by their index", "lie in their slots", "that of f64", "those of the sampler"] {
         let (success, said) = run(filter, None);
         assert!(success, "with the sanitizers:\n{said}");
         assert!(said.contains("test result: ok.") && !said.contains(" 0 passed"), "nothing ran:\n{said}");
