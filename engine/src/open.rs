@@ -81,8 +81,10 @@ pub fn load_among(options: EngineOptions, devices: &dyn CudaDevices) -> Result<L
         }
         Target::Cuda(cuda) => {
             let backend = CudaBackend::new(cuda.driver.clone(), cuda.name(), level.wanted);
-            let (isa, weights_bytes) = (cuda.architecture(), CudaBackend::weights_bytes);
-            let numerics = format!("cuda {isa} v{}", cuda::NUMERICS_VERSION);
+            let (architecture, weights_bytes) = (cuda.architecture(), CudaBackend::weights_bytes);
+            // The form of a product shows in no bit, so that it is no part of this.
+            let numerics = format!("cuda {architecture} v{}", cuda::NUMERICS_VERSION);
+            let isa = if backend.has_warpgroups() { "sm_90a" } else { architecture };
             let compute = Compute { backend, weights_bytes, isa, threads: 0, numerics };
             load_on(options, files, level, &place, compute, start)
         }

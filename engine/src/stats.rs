@@ -269,7 +269,8 @@ pub struct ModelInfo {
     pub device_name: String,
     /// Why it was chosen: that it was asked for, or what `auto` found.
     pub device_reason: String,
-    /// Instruction set in use, such as "avx2" or "portable"; on a CUDA device its architecture, such as "sm_90".
+    /// Instruction set in use, such as "avx2" or "portable"; on a CUDA device its architecture, such as "sm_90", or
+    /// "sm_90a" where products of many rows use Hopper's own instructions.
     pub isa: &'static str,
     /// Compute threads; 0 on a CUDA device.
     pub threads: usize,

@@ -12,8 +12,8 @@
  *      stage k      | x [2 groups][tile rows][32] | w [2 groups][tile features][32] |     64 columns; three stages in shared memory
  *      warps          128 x 128: 2 x 4 warps of 64 x 32      64 x 64: 2 x 2 warps of 32 x 32
  *
- *  A lane reads 16 bytes of its row per group; eight lanes read two whole rows, 128 bytes in a line: no bank conflicts, no
- *  swizzle. One barrier a stage: behind it stage k is there for all, and all have left stage k - 1, which is filled
+ *  A lane reads 8 bytes of its row per instruction (product.cuh); sixteen lanes read 32 bytes of four rows each. So that these lie in
+ *  different banks, rows 2 and 3 of each four have the two halves of a group swapped. One barrier a stage: behind it stage k is there for all, and all have left stage k - 1, which is filled
  *  next. The sums go through shared memory once more, so that a row of the tile is written in a line.
  *
  *  Limits: those of product.cuh; 48 KiB (64) or 96 KiB (128) of dynamic shared memory.
@@ -74,6 +74,9 @@ __device__ __forceinline__ int feature_of_stage_row(int row) {
     return two_matrices ? blockIdx.y * kHalf + row % kHalf : blockIdx.y * Shape::kFeatures + row;
 }
 
+/** Where in its row of a stage the piece of 16 bytes number `piece` lies. */
+__device__ __forceinline__ int place_of_piece(int row, int piece) { return (piece ^ (row & 2)) * kBf16PerVector; }
+
 /** Starts copying columns `column..column + 64`; zeros stand for rows, features and columns behind the last. */
 template <class Shape, bool two_matrices>
 __device__ __forceinline__ void copy_stage(const Sources& sources, int column, Stage<Shape>& stage) {
@@ -85,13 +88,13 @@ __device__ __forceinline__ void copy_stage(const Sources& sources, int column, S
         const int x_row = blockIdx.x * Shape::kRows + row;
         const bool has_x = x_row < sources.rows && first < sources.columns;
         const bf16* x = has_x ? sources.x + static_cast<size_t>(x_row) * sources.columns + first : sources.x;
-        cp_async_16(&stage.x[group][row][piece * kBf16PerVector], x, has_x ? 16 : 0);
+        cp_async_16(&stage.x[group][row][place_of_piece(row, piece)], x, has_x ? 16 : 0);
 
         const bf16* matrix = two_matrices && row >= Shape::kFeatures / 2 ? sources.second : sources.first;
         const int feature = feature_of_stage_row<Shape, two_matrices>(row);
         const bool has_w = feature < sources.features && first < sources.columns;
         const bf16* w = has_w ? matrix + static_cast<size_t>(feature) * sources.columns + first : matrix;
-        cp_async_16(&stage.w[group][row][piece * kBf16PerVector], w, has_w ? 16 : 0);
+        cp_async_16(&stage.w[group][row][place_of_piece(row, piece)], w, has_w ? 16 : 0);
     }
 }
 
@@ -99,22 +102,29 @@ __device__ __forceinline__ void copy_stage(const Sources& sources, int column, S
 template <class Shape>
 using Sums = float[Shape::kRowTiles][Shape::kFeatureTiles][4];
 
+/** A lane's part of row `row` of a stage's group. */
+__device__ __forceinline__ GroupWords load_stage_row(const bf16 (*rows)[kGroupColumns], int row) {
+    const int column = first_column_of(threadIdx.x), piece = column / kBf16PerVector, rest = column % kBf16PerVector;
+    constexpr int kPieces = kInstructionColumns / kBf16PerVector;
+    return {load_8_bytes(&rows[row][place_of_piece(row, piece) + rest]),
+            load_8_bytes(&rows[row][place_of_piece(row, piece + kPieces) + rest])};
+}
+
 /** `sums += x w` over one group of a stage. */
 template <class Shape>
 __device__ __forceinline__ void multiply_stage_group(const Stage<Shape>& stage, int group, Sums<Shape>& sums) {
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
     const int across = warp / Shape::kWarpsAlong, along = warp % Shape::kWarpsAlong;
-    const int piece = lane % 4 * kBf16PerVector;
-    uint4 weights[Shape::kFeatureTiles];
+    GroupWords weights[Shape::kFeatureTiles];
 #pragma unroll
     for (int f = 0; f < Shape::kFeatureTiles; f++) {
         const int row = (along * Shape::kFeatureTiles + f) * kTileFeatures + lane / 4;
-        weights[f] = load_16_bytes(&stage.w[group][row][piece]);
+        weights[f] = load_stage_row(stage.w[group], row);
     }
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; r++) {
         const int row = (across * Shape::kRowTiles + r) * kTileRows + lane / 4;
-        const RowWords words = {load_16_bytes(&stage.x[group][row][piece]), load_16_bytes(&stage.x[group][row + 8][piece])};
+        const RowWords words = {load_stage_row(stage.x[group], row), load_stage_row(stage.x[group], row + 8)};
 #pragma unroll
         for (int f = 0; f < Shape::kFeatureTiles; f++) multiply_group(sums[r][f], words, weights[f]);
     }

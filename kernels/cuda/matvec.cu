@@ -32,13 +32,13 @@ __device__ __forceinline__ void load_weight_slice(const bf16* row, int column, i
     }
 }
 
-/** The lane's activations of one group, zeros where there are none. */
-__device__ __forceinline__ RowWords load_rows(const bf16* x, int row, int rows, int column, int columns) {
-    RowWords words = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-    if (column < columns) {
-        if (row < rows) words.low = load_16_bytes(x + static_cast<size_t>(row) * columns + column);
-        if (row + 8 < rows) words.high = load_16_bytes(x + static_cast<size_t>(row + 8) * columns + column);
-    }
+/** The lane's part of row `row` in the group at `column`, zeros where there is nothing. */
+__device__ __forceinline__ GroupWords load_row(const bf16* x, int row, int rows, int column, int columns) {
+    const int first = column + first_column_of(threadIdx.x), second = first + kInstructionColumns;
+    const bf16* const source = x + static_cast<size_t>(row) * columns;
+    GroupWords words = {make_uint2(0, 0), make_uint2(0, 0)};
+    if (row < rows && first < columns) words.first = load_8_bytes(source + first);
+    if (row < rows && second < columns) words.second = load_8_bytes(source + second);
     return words;
 }
 
@@ -62,9 +62,11 @@ __device__ __forceinline__ void compute_slices(const bf16* x, const bf16* const 
 #ifdef PLANT_DIVERGENT_GROUP
             if (lane < kLanes / 2) break;
 #endif
-            const RowWords row_words = load_rows(x, lane / 4, rows, column + i * kGroupColumns, columns);
+            const int group = slice * kSliceColumns + i * kGroupColumns;
+            const RowWords row_words = {load_row(x, lane / 4, rows, group, columns),
+                                        load_row(x, lane / 4 + 8, rows, group, columns)};
 #pragma unroll
-            for (int m = 0; m < matrices; m++) multiply_group(sums[m], row_words, words[m][i]);
+            for (int m = 0; m < matrices; m++) multiply_group(sums[m], row_words, swap_halves(words[m][i]));
         }
 #pragma unroll
         for (int m = 0; m < matrices; m++) store_slice<matrices>(slice_sums, slice, m, sums[m]);

@@ -1,5 +1,5 @@
-/** Instructions that CUDA C++ has no word for, one function each. Inline assembly lives here and nowhere else; the CPU shim
- *  has a twin of each function (kernels/shim/tensor_core.h). */
+/** Instructions that CUDA C++ has no word for, one function each; those of Hopper are in sm90.cuh. Inline assembly lives in these
+ *  two and nowhere else; the CPU shim has a twin of each function (kernels/shim/tensor_core.h, kernels/shim/wgmma.h). */
 #pragma once
 
 #ifndef CUDA_CPU

@@ -1,4 +1,4 @@
-/** Loads and stores of 16 bytes, and the bf16 and f16 numbers in them. Addresses are multiples of 16. */
+/** Loads and stores of 16 bytes, and the bf16 and f16 numbers in them. Addresses are multiples of the size. */
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,6 +11,7 @@ using bf16 = __nv_bfloat16;
 constexpr int kBf16PerVector = 8;
 
 __device__ __forceinline__ uint4 load_16_bytes(const void* source) { return *reinterpret_cast<const uint4*>(source); }
+__device__ __forceinline__ uint2 load_8_bytes(const void* source) { return *reinterpret_cast<const uint2*>(source); }
 __device__ __forceinline__ void store_16_bytes(void* target, uint4 value) { *reinterpret_cast<uint4*>(target) = value; }
 
 __device__ __forceinline__ float4 load_float4(const float* source) { return *reinterpret_cast<const float4*>(source); }

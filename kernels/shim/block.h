@@ -14,6 +14,13 @@
 #include "fiber.h"
 #include "vector_types.h"
 
+/** A matrix `[rows, columns]` of bf16 and the tile that a copy takes of it; written by `Tiles` of launch.rs. */
+struct TensorMap {
+    uint64_t kind, address, rows, columns, tile_rows;
+    uint64_t unused[11];
+};
+static_assert(sizeof(TensorMap) == 128, "as large as a device's");
+
 /** The shared variables of this library; without any, the section is missing and both are null. */
 extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_shim_shared[];
 extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __stop_shim_shared[];
@@ -53,6 +60,30 @@ struct AsyncCopy {
     int bytes;
 };
 
+/** A copy of a tile by its map that was issued and has not landed (wgmma.h). */
+struct TileCopy {
+    void* target;
+    TensorMap map;
+    int column, row;
+    uint64_t* barrier;
+};
+
+/** A product of a warpgroup, by the descriptors of its operands. */
+struct WarpProduct {
+    uint64_t x, w;
+    bool adds;
+};
+
+/** The products of one warp of a warpgroup (wgmma.h). */
+struct WarpProducts {
+    std::vector<WarpProduct> issued;  // and not waited for, in order
+    std::vector<size_t> group_ends;   // committed groups: how many products each and those before it have
+    size_t num_issued = 0;            // ever
+    bool is_fenced = false;           // since the kernel last had the registers
+    float* sums[32];                  // registers of each lane
+    float hidden[32][64];             // what they will hold
+};
+
 struct Thread {
     void* stack_pointer;
     dim3 index;
@@ -71,6 +102,7 @@ struct Warp {
     const void* kind = nullptr;  // of the collective that lanes have arrived in
     alignas(16) unsigned char in[kWarpLanes][kSlotBytes];
     alignas(16) unsigned char out[kWarpLanes][kSlotBytes];
+    WarpProducts products;
 };
 
 struct Block {
@@ -85,6 +117,10 @@ struct Block {
     void* scheduler_stack_pointer = nullptr;
     const std::function<void()>* body = nullptr;
     unsigned char* dynamic_shared = nullptr;
+    size_t shared_bytes = 0;
+    std::vector<TileCopy> tile_copies;                     // under way
+    std::vector<std::vector<WarpProduct>> group_products;  // of each warpgroup: all that were issued
+    bool has_unfenced_barriers = false;
     Landing landing = AT_ONCE;
     std::string error;  // a broken rule; ends the launch
 };
@@ -238,9 +274,11 @@ std::string launch(dim3 grid, dim3 size, size_t shared_bytes, Schedule schedule,
         block.body = &body;
         block.landing = schedule.landing;
         block.dynamic_shared = shared;
+        block.shared_bytes = shared_bytes;
         block.live = num_threads;
         block.threads.resize(num_threads);
         block.warps.resize((num_threads + kWarpLanes - 1) / kWarpLanes);
+        block.group_products.resize(block.warps.size() / 4 + 1);
         memset(shared, kPoison, shared_bytes);
         poison_shared();
         for (int i = 0; i < num_threads; i++) {

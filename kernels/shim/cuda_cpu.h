@@ -7,9 +7,9 @@
  *  - warps run in the orders of `cpu::Order`, the greedy one being the hardest on missing barriers;
  *  - a copy lands at once or as late as the kernel allows (`cpu::Landing`).
  *
- *  What it cannot show: bank conflicts, registers, speed, races between blocks, errors of the memory model.
+ *  What it cannot show: bank conflicts, registers, speed, races between blocks, errors of the memory model (but for the fences of wgmma.h).
  *
- *  What it asks of kernels: inline assembly only in ptx.cuh, whose twins are in tensor_core.h; `__shared__` variables only in
+ *  What it asks of kernels: inline assembly only in ptx.cuh and sm90.cuh, whose twins are in tensor_core.h and wgmma.h; `__shared__` variables only in
  *  entry points (functions get them by reference); dynamic shared memory by `DYNAMIC_SHARED`; warp collectives with the full
  *  mask; x86-64. */
 #pragma once
@@ -42,3 +42,4 @@
 #include "block.h"
 #include "intrinsics.h"
 #include "tensor_core.h"
+#include "wgmma.h"

@@ -29,8 +29,9 @@ inline void land_copies(size_t allowed) {
 
 namespace cpu {
 
-/** `d += a b` with a `[16, 16]`, b `[16, 8]`, d `[16, 8]` in the lanes as PTX ISA 9.7.14.5.8 draws them. The sum over k
- *  is in order, from d; a tensor core's own order is not documented. `widen` turns 16 bits into a float. */
+/** `d += a b` with a `[16, 16]`, b `[16, 8]`, d `[16, 8]` in the lanes as PTX ISA 9.7.14.5.8 draws them. All sixteen
+ *  products and d are added before anything is rounded, as far as a double goes, so that the order of k does not show: a tensor
+ *  core of Hopper adds them at once, too (the last bits are its own). `widen` turns 16 bits into a float. */
 template <class Widen>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen) {
     struct In { uint32_t a[4], b[2]; float d[4]; };
@@ -57,9 +58,9 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
         for (int lane = 0; lane < 32; lane++) {
             for (int i = 0; i < 4; i++) {
                 const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
-                float sum = in[lane].d[i];
-                for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
-                out[lane].d[i] = sum;
+                double sum = in[lane].d[i];
+                for (int k = 0; k < 16; k++) sum += static_cast<double>(a[row][k]) * b[k][column];
+                out[lane].d[i] = static_cast<float>(sum);
             }
         }
     });

@@ -14,6 +14,7 @@ mod attention_prefill;
 pub mod device;
 pub mod driver;
 pub mod embedding;
+pub mod forms;
 #[cfg(feature = "cuda")]
 pub mod graph;
 pub mod kv_blocks;
@@ -28,7 +29,8 @@ pub mod norm;
 pub mod product;
 pub mod rope;
 pub mod sampling;
+mod sm90_matmul;
 
 /// Version of the numerics of these kernels: it changes when any of them may give other bits than before. What was computed
 /// with another one is not used.
-pub const NUMERICS_VERSION: u32 = 1;
+pub const NUMERICS_VERSION: u32 = 2;

@@ -21,12 +21,13 @@ use ns_llm_kernels::cuda::attention::{
     ActivationRows, ActivationType, AttentionLayer as DeviceAttention, AttentionScratch, paged_attention,
 };
 use ns_llm_kernels::cuda::driver::Driver;
+use ns_llm_kernels::cuda::forms::Forms;
 use ns_llm_kernels::cuda::matmul_quant::{QuantOutput, QuantRows, QuantRowsMut, multiply_quant, quantize_rows};
 use ns_llm_kernels::cuda::memory::{Buffer, Memory};
 use ns_llm_kernels::cuda::norm::{
     LayerNorm, RmsNorm, layer_norm, layer_norm_both, layer_norm_rows, rms_norm, rms_norm_rows,
 };
-use ns_llm_kernels::cuda::product::{Form, Gelu as DeviceGelu, Output, multiply, multiply_swiglu};
+use ns_llm_kernels::cuda::product::{Gelu as DeviceGelu, Output, multiply, multiply_swiglu};
 use ns_llm_kernels::cuda::{activation, embedding, kv_blocks, rope};
 
 use crate::backend::{
@@ -52,6 +53,8 @@ pub struct CudaBackend {
     /// As the user named it, such as "cuda:0".
     name: String,
     weights: WeightFormat,
+    /// Which forms of a product the device has.
+    product_forms: Forms,
     weights_bytes: AtomicU64,
     /// What the matrices that were loaded so far multiply.
     wanted: Mutex<OperandForms>,
@@ -122,8 +125,10 @@ pub struct CudaLayerNorm {
 impl CudaBackend {
     /// On a device that is open. `name` is what the user calls it.
     pub fn new(driver: Arc<dyn Driver>, name: impl Into<String>, weights: WeightFormat) -> CudaBackend {
+        let memory = Memory::new(driver);
         CudaBackend {
-            memory: Memory::new(driver),
+            product_forms: Forms::of(&memory),
+            memory,
             name: name.into(),
             weights,
             weights_bytes: AtomicU64::new(0),
@@ -132,6 +137,11 @@ impl CudaBackend {
             arrivals: Mutex::default(),
             sampler: Mutex::default(),
         }
+    }
+
+    /// Whether products of many rows are those of warpgroups, Hopper's own instructions.
+    pub fn has_warpgroups(&self) -> bool {
+        self.product_forms.has_warpgroups()
     }
 
     /// Bytes of all matrices, biases and norms so far.
@@ -215,7 +225,7 @@ impl CudaBackend {
                 let x = x.bf16.as_ref().ok_or_else(|| no_form("bf16"))?;
                 let output = if adds { Output::Add(&mut out) } else { Output::Store(&mut out) };
                 let matrix = weight.bf16().ok_or_else(|| no_form("bf16"))?;
-                let form = Form::for_sizes(rows.len(), matrix.features);
+                let form = self.product_forms.for_sizes(rows.len(), matrix.features);
                 multiply(self.driver(), form, x.slice(columns), &matrix, output)
             }
             Some(matrix) => {
@@ -375,7 +385,7 @@ impl Backend for CudaBackend {
         // Fused where the product has it and its result is what the next one reads.
         if let (Some([gate, up]), Some(x), false) = (gate_up.gate_and_up(), &x.bf16, self.forms(width).int8) {
             let mut out = self.halves(rows, width)?;
-            let form = Form::for_sizes(rows, gate_up.features);
+            let form = self.product_forms.for_sizes(rows, gate_up.features);
             multiply_swiglu(self.driver(), form, x.all(), [&gate, &up], &mut out.all_mut())
                 .map_err(|error| self.failed(error))?;
             return Ok(CudaOperand { rows, width, bf16: Some(out), int8: None });
@@ -396,7 +406,7 @@ impl Backend for CudaBackend {
         // Fused where the product has it and its result is what the next one reads.
         if let (Some(matrix), Some(x), false) = (weight.bf16(), &x.bf16, self.forms(width).int8) {
             let mut out = self.halves(rows, width)?;
-            let form = Form::for_sizes(rows, width);
+            let form = self.product_forms.for_sizes(rows, width);
             multiply(self.driver(), form, x.all(), &matrix, Output::Gelu(gelu, &mut out.all_mut()))
                 .map_err(|error| self.failed(error))?;
             return Ok(CudaOperand { rows, width, bf16: Some(out), int8: None });

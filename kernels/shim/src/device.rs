@@ -43,6 +43,16 @@ impl ShimDevice {
         Arc::new(ShimDevice { kernels, memory: HostMemory::new("a CPU that plays a GPU", memory_bytes, POISON) })
     }
 
+    /// The same of another compute capability, with what a device of it has.
+    pub fn of_capability(kernels: Shim, memory_bytes: u64, compute_capability: (i32, i32)) -> Arc<ShimDevice> {
+        let mut memory = HostMemory::new("a CPU that plays a GPU", memory_bytes, POISON);
+        memory.info.compute_capability = compute_capability;
+        if compute_capability >= (9, 0) {
+            (memory.info.max_shared_bytes, memory.info.has_tensor_maps) = (227 << 10, true);
+        }
+        Arc::new(ShimDevice { kernels, memory })
+    }
+
     /// Bytes that are allocated now.
     pub fn used_bytes(&self) -> u64 {
         self.memory.used_bytes()
@@ -68,6 +78,7 @@ impl HostMemory {
             num_multiprocessors: 1,
             memory_bytes,
             max_shared_bytes: 99 << 10,
+            has_tensor_maps: false,
         };
         HostMemory {
             info,

@@ -15,7 +15,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::driver::{DeviceInfo, Driver};
-use super::launch::{Launch, Stream};
+use super::launch::{Argument, Launch, Stream, Tiles};
 use super::module::Modules;
 use crate::error::{Error, Result};
 
@@ -88,7 +88,7 @@ impl Device {
         device.enter()?;
         let kind = result::stream::StreamKind::NonBlocking;
         device.stream = result::stream::create(kind).map_err(failed("cuStreamCreate"))?;
-        device.modules = Some(Modules::load(device.info.max_shared_bytes)?);
+        device.modules = Some(Modules::load(&device.info)?);
         Ok(Arc::new(device))
     }
 
@@ -120,8 +120,15 @@ impl Stream for Device {
         self.enter()?;
         let modules = self.modules.as_ref().expect("a device that is open has its kernels");
         let function = modules.function(launch.file, launch.kernel)?;
-        let mut values: Vec<*mut c_void> =
-            launch.arguments.iter().map(|argument| argument.value().cast_mut()).collect();
+        let map_of = |argument: &Argument<'_>| match argument {
+            Argument::Tiles(tiles) => tensor_map(tiles).map(Some),
+            _ => Ok(None),
+        };
+        let maps = launch.arguments.iter().map(map_of).collect::<Result<Vec<_>>>()?;
+        let value = |(argument, map): (&Argument<'_>, &Option<sys::CUtensorMap>)| {
+            map.as_ref().map_or(argument.value(), |map| (&raw const *map).cast()).cast_mut()
+        };
+        let mut values: Vec<*mut c_void> = launch.arguments.iter().zip(&maps).map(value).collect();
         let [x, y, z] = launch.grid;
         // SAFETY: the function is one of this context. The driver copies the arguments before it returns; that they are those
         // of the kernel is shown by tests, which run each launcher against the kernel's own parameters. What the
@@ -266,7 +273,40 @@ fn device_info(handle: sys::CUdevice) -> Result<DeviceInfo> {
         num_multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         memory_bytes: memory_bytes as u64,
         max_shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        has_tensor_maps: has_tensor_maps(),
     })
+}
+
+/// Whether the driver has the function; a call of one that it has not would panic.
+fn has_tensor_maps() -> bool {
+    // SAFETY: the library is there, since it told about the device; the symbol is looked for and not used.
+    unsafe { sys::culib().get::<*const c_void>(b"cuTensorMapEncodeTiled\0") }.is_ok()
+}
+
+/// The driver's form of `tiles`. What is outside of the matrix reads as zeros.
+fn tensor_map(tiles: &Tiles) -> Result<sys::CUtensorMap> {
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    let (sizes, row_bytes) = ([tiles.columns, tiles.rows], [tiles.columns * size_of::<u16>() as u64]);
+    let (tile, steps) = ([Tiles::COLUMNS, tiles.tile_rows as u32], [1; 2]);
+    // SAFETY: only devices whose driver has the function are given tiles (`Forms::of`); the arrays have as many numbers as a map of
+    // rank two takes, and it reads nothing at `address`.
+    let status = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            sizes.len() as u32,
+            tiles.address as *mut c_void,
+            sizes.as_ptr(),
+            row_bytes.as_ptr(),
+            tile.as_ptr(),
+            steps.as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    status.result().map(|()| map).map_err(failed("cuTensorMapEncodeTiled"))
 }
 
 fn check_driver(found: i32) -> Result<()> {
@@ -377,6 +417,7 @@ mod tests {
             num_multiprocessors: 1,
             memory_bytes: 0,
             max_shared_bytes: 0,
+            has_tensor_maps: false,
         };
         assert_eq!(check_capability(&device((8, 0))), Ok(()));
         let error = check_capability(&device((7, 5))).expect_err("too old").to_string();

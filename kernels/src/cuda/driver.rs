@@ -28,6 +28,8 @@ pub struct DeviceInfo {
     pub memory_bytes: u64,
     /// Most shared memory that a block can have.
     pub max_shared_bytes: i32,
+    /// Whether the driver encodes tensor maps, by which Hopper's copies find their tiles.
+    pub has_tensor_maps: bool,
 }
 
 /// A device that is open. Kernels, fills and copies happen one after the other, in the order of calls; a copy to the host has

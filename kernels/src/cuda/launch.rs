@@ -53,6 +53,46 @@ pub enum Argument<'a> {
     Float(f32),
     /// A `struct`, as it lies in memory.
     Struct(&'a [u8]),
+    /// A tensor map of these tiles, which the stream makes of them.
+    Tiles(&'a Tiles),
+}
+
+/// A matrix of bf16 and the tiles that kernels copy of it: 64 columns, in shared memory a row of 128 bytes whose pieces are permuted
+/// (`kernels/cuda/sm90.cuh`). On a device the driver makes an opaque map of it; for the CPU that plays one this is the map.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tiles {
+    kind: u64,
+    /// Where the matrix begins; a multiple of 16.
+    pub address: u64,
+    /// Rows of the matrix.
+    pub rows: u64,
+    /// Its columns, a multiple of 8; rows lie one behind the other.
+    pub columns: u64,
+    /// Rows of a tile; at most 256.
+    pub tile_rows: u64,
+    unused: [u64; 11],
+}
+
+/// Bytes of a tensor map.
+const MAP_BYTES: usize = 128;
+const _: () = assert!(size_of::<Tiles>() == MAP_BYTES);
+
+impl Tiles {
+    /// Columns of a tile.
+    pub const COLUMNS: u32 = 64;
+    /// Marks the CPU's maps (`kernels/shim/wgmma.h`).
+    const KIND: u64 = 0x5449_4c45_444d_4150;
+
+    /// Tiles of `tile_rows` rows of a matrix `[rows, columns]`.
+    pub fn new(address: u64, [rows, columns]: [usize; 2], tile_rows: usize) -> Tiles {
+        let [rows, columns, tile_rows] = [rows, columns, tile_rows].map(|size| size as u64);
+        Tiles { kind: Tiles::KIND, address, rows, columns, tile_rows, unused: [0; 11] }
+    }
+    /// The same of a copy of the matrix.
+    pub fn moved_to(self, address: u64) -> Tiles {
+        Tiles { address, ..self }
+    }
 }
 
 /// What may be a [`Argument::Struct`].
@@ -67,7 +107,7 @@ impl<'a> Argument<'a> {
         // SAFETY: the trait's promise is that there is no padding, so all bytes are initialized.
         Argument::Struct(unsafe { std::slice::from_raw_parts((&raw const *value).cast(), size_of::<T>()) })
     }
-    /// Where the value lies in the host's memory, as the driver takes it.
+    /// Where the value lies in the host's memory, as the driver takes it; but of tiles, of which it takes a map.
     pub fn value(&self) -> *const c_void {
         match self {
             Argument::Address(value) => (&raw const *value).cast(),
@@ -75,6 +115,7 @@ impl<'a> Argument<'a> {
             Argument::Unsigned(value) => (&raw const *value).cast(),
             Argument::Float(value) => (&raw const *value).cast(),
             Argument::Struct(bytes) => bytes.as_ptr().cast(),
+            Argument::Tiles(tiles) => (&raw const **tiles).cast(),
         }
     }
     /// Bytes of the value.
@@ -83,6 +124,7 @@ impl<'a> Argument<'a> {
             Argument::Address(_) => 8,
             Argument::Int(_) | Argument::Unsigned(_) | Argument::Float(_) => 4,
             Argument::Struct(bytes) => bytes.len(),
+            Argument::Tiles(_) => MAP_BYTES,
         }
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::{result, sys};
 
 use super::device::failed;
+use super::driver::DeviceInfo;
 use crate::error::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -21,10 +22,11 @@ pub(super) struct Modules {
 }
 
 impl Modules {
-    /// Loads every file. The context is current.
-    pub(super) fn load(max_shared_bytes: i32) -> Result<Modules> {
+    /// Loads every file that has code for this device. The context is current.
+    pub(super) fn load(info: &DeviceInfo) -> Result<Modules> {
+        let max_shared_bytes = info.max_shared_bytes;
         let mut loaded = Modules { modules: BTreeMap::new(), functions: Mutex::default(), max_shared_bytes };
-        for (file, fatbin) in FATBINS {
+        for (file, fatbin) in FATBINS.iter().filter(|(file, _)| has_code_for(file, info.compute_capability)) {
             // SAFETY: nvcc wrote the image; its size is in its header.
             let module = unsafe { result::module::load_data(fatbin.as_ptr().cast()) };
             loaded.modules.insert(file, module.map_err(failed("cuModuleLoadData"))?);
@@ -66,6 +68,11 @@ impl Modules {
     }
 }
 
+/// Whether the file is compiled for devices of this compute capability: `sm90_*.cu` is for one alone (`kernels/toolkit.rs`).
+fn has_code_for(file: &str, compute_capability: (i32, i32)) -> bool {
+    !file.starts_with("sm90_") || compute_capability == (9, 0)
+}
+
 impl Drop for Modules {
     fn drop(&mut self) {
         for module in self.modules.values() {
@@ -79,6 +86,17 @@ impl Drop for Modules {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A device is given no file that it could not load; Hopper is given all.
+    #[test]
+    fn files_of_one_capability_are_loaded_there_alone() {
+        assert!(FATBINS.iter().all(|(file, _)| has_code_for(file, (9, 0))));
+        for capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
+            let left_out: Vec<&str> =
+                FATBINS.iter().map(|(file, _)| *file).filter(|file| !has_code_for(file, capability)).collect();
+            assert_eq!(left_out, ["sm90_matmul"], "{capability:?}");
+        }
+    }
 
     /// Every kernel file of the tree is embedded, and as a fat binary.
     #[test]

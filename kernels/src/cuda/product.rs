@@ -1,11 +1,11 @@
-//! Products of activations with bf16 weight matrices: `x W^T`, with bias, residual sum, SwiGLU or GELU fused behind it. Two
-//! kernels compute them, `matvec.cu` few rows and `matmul.cu` many, and give the same bits (`kernels/cuda/product.cuh` says
-//! how): the choice is one of speed.
+//! Products of activations with bf16 weight matrices: `x W^T`, with bias, residual sum, SwiGLU or GELU fused behind it. Three
+//! kernels compute them, `matvec.cu` few rows, `matmul.cu` many and `sm90_matmul.cu` many on Hopper, and give the same bits
+//! (`kernels/cuda/product.cuh` says how): the choice ([`Forms`](super::forms::Forms)) is one of speed.
 
 use half::bf16;
 
-use super::launch::{Argument, Sizes, Slice, SliceMut, Stream};
-use super::{matmul, matvec};
+use super::launch::{Argument, Place, Sizes, Slice, SliceMut, Stream, Tiles};
+use super::{matmul, matvec, sm90_matmul};
 pub use crate::cpu::linear::Gelu;
 use crate::error::Result;
 
@@ -52,6 +52,11 @@ pub enum Form {
     Tile64,
     /// `matmul.cu`, tiles of 128 x 128.
     Tile128,
+    /// `sm90_matmul.cu`, tiles of 128 x 128: on devices of compute capability 9.0 alone.
+    Warpgroups {
+        /// Blocks at most, each with a share of the tiles; as many as run at the same time.
+        max_blocks: u32,
+    },
 }
 
 /// Most rows of [`Form::Matvec`].
@@ -60,7 +65,7 @@ pub const MAX_MATVEC_ROWS: usize = 16;
 const MIN_LARGE_TILES: usize = 128;
 
 impl Form {
-    /// The one that is expected to be fastest.
+    /// Of those that every device has, the one that is expected to be fastest.
     pub fn for_sizes(rows: usize, features: usize) -> Form {
         match rows {
             0..=MAX_MATVEC_ROWS => Form::Matvec,
@@ -79,17 +84,20 @@ pub fn multiply(
     output: Output<'_, '_>,
 ) -> Result<()> {
     let (sizes, product) = Product::new("multiply", form, x, matrix)?;
-    let (out, out_len, finish) = match &output {
-        Output::Store(out) => (out.argument(), out.len(), 0),
-        Output::Add(out) => (out.argument(), out.len(), 1),
-        Output::Gelu(Gelu::Erf, out) => (out.argument(), out.len(), 2),
-        Output::Gelu(Gelu::Tanh, out) => (out.argument(), out.len(), 3),
+    let (out, place, finish) = match &output {
+        Output::Store(out) => (out.argument(), out.place(), 0),
+        Output::Add(out) => (out.argument(), out.place(), 1),
+        Output::Gelu(Gelu::Erf, out) => (out.argument(), out.place(), 2),
+        Output::Gelu(Gelu::Tanh, out) => (out.argument(), out.place(), 3),
     };
-    sizes.equal("elements of out", product.rows * matrix.features, out_len)?;
+    let product = Product { is_gelu: matches!(output, Output::Gelu(..)), ..product };
+    sizes.equal("elements of out", product.rows * matrix.features, place.len())?;
     sizes.aligned([("address of x", x.place()), ("address of weight", matrix.weight.place())])?;
+    product.check_out(sizes, place)?;
     let [rows, columns, features] = product.arguments(sizes)?;
-    let arguments =
-        [x.argument(), matrix.weight.argument(), bias(matrix), out, rows, columns, features, Argument::Int(finish)];
+    let [x_tiles, tiles] = [product.tiles_of_x(x), product.tiles_of(matrix)];
+    let [x, weight] = [product.operand(x, &x_tiles), product.operand(matrix.weight, &tiles)];
+    let arguments = [x, weight, bias(matrix), out, rows, columns, features, Argument::Int(finish)];
     product.launch(stream, sizes, &arguments)
 }
 
@@ -111,9 +119,11 @@ pub fn multiply_swiglu(
     sizes.equal("elements of out", product.rows * gate.features, out.len())?;
     let [rows, columns, features] = product.arguments(sizes)?;
     let product = Product { matrices: 2, ..product };
-    let weights = [gate.weight.argument(), up.weight.argument(), bias(gate), bias(up)];
-    let [first, second, first_bias, second_bias] = weights;
-    let arguments = [x.argument(), first, second, first_bias, second_bias, out.argument(), rows, columns, features];
+    product.check_out(sizes, out.place())?;
+    let [x_tiles, gate_tiles, up_tiles] = [product.tiles_of_x(x), product.tiles_of(gate), product.tiles_of(up)];
+    let [first, second] = [(gate, &gate_tiles), (up, &up_tiles)].map(|(it, tiles)| product.operand(it.weight, tiles));
+    let x = product.operand(x, &x_tiles);
+    let arguments = [x, first, second, bias(gate), bias(up), out.argument(), rows, columns, features];
     product.launch(stream, sizes, &arguments)
 }
 
@@ -129,6 +139,8 @@ pub(crate) struct Product {
     pub(crate) features: usize,
     /// Two for gate and up.
     pub(crate) matrices: usize,
+    /// Whether GELU follows.
+    pub(crate) is_gelu: bool,
     form: Form,
 }
 
@@ -142,7 +154,7 @@ impl Product {
         sizes.equal("elements of bias", features, matrix.bias.map_or(features, |bias| bias.len()))?;
         let rows = x.len() / columns;
         sizes.equal("elements of x", rows * columns, x.len())?;
-        Ok((sizes, Product { rows, columns, features, matrices: 1, form }))
+        Ok((sizes, Product { rows, columns, features, matrices: 1, is_gelu: false, form }))
     }
 
     fn arguments(&self, sizes: Sizes) -> Result<[Argument<'static>; 3]> {
@@ -151,12 +163,38 @@ impl Product {
         Ok([rows, columns, Argument::Int(sizes.int("features", self.features)?)])
     }
 
+    /// Warpgroups write two numbers at once.
+    fn check_out(&self, sizes: Sizes, out: Place) -> Result<()> {
+        match self.form {
+            Form::Warpgroups { .. } => sizes.aligned([("address of out", out)]),
+            _ => Ok(()),
+        }
+    }
+
+    fn tiles_of_x(&self, x: Slice<'_, bf16>) -> Tiles {
+        Tiles::new(x.address(), [self.rows, self.columns], sm90_matmul::TILE)
+    }
+
+    fn tiles_of(&self, matrix: &Matrix<'_>) -> Tiles {
+        let sizes = [matrix.features, matrix.columns];
+        Tiles::new(matrix.weight.address(), sizes, sm90_matmul::tile_features(self.matrices))
+    }
+
+    /// An operand as the kernel of this form finds it.
+    fn operand<'a>(&self, slice: Slice<'_, bf16>, tiles: &'a Tiles) -> Argument<'a> {
+        match self.form {
+            Form::Warpgroups { .. } => Argument::Tiles(tiles),
+            _ => slice.argument(),
+        }
+    }
+
     fn launch(&self, stream: &impl Stream, sizes: Sizes, arguments: &[Argument<'_>]) -> Result<()> {
         match self.form {
             _ if self.rows == 0 => Ok(()),
             Form::Matvec => matvec::launch(stream, sizes, self, arguments),
             Form::Tile64 => matmul::launch(stream, sizes, self, matmul::Tile::Size64, arguments),
             Form::Tile128 => matmul::launch(stream, sizes, self, matmul::Tile::Size128, arguments),
+            Form::Warpgroups { max_blocks } => sm90_matmul::launch(stream, sizes, self, max_blocks, arguments),
         }
     }
 }

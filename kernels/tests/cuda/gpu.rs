@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use ns_llm_kernels::cuda::device::Device;
 use ns_llm_kernels::cuda::driver::Driver;
+use ns_llm_kernels::cuda::forms::Forms;
 use ns_llm_kernels::cuda::launch::{Launch, Stream};
 use ns_llm_kernels::cuda::memory::{self, Buffer};
 use ns_llm_kernels::error::Result;
@@ -32,6 +33,16 @@ impl Gpu {
             Some(Gpu { memory: memory::Memory::new(device.clone()), device })
         };
         WANTED.get_or_init(open).as_ref()
+    }
+
+    /// Whether it has the kernels of compute capability 9.0.
+    pub(crate) fn is_hopper(&self) -> bool {
+        self.device.info().compute_capability == (9, 0)
+    }
+
+    /// In which forms it computes products.
+    pub(crate) fn forms(&self) -> Forms {
+        Forms::of(&self.memory)
     }
 
     /// Launches with arguments in the host's memory, and waits.

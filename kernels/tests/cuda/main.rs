@@ -21,6 +21,7 @@ mod sampling;
 mod sanitizers;
 mod scalar;
 mod shim;
+mod sm90_matmul;
 #[path = "../../toolkit.rs"]
 #[allow(dead_code, unreachable_pub, reason = "also a module of the build script")]
 mod toolkit;
@@ -35,10 +36,13 @@ fn main() {
     let kernels =
         [attention::TESTS, elementwise::TESTS, norm::TESTS, product::TESTS, quant::TESTS, sampling::TESTS].concat();
     if on_gpu() {
-        libtest_mimic::run(&arguments, trials(&kernels, None)).exit();
+        let mut all = trials(&kernels, None);
+        all.extend(trials(sm90_matmul::TESTS, no_hopper()));
+        libtest_mimic::run(&arguments, all).exit();
     }
+    let hopper = [sm90_matmul::TESTS, sm90_matmul::PLANTED].concat();
     let planted = [attention::PLANTED, elementwise::PLANTED, product::PLANTED, sampling::PLANTED].concat();
-    let on_shim = [&kernels[..], &planted, mirror::TESTS, nvml::TESTS, shim::TESTS].concat();
+    let on_shim = [&kernels[..], &hopper, &planted, mirror::TESTS, nvml::TESTS, shim::TESTS].concat();
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("kernels/ has a parent");
     let no_toolkit = toolkit::nvcc(root).is_none().then_some("the CUDA toolkit");
     let mut all = trials(&on_shim, shim::missing());
@@ -57,6 +61,15 @@ fn on_gpu() -> bool {
     return gpu::Gpu::wanted().is_some();
     #[cfg(not(feature = "cuda"))]
     false
+}
+
+/// What the GPU lacks for the kernels of compute capability 9.0.
+fn no_hopper() -> Option<&'static str> {
+    #[cfg(feature = "cuda")]
+    if gpu::Gpu::wanted().is_some_and(|gpu| gpu.is_hopper()) {
+        return None;
+    }
+    Some("a device of compute capability 9.0")
 }
 
 fn trials(tests: &[Test], missing: Option<&str>) -> Vec<Trial> {

@@ -86,8 +86,11 @@ pub(crate) fn launch_mirrored<M: Memory>(memory: &M, launch: &Launch<'_>) -> Res
         Ok(M::address(&copies[place].1) + (address - lent.address))
     };
     // Structs first: arguments borrow the changed bytes.
-    let mut structs = Vec::new();
+    let (mut structs, mut tiles) = (Vec::new(), Vec::new());
     for argument in launch.arguments {
+        if let Argument::Tiles(of) = argument {
+            tiles.push(of.moved_to(moved(of.address)?));
+        }
         if let Argument::Struct(bytes) = argument {
             let mut bytes = bytes.to_vec();
             // Addresses are fields of 8 bytes, aligned in a struct of C. A size that looks like an address of this process
@@ -98,12 +101,13 @@ pub(crate) fn launch_mirrored<M: Memory>(memory: &M, launch: &Launch<'_>) -> Res
             structs.push(bytes);
         }
     }
-    let mut next_struct = structs.iter();
+    let (mut next_struct, mut next_tiles) = (structs.iter(), tiles.iter());
     let mut arguments = Vec::new();
     for argument in launch.arguments {
         arguments.push(match argument {
             Argument::Address(address) => Argument::Address(moved(*address)?),
             Argument::Struct(_) => Argument::Struct(next_struct.next().expect("one for each")),
+            Argument::Tiles(_) => Argument::Tiles(next_tiles.next().expect("one for each")),
             other => *other,
         });
     }

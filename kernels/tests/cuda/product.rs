@@ -28,12 +28,12 @@ pub(crate) const PLANTED: &[Test] = &[
     ("lanes that leave their warp are a deadlock", matvec_shows_divergent_lanes),
 ];
 
-fn random_weights(random: &mut Random, features: usize, columns: usize, has_bias: bool) -> Weights {
+pub(crate) fn random_weights(random: &mut Random, features: usize, columns: usize, has_bias: bool) -> Weights {
     let (values, bias) = (random.bf16s(features * columns), has_bias.then(|| random.floats(features)));
     Weights { values, bias, features, columns }
 }
 
-fn matrix(weights: &Weights) -> Matrix<'_> {
+pub(crate) fn matrix(weights: &Weights) -> Matrix<'_> {
     let &Weights { ref values, ref bias, features, columns } = weights;
     Matrix { weight: slice(values), bias: bias.as_deref().map(slice), features, columns }
 }
@@ -46,7 +46,7 @@ fn stored(stream: &impl Stream, form: Form, x: &[bf16], weights: &Weights) -> Ve
     out
 }
 
-fn check_stored(forms: &[Form], shapes: &[(usize, usize, usize)]) {
+pub(crate) fn check_stored(forms: &[Form], shapes: &[(usize, usize, usize)]) {
     let mut random = Random(3);
     for &(rows, features, columns) in shapes {
         let weights = random_weights(&mut random, features, columns, features % 2 == 1);
@@ -72,14 +72,19 @@ fn matmul_is_the_scalar_product() {
     check_stored(&[Form::Tile64, Form::Tile128], &shapes);
 }
 
-/// Sums into a residual, both forms of GELU and SwiGLU in every kernel.
+/// In every kernel that every device has.
 fn finishes_are_the_scalar_ones() {
-    let (mut random, rows, features, columns) = (Random(4), 11, 37, 264);
+    check_finishes(&[Form::Matvec, Form::Tile64, Form::Tile128], (11, 37, 264));
+}
+
+/// Sums into a residual, both forms of GELU and SwiGLU.
+pub(crate) fn check_finishes(forms: &[Form], (rows, features, columns): (usize, usize, usize)) {
+    let mut random = Random(4);
     let [gate, up] = [true, false].map(|has_bias| random_weights(&mut random, features, columns, has_bias));
     let (x, residual) = (random.bf16s(rows * columns), random.floats(rows * features));
     let wide_x = widened(&x);
     let sums: Vec<f32> = scalar::product(&wide_x, &gate).iter().zip(&residual).map(|(sum, r)| r + sum).collect();
-    for form in [Form::Matvec, Form::Tile64, Form::Tile128] {
+    for &form in forms {
         let (shim, what) = (Shim::new(Schedule::TAME), format!("{form:?}"));
         let mut out = residual.clone();
         let result = multiply(&shim, form, slice(&x), &matrix(&gate), Output::Add(&mut slice_mut(&mut out)));
