@@ -20,9 +20,9 @@
  *  Bits: the order is that of product.cuh: slices of 256 columns, each one accumulator from zero, sixteen columns at a time, and slices in
  *  order. The sixteen columns of an instruction are the same as in matvec.cu and matmul.cu, at other places. So the three give the same
  *  bits where the hardware adds sixteen products and the accumulator in a way that depends neither on their order nor on which of the
- *  two instructions is asked. No manual promises that. Published models of the arithmetic say so of Hopper (arXiv:2511.10909 and
- *  arXiv:2512.07004), and a device that is opened is asked (`Forms::of` in src/cuda/forms.rs): where a bit differs this kernel is not
- *  used. Columns behind the last are zeros that add nothing.
+ *  two instructions is asked. No manual promises that (how such units add is the matter of arXiv:2511.10909 and arXiv:2512.07004), so each
+ *  device is asked when it is opened (`Forms::of` in src/cuda/forms.rs): where a bit differs this kernel is not used. Columns behind
+ *  the last are zeros that add nothing.
  *
  *  Limits: those of product.cuh, whose 16 bytes are also what tensor maps ask of rows; 193 KiB of dynamic shared memory.
  *

@@ -30,8 +30,8 @@ inline void land_copies(size_t allowed) {
 namespace cpu {
 
 /** `d += a b` with a `[16, 16]`, b `[16, 8]`, d `[16, 8]` in the lanes as PTX ISA 9.7.14.5.8 draws them. All sixteen
- *  products and d are added before anything is rounded, as far as a double goes, so that the order of k does not show: a tensor
- *  core of Hopper adds them at once, too (the last bits are its own). `widen` turns 16 bits into a float. */
+ *  products and d are added before anything is rounded, as far as a double goes, so that the order of k does not show. Whether that is
+ *  so on a device nobody relies on but sm90_matmul.cu, and the device is asked first. `widen` turns 16 bits into a float. */
 template <class Widen>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen) {
     struct In { uint32_t a[4], b[2]; float d[4]; };
