@@ -28,3 +28,4 @@ pub mod norm;
 pub mod product;
 pub mod rope;
 pub mod sampling;
+pub mod transfer;
