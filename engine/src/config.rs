@@ -15,6 +15,10 @@ pub const PREFILL_BUDGET_TOKENS: usize = 512;
 pub const MIXED_BUDGET_TOKENS: usize = 128;
 /// Sequences that may run at once; more wait.
 pub const DEFAULT_MAX_RUNNING_SEQUENCES: usize = 64;
+/// Steps that a CUDA device keeps captured: numbers of rows (up to 9) times lengths of contexts, of which a few are in use at a time.
+pub const DEFAULT_MAX_CUDA_GRAPHS: usize = 32;
+/// Most that can be asked for.
+pub const MAX_CUDA_GRAPHS: usize = 256;
 /// Steps of waiting that lift a class of waiting sequences by one rank.
 pub const AGE_STEPS: u64 = 256;
 /// Share of the available memory that the KV pool takes by default.
@@ -559,6 +563,9 @@ pub struct EngineOptions {
     pub block_tokens: usize,
     /// Sequences that may run at once.
     pub max_running_sequences: usize,
+    /// Steps that a CUDA device keeps captured as graphs, one for each number of sequences (rounded up to a power of two) and length of
+    /// contexts; those that ran least recently make room. 0: steps are launched kernel by kernel. No result depends on it.
+    pub max_cuda_graphs: usize,
     /// Tokens one step may compute while nothing decodes (the chunk size of a long prompt).
     pub prefill_budget_tokens: usize,
     /// Tokens one step may compute while something decodes.
@@ -606,6 +613,7 @@ impl EngineOptions {
             memory_limit_bytes: None,
             block_tokens: DEFAULT_BLOCK_TOKENS,
             max_running_sequences: DEFAULT_MAX_RUNNING_SEQUENCES,
+            max_cuda_graphs: DEFAULT_MAX_CUDA_GRAPHS,
             prefill_budget_tokens: PREFILL_BUDGET_TOKENS,
             mixed_budget_tokens: MIXED_BUDGET_TOKENS,
             max_waiting_requests: MAX_WAITING_REQUESTS,
@@ -641,6 +649,7 @@ impl EngineOptions {
         }
         check("block_tokens", self.block_tokens, BLOCK_TOKENS_MULTIPLE, MAX_BLOCK_TOKENS)?;
         check("max_running_sequences", self.max_running_sequences, 1, MAX_RUNNING_SEQUENCES)?;
+        check("max_cuda_graphs", self.max_cuda_graphs, 0, MAX_CUDA_GRAPHS)?;
         check("prefill_budget_tokens", self.prefill_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
         check("mixed_budget_tokens", self.mixed_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
         if !(self.kv_namespace_share > 0.0 && self.kv_namespace_share <= 1.0) {
@@ -745,9 +754,10 @@ mod tests {
     #[test]
     fn options_have_ranges() {
         type Set = fn(&mut EngineOptions, usize);
-        let ranges: [(&str, usize, usize, Set); 7] = [
+        let ranges: [(&str, usize, usize, Set); 8] = [
             ("threads", 1, MAX_THREADS, |o, v| o.threads = Some(v)),
             ("block_tokens", 16, MAX_BLOCK_TOKENS, |o, v| o.block_tokens = v),
+            ("max_cuda_graphs", 0, MAX_CUDA_GRAPHS, |o, v| o.max_cuda_graphs = v),
             ("max_running_sequences", 1, MAX_RUNNING_SEQUENCES, |o, v| o.max_running_sequences = v),
             ("prefill_budget_tokens", 1, MAX_BUDGET_TOKENS, |o, v| o.prefill_budget_tokens = v),
             ("mixed_budget_tokens", 1, MAX_BUDGET_TOKENS, |o, v| o.mixed_budget_tokens = v),
@@ -755,7 +765,7 @@ mod tests {
             ("max_waiting_requests", 1, MAX_WAITING_REQUESTS_LIMIT, |o, v| o.max_waiting_requests = v),
         ];
         for (name, min, max, set) in ranges {
-            for (value, is_good) in [(min, true), (max, true), (0, false), (max + 16, false), (usize::MAX, false)] {
+            for (value, is_good) in [(min, true), (max, true), (0, min == 0), (max + 16, false), (usize::MAX, false)] {
                 let mut options = EngineOptions::new("");
                 set(&mut options, value);
                 match options.validate() {

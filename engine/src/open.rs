@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 
 use crate::backend::cpu::{CpuBackend, CpuBackendOptions};
 use crate::backend::cuda::CudaBackend;
-use crate::backend::{Backend, Int8Blocks, KvDtype, KvLayout, Pooling};
+use crate::backend::{Backend, Int8Blocks, KvDtype, KvLayout, Pooling, StepLimits};
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::command::{Command, Submission};
 use crate::config::{
@@ -373,7 +373,7 @@ fn load_on<B: Backend>(
     compute: Compute<B>,
     start: Instant,
 ) -> Result<Loaded> {
-    let Compute { backend, weights_bytes, isa, threads, numerics } = compute;
+    let Compute { mut backend, weights_bytes, isa, threads, numerics } = compute;
     let WeightLevel { wanted, format, layout, mut plan } = level;
     if !files.config.architecture.can_generate() {
         // Its keys and values end with each step.
@@ -431,6 +431,9 @@ fn load_on<B: Backend>(
     });
     let encode_layout = KvLayout { dtype: encode_kv_dtype(layout.dtype, format), ..layout };
     let encode_kv = encode_kv_layout(&options, &encode_layout, max_embedding_tokens);
+    if config.architecture.can_generate() {
+        backend.prepare(&step_limits(&options, &config, plan.context_tokens))?;
+    }
     let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv, pooling(&files.sentence))?;
     let executor = executor.written_as(stored.int8);
     let mut scheduler = Scheduler::new(
@@ -462,6 +465,19 @@ fn load_on<B: Backend>(
         tier_stores.push(Box::new(remote));
     }
     Ok(Loaded { executor: Box::new(executor), scheduler, tier_stores, answer_stores, text, info, plan })
+}
+
+/// What steps will be at most, in contexts of up to `context_tokens` tokens.
+fn step_limits(options: &EngineOptions, config: &ModelConfig, context_tokens: usize) -> StepLimits {
+    StepLimits {
+        max_tokens: options.prefill_budget_tokens.max(options.mixed_budget_tokens),
+        max_sequences: options.max_running_sequences,
+        context_tokens,
+        block_tokens: options.block_tokens,
+        num_heads: config.num_attention_heads,
+        head_dim: config.head_dim,
+        max_graphs: options.max_cuda_graphs,
+    }
 }
 
 /// Blocks that leave the process are found by the weights' contents. Those that do not need only tell engines of one

@@ -5,7 +5,7 @@ use ns_llm_kernels::host;
 
 use crate::backend::KvLayout;
 use crate::backend::cuda::plan::{
-    KV_DTYPES, ModelSizes, WEIGHT_FORMAT_NAMES, WEIGHT_FORMATS, missing_kernel, workspace_bytes,
+    KV_DTYPES, ModelSizes, WEIGHT_FORMAT_NAMES, WEIGHT_FORMATS, graph_bytes, missing_kernel, workspace_bytes,
 };
 use crate::backend::measure::Measure;
 use crate::config::{
@@ -18,7 +18,7 @@ use crate::loader::Weights;
 use crate::memory_plan::{MemoryPlan, MemoryRoom};
 use crate::model;
 use crate::model::config::ModelConfig;
-use crate::open::ModelFiles;
+use crate::open::{ModelFiles, step_limits};
 use crate::tensor::{DType, Encoding, QuantType};
 
 /// A form of the weights, the KV pool beside it, and the bytes of both.
@@ -140,9 +140,13 @@ fn cuda_level(
     let encode_blocks = max_tokens.div_ceil(layout.block_tokens) + MAX_ENCODE_STEP_SEQUENCES;
     let encode_bytes = layout.block_bytes() / layout.num_layers as u64 * encode_blocks as u64;
     let step_bytes = workspace_bytes(&sizes, &layout, max_tokens, options.max_running_sequences, context_tokens);
+    let graph_bytes = match config.architecture.can_generate() {
+        true => graph_bytes(&sizes, &layout, &step_limits(options, config, context_tokens)),
+        false => 0,
+    };
     // Cosines and sines of half of a head each.
     let rope_bytes = (context_tokens * config.head_dim * size_of::<f32>()) as u64;
-    let room = MemoryRoom::device(limit_bytes, step_bytes + encode_bytes + rope_bytes);
+    let room = MemoryRoom::device(limit_bytes, step_bytes + graph_bytes + encode_bytes + rope_bytes);
     let weights_bytes = measure.weights_bytes();
     let plan = match config.architecture.can_generate() {
         true => MemoryPlan::new(options, &layout, weights_bytes, config.max_position_embeddings, room)?,
