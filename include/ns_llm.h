@@ -344,6 +344,9 @@ typedef void (*ns_llm_log_callback)(enum ns_llm_log_level level, const char *lin
 /** A flag of `ns_llm_engine_params`: answers are not shared through `kv_remote_url`. */
 #define NS_LLM_ENGINE_NO_RESPONSE_REMOTE 16
 
+/** A flag of `ns_llm_engine_params`: steps on a CUDA device are launched kernel by kernel; none is captured as a graph. */
+#define NS_LLM_ENGINE_NO_CUDA_GRAPHS 32
+
 /** Where an engine computes. */
 typedef enum ns_llm_device {
     /**
@@ -523,6 +526,11 @@ typedef struct ns_llm_engine_params {
      * one owner of namespaces. 0: no limit.
      */
     uint64_t kv_remote_owner_bytes;
+    /**
+     * Steps that a CUDA device keeps captured as graphs, to 256; those that ran least recently make room. 0: 32. No result depends on
+     * it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
+     */
+    size_t max_cuda_graphs;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */
@@ -716,6 +724,16 @@ typedef struct ns_llm_stats {
     uint64_t prefix_cache_disk_hits_total;
     /** Those that came from a store that nodes share. */
     uint64_t prefix_cache_remote_hits_total;
+    /** Graphs of steps that a CUDA device keeps now. This and the next four are 0 on the CPU. */
+    uint64_t cuda_graphs_kept;
+    /** Steps that were captured as graphs. */
+    uint64_t cuda_graphs_captured_total;
+    /** Steps that ran as one of them. */
+    uint64_t cuda_graphs_launched_total;
+    /** Graphs that made room for others. */
+    uint64_t cuda_graphs_evicted_total;
+    /** 1: no step of this engine is captured, because it was not asked for or a capture failed. */
+    uint64_t cuda_graphs_refused;
 } ns_llm_stats;
 
 /**

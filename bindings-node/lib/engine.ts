@@ -21,7 +21,7 @@ import { warm } from './warm.js';
 import type { Warmed, WarmOptions } from './warm.js';
 import type { MemoryUse, ModelInfo, Stats } from '../native.js';
 
-export type { KvTierStats, MemoryUse, ModelInfo, Stats } from '../native.js';
+export type { CudaGraphStats, KvTierStats, MemoryUse, ModelInfo, Stats } from '../native.js';
 
 /** How far loading is. */
 export interface LoadProgress {
@@ -98,6 +98,11 @@ export interface OpenOptions {
   blockTokens?: number | undefined;
   /** Sequences that may run at once; more wait. Default 64. */
   maxRunningSequences?: number | undefined;
+  /**
+   * Steps that a CUDA device keeps captured as graphs; those that ran least recently make room. 0: steps are launched kernel by kernel.
+   * No result depends on it. Default 32.
+   */
+  maxCudaGraphs?: number | undefined;
   /** Tokens one step may compute while nothing decodes (the chunk size of a long prompt). Default 512. */
   prefillBudgetTokens?: number | undefined;
   /** Tokens one step may compute while something decodes. Default 128. */

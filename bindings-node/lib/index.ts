@@ -12,6 +12,7 @@
 export type { Embedding, EmbeddingInput, Embeddings, EmbedOptions } from './embedding.js';
 export { Engine } from './engine.js';
 export type {
+  CudaGraphStats,
   KvTierStats,
   LoadProgress,
   MemoryUse,

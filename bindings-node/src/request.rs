@@ -63,6 +63,7 @@ const ENGINE_FIELDS: &[&str] = &[
     "memoryLimit",
     "blockTokens",
     "maxRunningSequences",
+    "maxCudaGraphs",
     "prefillBudgetTokens",
     "mixedBudgetTokens",
     "maxWaitingRequests",
@@ -147,6 +148,7 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
     for (name, size) in [
         ("blockTokens", &mut options.block_tokens),
         ("maxRunningSequences", &mut options.max_running_sequences),
+        ("maxCudaGraphs", &mut options.max_cuda_graphs),
         ("prefillBudgetTokens", &mut options.prefill_budget_tokens),
         ("mixedBudgetTokens", &mut options.mixed_budget_tokens),
         ("maxWaitingRequests", &mut options.max_waiting_requests),

@@ -48,6 +48,8 @@ pub struct Stats {
     pub steps_total: f64,
     /// The places beside the pool where blocks are kept, in the order in which they are asked.
     pub kv_tiers: Vec<KvTierStats>,
+    /// Steps that a CUDA device captures and launches again; not there on the CPU.
+    pub cuda_graphs: Option<CudaGraphStats>,
     /// Milliseconds since the engine was opened.
     pub uptime_ms: f64,
 }
@@ -76,7 +78,35 @@ impl From<ns_llm::Stats> for Stats {
             preemptions_total: stats.preemptions_total as f64,
             steps_total: stats.steps_total as f64,
             kv_tiers: stats.kv_tiers.into_iter().map(KvTierStats::from).collect(),
+            cuda_graphs: stats.cuda_graphs.map(CudaGraphStats::from),
             uptime_ms: stats.uptime_ms as f64,
+        }
+    }
+}
+
+/// Steps that are captured as CUDA graphs: one for each number of sequences (rounded up to a power of two) and length of contexts.
+#[napi(object, object_from_js = false)]
+pub struct CudaGraphStats {
+    /// Graphs that are kept now.
+    pub kept: f64,
+    /// Steps that were captured.
+    pub captured: f64,
+    /// Steps that ran as one of them.
+    pub launched: f64,
+    /// Graphs that made room for others.
+    pub evicted: f64,
+    /// Why no step is captured; not there if they are.
+    pub refusal: Option<String>,
+}
+
+impl From<ns_llm::CudaGraphStats> for CudaGraphStats {
+    fn from(graphs: ns_llm::CudaGraphStats) -> Self {
+        CudaGraphStats {
+            kept: graphs.kept as f64,
+            captured: graphs.captured as f64,
+            launched: graphs.launched as f64,
+            evicted: graphs.evicted as f64,
+            refusal: graphs.refusal,
         }
     }
 }

@@ -55,7 +55,7 @@ const messages = [{ role: 'user', content: STORY }];
 const OPEN_NAMES = [
   'model', 'device', 'weights', 'kvDtype', 'threads', 'threadPriority', 'contextTokens', 'kvBytes', 'memoryLimit',
   'blockTokens',
-  'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'kvHostBytes',
+  'maxCudaGraphs', 'maxRunningSequences', 'prefillBudgetTokens', 'mixedBudgetTokens', 'maxWaitingRequests', 'prefixCache', 'kvHostBytes',
   'kvCacheDir', 'kvDiskBytes', 'kvLoadBudgetMs', 'kvNamespaceShare', 'kvRemote', 'kvTierEncoding', 'responseCache', 'signal',
   'onProgress',
 ];

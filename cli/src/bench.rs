@@ -17,7 +17,7 @@ use clap::{Args, Subcommand};
 use ns_llm::{Engine, Event, Request, ResponseCacheOptions, Result};
 use serde_json::{Value, json};
 
-use crate::model::{ModelOptions, kv_tiers, open};
+use crate::model::{ModelOptions, cuda_graphs, kv_tiers, open};
 use crate::trace::TraceOptions;
 use crate::{CommandResult, show};
 use prompt_mix::Rng;
@@ -162,6 +162,7 @@ fn report(engine: &Engine, options: &Options, block_tokens: usize, single: &[Sin
             "total_tps": round(run.total_tps),
         })).collect::<Vec<_>>(),
         "kv_tiers": kv_tiers(engine),
+        "cuda_graphs": cuda_graphs(engine),
     })
 }
 

@@ -43,6 +43,9 @@ pub(crate) struct ModelOptions {
     /// Tokens of a KV block, the unit in which prefixes are kept and found again
     #[arg(long, value_name = "TOKENS")]
     pub(crate) block_tokens: Option<usize>,
+    /// Steps that a CUDA device keeps captured as graphs (0: steps are launched kernel by kernel; default: 32)
+    #[arg(long, value_name = "N")]
+    pub(crate) max_cuda_graphs: Option<usize>,
     /// Part of the KV pool and of host memory that one namespace may keep while others want it (0 to 1; default: 1)
     #[arg(long, value_name = "PART")]
     pub(crate) kv_namespace_share: Option<f64>,
@@ -134,6 +137,7 @@ impl ModelOptions {
         options.kv_bytes = bytes(self.kv_mib);
         options.memory_limit_bytes = bytes(self.memory_limit_mib);
         options.block_tokens = self.block_tokens.unwrap_or(options.block_tokens);
+        options.max_cuda_graphs = self.max_cuda_graphs.unwrap_or(options.max_cuda_graphs);
         options.kv_namespace_share = self.kv_namespace_share.unwrap_or(options.kv_namespace_share);
         options.kv_cache_dir = self.kv_cache_dir.clone();
         options.kv_disk_bytes = bytes(self.kv_disk_mib).unwrap_or(options.kv_disk_bytes);
@@ -245,6 +249,19 @@ pub(crate) fn kv_tiers(engine: &Engine) -> Value {
         (tier.name.to_string(), report)
     };
     Value::Object(engine.stats().kv_tiers.iter().map(tier).collect())
+}
+
+/// What became of steps that a CUDA device captures; `null` on the CPU.
+pub(crate) fn cuda_graphs(engine: &Engine) -> Value {
+    engine.stats().cuda_graphs.map_or(Value::Null, |graphs| {
+        json!({
+            "kept": graphs.kept,
+            "captured": graphs.captured,
+            "launched": graphs.launched,
+            "evicted": graphs.evicted,
+            "refusal": graphs.refusal,
+        })
+    })
 }
 
 /// Opens a model with the options as they are.

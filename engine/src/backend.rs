@@ -11,9 +11,10 @@ pub mod measure;
 
 use std::sync::Arc;
 
-use crate::batch::{Batch, BlockId, OutputRow, Sampled};
+use crate::batch::{Batch, BlockId, Outcome, OutputRow, Sampled, SeqId};
 pub use crate::config::KvDtype;
 use crate::error::{Error, Result};
+use crate::stats::CudaGraphStats;
 use crate::tensor::Tensor;
 use ns_llm_kernels::cpu::pooling;
 pub use ns_llm_kernels::kv_int8::Int8Blocks;
@@ -107,6 +108,43 @@ pub struct AttentionLayer<B: Backend> {
     pub rope: Option<Arc<B::Rope>>,
 }
 
+/// What the steps of an engine are at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Tokens of a step.
+    pub max_tokens: usize,
+    /// Sequences that decode together.
+    pub max_sequences: usize,
+    /// Tokens of a sequence.
+    pub context_tokens: usize,
+    /// Tokens of a KV block.
+    pub block_tokens: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Steps that a CUDA device keeps captured; 0: none is captured.
+    pub max_graphs: usize,
+}
+
+/// A step that was launched.
+pub enum Launched {
+    /// Its results are there.
+    Sampled(Vec<Sampled>),
+    /// Its tokens are on their way, in the order in which steps were launched.
+    UnderWay(Vec<UnderWay>),
+}
+
+/// A row of the outputs of a step that is under way.
+pub struct UnderWay {
+    /// Whose it is.
+    pub seq: SeqId,
+    /// Position of the token.
+    pub position: usize,
+    /// What came out, where the host knows already.
+    pub outcome: Option<Outcome>,
+}
+
 /// A matrix as the checkpoint has it, or several that are multiplied with the same input.
 pub enum LinearWeight<'a> {
     /// `parts` stacked along the output axis (q, k and v for example): each `[out_i, in]`; biases `[out_i]`, where a
@@ -160,12 +198,21 @@ pub trait Backend: Sized + Send + 'static {
     /// Allocates the KV blocks. Memory is touched only when a block is first written.
     fn allocate_kv(&self, layout: KvLayout) -> Result<Self::Kv>;
 
+    /// Hears what steps will be, once everything is loaded and before the first of them.
+    fn prepare(&mut self, _: &StepLimits) -> Result<()> {
+        Ok(())
+    }
+
     // ---- one step, in the order of a layer -----------------------------------------------------------------------
 
     /// Embedding of the batch's tokens: `[tokens, hidden_size]`.
     fn embed(&self, embedding: &Self::Linear, batch: &Batch) -> Result<Self::Rows>;
     /// Adds row `indices[i]` of an embedding of positions or token types to row `i` of `hidden` `[tokens, hidden_size]`.
     fn add_embedding(&self, hidden: &mut Self::Rows, embedding: &Self::Linear, indices: &[u32]) -> Result<()>;
+    /// Adds the embedding of each token's position.
+    fn add_position_embedding(&self, hidden: &mut Self::Rows, embedding: &Self::Linear, batch: &Batch) -> Result<()> {
+        self.add_embedding(hidden, embedding, &batch.positions)
+    }
     /// `x / rms(x) * weight` of each row (Zhang & Sennrich 2019, arXiv:1910.07467).
     fn rms_norm(&self, hidden: &Self::Rows, norm: &Self::Norm) -> Result<Self::Operand>;
     /// The same in f32, for results that no product reads.
@@ -202,6 +249,34 @@ pub trait Backend: Sized + Send + 'static {
     ) -> Result<Self::Operand>;
     /// The rows that reach the output matrix: `[outputs, hidden_size]`.
     fn select_outputs(&self, hidden: &Self::Rows, batch: &Batch) -> Result<Self::Rows>;
+
+    // ---- a whole step --------------------------------------------------------------------------------------------
+
+    /// Starts the step that `batch` is: the states that `forward` gives for it, `[outputs, hidden_size]`, and what its outputs ask of them.
+    /// `forward` may be called with a batch that has more rows, which are nobody's, or not at all where what it enqueues is known.
+    fn launch(
+        &self,
+        batch: &Batch,
+        output: &Self::Linear,
+        forward: &mut dyn FnMut(&Batch) -> Result<Self::Operand>,
+    ) -> Result<Launched> {
+        Ok(Launched::Sampled(self.sample(&forward(batch)?, output, &batch.outputs)?))
+    }
+    /// Waits for the results of the oldest step that was launched.
+    fn collect(&self, launched: Launched) -> Result<Vec<Sampled>> {
+        match launched {
+            Launched::Sampled(sampled) => Ok(sampled),
+            Launched::UnderWay(_) => unreachable!("a backend that is done when it returns has nothing under way"),
+        }
+    }
+    /// Steps that may be launched and not collected. With 2 a step's `feedback` names tokens of the one before.
+    fn max_in_flight(&self) -> usize {
+        1
+    }
+    /// What became of captured steps; `None`: there is no such thing here.
+    fn graph_stats(&self) -> Option<CudaGraphStats> {
+        None
+    }
 
     // ---- the end of a step ---------------------------------------------------------------------------------------
 

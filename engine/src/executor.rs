@@ -1,12 +1,14 @@
 //! What the worker knows of compute: launch a batch, collect its tokens. [`ModelExecutor`] runs a model on a backend;
 //! in the scheduler's tests a fake takes its place that checks who reads whose KV.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::backend::{Backend, Int8Blocks, KvLayout, Pooling};
+use crate::backend::{Backend, Int8Blocks, KvLayout, Launched, Pooling};
 use crate::batch::{Batch, BlockId, Sampled};
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::stats::CudaGraphStats;
 
 /// Runs batches, in the order in which they are launched.
 pub trait Executor: Send {
@@ -27,6 +29,10 @@ pub trait Executor: Send {
     /// [`Feedback`](crate::batch::Feedback) for tokens that are not collected yet.
     fn max_in_flight(&self) -> usize {
         1
+    }
+    /// What became of captured steps, where there are some.
+    fn graph_stats(&self) -> Option<CudaGraphStats> {
+        None
     }
 }
 
@@ -52,6 +58,9 @@ impl<E: Executor + ?Sized> Executor for Box<E> {
     fn max_in_flight(&self) -> usize {
         (**self).max_in_flight()
     }
+    fn graph_stats(&self) -> Option<CudaGraphStats> {
+        (**self).graph_stats()
+    }
 }
 
 /// Runs one model on one backend. Owns the weights, the KV blocks and the device.
@@ -65,7 +74,8 @@ pub struct ModelExecutor<B: Backend> {
     pooling: Pooling,
     /// How blocks are written for the tiers; `None`: as they are.
     int8: Option<Int8Blocks>,
-    sampled: Option<Vec<Sampled>>,
+    /// Oldest first.
+    launched: VecDeque<Launched>,
 }
 
 impl<B: Backend> ModelExecutor<B> {
@@ -74,8 +84,8 @@ impl<B: Backend> ModelExecutor<B> {
     pub fn new(backend: B, model: Box<dyn Model<B>>, kv: B::Kv, encode_kv: KvLayout, pooling: Pooling) -> Result<Self> {
         let encode_block_tokens = encode_kv.block_tokens;
         let encode_kv = backend.allocate_kv(encode_kv)?;
-        let (int8, sampled) = (None, None);
-        Ok(ModelExecutor { backend, model, kv, encode_kv, encode_block_tokens, pooling, int8, sampled })
+        let (int8, launched) = (None, VecDeque::new());
+        Ok(ModelExecutor { backend, model, kv, encode_kv, encode_block_tokens, pooling, int8, launched })
     }
 
     /// Blocks that leave the pool are written like this.
@@ -87,24 +97,33 @@ impl<B: Backend> ModelExecutor<B> {
 
 impl<B: Backend> Executor for ModelExecutor<B> {
     fn launch(&mut self, batch: &Batch) -> Result<()> {
-        assert!(self.sampled.is_none(), "a step was launched before the last one was collected");
-        let hidden = self.model.forward(&self.backend, batch, &mut self.kv)?;
-        self.sampled = Some(self.backend.sample(&hidden, self.model.output()?, &batch.outputs)?);
+        assert!(self.launched.len() < self.max_in_flight(), "a step was launched before an older one was collected");
+        let ModelExecutor { backend, model, kv, .. } = self;
+        let launched = backend.launch(batch, model.output()?, &mut |batch| model.forward(backend, batch, kv))?;
+        self.launched.push_back(launched);
         Ok(())
     }
 
     fn collect(&mut self) -> Result<Vec<Sampled>> {
-        Ok(self.sampled.take().expect("collect() follows launch()"))
+        self.backend.collect(self.launched.pop_front().expect("collect() follows launch()"))
     }
 
     fn encode(&mut self, batch: &Batch) -> Result<Vec<Vec<f32>>> {
-        assert!(self.sampled.is_none(), "sequences were encoded before the last step was collected");
+        assert!(self.launched.is_empty(), "sequences were encoded before the last step was collected");
         let hidden = self.model.encode(&self.backend, batch, &mut self.encode_kv)?;
         self.backend.pool(&hidden, batch, self.pooling)
     }
 
     fn encode_block_tokens(&self) -> usize {
         self.encode_block_tokens
+    }
+
+    fn max_in_flight(&self) -> usize {
+        self.backend.max_in_flight()
+    }
+
+    fn graph_stats(&self) -> Option<CudaGraphStats> {
+        self.backend.graph_stats()
     }
 
     fn read_blocks(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<[u8]>>> {

@@ -105,5 +105,7 @@ pub use request::{
 };
 pub use response_cache::EntryUse;
 pub use responses::{PutOptions, Responses};
-pub use stats::{Histogram, Histograms, KvTierStats, MemoryUse, ModelInfo, ResponseCacheStats, RunningStep, Stats};
+pub use stats::{
+    CudaGraphStats, Histogram, Histograms, KvTierStats, MemoryUse, ModelInfo, ResponseCacheStats, RunningStep, Stats,
+};
 pub use stream::{Canceller, RequestStream};

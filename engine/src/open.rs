@@ -32,7 +32,7 @@ use crate::response_tiers::AnswerStore;
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::ModelInfo;
 use crate::text_model::TextModel;
-use crate::weight_levels::{WeightLevel, encode_kv_dtype, memory_limit_bytes, plan_memory};
+use crate::weight_levels::{WeightLevel, encode_kv_dtype, memory_limit_bytes, plan_memory, step_limits};
 use identity::Identity;
 use storage::Stores;
 pub(crate) use threads::start;
@@ -118,7 +118,7 @@ fn load_on<B: Backend>(
     compute: Compute<B>,
     start: Instant,
 ) -> Result<Loaded> {
-    let Compute { backend, weights_bytes, isa, threads, numerics } = compute;
+    let Compute { mut backend, weights_bytes, isa, threads, numerics } = compute;
     let WeightLevel { layout, mut plan, .. } = level;
     if !files.config.architecture.can_generate() {
         storage::keep_nothing(&mut options)?;
@@ -152,6 +152,9 @@ fn load_on<B: Backend>(
     let info = model_info(&options, &config, &text, run);
     let encode_layout = KvLayout { dtype: encode_kv_dtype(layout.dtype, level.format), ..layout };
     let encode_kv = encode_kv_layout(&options, &encode_layout, max_embedding_tokens);
+    if config.architecture.can_generate() {
+        backend.prepare(&step_limits(&options, &config, text.context_tokens))?;
+    }
     let executor = ModelExecutor::new(backend, loaded.model, kv, encode_kv, pooling(&sentence))?;
     let executor = executor.written_as(stored.int8);
     let mut scheduler = Scheduler::new(

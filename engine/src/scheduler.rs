@@ -438,6 +438,10 @@ impl Scheduler {
     pub fn has_work(&self) -> bool {
         !self.sequences.is_empty() || !self.in_flight.is_empty() || self.encodings.len() > 0
     }
+    /// Whether whole sequences wait to be encoded.
+    pub fn has_encodings(&self) -> bool {
+        self.encodings.len() > 0
+    }
     /// The earliest deadline of a live sequence.
     pub fn next_deadline(&self) -> Option<u64> {
         self.deadlines.first().map(|&(deadline_ms, _)| deadline_ms)

@@ -56,10 +56,28 @@ pub struct Stats {
     pub steps_total: u64,
     /// The places beside the pool where blocks are kept, in the order in which they are asked.
     pub kv_tiers: Vec<KvTierStats>,
+    /// Steps that a CUDA device captures and launches again; `None` on the CPU.
+    pub cuda_graphs: Option<CudaGraphStats>,
     /// How long things took, and how large they were.
     pub histograms: Histograms,
     /// Milliseconds since the engine was opened.
     pub uptime_ms: u64,
+}
+
+/// Steps that are captured as CUDA graphs: one for each number of rows (rounded up to a power of two) and length of contexts that
+/// decoding steps have.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CudaGraphStats {
+    /// Graphs that are kept now.
+    pub kept: u64,
+    /// Steps that were captured.
+    pub captured: u64,
+    /// Steps that ran as one of them.
+    pub launched: u64,
+    /// Graphs that made room for others.
+    pub evicted: u64,
+    /// Why no step is captured; `None`: they are.
+    pub refusal: Option<String>,
 }
 
 /// Times and sizes since the engine was opened. Those of whole generations count the ones that ended by themselves, from the

@@ -3,11 +3,11 @@
 
 use ns_llm_kernels::host;
 
-use crate::backend::KvLayout;
 use crate::backend::cuda::plan::{
-    KV_DTYPES, ModelSizes, WEIGHT_FORMAT_NAMES, WEIGHT_FORMATS, missing_kernel, workspace_bytes,
+    KV_DTYPES, ModelSizes, WEIGHT_FORMAT_NAMES, WEIGHT_FORMATS, graph_bytes, missing_kernel, workspace_bytes,
 };
 use crate::backend::measure::Measure;
+use crate::backend::{KvLayout, StepLimits};
 use crate::config::{
     AUTO_WEIGHT_FORMATS, DEVICE_MEMORY_SHARE, EngineOptions, KvDtype, MAX_DECODER_EMBEDDING_TOKENS,
     MAX_ENCODE_STEP_SEQUENCES, WeightFormat,
@@ -140,9 +140,13 @@ fn cuda_level(
     let encode_blocks = max_tokens.div_ceil(layout.block_tokens) + MAX_ENCODE_STEP_SEQUENCES;
     let encode_bytes = layout.block_bytes() / layout.num_layers as u64 * encode_blocks as u64;
     let step_bytes = workspace_bytes(&sizes, &layout, max_tokens, options.max_running_sequences, context_tokens);
+    let graph_bytes = match config.architecture.can_generate() {
+        true => graph_bytes(&sizes, &layout, &step_limits(options, config, context_tokens)),
+        false => 0,
+    };
     // Cosines and sines of half of a head each.
     let rope_bytes = (context_tokens * config.head_dim * size_of::<f32>()) as u64;
-    let room = MemoryRoom::device(limit_bytes, step_bytes + encode_bytes + rope_bytes);
+    let room = MemoryRoom::device(limit_bytes, step_bytes + graph_bytes + encode_bytes + rope_bytes);
     let weights_bytes = measure.weights_bytes();
     let plan = match config.architecture.can_generate() {
         true => MemoryPlan::new(options, &layout, weights_bytes, config.max_position_embeddings, room)?,
@@ -205,4 +209,17 @@ fn stored_format(weights: &Weights) -> WeightFormat {
         }
     }
     counts.into_iter().max_by_key(|&(_, count)| count).map_or(WeightFormat::F32, |(format, _)| format)
+}
+
+/// What steps will be at most, in contexts of up to `context_tokens` tokens.
+pub(crate) fn step_limits(options: &EngineOptions, config: &ModelConfig, context_tokens: usize) -> StepLimits {
+    StepLimits {
+        max_tokens: options.prefill_budget_tokens.max(options.mixed_budget_tokens),
+        max_sequences: options.max_running_sequences,
+        context_tokens,
+        block_tokens: options.block_tokens,
+        num_heads: config.num_attention_heads,
+        head_dim: config.head_dim,
+        max_graphs: options.max_cuda_graphs,
+    }
 }

@@ -158,7 +158,7 @@ impl<E: Executor> Worker<E> {
         let expired = self.scheduler.expire(self.now_ms());
         self.deliver(expired);
         self.is_waiting = false;
-        while self.lost.is_none() && self.in_flight.len() < self.executor.max_in_flight() {
+        while self.lost.is_none() && self.in_flight.len() < self.max_in_flight() {
             let step = self.scheduler.schedule(self.now_ms());
             // Also without a step: what was planned and taken back may have moved blocks.
             if let Err(error) = self.move_blocks() {
@@ -183,6 +183,12 @@ impl<E: Executor> Worker<E> {
         self.drive_tiers();
         self.publish_stats();
         Turn::Continue
+    }
+
+    /// Steps that may be launched and not collected now. A step of whole sequences comes when no other is in flight: while some wait, the
+    /// host is not ahead.
+    fn max_in_flight(&self) -> usize {
+        if self.scheduler.has_encodings() { 1 } else { self.executor.max_in_flight() }
     }
 
     /// Carries out what the scheduler wants moved between the pool and the tiers.
@@ -667,6 +673,7 @@ impl<E: Executor> Worker<E> {
             // Kept beside, and added when somebody asks.
             histograms: Histograms::default(),
             kv_tiers: self.scheduler.kv().tier_stats().map(tier_stats).collect(),
+            cuda_graphs: self.executor.graph_stats(),
             uptime_ms: self.now_ms(),
         }
     }

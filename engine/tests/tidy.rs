@@ -119,9 +119,9 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("batch", &["request", "sequence"]),
     ("sequence", &["request"]),
     // Compute.
-    ("executor", &["backend", "batch", "model"]),
+    ("executor", &["backend", "batch", "model", "stats"]),
     ("model", &["backend", "batch", "field_hash", "loader", "tensor"]),
-    ("backend", &["batch", "sampler", "tensor"]),
+    ("backend", &["batch", "sampler", "stats", "tensor"]),
     ("sampler", &["batch", "request"]),
     ("memory_plan", &["backend"]),
     ("device", &["backend"]),

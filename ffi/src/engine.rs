@@ -116,6 +116,8 @@ pub const NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL: u32 = 4;
 pub const NS_LLM_ENGINE_NO_RESPONSE_DISK: u32 = 8;
 /// A flag of `ns_llm_engine_params`: answers are not shared through `kv_remote_url`.
 pub const NS_LLM_ENGINE_NO_RESPONSE_REMOTE: u32 = 16;
+/// A flag of `ns_llm_engine_params`: steps on a CUDA device are launched kernel by kernel; none is captured as a graph.
+pub const NS_LLM_ENGINE_NO_CUDA_GRAPHS: u32 = 32;
 
 /// Hears how far loading is; both sizes are bytes of weights. Called by ns_llm_engine_open(), one call at a time, on
 /// the calling thread or on a loading thread, and never after it has returned. Returns `true` to go on, `false` to
@@ -204,6 +206,9 @@ pub struct ns_llm_engine_params {
     /// Bytes of KV, and as many of answers, that this engine stores at `kv_remote_url` within a day, for which they are kept, for
     /// one owner of namespaces. 0: no limit.
     pub kv_remote_owner_bytes: u64,
+    /// Steps that a CUDA device keeps captured as graphs, to 256; those that ran least recently make room. 0: 32. No result depends on
+    /// it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
+    pub max_cuda_graphs: usize,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -379,9 +384,13 @@ unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, F
         (&mut options.max_waiting_requests, params.max_waiting_requests),
         (&mut options.prefill_budget_tokens, params.prefill_budget_tokens),
         (&mut options.mixed_budget_tokens, params.mixed_budget_tokens),
+        (&mut options.max_cuda_graphs, params.max_cuda_graphs),
     ];
     for (option, given) in sizes {
         *option = unless_zero(given).unwrap_or(*option);
+    }
+    if params.flags & NS_LLM_ENGINE_NO_CUDA_GRAPHS != 0 {
+        options.max_cuda_graphs = 0;
     }
     if let Some(function) = params.progress {
         // SAFETY: promised by the caller.
@@ -468,7 +477,8 @@ fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {
         | NS_LLM_ENGINE_NORMAL_PRIORITY
         | NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL
         | NS_LLM_ENGINE_NO_RESPONSE_DISK
-        | NS_LLM_ENGINE_NO_RESPONSE_REMOTE;
+        | NS_LLM_ENGINE_NO_RESPONSE_REMOTE
+        | NS_LLM_ENGINE_NO_CUDA_GRAPHS;
     if flags & !known != 0 {
         return Err(Failure::Unsupported { argument: "params", reason: format!("flags {:#x}", flags & !known) });
     }

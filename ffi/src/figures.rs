@@ -118,6 +118,16 @@ pub struct ns_llm_stats {
     pub prefix_cache_disk_hits_total: u64,
     /// Those that came from a store that nodes share.
     pub prefix_cache_remote_hits_total: u64,
+    /// Graphs of steps that a CUDA device keeps now. This and the next four are 0 on the CPU.
+    pub cuda_graphs_kept: u64,
+    /// Steps that were captured as graphs.
+    pub cuda_graphs_captured_total: u64,
+    /// Steps that ran as one of them.
+    pub cuda_graphs_launched_total: u64,
+    /// Graphs that made room for others.
+    pub cuda_graphs_evicted_total: u64,
+    /// 1: no step of this engine is captured, because it was not asked for or a capture failed.
+    pub cuda_graphs_refused: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
@@ -330,6 +340,7 @@ impl From<&ModelInfo> for ns_llm_model_info {
 
 impl From<Stats> for ns_llm_stats {
     fn from(stats: Stats) -> Self {
+        let graphs = stats.cuda_graphs.unwrap_or_default();
         ns_llm_stats {
             struct_size: size_of::<ns_llm_stats>(),
             num_requests_running: stats.num_requests_running as u64,
@@ -356,6 +367,11 @@ impl From<Stats> for ns_llm_stats {
             prefix_cache_host_hits_total: stats.prefix_cache_hits_by_tier.host as u64,
             prefix_cache_disk_hits_total: stats.prefix_cache_hits_by_tier.disk as u64,
             prefix_cache_remote_hits_total: stats.prefix_cache_hits_by_tier.remote as u64,
+            cuda_graphs_kept: graphs.kept,
+            cuda_graphs_captured_total: graphs.captured,
+            cuda_graphs_launched_total: graphs.launched,
+            cuda_graphs_evicted_total: graphs.evicted,
+            cuda_graphs_refused: u64::from(graphs.refusal.is_some()),
         }
     }
 }

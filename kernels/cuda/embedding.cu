@@ -6,9 +6,13 @@
  *  | add_embedding | the same | out f32 `[rows, width]` += |
  *  | select_rows | table f32 `[table_rows, width]`, indices `[rows]` | out f32 `[rows, width]` |
  *  | add_rows | rows f32 `[elements]` | out f32 `[elements]` += |
+ *  | feed_back | given and sources `[tokens]`, chosen `[num_chosen]` | out `[tokens]` |
  *
  *  One block a row (of add_rows: as many as the numbers take); a thread takes 8 numbers at a time. An index that no row has makes its row NaN, which ends the sequence it
  *  belongs to and no other: indices may come from sampling on the device, where nobody looks at them in between.
+ *
+ *  `feed_back` gives tokens the ids that the step before has chosen, so that this one may be launched before the host has seen them: row
+ *  `sources[i]` of `chosen`, or `given[i]` where no row has that number.
  *
  *  Limits: width is a multiple of 8.
  *
@@ -70,4 +74,13 @@ extern "C" __global__ void __launch_bounds__(512) add_rows(
         const float4 v = load_float4(rows + i + j), w = load_float4(out + i + j);
         store_float4(out + i + j, make_float4(w.x + v.x, w.y + v.y, w.z + v.z, w.w + v.w));
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) feed_back(
+    const uint32_t* __restrict__ given, const uint32_t* __restrict__ sources, const uint32_t* __restrict__ chosen,
+    uint32_t* __restrict__ out, int num_chosen, int tokens) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= tokens) return;
+    const uint32_t source = sources[i];
+    out[i] = source < static_cast<uint32_t>(num_chosen) ? chosen[source] : given[i];
 }

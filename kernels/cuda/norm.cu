@@ -5,7 +5,6 @@
  *  | --- | --- | --- |
  *  | rms_norm_bf16 | x f32 `[rows, width]`, weight f32 `[width]` | out bf16 `[rows, width]`, what products read |
  *  | rms_norm_f32 | the same | out f32 `[rows, width]` |
- *  | add_rms_norm_bf16 | hidden, added f32 `[rows, width]`, weight | hidden += added; out bf16 of the sum |
  *  | layer_norm_bf16 | x f32 `[rows, width]`, weight, bias f32 `[width]` | out bf16 `[rows, width]` |
  *  | layer_norm_f32 | the same | out f32 `[rows, width]` |
  *  | layer_norm_both | the same | normed f32 and out bf16, both `[rows, width]`: a residual stream that is normed itself |
@@ -13,6 +12,8 @@
  *  One block a row (`blockIdx.x`); thread t has the vectors of four t, t + blockDim.x, .. The row is read twice (of LayerNorm three times:
  *  the variance is summed around the mean, which loses no bits), but for the first time from the L1 cache. The block's size must depend
  *  on the width alone: it fixes the order of the sum.
+ *
+ *  There is no sum in front of a norm: the product that ends a block adds to the residual stream where it writes it.
  *
  *  Limits: width is a multiple of 4; rows are aligned to 16 bytes.
  *
@@ -61,22 +62,6 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm_f32(
     const float* __restrict__ x, const float* __restrict__ weight, float* __restrict__ out, int width, float eps) {
     __shared__ float partial[kMaxWarps];
     rms_norm(x, weight, out, width, eps, partial);
-}
-
-extern "C" __global__ void __launch_bounds__(1024) add_rms_norm_bf16(
-    float* __restrict__ hidden, const float* __restrict__ added, const float* __restrict__ weight,
-    bf16* __restrict__ out, int width, float eps) {
-    __shared__ float partial[kMaxWarps];
-    const size_t row = static_cast<size_t>(blockIdx.x) * width;
-    float sum = 0.0f;
-    for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
-        const float4 h = load_float4(hidden + row + i), a = load_float4(added + row + i);
-        const float4 v = make_float4(h.x + a.x, h.y + a.y, h.z + a.z, h.w + a.w);
-        store_float4(hidden + row + i, v);
-        sum = add_squares(sum, v);
-    }
-    // Each thread reads back what it wrote itself.
-    store_row(hidden + row, weight, out + row, width, eps, block_sum(sum, partial));
 }
 
 /** Writes the LayerNorm of the block's row: `store(i, v)` gets the four numbers from `i` on. */

@@ -30,6 +30,7 @@ pub mod product;
 pub mod rope;
 pub mod sampling;
 mod sm90_matmul;
+pub mod transfer;
 
 /// Version of the numerics of these kernels: it changes when any of them may give other bits than before. What was computed
 /// with another one is not used.

@@ -5,8 +5,11 @@
 //! Matrices are kept in bf16, Q8_0 or Q4_K (`weights.rs`); activations are f32 between operations and bf16 (or 8 bits beside quantized
 //! weights) inside products; keys and values are f16 or bf16.
 //!
-//! What kernels read of a step (ids, positions, slots, block tables) is copied once, when its embedding is asked for.
+//! What kernels read of a step (ids, positions, slots, block tables) is copied once, when its embedding is asked for. Steps that decode are
+//! captured and launched as one, and the host is one step behind the device (`pipeline.rs`).
 
+mod bucket;
+mod pipeline;
 pub(crate) mod plan;
 mod sample;
 mod step;
@@ -31,12 +34,16 @@ use ns_llm_kernels::cuda::product::{Gelu as DeviceGelu, Output, multiply, multip
 use ns_llm_kernels::cuda::{activation, embedding, kv_blocks, rope};
 
 use crate::backend::{
-    AttentionLayer, Backend, Gelu, Int8Blocks, KvDtype, KvLayout, LinearWeight, Pooling, RopeTable, pooled_on_host,
+    AttentionLayer, Backend, Gelu, Int8Blocks, KvDtype, KvLayout, Launched, LinearWeight, Pooling, RopeTable,
+    StepLimits, pooled_on_host,
 };
 use crate::batch::{Batch, BlockId, OutputRow, Sampled};
 use crate::config::WeightFormat;
 use crate::error::{Error, Result};
+use crate::stats::CudaGraphStats;
 use crate::tensor::Tensor;
+use bucket::Bucket;
+use pipeline::Pipeline;
 use sample::HostSampler;
 use step::Step;
 pub(crate) use weights::packed_bytes;
@@ -58,11 +65,18 @@ pub struct CudaBackend {
     weights_bytes: AtomicU64,
     /// What the matrices that were loaded so far multiply.
     wanted: Mutex<OperandForms>,
-    /// The step at hand; its first operation makes it.
+    /// The step at hand; its first operation makes it, or takes the one that was prepared.
     step: Mutex<Option<Step>>,
-    /// Counters that attention leaves at zero.
+    prepared: Mutex<Option<Step>>,
+    /// Counters that attention leaves at zero; those of captured steps are never replaced.
     arrivals: Mutex<Option<Buffer<u32>>>,
+    captured_arrivals: Mutex<Option<Buffer<u32>>>,
     sampler: Mutex<HostSampler>,
+    /// How steps overlap; `None` until it is known what steps there will be: each is then waited for. Not here while a step is launched.
+    pipeline: Mutex<Option<Pipeline>>,
+    /// The tokens of the step that was launched last, `[outputs]`.
+    chosen: Mutex<Option<Buffer<u32>>>,
+    limits: Option<StepLimits>,
 }
 
 /// In which forms products want their activations.
@@ -134,8 +148,13 @@ impl CudaBackend {
             weights_bytes: AtomicU64::new(0),
             wanted: Mutex::default(),
             step: Mutex::default(),
+            prepared: Mutex::default(),
             arrivals: Mutex::default(),
+            captured_arrivals: Mutex::default(),
             sampler: Mutex::default(),
+            pipeline: Mutex::default(),
+            chosen: Mutex::default(),
+            limits: None,
         }
     }
 
@@ -307,8 +326,14 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&self, embedding: &CudaLinear, batch: &Batch) -> Result<CudaRows> {
-        assert!(batch.feedback.is_empty(), "a step is collected before the next is launched");
-        let step = Step::new(&self.memory, batch).map_err(|error| self.failed(error))?;
+        let prepared = self.lock(&self.prepared).take();
+        let begin = || {
+            let mut step = prepared.map_or_else(|| Step::new(&self.memory, batch), Ok)?;
+            step.feed_back(&self.memory, self.lock(&self.chosen).as_ref())?;
+            Ok(step)
+        };
+        let step = begin().map_err(|error| self.failed(error))?;
+        assert!(step.is_of(batch), "a step was prepared for another batch");
         let mut rows = self.floats(batch.num_tokens(), embedding.columns)?;
         embedding.embed(self.driver(), step.token_ids(), &mut rows.values).map_err(|error| self.failed(error))?;
         *self.lock(&self.step) = Some(step);
@@ -322,6 +347,14 @@ impl Backend for CudaBackend {
             embedding.add_embedding(&self.memory, on_device.all(), &mut hidden.values)
         };
         add().map_err(|error| self.failed(error))
+    }
+
+    fn add_position_embedding(&self, hidden: &mut CudaRows, embedding: &CudaLinear, batch: &Batch) -> Result<()> {
+        self.with_step(batch, |step| {
+            embedding
+                .add_embedding(&self.memory, step.positions(), &mut hidden.values)
+                .map_err(|error| self.failed(error))
+        })
     }
 
     fn rms_norm(&self, hidden: &CudaRows, norm: &CudaNorm) -> Result<CudaOperand> {
@@ -469,10 +502,11 @@ impl Backend for CudaBackend {
         let mut elements = self.lock(&kv.elements);
         let blocks = kv_blocks::KvBlocks { elements: elements.all_mut(), layout: kv.layout };
         self.with_step(batch, |step| {
+            let step_bucket = step.bucket();
             let plan = step.attention(&self.memory, batch, shape).map_err(|error| self.failed(error))?;
             let (num_partials, num_arrivals) = plan.plan.scratch_len();
             let mut partials = self.memory.scratch(ACTIVATIONS, num_partials).map_err(|error| self.failed(error))?;
-            let mut arrivals = self.arrivals(num_arrivals)?;
+            let mut arrivals = self.arrivals(num_arrivals, step_bucket)?;
             let mut attend = |out: &mut kernels::cuda::launch::SliceMut<'_, u8>, out_type| {
                 let arrivals = arrivals.as_mut().expect("there are some now").all_mut();
                 let mut scratch = AttentionScratch { partials: partials.all_mut(), arrivals };
@@ -503,6 +537,45 @@ impl Backend for CudaBackend {
     fn sample(&self, x: &CudaOperand, output: &CudaLinear, outputs: &[OutputRow]) -> Result<Vec<Sampled>> {
         assert_eq!(x.rows, outputs.len(), "one row per output");
         sample::sample(self, x, output, outputs)
+    }
+
+    fn prepare(&mut self, limits: &StepLimits) -> Result<()> {
+        let (pipeline, chosen) = Pipeline::new(&self.memory, *limits).map_err(|error| self.failed(error))?;
+        self.limits = Some(*limits);
+        *self.lock(&self.pipeline) = Some(pipeline);
+        *self.lock(&self.chosen) = Some(chosen);
+        Ok(())
+    }
+
+    fn launch(
+        &self,
+        batch: &Batch,
+        output: &CudaLinear,
+        forward: &mut dyn FnMut(&Batch) -> Result<CudaOperand>,
+    ) -> Result<Launched> {
+        let Some(mut pipeline) = self.lock(&self.pipeline).take() else {
+            return Ok(Launched::Sampled(self.sample(&forward(batch)?, output, &batch.outputs)?));
+        };
+        let launched = pipeline.launch(self, batch, output, forward);
+        *self.lock(&self.pipeline) = Some(pipeline);
+        launched
+    }
+
+    fn collect(&self, launched: Launched) -> Result<Vec<Sampled>> {
+        match launched {
+            Launched::Sampled(sampled) => Ok(sampled),
+            Launched::UnderWay(rows) => {
+                self.lock(&self.pipeline).as_mut().expect("it launched the step").collect(self, rows)
+            }
+        }
+    }
+
+    fn max_in_flight(&self) -> usize {
+        if self.limits.is_some() { pipeline::MAX_IN_FLIGHT } else { 1 }
+    }
+
+    fn graph_stats(&self) -> Option<CudaGraphStats> {
+        self.lock(&self.pipeline).as_ref().map(Pipeline::graph_stats)
     }
 
     fn read_logits(&self, x: &CudaOperand, output: &CudaLinear) -> Result<Vec<f32>> {
@@ -551,11 +624,15 @@ impl CudaBackend {
         Ok(rows)
     }
 
-    /// At least `len` counters, all of them zero.
-    fn arrivals(&self, len: usize) -> Result<MutexGuard<'_, Option<Buffer<u32>>>> {
-        let mut arrivals = self.lock(&self.arrivals);
+    /// At least `len` counters, all of them zero. Steps of buckets have their own, as many as the largest bucket needs.
+    fn arrivals(&self, len: usize, bucket: Option<Bucket>) -> Result<MutexGuard<'_, Option<Buffer<u32>>>> {
+        let (mut arrivals, len) = match (bucket, self.limits) {
+            (Some(bucket), Some(limits)) => {
+                (self.lock(&self.captured_arrivals), len.div_ceil(bucket.rows) * bucket::max_rows(&limits))
+            }
+            _ => (self.lock(&self.arrivals), len.next_power_of_two()),
+        };
         if arrivals.as_ref().is_none_or(|arrivals| arrivals.len() < len) {
-            let len = len.next_power_of_two();
             *arrivals = Some(self.memory.zeroed(ACTIVATIONS, len).map_err(|error| self.failed(error))?);
         }
         Ok(arrivals)

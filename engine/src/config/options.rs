@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use super::forms::{Device, KvDtype, KvTierEncoding, WeightFormat};
 use super::limits::{
     BLOCK_TOKENS_MULTIPLE, DEFAULT_BLOCK_TOKENS, DEFAULT_KV_DISK_BYTES, DEFAULT_KV_LOAD_BUDGET_MS,
-    DEFAULT_MAX_RUNNING_SEQUENCES, DEFAULT_MAX_WAITING_REQUESTS, DEFAULT_MIXED_BUDGET_TOKENS,
+    DEFAULT_MAX_CUDA_GRAPHS, DEFAULT_MAX_RUNNING_SEQUENCES, DEFAULT_MAX_WAITING_REQUESTS, DEFAULT_MIXED_BUDGET_TOKENS,
     DEFAULT_PREFILL_BUDGET_TOKENS, DEFAULT_REMOTE_PREFIX, DEFAULT_REMOTE_TIMEOUT_MS, DEFAULT_REMOTE_TTL_S,
-    DEFAULT_RESPONSE_DISK_BYTES, DEFAULT_RESPONSE_TTL_MS, MAX_BLOCK_TOKENS, MAX_BUDGET_TOKENS, MAX_KV_LOAD_BUDGET_MS,
-    MAX_KV_TIER_BYTES, MAX_RESPONSE_CACHE_BYTES, MAX_RESPONSE_TTL_MS, MAX_RUNNING_SEQUENCES, MAX_THREADS,
-    MAX_WAITING_REQUESTS_LIMIT,
+    DEFAULT_RESPONSE_DISK_BYTES, DEFAULT_RESPONSE_TTL_MS, MAX_BLOCK_TOKENS, MAX_BUDGET_TOKENS, MAX_CUDA_GRAPHS,
+    MAX_KV_LOAD_BUDGET_MS, MAX_KV_TIER_BYTES, MAX_RESPONSE_CACHE_BYTES, MAX_RESPONSE_TTL_MS, MAX_RUNNING_SEQUENCES,
+    MAX_THREADS, MAX_WAITING_REQUESTS_LIMIT,
 };
 use super::ranges::{at_most, in_range, invalid};
 use crate::error::Result;
@@ -194,6 +194,9 @@ pub struct EngineOptions {
     pub block_tokens: usize,
     /// Sequences that may run at once.
     pub max_running_sequences: usize,
+    /// Steps that a CUDA device keeps captured as graphs, one for each number of sequences (rounded up to a power of two) and length of
+    /// contexts; those that ran least recently make room. 0: steps are launched kernel by kernel. No result depends on it.
+    pub max_cuda_graphs: usize,
     /// Tokens one step may compute while nothing decodes (the chunk size of a long prompt).
     pub prefill_budget_tokens: usize,
     /// Tokens one step may compute while something decodes.
@@ -241,6 +244,7 @@ impl EngineOptions {
             memory_limit_bytes: None,
             block_tokens: DEFAULT_BLOCK_TOKENS,
             max_running_sequences: DEFAULT_MAX_RUNNING_SEQUENCES,
+            max_cuda_graphs: DEFAULT_MAX_CUDA_GRAPHS,
             prefill_budget_tokens: DEFAULT_PREFILL_BUDGET_TOKENS,
             mixed_budget_tokens: DEFAULT_MIXED_BUDGET_TOKENS,
             max_waiting_requests: DEFAULT_MAX_WAITING_REQUESTS,
@@ -266,6 +270,7 @@ impl EngineOptions {
         }
         in_range("block_tokens", self.block_tokens, BLOCK_TOKENS_MULTIPLE, MAX_BLOCK_TOKENS)?;
         in_range("max_running_sequences", self.max_running_sequences, 1, MAX_RUNNING_SEQUENCES)?;
+        in_range("max_cuda_graphs", self.max_cuda_graphs, 0, MAX_CUDA_GRAPHS)?;
         in_range("prefill_budget_tokens", self.prefill_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
         in_range("mixed_budget_tokens", self.mixed_budget_tokens, 1, MAX_BUDGET_TOKENS)?;
         if !(self.kv_namespace_share > 0.0 && self.kv_namespace_share <= 1.0) {
@@ -351,9 +356,10 @@ mod tests {
     #[test]
     fn options_have_ranges() {
         type Set = fn(&mut EngineOptions, usize);
-        let ranges: [(&str, usize, usize, Set); 7] = [
+        let ranges: [(&str, usize, usize, Set); 8] = [
             ("threads", 1, MAX_THREADS, |o, v| o.threads = Some(v)),
             ("block_tokens", 16, MAX_BLOCK_TOKENS, |o, v| o.block_tokens = v),
+            ("max_cuda_graphs", 0, MAX_CUDA_GRAPHS, |o, v| o.max_cuda_graphs = v),
             ("max_running_sequences", 1, MAX_RUNNING_SEQUENCES, |o, v| o.max_running_sequences = v),
             ("prefill_budget_tokens", 1, MAX_BUDGET_TOKENS, |o, v| o.prefill_budget_tokens = v),
             ("mixed_budget_tokens", 1, MAX_BUDGET_TOKENS, |o, v| o.mixed_budget_tokens = v),
@@ -361,7 +367,7 @@ mod tests {
             ("max_waiting_requests", 1, MAX_WAITING_REQUESTS_LIMIT, |o, v| o.max_waiting_requests = v),
         ];
         for (name, min, max, set) in ranges {
-            for (value, is_good) in [(min, true), (max, true), (0, false), (max + 16, false), (usize::MAX, false)] {
+            for (value, is_good) in [(min, true), (max, true), (0, min == 0), (max + 16, false), (usize::MAX, false)] {
                 let mut options = EngineOptions::new("");
                 set(&mut options, value);
                 match options.validate() {

@@ -144,7 +144,7 @@ impl<B: Backend> Model<B> for Bert<B> {
 
     fn encode(&self, b: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Rows> {
         let mut hidden = b.embed(&self.word_embeddings, batch)?; //                        [tokens, hidden_size]
-        b.add_embedding(&mut hidden, &self.position_embeddings, &batch.positions)?;
+        b.add_position_embedding(&mut hidden, &self.position_embeddings, batch)?;
         // One text is all of the first type.
         b.add_embedding(&mut hidden, &self.token_type_embeddings, &vec![0; batch.num_tokens()])?;
         let mut x = b.layer_norm_in_place(&mut hidden, &self.layer_norm)?;

@@ -63,7 +63,7 @@ impl<B: Backend> Gpt2<B> {
     /// The residual stream behind the last layer: `[tokens, n_embd]`.
     fn hidden_states(&self, b: &B, batch: &Batch, kv: &mut B::Kv) -> Result<B::Rows> {
         let mut hidden = b.embed(&self.wte, batch)?; //                   [tokens, n_embd]
-        b.add_embedding(&mut hidden, &self.wpe, &batch.positions)?; //    hidden += wpe[positions]
+        b.add_position_embedding(&mut hidden, &self.wpe, batch)?; //     hidden += wpe[positions]
         for block in &self.h {
             block.forward(b, &mut hidden, batch, kv)?;
         }

@@ -7,6 +7,7 @@
 mod choice;
 mod engines;
 mod faults;
+mod graphs;
 mod models;
 mod shim;
 
@@ -24,13 +25,13 @@ type Test = (&'static str, fn());
 
 fn main() {
     let arguments = Arguments::from_args();
-    let on_device = [models::TESTS, engines::TESTS].concat();
+    let on_device = [models::TESTS, engines::TESTS, graphs::TESTS].concat();
     if shim::on_gpu() {
         libtest_mimic::run(&arguments, trials(&on_device, None)).exit();
     }
     let mut all = trials(&on_device, ns_llm_cuda_shim::missing());
     all.extend(trials(engines::TESTS_OF_THE_SHIM, ns_llm_cuda_shim::missing()));
-    all.extend(trials(&[choice::TESTS, faults::TESTS].concat(), None));
+    all.extend(trials(&[choice::TESTS, faults::TESTS, graphs::TESTS_OF_FAULTS].concat(), None));
     libtest_mimic::run(&arguments, all).exit();
 }
 

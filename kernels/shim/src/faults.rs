@@ -2,24 +2,26 @@
 //! on.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use ns_llm_kernels::cuda::driver::{DeviceInfo, Driver};
+use ns_llm_kernels::cuda::driver::{DeviceInfo, Driver, Mark, Replay};
 use ns_llm_kernels::cuda::launch::{Launch, Stream};
 use ns_llm_kernels::error::{Error, Result};
 
 use crate::device::{HostMemory, driver_on_host_memory};
+use crate::queue::Work;
 
 /// A device whose kernels do nothing, so that every result is zero: for tests of memory, order and faults.
 pub struct IdleDevice {
-    memory: HostMemory,
+    memory: Arc<HostMemory>,
 }
 
 impl IdleDevice {
     /// With `memory_bytes` of memory.
     pub fn new(memory_bytes: u64) -> Arc<IdleDevice> {
-        Arc::new(IdleDevice { memory: HostMemory::new("a device that does nothing", memory_bytes, 0) })
+        let memory = HostMemory::new("a device that does nothing", memory_bytes, 0, None);
+        Arc::new(IdleDevice { memory: Arc::new(memory) })
     }
 
     /// Bytes that are allocated now.
@@ -47,6 +49,8 @@ pub enum Fault {
     Launch,
     /// The next kernel never ends, and a call that waits for it would not return.
     Hang,
+    /// Nothing can be captured.
+    Capture,
 }
 
 /// Longest time that what is enqueued on a device that hangs may take.
@@ -64,15 +68,37 @@ pub struct FaultyDevice {
     /// A kernel that never ends was launched.
     hangs: AtomicBool,
     is_abandoned: AtomicBool,
+    num_replays: AtomicU64,
+    /// The captured step with which the fault begins.
+    from_replay: Mutex<Option<u64>>,
+    this: Weak<FaultyDevice>,
+}
+
+/// A captured step of a device that may fail when it runs.
+struct FaultyStep {
+    inner: Box<dyn Replay>,
+    device: Arc<FaultyDevice>,
+}
+
+impl Replay for FaultyStep {
+    unsafe fn launch(&mut self) -> Result<()> {
+        let replay = self.device.num_replays.fetch_add(1, Ordering::Relaxed);
+        if Some(replay) == *self.device.from_replay.lock().unwrap_or_else(PoisonError::into_inner) {
+            self.device.fail_from(Some(self.device.num_calls()));
+        }
+        self.device.launched("cuGraphLaunch")?;
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.launch() }
+    }
 }
 
 impl FaultyDevice {
     /// `inner`, until it is [told](Self::fail_from) to fail.
     pub fn new(inner: Arc<dyn Driver>, fault: Fault) -> Arc<FaultyDevice> {
-        let [num_calls, num_faults, num_endless_calls] = std::array::from_fn(|_| AtomicU64::new(0));
+        let [num_calls, num_faults, num_endless_calls, num_replays] = std::array::from_fn(|_| AtomicU64::new(0));
         let [hangs, is_abandoned] = std::array::from_fn(|_| AtomicBool::new(false));
         let from_call = Mutex::new(None);
-        Arc::new(FaultyDevice {
+        Arc::new_cyclic(|this| FaultyDevice {
             inner,
             fault,
             num_calls,
@@ -81,6 +107,9 @@ impl FaultyDevice {
             num_endless_calls,
             hangs,
             is_abandoned,
+            num_replays,
+            from_replay: Mutex::default(),
+            this: this.clone(),
         })
     }
 
@@ -91,6 +120,10 @@ impl FaultyDevice {
     /// Calls that failed.
     pub fn num_faults(&self) -> u64 {
         self.num_faults.load(Ordering::Relaxed)
+    }
+    /// Captured steps that were launched, or would have been.
+    pub fn num_replays(&self) -> u64 {
+        self.num_replays.load(Ordering::Relaxed)
     }
     /// Calls that would never have returned.
     pub fn num_endless_calls(&self) -> u64 {
@@ -103,6 +136,11 @@ impl FaultyDevice {
     /// The fault begins at call `call`, counted from 0; `None`: it ends.
     pub fn fail_from(&self, call: Option<u64>) {
         *self.from_call.lock().unwrap_or_else(PoisonError::into_inner) = call;
+    }
+
+    /// The fault begins when a captured step is launched for the `replay`th time, counted from 0.
+    pub fn fail_from_replay(&self, replay: u64) {
+        *self.from_replay.lock().unwrap_or_else(PoisonError::into_inner) = Some(replay);
     }
 
     /// Counts a call, which fails if it is one of those that the fault is about.
@@ -135,6 +173,12 @@ impl FaultyDevice {
         self.num_endless_calls.fetch_add(u64::from(self.hangs.load(Ordering::Relaxed)), Ordering::Relaxed);
     }
 
+    /// A kernel, or as many as were captured.
+    fn launched(&self, kernel: &'static str) -> Result<()> {
+        let refused = || Error::Launch { kernel, reason: "a test forbade it".to_owned() };
+        self.call(kernel, matches!(self.fault, Fault::Launch | Fault::Hang), refused)
+    }
+
     fn other(&self, name: &'static str) -> Result<()> {
         self.call(name, false, || unreachable!("only a lost device fails here"))
     }
@@ -142,8 +186,7 @@ impl FaultyDevice {
 
 impl Stream for FaultyDevice {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let refused = || Error::Launch { kernel: launch.kernel, reason: "a test forbade it".to_owned() };
-        self.call(launch.kernel, matches!(self.fault, Fault::Launch | Fault::Hang), refused)?;
+        self.launched(launch.kernel)?;
         self.inner.launch(launch)
     }
 }
@@ -190,6 +233,8 @@ impl Driver for FaultyDevice {
         if !self.is_abandoned() {
             self.waits();
         }
+        // What a device that is gone has left undone: it is done now, so that the one inside has nothing to do with this memory.
+        let _ = self.inner.is_idle();
         // SAFETY: promised by the caller.
         unsafe { self.inner.free_pinned(address) };
     }
@@ -197,6 +242,36 @@ impl Driver for FaultyDevice {
         self.other("cuMemcpyDtoHAsync")?;
         // SAFETY: promised by the caller.
         unsafe { self.inner.download_pinned(target, address, num_bytes) }
+    }
+    unsafe fn upload_pinned(&self, address: u64, source: u64, num_bytes: usize) -> Result<()> {
+        self.other("cuMemcpyHtoDAsync")?;
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.upload_pinned(address, source, num_bytes) }
+    }
+    fn new_mark(&self) -> Result<Mark> {
+        self.other("cuEventCreate")?;
+        self.inner.new_mark()
+    }
+    unsafe fn free_mark(&self, mark: Mark) {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.free_mark(mark) };
+    }
+    unsafe fn put_mark(&self, mark: Mark) -> Result<()> {
+        self.other("cuEventRecord")?;
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.put_mark(mark) }
+    }
+    unsafe fn is_passed(&self, mark: Mark) -> Result<bool> {
+        self.other("cuEventQuery")?;
+        // SAFETY: promised by the caller.
+        Ok(!self.hangs.load(Ordering::Relaxed) && unsafe { self.inner.is_passed(mark) }?)
+    }
+    fn capture(&self, enqueue: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Replay>> {
+        let refused = || Error::CudaDriver { call: "cuStreamBeginCapture", reason: "a test forbade it".to_owned() };
+        self.call("cuStreamBeginCapture", self.fault == Fault::Capture, refused)?;
+        let inner = self.inner.capture(enqueue)?;
+        let device = self.this.upgrade().expect("a device is behind a pointer that counts");
+        Ok(Box::new(FaultyStep { inner, device }))
     }
     unsafe fn fill(&self, address: u64, byte: u8, num_bytes: usize) -> Result<()> {
         self.other("cuMemsetD8Async")?;

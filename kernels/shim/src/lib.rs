@@ -9,6 +9,7 @@
 
 mod device;
 mod faults;
+mod queue;
 
 use std::collections::{BTreeMap, hash_map::DefaultHasher};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};

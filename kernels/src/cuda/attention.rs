@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::host::Plain;
 
 /// Keys of a span (`kSpanKeys`), the part of a sequence that a block of decode has. Part of the numerics.
-pub(super) const SPAN_KEYS: usize = 256;
+pub const SPAN_KEYS: usize = 256;
 /// Rows of a warp's products (`kTileRows`). A sequence with no more is computed by `attention_decode.cu`.
 pub(super) const TILE_ROWS: usize = 16;
 /// Threads of a block of either kernel.
@@ -273,6 +273,22 @@ impl AttentionPlan {
         Ok(plan)
     }
 
+    /// One query of each of up to `num_rows` sequences, whose contexts have up to `max_context_tokens` tokens: what a captured step has in
+    /// place of the plan of its batch, with [`SequenceRows`] that are written anew for each launch. They are not looked at here: the blocks of
+    /// each sequence lie among `num_blocks` entries of block tables and hold its tokens.
+    pub fn of_bucket(
+        num_rows: usize,
+        max_context_tokens: usize,
+        num_blocks: usize,
+        [num_heads, num_kv_heads, head_dim]: [usize; 3],
+    ) -> Result<AttentionPlan> {
+        let none = AttentionPlan::new(&[], num_heads, num_kv_heads, head_dim)?;
+        SIZES.int("position", max_context_tokens)?;
+        let max_spans = max_context_tokens.div_ceil(SPAN_KEYS);
+        let sequences = vec![SequenceRows::NONE; num_rows];
+        Ok(AttentionPlan { sequences, num_decode: num_rows, max_queries: 1, max_spans, num_rows, num_blocks, ..none })
+    }
+
     /// How many numbers of 32 bits the partial results and the arrivals take.
     pub fn scratch_len(&self) -> (usize, usize) {
         let num_kv_heads = self.num_heads / self.group;
@@ -305,6 +321,19 @@ fn min_block_tokens(sequence: &AttentionSequence) -> usize {
 }
 
 impl SequenceRows {
+    /// No rows.
+    pub const NONE: SequenceRows = SequenceRows { first_row: 0, num_queries: 0, first_position: 0, first_block: 0 };
+
+    /// One query, in row `row`, at `position`, of a sequence whose block table begins at entry `first_block`.
+    pub fn one(row: u32, position: u32, first_block: u32) -> SequenceRows {
+        SequenceRows { first_row: row, num_queries: 1, first_position: position, first_block }
+    }
+
+    /// As it lies in memory.
+    pub fn words(&self) -> [u32; 4] {
+        [self.first_row, self.num_queries, self.first_position, self.first_block]
+    }
+
     fn new(sequence: &AttentionSequence) -> Result<SequenceRows> {
         let last_position = sequence.first_position + sequence.rows.len();
         SIZES.int("position", last_position)?;

@@ -9,12 +9,13 @@
 
 use std::collections::BTreeSet;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-use super::driver::{DeviceInfo, Driver};
+use super::driver::{DeviceInfo, Driver, Mark, Replay};
+use super::graph::Graph;
 use super::launch::{Argument, Launch, Stream, Tiles};
 use super::module::Modules;
 use crate::error::{Error, Result};
@@ -39,6 +40,8 @@ pub struct Device {
     stream: sys::CUstream,
     modules: Option<Modules>,
     info: DeviceInfo,
+    /// Itself: what was captured keeps its device.
+    this: Weak<Device>,
 }
 
 // SAFETY: the driver's handles may be used from any thread once the context is current there, which `enter` sees to;
@@ -84,12 +87,16 @@ impl Device {
         // SAFETY: the handle is that of a device.
         let context = unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         // From here on `drop` gives back what there is.
-        let mut device = Device { ordinal, handle, context, stream: std::ptr::null_mut(), modules: None, info };
+        let stream = std::ptr::null_mut();
+        let mut device = Device { ordinal, handle, context, stream, modules: None, info, this: Weak::new() };
         device.enter()?;
         let kind = result::stream::StreamKind::NonBlocking;
         device.stream = result::stream::create(kind).map_err(failed("cuStreamCreate"))?;
         device.modules = Some(Modules::load(&device.info)?);
-        Ok(Arc::new(device))
+        Ok(Arc::new_cyclic(|this| {
+            device.this = this.clone();
+            device
+        }))
     }
 
     /// Waits until all that was enqueued has run.
@@ -213,6 +220,48 @@ impl Driver for Device {
         // SAFETY: promised by the caller; the stream orders the copy behind the kernels.
         let status = unsafe { sys::cuMemcpyDtoHAsync_v2(target as *mut c_void, address, num_bytes, self.stream) };
         status.result().map_err(failed("cuMemcpyDtoHAsync"))
+    }
+
+    unsafe fn upload_pinned(&self, address: u64, source: u64, num_bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: promised by the caller; the stream orders the copy.
+        let status = unsafe { sys::cuMemcpyHtoDAsync_v2(address, source as *const c_void, num_bytes, self.stream) };
+        status.result().map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
+    fn new_mark(&self) -> Result<Mark> {
+        self.enter()?;
+        // Asked, never slept on; and nobody wants to know when it was passed.
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let event = result::event::create(flags).map_err(failed("cuEventCreate"))?;
+        Ok(Mark(event as u64))
+    }
+
+    unsafe fn free_mark(&self, mark: Mark) {
+        if !self.is_abandoned() && self.enter().is_ok() {
+            // SAFETY: promised by the caller.
+            let _ = unsafe { result::event::destroy(mark.0 as sys::CUevent) };
+        }
+    }
+
+    unsafe fn put_mark(&self, mark: Mark) -> Result<()> {
+        self.enter()?;
+        // SAFETY: promised by the caller; event and stream are of one context.
+        unsafe { result::event::record(mark.0 as sys::CUevent, self.stream) }.map_err(failed("cuEventRecord"))
+    }
+
+    unsafe fn is_passed(&self, mark: Mark) -> Result<bool> {
+        self.enter()?;
+        // SAFETY: promised by the caller.
+        match unsafe { sys::cuEventQuery(mark.0 as sys::CUevent) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => status.result().map(|()| true).map_err(failed("cuEventQuery")),
+        }
+    }
+
+    fn capture(&self, enqueue: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Replay>> {
+        let device = self.this.upgrade().expect("an open device is behind a pointer that counts");
+        Ok(Box::new(Graph::capture(&device, enqueue)?))
     }
 
     unsafe fn fill(&self, address: u64, byte: u8, num_bytes: usize) -> Result<()> {

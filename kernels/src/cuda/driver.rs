@@ -70,6 +70,32 @@ pub trait Driver: Stream + Send + Sync {
     /// As many bytes from `address` on are inside one allocation, from `target` on inside one of pinned memory; nobody reads these until
     /// they have arrived.
     unsafe fn download_pinned(&self, target: u64, address: u64, num_bytes: usize) -> Result<()>;
+    /// Starts a copy from pinned memory, which is read when the copy's turn comes.
+    ///
+    /// # Safety
+    /// As many bytes from `source` on are inside one allocation of pinned memory, from `address` on inside one allocation; nobody writes
+    /// the source until a mark behind the copy is passed.
+    unsafe fn upload_pinned(&self, address: u64, source: u64, num_bytes: usize) -> Result<()>;
+    /// A new mark, which can be put behind what was enqueued.
+    fn new_mark(&self) -> Result<Mark>;
+    /// Gives it back.
+    ///
+    /// # Safety
+    /// The mark is from [`new_mark`](Self::new_mark), and nobody uses it any more.
+    unsafe fn free_mark(&self, mark: Mark);
+    /// Puts a mark behind all that was enqueued; where it was before is forgotten.
+    ///
+    /// # Safety
+    /// The mark is from [`new_mark`](Self::new_mark).
+    unsafe fn put_mark(&self, mark: Mark) -> Result<()>;
+    /// Whether all before the mark has run. Does not wait.
+    ///
+    /// # Safety
+    /// The mark is from [`new_mark`](Self::new_mark), and was put.
+    unsafe fn is_passed(&self, mark: Mark) -> Result<bool>;
+    /// Notes the kernels and fills that `enqueue` enqueues, in place of running them. It may not wait, copy, or ask for memory. Whatever
+    /// it does, the device runs again what is enqueued when this returns.
+    fn capture(&self, enqueue: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Replay>>;
     /// Sets every byte.
     ///
     /// # Safety
@@ -87,16 +113,42 @@ pub trait Driver: Stream + Send + Sync {
     unsafe fn download(&self, target: &mut [u8], address: u64) -> Result<()>;
 }
 
+/// A place among what was enqueued (an event, as CUDA says).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark(pub u64);
+
+/// Kernels that were captured: they run as one.
+pub trait Replay: Send {
+    /// Enqueues all of them, with the arguments that they had.
+    ///
+    /// # Safety
+    /// Every buffer that they were launched with is still there, and lent to nobody else.
+    unsafe fn launch(&mut self) -> Result<()>;
+}
+
 /// Waits until all that was enqueued has run. [`Error::DeviceLost`] when that takes longer than [`Driver::max_wait`]; the device is
 /// then given up.
 pub fn wait(driver: &dyn Driver) -> Result<()> {
+    wait_until(driver, "cuStreamQuery", || driver.is_idle())
+}
+
+/// The same for what lies before the mark.
+///
+/// # Safety
+/// As [`Driver::is_passed`] wants it.
+pub unsafe fn wait_for(driver: &dyn Driver, mark: Mark) -> Result<()> {
+    // SAFETY: promised by the caller.
+    wait_until(driver, "cuEventQuery", || unsafe { driver.is_passed(mark) })
+}
+
+fn wait_until(driver: &dyn Driver, call: &'static str, has_run: impl Fn() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
-    while !driver.is_idle()? {
+    while !has_run()? {
         let waited = start.elapsed();
         if waited > driver.max_wait() {
             driver.abandon();
             let reason = format!("what was enqueued has not ended after {} ms", waited.as_millis());
-            return Err(Error::DeviceLost { call: "cuStreamQuery", reason });
+            return Err(Error::DeviceLost { call, reason });
         }
         if waited < BUSY_WAIT { std::thread::yield_now() } else { std::thread::sleep(LOOK_INTERVAL) }
     }

@@ -9,6 +9,8 @@ use crate::error::Result;
 const VECTOR: usize = 8;
 /// More threads of a block would have nothing to do in most models.
 const MAX_THREADS: usize = 512;
+/// Threads of a block of [`feed_back`], a token each: a step that decodes rarely has more.
+const FEED_BACK_THREADS: usize = 256;
 
 /// Rows `[rows, width]`, to be taken by their index.
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +49,39 @@ pub fn select_rows(
     out: &mut SliceMut<'_, f32>,
 ) -> Result<()> {
     launch(stream, ("select_rows", "select_rows"), table, indices, out)
+}
+
+/// The ids of a step's tokens, some of which the step before has chosen: `out[i]` is `chosen[sources[i]]` where there is such a row, and
+/// `given[i]` elsewhere; all `[tokens]` but `chosen`.
+pub fn feed_back(
+    stream: &impl Stream,
+    given: Slice<'_, u32>,
+    sources: Slice<'_, u32>,
+    chosen: Slice<'_, u32>,
+    out: &mut SliceMut<'_, u32>,
+) -> Result<()> {
+    let (sizes, num_tokens) = (Sizes { operation: "feed_back" }, given.len());
+    sizes.equal("sources", num_tokens, sources.len())?;
+    sizes.equal("elements of out", num_tokens, out.len())?;
+    if num_tokens == 0 {
+        return Ok(());
+    }
+    let (num_chosen, tokens) = (sizes.int("chosen", chosen.len())?, sizes.int("tokens", num_tokens)?);
+    stream.launch(&Launch {
+        file: "embedding",
+        kernel: "feed_back",
+        grid: [sizes.blocks("tokens", num_tokens.div_ceil(FEED_BACK_THREADS))?, 1, 1],
+        threads: FEED_BACK_THREADS as u32,
+        shared_bytes: 0,
+        arguments: &[
+            given.argument(),
+            sources.argument(),
+            chosen.argument(),
+            out.argument(),
+            Argument::Int(num_chosen),
+            Argument::Int(tokens),
+        ],
+    })
 }
 
 /// Adds rows to rows, number by number: what [`add_embedding`] is where the table's rows had to be made first.

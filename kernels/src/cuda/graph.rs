@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::{result, sys};
 
 use super::device::{Device, failed};
+use super::driver::Replay;
 use crate::error::{Error, Result};
 
 /// Kernels that were captured. Their buffers are the caller's to keep: the graph knows addresses only.
@@ -48,12 +49,10 @@ impl Graph {
         })?;
         Ok(Graph { device: device.clone(), graph, executable })
     }
+}
 
-    /// Enqueues all kernels of the graph.
-    ///
-    /// # Safety
-    /// Every buffer that the captured kernels were launched with is still there, and lent to nobody else.
-    pub unsafe fn launch(&mut self) -> Result<()> {
+impl Replay for Graph {
+    unsafe fn launch(&mut self) -> Result<()> {
         self.device.enter()?;
         // SAFETY: graph and stream are this device's; the caller promises the buffers.
         unsafe { result::graph::launch(self.executable, self.device.stream()) }.map_err(failed("cuGraphLaunch"))

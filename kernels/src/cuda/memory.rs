@@ -1,13 +1,14 @@
 //! A device's memory: what lasts (weights, KV blocks) is taken from the driver and given back to it; what a step needs is kept for
 //! the next step, because asking a driver for memory waits for the device.
 //!
-//! That memory is used again at once when its buffer is dropped: whatever is enqueued later runs later.
+//! That memory is used again at once when its buffer is dropped: whatever is enqueued later runs later. Steps that are captured have
+//! memory of their own, which nobody else gets, because what was captured goes on using it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::driver::{Driver, wait};
+use super::driver::{Driver, Replay, wait};
 use super::launch::{Slice, SliceMut};
 use crate::error::{Error, Result};
 use crate::host::Plain;
@@ -23,10 +24,45 @@ const POISON: u8 = 0xff;
 /// The memory of one device.
 pub struct Memory {
     driver: Arc<dyn Driver>,
-    /// Addresses that nobody uses, by size.
-    idle: Mutex<BTreeMap<usize, Vec<u64>>>,
+    /// Addresses that nobody uses.
+    idle: Mutex<Idle>,
     /// Where pieces arrive that are read back several at a time; made for the first of them.
     staging: Mutex<Option<Staging>>,
+}
+
+/// Memory of steps that lies idle, by size.
+#[derive(Default)]
+struct Idle {
+    of_steps: BTreeMap<usize, Vec<u64>>,
+    of_captured: BTreeMap<usize, Vec<u64>>,
+    /// Whether the step at hand is one that is captured, or is about to be.
+    is_captured: bool,
+    /// Captured steps that there are.
+    num_captured: usize,
+    /// Lasting memory that was dropped while there were some: they may use it.
+    dropped: Vec<u64>,
+}
+
+/// What becomes of a buffer's memory when it is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// It is given back to the driver.
+    Lasting,
+    /// So many bytes lie idle for the next step.
+    ForSteps(usize),
+    /// For those that are captured.
+    ForCaptured(usize),
+}
+
+/// A step that was captured. While there is one, no memory of the device is given back that it may use.
+pub struct CapturedStep {
+    memory: Arc<Memory>,
+    replay: Box<dyn Replay>,
+}
+
+/// While it lives, scratch comes from the memory of captured steps.
+pub struct CapturedScratch<'a> {
+    memory: &'a Memory,
 }
 
 /// Pinned memory.
@@ -41,8 +77,7 @@ pub struct Buffer<T> {
     memory: Arc<Memory>,
     address: u64,
     len: usize,
-    /// Bytes to keep when it is dropped; `None`: they are given back to the driver.
-    scratch_bytes: Option<usize>,
+    kept: Kept,
     numbers: std::marker::PhantomData<T>,
 }
 
@@ -81,12 +116,12 @@ impl Memory {
     /// Room for `len` numbers during a step. They hold anything, in builds with assertions poison.
     pub fn scratch<T: Plain>(self: &Arc<Self>, purpose: &'static str, len: usize) -> Result<Buffer<T>> {
         let num_bytes = scratch_size(self.size_of::<T>(purpose, len)?);
-        let (num_bytes, address) = match self.take_idle(num_bytes) {
-            Some(found) => found,
-            None => (num_bytes, self.allocate(purpose, num_bytes)?),
+        let (kept, address) = match self.take_idle(num_bytes) {
+            (kept, Some(address)) => (kept, address),
+            (kept, None) => (kept, self.allocate(purpose, num_bytes)?),
         };
-        let memory = self.clone();
-        let buffer = Buffer { memory, address, len, scratch_bytes: Some(num_bytes), numbers: std::marker::PhantomData };
+        let (Kept::ForSteps(num_bytes) | Kept::ForCaptured(num_bytes)) = kept else { unreachable!("scratch is kept") };
+        let buffer = Buffer { memory: self.clone(), address, len, kept, numbers: std::marker::PhantomData };
         if cfg!(debug_assertions) {
             // SAFETY: the bytes are the buffer's.
             unsafe { self.driver.fill(address, POISON, num_bytes) }?;
@@ -97,7 +132,7 @@ impl Memory {
     fn lasting<T: Plain>(self: &Arc<Self>, purpose: &'static str, len: usize) -> Result<Buffer<T>> {
         // No byte at all is nothing that a driver allocates.
         let address = self.allocate(purpose, self.size_of::<T>(purpose, len)?.max(1))?;
-        Ok(Buffer { memory: self.clone(), address, len, scratch_bytes: None, numbers: std::marker::PhantomData })
+        Ok(Buffer { memory: self.clone(), address, len, kept: Kept::Lasting, numbers: std::marker::PhantomData })
     }
 
     fn size_of<T>(&self, purpose: &'static str, len: usize) -> Result<usize> {
@@ -116,15 +151,50 @@ impl Memory {
         }
     }
 
-    /// The smallest that is large enough, however large: a step of few tokens runs in the memory of one of many.
-    fn take_idle(&self, num_bytes: usize) -> Option<(usize, u64)> {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let (&size, addresses) = idle.range_mut(num_bytes..).next()?;
-        let address = addresses.pop()?;
+    /// From now on, until the guard is dropped, scratch is that of captured steps. A step that asks for the same sizes in the same order
+    /// as one before it then gets all of them without asking the driver, whatever ran in between.
+    pub fn captured_scratch(&self) -> CapturedScratch<'_> {
+        self.lock_idle().is_captured = true;
+        CapturedScratch { memory: self }
+    }
+
+    /// Notes what `enqueue` launches, as [`Driver::capture`] does, with the scratch of captured steps.
+    pub fn capture(self: &Arc<Self>, enqueue: &mut dyn FnMut() -> Result<()>) -> Result<CapturedStep> {
+        let _scratch = self.captured_scratch();
+        let replay = self.driver.capture(enqueue)?;
+        self.lock_idle().num_captured += 1;
+        Ok(CapturedStep { memory: self.clone(), replay })
+    }
+
+    /// Gives the scratch of captured steps back. Panics while there are some.
+    pub fn forget_captured(&self) {
+        let mut idle = self.lock_idle();
+        assert_eq!(idle.num_captured, 0, "captured steps would go on using it");
+        let of_captured = std::mem::take(&mut idle.of_captured);
+        drop(idle);
+        self.free_all(&of_captured);
+    }
+
+    fn lock_idle(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of a plain step the smallest that is large enough, however large: a step of few tokens runs in the memory of one of many. Of a
+    /// captured one exactly this size: what another step left there is then no reason to find something smaller, and in the end nothing.
+    fn take_idle(&self, num_bytes: usize) -> (Kept, Option<u64>) {
+        let mut idle = self.lock_idle();
+        let is_captured = idle.is_captured;
+        let pool = if is_captured { &mut idle.of_captured } else { &mut idle.of_steps };
+        let largest = if is_captured { num_bytes } else { usize::MAX };
+        let kept = if is_captured { Kept::ForCaptured } else { Kept::ForSteps };
+        let Some((&size, addresses)) = pool.range_mut(num_bytes..=largest).next() else {
+            return (kept(num_bytes), None);
+        };
+        let address = addresses.pop();
         if addresses.is_empty() {
-            idle.remove(&size);
+            pool.remove(&size);
         }
-        Some((size, address))
+        (kept(size), address)
     }
 
     /// Pinned memory for pieces of this size; `None` where there is none to be had.
@@ -140,14 +210,46 @@ impl Memory {
         *staging
     }
 
-    /// Whether there was anything.
+    /// Whether there was anything. Captured steps keep their own.
     fn give_back_idle(&self) -> bool {
-        let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        let of_steps = std::mem::take(&mut self.lock_idle().of_steps);
+        self.free_all(&of_steps);
+        !of_steps.is_empty()
+    }
+
+    fn free_all(&self, idle: &BTreeMap<usize, Vec<u64>>) {
         for &address in idle.values().flatten() {
             // SAFETY: idle memory is an allocation that no buffer has.
             unsafe { self.driver.free(address) };
         }
-        !idle.is_empty()
+    }
+}
+
+impl CapturedStep {
+    /// Enqueues all of it, on the memory with which it was captured.
+    pub fn launch(&mut self) -> Result<()> {
+        // SAFETY: what it uses is kept by `Memory`: scratch until `forget_captured`, which is not called while this exists, lasting memory
+        // until the last captured step is dropped. Kernels of one stream run one after the other.
+        unsafe { self.replay.launch() }
+    }
+}
+
+impl Drop for CapturedStep {
+    fn drop(&mut self) {
+        let mut idle = self.memory.lock_idle();
+        idle.num_captured -= 1;
+        let dropped = if idle.num_captured == 0 { std::mem::take(&mut idle.dropped) } else { Vec::new() };
+        drop(idle);
+        for address in dropped {
+            // SAFETY: its buffer was dropped, and no captured step is left to use it. A driver frees behind what still runs.
+            unsafe { self.memory.driver.free(address) };
+        }
+    }
+}
+
+impl Drop for CapturedScratch<'_> {
+    fn drop(&mut self) {
+        self.memory.lock_idle().is_captured = false;
     }
 }
 
@@ -160,6 +262,7 @@ pub fn scratch_size(num_bytes: usize) -> usize {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.give_back_idle();
+        self.forget_captured();
         let staging = self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(Staging { address, .. }) = staging {
             // SAFETY: it is freed once; who reads pieces back has waited for them, or has given the device up.
@@ -265,6 +368,16 @@ impl<T: Plain> Buffer<T> {
         self.slice(0..self.len)
     }
 
+    /// `len` numbers of another type, from number `start` on, for kernels that read. Panics when they are not inside, or not aligned.
+    pub fn view<U: Plain>(&self, start: usize, len: usize) -> Slice<'_, U> {
+        let end = start * size_of::<T>() + len * size_of::<U>();
+        assert!(end <= self.size_bytes(), "{len} numbers from {start} on, of {} bytes", self.size_bytes());
+        let address = self.address + (start * size_of::<T>()) as u64;
+        assert!(address.is_multiple_of(align_of::<U>() as u64), "number {start} is not aligned");
+        // SAFETY: as in `slice`; every bit pattern of a plain type is a value.
+        unsafe { Slice::from_raw(address, len) }
+    }
+
     /// All of it as bytes, for kernels that are told the type.
     pub fn bytes(&self) -> Slice<'_, u8> {
         // SAFETY: as in `slice`; the bytes are the numbers'.
@@ -289,6 +402,11 @@ impl<T: Plain> Buffer<T> {
         unsafe { SliceMut::from_raw(self.address, self.size_bytes()) }
     }
 
+    /// Where it begins, for copies that are under way together ([`transfer`](super::transfer)).
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
     fn address_of(&self, range: &Range<usize>) -> u64 {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} numbers", self.len);
         self.address + (range.start * size_of::<T>()) as u64
@@ -297,14 +415,18 @@ impl<T: Plain> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        match self.scratch_bytes {
-            Some(num_bytes) => {
-                let mut idle = self.memory.idle.lock().unwrap_or_else(PoisonError::into_inner);
-                idle.entry(num_bytes).or_default().push(self.address);
+        let mut idle = self.memory.lock_idle();
+        let (pool, num_bytes) = match self.kept {
+            Kept::ForSteps(num_bytes) => (&mut idle.of_steps, num_bytes),
+            Kept::ForCaptured(num_bytes) => (&mut idle.of_captured, num_bytes),
+            Kept::Lasting if idle.num_captured > 0 => return idle.dropped.push(self.address),
+            Kept::Lasting => {
+                drop(idle);
+                // SAFETY: allocated for this buffer, and freed once.
+                return unsafe { self.memory.driver.free(self.address) };
             }
-            // SAFETY: allocated for this buffer, and freed once.
-            None => unsafe { self.memory.driver.free(self.address) },
-        }
+        };
+        pool.entry(num_bytes).or_default().push(self.address);
     }
 }
 

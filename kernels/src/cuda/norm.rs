@@ -1,4 +1,4 @@
-//! Launches `norm.cu`: RMSNorm and LayerNorm of rows, into bf16 for products or into f32; RMSNorm with a sum in front of it.
+//! Launches `norm.cu`: RMSNorm and LayerNorm of rows, into bf16 for products or into f32.
 
 use half::bf16;
 
@@ -39,21 +39,6 @@ pub fn rms_norm_rows(
 ) -> Result<()> {
     let rows = Rows::new("rms_norm_rows", norm, x.place(), out.place())?;
     rows.launch(stream, "rms_norm_f32", &[x.argument(), norm.weight.argument(), out.argument()])
-}
-
-/// `hidden += added`, then the norm of `hidden` into `out`; all `[rows, width]`.
-pub fn add_rms_norm(
-    stream: &impl Stream,
-    hidden: &mut SliceMut<'_, f32>,
-    added: Slice<'_, f32>,
-    norm: &RmsNorm<'_>,
-    out: &mut SliceMut<'_, bf16>,
-) -> Result<()> {
-    let rows = Rows::new("add_rms_norm", norm, hidden.place(), out.place())?;
-    rows.sizes.equal("elements of added", hidden.len(), added.len())?;
-    rows.sizes.aligned([("address of added", added.place())])?;
-    let arguments = [hidden.argument(), added.argument(), norm.weight.argument(), out.argument()];
-    rows.launch(stream, "add_rms_norm_bf16", &arguments)
 }
 
 /// A LayerNorm's weight and bias `[width]`, and epsilon.

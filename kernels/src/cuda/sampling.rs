@@ -45,6 +45,57 @@ pub struct SamplingRow {
     pub prompt_tokens: u32,
 }
 
+impl SamplingRow {
+    /// The largest logit, changed by nothing.
+    pub const GREEDY: SamplingRow = SamplingRow {
+        seed: 0,
+        position: 0,
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        first_bias: 0,
+        num_bias: 0,
+        first_history: 0,
+        num_history: 0,
+        prompt_tokens: 0,
+    };
+    /// Numbers of 32 bits that a row takes.
+    pub const NUM_WORDS: usize = size_of::<SamplingRow>() / size_of::<u32>();
+
+    /// As it lies in memory.
+    pub fn words(&self) -> [u32; SamplingRow::NUM_WORDS] {
+        let [seed_low, seed_high] = halves(self.seed);
+        let [position_low, position_high] = halves(self.position);
+        [
+            seed_low,
+            seed_high,
+            position_low,
+            position_high,
+            self.temperature.to_bits(),
+            self.top_k,
+            self.top_p.to_bits(),
+            self.min_p.to_bits(),
+            self.repetition_penalty.to_bits(),
+            self.presence_penalty.to_bits(),
+            self.frequency_penalty.to_bits(),
+            self.first_bias,
+            self.num_bias,
+            self.first_history,
+            self.num_history,
+            self.prompt_tokens,
+        ]
+    }
+}
+
+/// Lower and upper half, in the order of a little-endian memory, which every host of a CUDA device has.
+fn halves(value: u64) -> [u32; 2] {
+    [value as u32, (value >> 32) as u32]
+}
+
 /// What is added to one token's logit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C)]

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use ns_llm_kernels::cpu;
 use ns_llm_kernels::cuda::activation::{gelu, gelu_rows, round_rows, swiglu, swiglu_rows};
-use ns_llm_kernels::cuda::embedding::{Table, add_embedding, add_rows, embed, select_rows};
+use ns_llm_kernels::cuda::embedding::{Table, add_embedding, add_rows, embed, feed_back, select_rows};
 use ns_llm_kernels::cuda::kv_blocks::{KvBlocks, KvDtype, KvLayout};
 use ns_llm_kernels::cuda::launch::Stream;
 use ns_llm_kernels::cuda::norm::RmsNorm;
@@ -19,6 +19,7 @@ use crate::shim::{Schedule, Shim, schedules, slice, slice_mut};
 /// The tests of this file.
 pub(crate) const TESTS: &[Test] = &[
     ("rows are taken by their index", rows_are_taken),
+    ("tokens are fed back where a row says so", tokens_are_fed_back),
     ("activations have the bits of the scalar ones", activations_have_the_scalar_bits),
     ("heads are normed and rotated as by the scalar code", heads_are_the_scalar_ones),
     ("keys and values lie in their slots and nowhere else", keys_and_values_are_stored),
@@ -59,6 +60,22 @@ fn rows_are_taken() {
             let mut sums = before[..3 * width].to_vec();
             add_rows(&shim, slice(&want), &mut slice_mut(&mut sums)).expect("sizes fit");
             assert_eq!(sums, out[..3 * width], "rows that were made first");
+        }
+    }
+}
+
+/// Each row gets the token of the row that it names, and keeps its own where no row has that number; in one block of threads and in two.
+fn tokens_are_fed_back() {
+    for num_tokens in [1, 31, 257] {
+        let given: Vec<u32> = (0..num_tokens).map(|i| 1000 + i).collect();
+        let chosen = [7, u32::MAX, 9];
+        let sources: Vec<u32> = (0..num_tokens).map(|i| [u32::MAX, 2, 0, 3, 1][i as usize % 5]).collect();
+        let want = |i: usize| chosen.get(sources[i] as usize).copied().unwrap_or(given[i]);
+        for schedule in schedules() {
+            let (shim, mut got) = (Shim::new(schedule), vec![1; num_tokens as usize]);
+            feed_back(&shim, slice(&given), slice(&sources), slice(&chosen), &mut slice_mut(&mut got))
+                .expect("sizes fit");
+            assert!(got.iter().enumerate().all(|(i, &id)| id == want(i)), "{num_tokens} tokens: {got:?}");
         }
     }
 }

@@ -4,8 +4,9 @@
 use ns_llm_kernels::cuda::attention::HEAD_DIMS;
 use ns_llm_kernels::cuda::memory::scratch_size;
 
+use super::bucket::{Bucket, max_rows};
 use super::sample::TILE_ROWS;
-use crate::backend::KvLayout;
+use crate::backend::{KvLayout, StepLimits};
 use crate::config::WeightFormat;
 use crate::tensor::QuantType;
 
@@ -59,6 +60,46 @@ pub(crate) fn missing_kernel(sizes: &ModelSizes, layout: &KvLayout) -> Option<St
     }
     (sizes.vocab_size > MAX_VOCAB_SIZE)
         .then(|| format!("a vocabulary of {} (there is none above {MAX_VOCAB_SIZE})", sizes.vocab_size))
+}
+
+/// Bytes of a graph on the device: some 250 kernels with their arguments. How much a driver really takes is its own affair.
+const GRAPH_BYTES: u64 = 1 << 20;
+
+/// Bytes of what steps in flight and captured steps have beside the others: their numbers and tokens, memory of their own in each bucket
+/// size by size, and the graphs.
+pub(crate) fn graph_bytes(sizes: &ModelSizes, layout: &KvLayout, limits: &StepLimits) -> u64 {
+    let chosen = scratch_size(limits.max_tokens.max(limits.max_sequences) * size_of::<u32>()) as u64;
+    if limits.max_graphs == 0 {
+        return chosen;
+    }
+    let ModelSizes { hidden_size, intermediate_size, num_heads, vocab_size } = *sizes;
+    let attention_width = num_heads * layout.head_dim;
+    let qkv_width = attention_width + 2 * layout.num_kv_heads * layout.head_dim;
+    let bucket_bytes = |rows: usize| {
+        let mut buffers = vec![
+            rows * size_of::<u32>(),
+            rows * qkv_width * size_of::<f32>(),
+            // Gate and up.
+            2 * rows * intermediate_size * size_of::<f32>(),
+            TILE_ROWS.min(rows) * vocab_size * size_of::<f32>(),
+            rows % TILE_ROWS * vocab_size * size_of::<f32>(),
+        ];
+        for width in [hidden_size, attention_width, intermediate_size] {
+            let operand = [2 * rows * width, rows * width, rows * width / 8, rows * width / 8];
+            buffers.extend(operand.into_iter().chain([rows * width * size_of::<f32>(); 3]));
+        }
+        buffers.iter().map(|&bytes| scratch_size(bytes) as u64).sum::<u64>()
+    };
+    let lasting = [
+        Bucket::buffer_len(limits) * size_of::<u32>(),
+        max_rows(limits) * num_heads * size_of::<u32>(),
+        Bucket::partial_bytes(limits),
+        // Where the partial results of single spans have the least size there is.
+        Bucket::all_rows(limits).count() * scratch_size(1),
+    ];
+    let lasting = lasting.iter().map(|&bytes| scratch_size(bytes) as u64).sum::<u64>();
+    let buckets = Bucket::all_rows(limits).map(bucket_bytes).sum::<u64>();
+    chosen + lasting + buckets + limits.max_graphs as u64 * GRAPH_BYTES
 }
 
 /// Bytes of the buffers that steps of up to `max_tokens` tokens and `max_sequences` sequences of `context_tokens` keep. Decoding beside
