@@ -523,6 +523,22 @@ typedef struct ns_llm_engine_params {
      * one owner of namespaces. 0: no limit.
      */
     uint64_t kv_remote_owner_bytes;
+    /**
+     * How long what is stored at `kv_remote_url` is kept there when nobody stores it again, seconds, at most thirty days. 0: one
+     * day.
+     */
+    uint64_t kv_remote_ttl_s;
+    /** What all names at `kv_remote_url` begin with, at most 64 bytes. NULL: "ns-llm". */
+    ns_llm_text kv_remote_prefix;
+    /** How long one call to `kv_remote_url` may take, connecting included, milliseconds, at most 10,000. 0: 500. */
+    uint64_t kv_remote_timeout_ms;
+    /** Answers that are kept in memory at most. 0: as many as `response_cache_bytes` holds. */
+    uint64_t response_max_entries;
+    /**
+     * Part of the key of every answer: those of another version are not found. For what answers depend on and the engine does
+     * not know.
+     */
+    uint64_t response_version;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */

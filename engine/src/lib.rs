@@ -66,6 +66,8 @@ pub mod memory_plan;
 pub mod model;
 #[doc(hidden)]
 pub mod open;
+#[doc(hidden)]
+pub mod option_names;
 mod owner_ledger;
 #[doc(hidden)]
 pub mod response_cache;

@@ -100,6 +100,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("tier_thread", &["command", "kv_cache"]),
     ("command", &["embedding", "kv_cache", "request", "responses", "sequence", "stream", "tokenizer"]),
     ("stream", &["request"]),
+    ("option_names", &["request"]),
     ("text_model", &["chat", "request", "tokenizer"]),
     // Whole answers: as they are shared, and as plain state.
     ("responses", &["kv_cache", "request", "response_cache", "response_tiers", "sequence", "stats"]),
