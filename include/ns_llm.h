@@ -685,9 +685,9 @@ typedef struct ns_llm_stats {
     /** `sizeof(ns_llm_stats)`. */
     size_t struct_size;
     /** Sequences that are being computed. */
-    uint64_t num_requests_running;
+    uint64_t num_sequences_running;
     /** Sequences that wait. */
-    uint64_t num_requests_waiting;
+    uint64_t num_sequences_waiting;
     /** Blocks of the KV pool. */
     uint64_t kv_blocks_total;
     /** Blocks that live sequences hold. */
@@ -732,6 +732,8 @@ typedef struct ns_llm_stats {
     uint64_t prefix_cache_disk_hits_total;
     /** Those that came from a store that nodes share. */
     uint64_t prefix_cache_remote_hits_total;
+    /** Requests that are not sequences yet, one for each choice or input: being rendered and tokenized, or next to be. */
+    uint64_t num_requests_preparing;
 } ns_llm_stats;
 
 /**

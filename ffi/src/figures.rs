@@ -71,9 +71,9 @@ pub struct ns_llm_stats {
     /// `sizeof(ns_llm_stats)`.
     pub struct_size: usize,
     /// Sequences that are being computed.
-    pub num_requests_running: u64,
+    pub num_sequences_running: u64,
     /// Sequences that wait.
-    pub num_requests_waiting: u64,
+    pub num_sequences_waiting: u64,
     /// Blocks of the KV pool.
     pub kv_blocks_total: u64,
     /// Blocks that live sequences hold.
@@ -118,6 +118,8 @@ pub struct ns_llm_stats {
     pub prefix_cache_disk_hits_total: u64,
     /// Those that came from a store that nodes share.
     pub prefix_cache_remote_hits_total: u64,
+    /// Requests that are not sequences yet, one for each choice or input: being rendered and tokenized, or next to be.
+    pub num_requests_preparing: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
@@ -332,8 +334,8 @@ impl From<Stats> for ns_llm_stats {
     fn from(stats: Stats) -> Self {
         ns_llm_stats {
             struct_size: size_of::<ns_llm_stats>(),
-            num_requests_running: stats.num_requests_running as u64,
-            num_requests_waiting: stats.num_requests_waiting as u64,
+            num_sequences_running: stats.num_sequences_running as u64,
+            num_sequences_waiting: stats.num_sequences_waiting as u64,
             kv_blocks_total: stats.kv_blocks_total as u64,
             kv_blocks_used: stats.kv_blocks_used as u64,
             kv_blocks_cached: stats.kv_blocks_cached as u64,
@@ -356,6 +358,7 @@ impl From<Stats> for ns_llm_stats {
             prefix_cache_host_hits_total: stats.prefix_cache_hits_by_tier.host as u64,
             prefix_cache_disk_hits_total: stats.prefix_cache_hits_by_tier.disk as u64,
             prefix_cache_remote_hits_total: stats.prefix_cache_hits_by_tier.remote as u64,
+            num_requests_preparing: stats.num_requests_preparing as u64,
         }
     }
 }

@@ -97,7 +97,7 @@ impl Served {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
         let [steps, intake] = &mut *progress;
         let (has_work, is_preparing) =
-            (stats.num_requests_running + stats.num_requests_waiting > 0, stats.num_requests_preparing > 0);
+            (stats.num_sequences_running + stats.num_sequences_waiting > 0, stats.num_requests_preparing > 0);
         // A step that runs has its own time; what is between steps takes none to speak of.
         let step = self.engine.running_step();
         let step_hangs = step.is_some_and(|step| step.elapsed >= longest_step(&step, self.step_stall));

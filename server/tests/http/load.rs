@@ -82,7 +82,7 @@ fn prompts_take_places_one_by_one() {
     let mut most = 0;
     loop {
         let stats = running.engine.stats();
-        most = most.max(stats.num_requests_running + stats.num_requests_waiting);
+        most = most.max(stats.num_sequences_running + stats.num_sequences_waiting);
         if stats.requests_finished == 40 {
             break;
         }
