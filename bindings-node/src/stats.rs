@@ -2,6 +2,7 @@
 //! are exact up to 2^53.
 
 use napi_derive::napi;
+use serde::Serialize;
 
 /// What an engine has done and is doing. Counters only grow.
 #[napi(object, object_from_js = false)]
@@ -126,6 +127,7 @@ impl From<ns_llm::KvTierStats> for KvTierStats {
 
 /// Prompt tokens whose KV did not have to be computed, by the place where it was.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
 pub struct CachedTokens {
     /// In the KV pool.
     pub pool: f64,
