@@ -531,6 +531,21 @@ typedef struct ns_llm_engine_params {
      * it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
      */
     size_t max_cuda_graphs;
+     * How long what is stored at `kv_remote_url` is kept there when nobody stores it again, seconds, at most thirty days. 0: one
+     * day.
+     */
+    uint64_t kv_remote_ttl_s;
+    /** What all names at `kv_remote_url` begin with, at most 64 bytes. NULL: "ns-llm". */
+    ns_llm_text kv_remote_prefix;
+    /** How long one call to `kv_remote_url` may take, connecting included, milliseconds, at most 10,000. 0: 500. */
+    uint64_t kv_remote_timeout_ms;
+    /** Answers that are kept in memory at most. 0: as many as `response_cache_bytes` holds. */
+    uint64_t response_max_entries;
+    /**
+     * Part of the key of every answer: those of another version are not found. For what answers depend on and the engine does
+     * not know.
+     */
+    uint64_t response_version;
 } ns_llm_engine_params;
 
 /** An engine: an id, not a pointer. 0 is never an engine. */
@@ -677,9 +692,9 @@ typedef struct ns_llm_stats {
     /** `sizeof(ns_llm_stats)`. */
     size_t struct_size;
     /** Sequences that are being computed. */
-    uint64_t num_requests_running;
+    uint64_t num_sequences_running;
     /** Sequences that wait. */
-    uint64_t num_requests_waiting;
+    uint64_t num_sequences_waiting;
     /** Blocks of the KV pool. */
     uint64_t kv_blocks_total;
     /** Blocks that live sequences hold. */
@@ -734,6 +749,8 @@ typedef struct ns_llm_stats {
     uint64_t cuda_graphs_evicted_total;
     /** 1: no step of this engine is captured, because it was not asked for or a capture failed. */
     uint64_t cuda_graphs_refused;
+    /** Requests that are not sequences yet, one for each choice or input: being rendered and tokenized, or next to be. */
+    uint64_t num_requests_preparing;
 } ns_llm_stats;
 
 /**

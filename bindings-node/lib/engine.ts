@@ -8,15 +8,15 @@ import { isOneInput, runEmbedding, toNativeEmbedding } from './embedding.js';
 import type { Embedding, EmbeddingInput, Embeddings, EmbedOptions } from './embedding.js';
 import { AbortError, NsLlmError, settled, wrapErrors } from './errors.js';
 import { DEMO_MODEL, native } from './native.js';
-import type { NativeEngine, NativeOpening } from './native.js';
+import type { NativeBatch, NativeEngine, NativeOpening } from './native.js';
 import { Chat } from './openai/chat.js';
 import { EmbeddingResource } from './openai/embeddings.js';
 import { abortSignal, describe, plainObject, toNativeRequest, toTokenIds } from './request.js';
 import type { GenerateOptions, Prompt, TokenIds } from './request.js';
 import { ResponseCache } from './response_cache.js';
 import type { ResponseCacheOptions } from './response_cache.js';
-import { ResponseStream } from './stream.js';
-import type { Completion, ReadMode } from './stream.js';
+import { ResponseStream, toCompletion } from './stream.js';
+import type { Completion } from './stream.js';
 import { warm } from './warm.js';
 import type { Warmed, WarmOptions } from './warm.js';
 import type { MemoryUse, ModelInfo, Stats } from '../native.js';
@@ -210,7 +210,15 @@ export class Engine {
 
   /** Answers a request and gives all of it. */
   async generate(prompt: Prompt, options: GenerateOptions = {}): Promise<Completion> {
-    return this.#submit(prompt, options, 'whole').result;
+    const { request, signal } = nativeRequest(prompt, options);
+    if (signal?.aborted) {
+      throw new AbortError(signal.reason);
+    }
+    const submitted = wrapErrors(() => this.#native.submitWhole(request));
+    if (typeof submitted === 'string') {
+      return toCompletion(JSON.parse(submitted) as NativeBatch);
+    }
+    return new ResponseStream(() => submitted, signal, 'whole').result;
   }
 
   /**
@@ -218,7 +226,8 @@ export class Engine {
    * thrown here, one that needs the tokenizer or the template (such as `prompt_too_long`) by the loop.
    */
   stream(prompt: Prompt, options: GenerateOptions = {}): ResponseStream {
-    return this.#submit(prompt, options, 'chunks');
+    const { request, signal } = nativeRequest(prompt, options);
+    return new ResponseStream(() => wrapErrors(() => this.#native.submit(request)), signal, 'chunks');
   }
 
   /**
@@ -313,13 +322,11 @@ export class Engine {
     const { vectors, ...rest } = await runEmbedding(() => this.#native.embed(request), abortSignal(signal));
     return { embeddings: vectors, dimensions: vectors[0]!.length, ...rest, model: this.info.name };
   }
+}
 
-  #submit(prompt: Prompt, given: GenerateOptions, mode: ReadMode): ResponseStream {
-    const { signal, ...options } = plainObject('options', given, 'an object');
-    const request = toNativeRequest(prompt, options);
-    const submit = () => wrapErrors(() => this.#native.submit(request));
-    return new ResponseStream(submit, abortSignal(signal), mode);
-  }
+function nativeRequest(prompt: Prompt, given: GenerateOptions) {
+  const { signal, ...options } = plainObject('options', given, 'an object');
+  return { request: toNativeRequest(prompt, options), signal: abortSignal(signal) };
 }
 
 async function load(

@@ -40,3 +40,6 @@ function load(): typeof Addon {
 
 /** The loaded addon. */
 export const native = load();
+
+/** Limits and defaults of the engine. */
+export const limits = native.NativeHost.limits();

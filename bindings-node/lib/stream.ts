@@ -241,7 +241,7 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
 
   /** Marks the last chunk of the choice, which is a new one when nothing of it is left to be read. */
   #endChoice(choice: number, finishReason: FinishReason): void {
-    this.#choice(choice).finishReason = finishReason;
+    choiceAt(this.#choices, choice).finishReason = finishReason;
     if (this.#mode === 'chunks') {
       const last = this.#chunks.findLast((chunk) => chunk.choice === choice);
       if (last) {
@@ -253,7 +253,7 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
   }
 
   #append({ choice: index, text, tokenIds, logprobs }: Chunk): void {
-    const choice = this.#choice(index);
+    const choice = choiceAt(this.#choices, index);
     choice.text += text;
     // Not push(...): a late reader gets its whole answer at once, and a call takes only so many arguments.
     for (const tokenId of tokenIds) {
@@ -267,20 +267,9 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
     }
   }
 
-  #choice(index: number): Choice {
-    while (this.#choices.length <= index) {
-      this.#choices.push({ text: '', tokenIds: [], finishReason: 'length' });
-    }
-    return this.#choices[index]!;
-  }
-
-  #finish({ promptLogprobs, ...summary }: NativeSummary): void {
+  #finish(summary: NativeSummary): void {
     this.#settle('finished');
-    const completion: Completion = { ...this.#choice(0), choices: this.#choices, ...summary };
-    if (promptLogprobs.length > 0) {
-      completion.promptLogprobs = promptLogprobs;
-    }
-    this.#result.resolve(completion);
+    this.#result.resolve(completionOf(this.#choices, summary));
   }
 
   #fail(error: unknown): void {
@@ -320,6 +309,34 @@ export class ResponseStream implements AsyncIterableIterator<Chunk, undefined, u
     this.#removeListener = removeListener;
     forgotten.register(this, removeListener, this);
   }
+}
+
+/** The answer that one batch holds from its first token to its end, where a kept one came at once. */
+export function toCompletion({ deltas, finished, done }: NativeBatch): Completion {
+  const choices: Choice[] = [];
+  for (const { choice, text, tokenIds } of deltas) {
+    // All of a choice in one, since nobody has read a part of it.
+    Object.assign(choiceAt(choices, choice), { text, tokenIds });
+  }
+  for (const { choice, reason } of finished ?? []) {
+    choiceAt(choices, choice).finishReason = reason;
+  }
+  return completionOf(choices, done!);
+}
+
+function choiceAt(choices: Choice[], index: number): Choice {
+  while (choices.length <= index) {
+    choices.push({ text: '', tokenIds: [], finishReason: 'length' });
+  }
+  return choices[index]!;
+}
+
+function completionOf(choices: Choice[], { promptLogprobs, ...summary }: NativeSummary): Completion {
+  const completion: Completion = { ...choiceAt(choices, 0), choices, ...summary };
+  if (promptLogprobs.length > 0) {
+    completion.promptLogprobs = promptLogprobs;
+  }
+  return completion;
 }
 
 interface Waiting {

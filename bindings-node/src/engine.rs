@@ -8,7 +8,7 @@ use std::task::{Context, Waker};
 
 use napi::Env;
 use napi::bindgen_prelude::{
-    FnArgs, Function, FunctionRef, Object, ObjectFinalize, PromiseRaw, Uint32ArraySlice, Unknown,
+    Either, FnArgs, Function, FunctionRef, Object, ObjectFinalize, PromiseRaw, Uint32ArraySlice, Unknown,
 };
 use napi_derive::napi;
 use ns_llm::{Engine, EngineOptions, Error, LoadProgress};
@@ -126,6 +126,8 @@ enum State {
 #[napi(custom_finalize)]
 pub struct NativeEngine {
     state: Rc<RefCell<State>>,
+    /// Answers that [`NativeEngine::submit_whole`] gave at once.
+    num_given_at_once: Cell<u32>,
     /// Bytes that the garbage collector was told of.
     reported_bytes: Rc<Cell<i64>>,
 }
@@ -154,7 +156,11 @@ impl NativeEngine {
         let memory = engine.memory();
         let bytes = i64::try_from(memory.weights_bytes.saturating_add(memory.kv_reserved_bytes)).unwrap_or(i64::MAX);
         adjust_external_memory(env, bytes);
-        NativeEngine { state: Rc::new(RefCell::new(State::Open(engine))), reported_bytes: Rc::new(Cell::new(bytes)) }
+        NativeEngine {
+            state: Rc::new(RefCell::new(State::Open(engine))),
+            num_given_at_once: Cell::new(0),
+            reported_bytes: Rc::new(Cell::new(bytes)),
+        }
     }
 
     pub(crate) fn open_engine(&self) -> Result<Engine> {
@@ -171,6 +177,29 @@ impl NativeEngine {
         let request = read_request(&request)?;
         let events = caught(|| engine.submit(request)).map_err(|error| to_js(&error))?;
         Ok(NativeStream::new(events))
+    }
+
+    /// As [`NativeEngine::submit`], for who wants the whole answer and no part of it: one that was kept comes at once, as the
+    /// JSON text of its [`NativeBatch`](crate::stream::NativeBatch).
+    #[napi(catch_unwind, ts_return_type = "string | NativeStream")]
+    pub fn submit_whole(
+        &self,
+        #[napi(ts_arg_type = "Record<string, unknown>")] request: Object,
+    ) -> Result<Either<String, NativeStream>> {
+        let stream = self.submit(request)?;
+        Ok(match stream.whole_as_json() {
+            Some(json) => {
+                self.num_given_at_once.set(self.num_given_at_once.get().wrapping_add(1));
+                Either::A(json)
+            }
+            None => Either::B(stream),
+        })
+    }
+
+    /// How many answers [`NativeEngine::submit_whole`] gave at once.
+    #[napi(catch_unwind)]
+    pub fn num_given_at_once(&self) -> u32 {
+        self.num_given_at_once.get()
     }
 
     /// Submits inputs to be turned into vectors; never waits.

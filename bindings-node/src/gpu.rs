@@ -1,8 +1,9 @@
-//! The machine's GPUs as JavaScript sees them. They are asked for on a thread of its own: a driver may take seconds.
+//! The machine's GPUs as JavaScript sees them, and the engine's limits that it must know. GPUs are asked for on a thread of its own: a driver may take seconds.
 
 use napi::Env;
 use napi::bindgen_prelude::PromiseRaw;
 use napi_derive::napi;
+use ns_llm::config::{DEFAULT_BLOCK_TOKENS, DEFAULT_MAX_TOKENS, MAX_TIMEOUT_MS};
 use ns_llm::{Gpu, GpuVendor};
 
 use crate::error::{Result, from_napi};
@@ -52,12 +53,33 @@ impl From<Gpu> for NativeGpu {
     }
 }
 
-/// What the machine has, if anything.
+/// Limits and defaults of the engine that JavaScript's own checks must agree with.
+#[napi(object, object_from_js = false)]
+pub struct NativeLimits {
+    /// New tokens when a request does not say.
+    pub default_max_tokens: u32,
+    /// Tokens in a KV block when the options do not say.
+    pub default_block_tokens: u32,
+    /// Longest timeout of a request, milliseconds.
+    pub max_timeout_ms: f64,
+}
+
+/// What the machine has, if anything, and what any engine on it keeps to.
 #[napi]
 pub struct NativeHost;
 
 #[napi]
 impl NativeHost {
+    /// Limits and defaults.
+    #[napi(catch_unwind)]
+    pub fn limits() -> NativeLimits {
+        NativeLimits {
+            default_max_tokens: DEFAULT_MAX_TOKENS as u32,
+            default_block_tokens: DEFAULT_BLOCK_TOKENS as u32,
+            max_timeout_ms: MAX_TIMEOUT_MS as f64,
+        }
+    }
+
     /// The GPUs of this machine, NVIDIA's first.
     #[napi(catch_unwind)]
     pub fn gpus(env: &Env) -> Result<PromiseRaw<'_, Vec<NativeGpu>>> {

@@ -7,7 +7,7 @@ use ns_llm::config::{
     MAX_EMBEDDING_INPUTS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_RESPONSE_TAGS, MAX_STOP_STRINGS,
 };
 use ns_llm::{
-    CacheUse, Device, EmbeddingInput, EmbeddingRequest, EngineOptions, KvDtype, KvRemoteOptions, KvTierEncoding,
+    CacheUse, Device, EmbeddingInput, EmbeddingRequest, EngineOptions, Error, KvDtype, KvRemoteOptions, KvTierEncoding,
     Message, Priority, Prompt, PutOptions, Request, ResponseCacheOptions, SamplingOptions, ThreadPriority,
     WeightFormat,
 };
@@ -104,11 +104,11 @@ pub(crate) fn read_request(object: &Object) -> Result<Request> {
     request.n = fields.integer("n")?.map_or(request.n, as_usize);
     request.logprobs = fields.integer("logprobs")?.map(as_usize);
     request.prompt_logprobs = fields.boolean("promptLogprobs")?.unwrap_or(request.prompt_logprobs);
-    request.priority = fields.one_of("priority", PRIORITIES)?.unwrap_or(request.priority);
+    request.priority = fields.named("priority", Priority::from_name)?.unwrap_or(request.priority);
     request.timeout_ms = fields.integer("timeoutMs")?;
     request.namespace = fields.string("namespace")?;
-    request.prefix_cache = fields.one_of("prefixCache", CACHE_USES)?.unwrap_or(request.prefix_cache);
-    request.response_cache = fields.one_of("responseCache", CACHE_USES)?;
+    request.prefix_cache = fields.named("prefixCache", CacheUse::from_name)?.unwrap_or(request.prefix_cache);
+    request.response_cache = fields.named("responseCache", CacheUse::from_name)?;
     request.response_tags = fields.strings("responseTags", MAX_RESPONSE_TAGS)?;
     request.response_ttl_ms = fields.integer("responseTtlMs")?;
     Ok(request)
@@ -121,7 +121,7 @@ pub(crate) fn read_embedding_request(object: &Object) -> Result<EmbeddingRequest
     request.truncate = fields.boolean("truncate")?.unwrap_or(request.truncate);
     request.normalize = fields.boolean("normalize")?.unwrap_or(request.normalize);
     request.dimensions = fields.integer("dimensions")?.map(as_usize);
-    request.priority = fields.one_of("priority", PRIORITIES)?.unwrap_or(request.priority);
+    request.priority = fields.named("priority", Priority::from_name)?.unwrap_or(request.priority);
     request.timeout_ms = fields.integer("timeoutMs")?;
     Ok(request)
 }
@@ -133,15 +133,11 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
     let model =
         model.ok_or_else(|| to_js(&invalid("model", "no path", "the path of a model folder or of a GGUF file")))?;
     let mut options = EngineOptions::new(model);
-    if let Some(name) = fields.string("device")? {
-        let quoted = || invalid("device", format!("\"{}\"", shortened(&name)), DEVICES);
-        options.device = Device::from_name(&name).map_err(|_| to_js(&quoted()))?;
-    }
-    let weights: Vec<_> = WeightFormat::all().map(|format| (format.name(), format)).collect();
-    options.weights = fields.one_of("weights", &weights)?.unwrap_or_default();
-    options.kv_dtype = fields.one_of("kvDtype", KV_DTYPES)?.flatten();
+    options.device = fields.named("device", Device::from_name)?.unwrap_or_default();
+    options.weights = fields.named("weights", WeightFormat::from_name)?.unwrap_or_default();
+    options.kv_dtype = fields.named("kvDtype", KvDtype::from_name_or_auto)?.flatten();
     options.threads = fields.integer("threads")?.map(as_usize);
-    options.thread_priority = fields.one_of("threadPriority", THREAD_PRIORITIES)?.unwrap_or_default();
+    options.thread_priority = fields.named("threadPriority", ThreadPriority::from_name)?.unwrap_or_default();
     options.context_tokens = fields.integer("contextTokens")?.map(as_usize);
     options.kv_bytes = fields.integer("kvBytes")?;
     options.memory_limit_bytes = fields.integer("memoryLimit")?;
@@ -167,10 +163,9 @@ pub(crate) fn read_engine_options(object: &Object) -> Result<EngineOptions> {
         options.kv_remote = Some(read_remote_options(&remote)?);
     }
     options.kv_disk_bytes = fields.integer("kvDiskBytes")?.unwrap_or(options.kv_disk_bytes);
-    options.kv_tier_encoding = fields.one_of("kvTierEncoding", KV_TIER_ENCODINGS)?.unwrap_or_default();
+    options.kv_tier_encoding = fields.named("kvTierEncoding", KvTierEncoding::from_name)?.unwrap_or_default();
     options.kv_load_budget_ms = fields.integer("kvLoadBudgetMs")?.unwrap_or(options.kv_load_budget_ms);
-    options.kv_namespace_share =
-        fields.number("kvNamespaceShare")?.map(f64::from).unwrap_or(options.kv_namespace_share);
+    options.kv_namespace_share = fields.double("kvNamespaceShare")?.unwrap_or(options.kv_namespace_share);
     if let Some(response_cache) = fields.object("responseCache", "an object of options")? {
         options.response_cache = read_response_cache_options(&response_cache)?;
     }
@@ -210,24 +205,6 @@ pub(crate) fn read_put_options(object: &Object) -> Result<PutOptions> {
     Ok(PutOptions { ttl_ms: fields.integer("ttlMs")?, tags: fields.strings("tags", MAX_RESPONSE_TAGS)? })
 }
 
-const CACHE_USES: &[(&str, CacheUse)] =
-    &[("off", CacheUse::Off), ("read", CacheUse::Read), ("read-write", CacheUse::ReadWrite)];
-pub(crate) const PRIORITIES: &[(&str, Priority)] =
-    &[("high", Priority::High), ("normal", Priority::Normal), ("background", Priority::Background)];
-/// Names that [`Device::from_name`] takes, for errors.
-const DEVICES: &str = "one of \"auto\", \"cpu\", \"cuda\", \"cuda:N\"";
-const KV_DTYPES: &[(&str, Option<KvDtype>)] = &[
-    ("auto", None),
-    ("f32", Some(KvDtype::F32)),
-    ("f16", Some(KvDtype::F16)),
-    ("bf16", Some(KvDtype::Bf16)),
-    ("int8", Some(KvDtype::Int8)),
-];
-const KV_TIER_ENCODINGS: &[(&str, KvTierEncoding)] =
-    &[("as-computed", KvTierEncoding::AsComputed), ("int8", KvTierEncoding::Int8)];
-const THREAD_PRIORITIES: &[(&str, ThreadPriority)] =
-    &[("below-normal", ThreadPriority::BelowNormal), ("normal", ThreadPriority::Normal)];
-
 /// Exactly one of `prompt` (text), `messages` and `tokens`.
 fn read_prompt(fields: &Fields) -> Result<Prompt> {
     let text = fields.string("prompt")?.map(Prompt::Text);
@@ -263,20 +240,26 @@ pub(crate) fn as_usize(value: u64) -> usize {
 }
 
 /// The properties of one object, read by name and type. `undefined` and `null` mean: not given.
-pub(crate) struct Fields<'a, 'env>(&'a Object<'env>);
+pub(crate) struct Fields<'a, 'env> {
+    object: &'a Object<'env>,
+    /// Names that the object has. JavaScript is not asked for the others, which are most.
+    given: Vec<String>,
+}
 
 impl<'a, 'env> Fields<'a, 'env> {
     pub(crate) fn of(object: &'a Object<'env>, known: &[&str]) -> Result<Self> {
-        for name in Object::keys(object).map_err(from_napi)? {
-            if !known.contains(&name.as_str()) {
-                return Err(to_js(&invalid("option", format!("\"{name}\""), &format!("one of {}", known.join(", ")))));
-            }
+        let given = Object::keys(object).map_err(from_napi)?;
+        if let Some(name) = given.iter().find(|name| !known.contains(&name.as_str())) {
+            return Err(to_js(&invalid("option", format!("\"{name}\""), &format!("one of {}", known.join(", ")))));
         }
-        Ok(Fields(object))
+        Ok(Fields { object, given })
     }
 
     fn get(&self, name: &'static str) -> Result<Option<Unknown<'env>>> {
-        let value = self.0.get::<Unknown>(name).map_err(from_napi)?;
+        if !self.given.iter().any(|given| given == name) {
+            return Ok(None);
+        }
+        let value = self.object.get::<Unknown>(name).map_err(from_napi)?;
         Ok(value.filter(|value| !matches!(value.get_type(), Ok(ValueType::Undefined | ValueType::Null))))
     }
 
@@ -388,13 +371,15 @@ impl<'a, 'env> Fields<'a, 'env> {
         Ok(Some(seed))
     }
 
-    pub(crate) fn one_of<T: Copy>(&self, name: &'static str, choices: &[(&str, T)]) -> Result<Option<T>> {
+    /// A value of the engine's by its name.
+    pub(crate) fn named<T>(&self, name: &'static str, from_name: fn(&str) -> ns_llm::Result<T>) -> Result<Option<T>> {
         let Some(value) = self.string(name)? else { return Ok(None) };
-        if let Some(&(_, choice)) = choices.iter().find(|(text, _)| *text == value) {
-            return Ok(Some(choice));
-        }
-        let names: Vec<_> = choices.iter().map(|(text, _)| format!("\"{text}\"")).collect();
-        Err(to_js(&invalid(name, format!("\"{}\"", shortened(&value)), &format!("one of {}", names.join(", ")))))
+        from_name(&value).map(Some).map_err(|error| match error {
+            Error::InvalidArgument { expected, .. } => {
+                to_js(&invalid(name, format!("\"{}\"", shortened(&value)), &expected))
+            }
+            other => to_js(&other),
+        })
     }
 }
 

@@ -10,14 +10,14 @@ use std::time::Duration;
 use napi::Env;
 use napi::bindgen_prelude::{Buffer, FnArgs, Function, Object, PromiseRaw, Uint8ArraySlice};
 use napi_derive::napi;
-use ns_llm::Error;
+use ns_llm::{Error, Priority};
 use ns_llm_server::http::{HeaderMap, HeaderName, HeaderValue, Request};
 use ns_llm_server::{ApiKey, BodySender, Bytes, Exchange, Head, LocalAddress, Model, Server, ServerOptions};
 
 use crate::engine::NativeEngine;
 use crate::error::{Result, from_napi, invalid, invalid_server_options, to_js};
 use crate::event_loop::{callback, promise};
-use crate::request::{Fields, PRIORITIES, as_usize};
+use crate::request::{Fields, as_usize};
 
 /// Every name that [`read_server_options`] knows.
 const SERVER_FIELDS: &[&str] = &[
@@ -332,7 +332,7 @@ fn read_api_key(object: &Object) -> Result<ApiKey> {
             return Err(to_js(&invalid(name, "0", "at least 1")));
         }
     }
-    key.best_priority = fields.one_of("bestPriority", PRIORITIES)?.unwrap_or(key.best_priority);
+    key.best_priority = fields.named("bestPriority", Priority::from_name)?.unwrap_or(key.best_priority);
     key.is_admin = fields.boolean("admin")?.unwrap_or(key.is_admin);
     Ok(key)
 }

@@ -2,14 +2,17 @@
 //! are exact up to 2^53.
 
 use napi_derive::napi;
+use serde::Serialize;
 
 /// What an engine has done and is doing. Counters only grow.
 #[napi(object, object_from_js = false)]
 pub struct Stats {
     /// Sequences that are being computed.
-    pub num_requests_running: f64,
+    pub num_sequences_running: f64,
     /// Sequences that wait.
-    pub num_requests_waiting: f64,
+    pub num_sequences_waiting: f64,
+    /// Requests that are not sequences yet, one for each choice or input: being rendered and tokenized, or next to be.
+    pub num_requests_preparing: f64,
     /// Blocks of the KV pool.
     pub kv_blocks_total: f64,
     /// Blocks that live sequences hold.
@@ -57,8 +60,9 @@ pub struct Stats {
 impl From<ns_llm::Stats> for Stats {
     fn from(stats: ns_llm::Stats) -> Self {
         Stats {
-            num_requests_running: stats.num_requests_running as f64,
-            num_requests_waiting: stats.num_requests_waiting as f64,
+            num_sequences_running: stats.num_sequences_running as f64,
+            num_sequences_waiting: stats.num_sequences_waiting as f64,
+            num_requests_preparing: stats.num_requests_preparing as f64,
             kv_blocks_total: stats.kv_blocks_total as f64,
             kv_blocks_used: stats.kv_blocks_used as f64,
             kv_blocks_cached: stats.kv_blocks_cached as f64,
@@ -153,6 +157,7 @@ impl From<ns_llm::KvTierStats> for KvTierStats {
 
 /// Prompt tokens whose KV did not have to be computed, by the place where it was.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
 pub struct CachedTokens {
     /// In the KV pool.
     pub pool: f64,

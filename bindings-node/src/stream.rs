@@ -2,12 +2,13 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use napi::Env;
 use napi::bindgen_prelude::{BigInt, Either, FnArgs, Function, PromiseRaw};
 use napi_derive::napi;
 use ns_llm::{Canceller, Error, Event, RequestStream};
+use serde::Serialize;
 
 use crate::error::{Result, from_napi};
 use crate::request::MAX_SAFE_INTEGER;
@@ -25,6 +26,8 @@ pub struct NativeStream {
 
 struct Reader {
     events: RequestStream,
+    /// What was read and could not be given yet; it comes before what is still to be read.
+    read: Option<NativeBatch>,
     /// An error that came after events of the same batch; it is the next thing to report.
     error: Option<Error>,
 }
@@ -33,7 +36,29 @@ struct Reader {
 impl NativeStream {
     pub(crate) fn new(events: RequestStream) -> Self {
         let canceller = events.canceller();
-        NativeStream { reader: Rc::new(RefCell::new(Reader { events, error: None })), canceller }
+        NativeStream { reader: Rc::new(RefCell::new(Reader { events, read: None, error: None })), canceller }
+    }
+
+    /// The whole answer as the JSON text of its [`NativeBatch`], if it is there already, which it is when it was kept: one
+    /// string crosses in place of some two hundred calls, and V8's own parser makes the objects. Not what JSON cannot say
+    /// (seeds beyond 2^53, logprobs that may be infinite); that is read as everything else is.
+    pub(crate) fn whole_as_json(&self) -> Option<String> {
+        let mut reader = self.reader.borrow_mut();
+        let mut cx = Context::from_waker(Waker::noop());
+        match reader.poll_rest(&mut cx, &mut NativeBatch::default()) {
+            Poll::Pending => None,
+            Poll::Ready(Err(error)) => {
+                reader.error = Some(error);
+                None
+            }
+            Poll::Ready(Ok(batch)) => {
+                let json = batch.is_json().then(|| serde_json::to_string(&batch).ok()).flatten();
+                if json.is_none() {
+                    reader.read = Some(batch);
+                }
+                json
+            }
+        }
     }
 
     /// Calls `onRead` once, with all events that are ready when there is one, which may be before this returns. A single
@@ -67,6 +92,9 @@ impl NativeStream {
 
 impl Reader {
     fn poll_batch(&mut self, cx: &mut Context<'_>) -> Poll<ns_llm::Result<Option<NativeBatch>>> {
+        if let Some(batch) = self.read.take() {
+            return Poll::Ready(Ok(Some(batch)));
+        }
         if let Some(error) = self.error.take() {
             return Poll::Ready(Err(error));
         }
@@ -116,7 +144,8 @@ fn read_args(batch: Option<NativeBatch>) -> ReadArgs {
 /// What is new about a request, sorted by kind: an object less per event, and the order between the kinds says nothing
 /// (a choice ends after its last delta, the request after its last choice).
 #[napi(object, object_from_js = false)]
-#[derive(Default)]
+#[derive(Default, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct NativeBatch {
     /// New tokens and text, in order.
     pub deltas: Vec<NativeDelta>,
@@ -158,6 +187,13 @@ impl NativeBatch {
         self.deltas.pop().map(|delta| (delta, token_id))
     }
 
+    /// Whether JSON can say all of it.
+    fn is_json(&self) -> bool {
+        let done = self.done.as_ref();
+        self.deltas.iter().all(|delta| delta.logprobs.is_none())
+            && done.is_some_and(|done| matches!(done.seed, Either::A(_)) && done.prompt_logprobs.is_empty())
+    }
+
     fn num_events(&self) -> usize {
         self.deltas.len() + self.finished.as_ref().map_or(0, Vec::len) + usize::from(self.done.is_some())
     }
@@ -165,6 +201,8 @@ impl NativeBatch {
 
 /// New tokens of one choice and the text they complete.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct NativeDelta {
     /// Which choice, from 0.
     pub choice: u32,
@@ -173,6 +211,7 @@ pub struct NativeDelta {
     /// New tokens.
     pub token_ids: Vec<u32>,
     /// One entry per token, when asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<Vec<TokenLogprobs>>,
 }
 
@@ -189,6 +228,7 @@ impl From<ns_llm::Delta> for NativeDelta {
 
 /// Which choice ended, and why.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
 pub struct NativeFinished {
     /// Which choice, from 0.
     pub choice: u32,
@@ -199,6 +239,8 @@ pub struct NativeFinished {
 
 /// A token and the natural logarithm of its probability under the model.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Logprob {
     /// The token.
     pub token_id: u32,
@@ -214,6 +256,7 @@ impl From<&ns_llm::Logprob> for Logprob {
 
 /// Logprob of a chosen token, and of the most likely ones at its position.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
 pub struct TokenLogprobs {
     /// The token that was chosen (or was given, in a prompt).
     pub chosen: Logprob,
@@ -229,6 +272,8 @@ impl From<&ns_llm::TokenLogprobs> for TokenLogprobs {
 
 /// Token counts of a request.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: f64,
@@ -243,11 +288,13 @@ pub struct Usage {
     pub preemptions: f64,
     /// Why the rest of the prompt was not found. Not there: everything was that can be, which is all full blocks but what the
     /// last token needs.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub prefix_miss: Option<PrefixMiss>,
 }
 
 /// Where a search for a prompt's KV ended, and why.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
 pub struct PrefixMiss {
     /// Position of the first prompt token that was not found: the first of a block.
     pub token: f64,
@@ -257,6 +304,7 @@ pub struct PrefixMiss {
     pub reason: String,
     /// Who has given it up, when it was evicted.
     #[napi(ts_type = "'pool' | 'host' | 'disk' | 'remote'")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub tier: Option<String>,
 }
 
@@ -285,6 +333,8 @@ impl From<ns_llm::Usage> for Usage {
 
 /// Times of a request, milliseconds.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Timings {
     /// From submission to the first step that computed it.
     pub queue_ms: f64,
@@ -312,17 +362,28 @@ impl From<ns_llm::Timings> for Timings {
 
 /// Counts and times of a finished request.
 #[napi(object, object_from_js = false)]
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct NativeSummary {
     /// Token counts.
     pub usage: Usage,
     /// Times.
     pub timings: Timings,
     /// The seed that was used: a number when that is exact, else a bigint.
+    #[serde(serialize_with = "exact_seed")]
     pub seed: Either<f64, BigInt>,
     /// For each prompt token from the second on; empty when not asked for.
     pub prompt_logprobs: Vec<TokenLogprobs>,
     /// Whether the answer was kept from an earlier request.
     pub from_response_cache: bool,
+}
+
+/// A seed that is a number; the others are not written as JSON (see [`NativeBatch::is_json`]).
+fn exact_seed<S: serde::Serializer>(seed: &Either<f64, BigInt>, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    match seed {
+        Either::A(seed) => serializer.serialize_f64(*seed),
+        Either::B(_) => Err(serde::ser::Error::custom("a seed that no number holds")),
+    }
 }
 
 impl From<ns_llm::Summary> for NativeSummary {

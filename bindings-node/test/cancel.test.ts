@@ -121,7 +121,7 @@ test('generate rejects when it is aborted on the way', async () => {
   const before = await until(engine, 'idleness', isIdle);
   const abort = new AbortController();
   const running = engine.generate(STORY, { ...LONG, signal: abort.signal });
-  await until(engine, 'a running sequence', (stats) => stats.numRequestsRunning > 0);
+  await until(engine, 'a running sequence', (stats) => stats.numSequencesRunning > 0);
   abort.abort();
   await assert.rejects(running, abortedWith(abort.signal.reason));
   await freed(before);

@@ -131,7 +131,7 @@ test('a wrong type or range is refused with the name of the field as JavaScript 
     ['beyond 2^53', { seed: 2 ** 53 }, /^seed is 9007199254740992, must be an integer/],
     ['a large bigint', { seed: 2n ** 64n }, /^seed is a bigint beyond 64 bits/],
     ['text', { maxTokens: '5' as unknown as number }, /^maxTokens is a string, must be a number/],
-    ['a choice', { priority: 'urgent' as 'high' }, /^priority is "urgent", must be one of "high", "normal", "background"/],
+    ['a choice', { priority: 'urgent' as 'high' }, /^priority is "urgent", must be one of high, normal, background/],
     ['a token id', { stopTokenIds: [1, -1] }, /^stopTokenIds\[1\] is -1, must be an integer/],
     ['a vocabulary', { logitBias: { 999_999: 1 } }, /^logitBias.* 999999/],
     ['stop strings', { stop: new Array(17).fill('x') }, /^stop is 17 entries long/],

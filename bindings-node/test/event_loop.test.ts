@@ -21,7 +21,7 @@ test('the event loop keeps turning while 32 streams are read', async (t) => {
     Array.from({ length: 32 }, async (_, seed) => {
       for await (const _chunk of engine.stream(STORY, { maxTokens: 128, temperature: 0.8, seed, ignoreEos: true })) {
         chunks += 1;
-        most = Math.max(most, engine.stats().numRequestsRunning);
+        most = Math.max(most, engine.stats().numSequencesRunning);
       }
     }),
   );

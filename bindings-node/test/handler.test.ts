@@ -130,7 +130,7 @@ for (const name of Object.keys(HOSTS)) {
           await (await answer).body!.getReader().read();
         } else {
           answer.catch(() => {});
-          await until(engine, 'it runs', ({ numRequestsRunning }) => numRequestsRunning === 1);
+          await until(engine, 'it runs', ({ numSequencesRunning }) => numSequencesRunning === 1);
         }
         gone.abort();
         await until(engine, 'nothing is left', isIdle);

@@ -208,22 +208,21 @@ test('bottlenecks, score and recommendations follow the targets', async () => {
   const profiler = new PerformanceProfiler();
   profiler.clear();
   const idle = profiler.getMetrics();
-  const graded = (endToEndP95: number, perSecond: string, successRate: string, found = bottlenecksOf(FINE)): unknown[] => {
+  const graded = (endToEndP95: number, tokensPerSecond: number, successPercent: number, found = bottlenecksOf(FINE)): unknown[] => {
     const latency = { ...idle.latency, endToEnd: times(endToEndP95) };
-    const throughput = { ...idle.throughput, tokensPerSecond: perSecond };
-    const requests = { ...idle.requests, successful: 1, successRate };
+    const requests = { ...idle.requests, successful: 1 };
     const analysis = { bottlenecks: found, analyzed: 1, timeframe: '' };
-    const { score, grade } = reportOf({ ...idle, latency, throughput, requests }, analysis).summary;
+    const { score, grade } = reportOf({ ...idle, latency, requests }, { tokensPerSecond, successPercent }, analysis).summary;
     return [score, grade];
   };
-  assert.deepEqual(graded(100, '50.00', '100.00'), [100, 'A']);
-  assert.deepEqual(graded(501, '50.00', '100.00'), [90, 'A']);
-  assert.deepEqual(graded(1_001, '50.00', '100.00'), [80, 'A']);
-  assert.deepEqual(graded(1_001, '9.99', '100.00'), [65, 'B']);
-  assert.deepEqual(graded(1_001, '9.99', '94.00'), [59, 'C']);
-  assert.deepEqual(graded(100, '50.00', '95.00', bottlenecksOf({ ...FINE, failed: 50, perToken: times(81) })), [85, 'A']);
+  assert.deepEqual(graded(100, 50, 100), [100, 'A']);
+  assert.deepEqual(graded(501, 50, 100), [90, 'A']);
+  assert.deepEqual(graded(1_001, 50, 100), [80, 'A']);
+  assert.deepEqual(graded(1_001, 9.99, 100), [65, 'B']);
+  assert.deepEqual(graded(1_001, 9.99, 94), [59, 'C']);
+  assert.deepEqual(graded(100, 50, 95, bottlenecksOf({ ...FINE, failed: 50, perToken: times(81) })), [85, 'A']);
   // Embeddings alone have no throughput to judge.
-  assert.deepEqual(graded(0, '0.00', '100.00'), [100, 'A']);
+  assert.deepEqual(graded(0, 0, 100), [100, 'A']);
   await client.generate(STORY, { maxTokens: 24 });
   for (let i = 0; i < 4; i += 1) {
     await client.generate(STORY, { maxTokens: -1 }).catch(() => {});

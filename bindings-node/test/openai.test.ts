@@ -1,10 +1,13 @@
 import assert from 'node:assert/strict';
 import { getEventListeners } from 'node:events';
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 
 import { AbortError, NsLlmError } from '../lib/index.js';
 import type { ChatCompletionChunk, ChatCompletionCreateParamsBase, Engine, RequestOptions } from '../lib/index.js';
-import { collectGarbage, inPieces, isIdle, openDemo, STORY, until, withCode } from './support.js';
+import { checkNames, NOT_SUPPORTED_NAMES } from '../lib/openai/parameters.js';
+import { collectGarbage, inPieces, isIdle, openDemo, ROOT, STORY, until, withCode } from './support.js';
 
 const QUESTION = 'What is the month after May?';
 const ANSWER = 'The month after May is June.';
@@ -223,7 +226,7 @@ test('a signal ends a completion and a stream with its reason; controller.abort(
   const ways: Record<string, (abort: AbortController) => Promise<void>> = {
     async completion(abort) {
       const running = engine.chat.completions.create(LONG, { signal: abort.signal });
-      await until(engine, 'its start', ({ numRequestsRunning }) => numRequestsRunning > 0);
+      await until(engine, 'its start', ({ numSequencesRunning }) => numSequencesRunning > 0);
       abort.abort('mine');
       await assert.rejects(running, (error) => error instanceof AbortError && error.cause === 'mine');
     },
@@ -317,4 +320,22 @@ test('embedding inputs that are too long, and parameters that are not known, are
   }
   const signal = AbortSignal.abort('mine');
   await assert.rejects(engine.embeddings.create({ input: 'a' }, { signal }), (error) => error instanceof AbortError);
+});
+
+test('what cannot be followed is refused as the server refuses it', () => {
+  const list = JSON.parse(readFileSync(join(ROOT, 'server', 'unsupported-parameters.json'), 'utf8')) as {
+    name: string;
+    neutral: unknown[];
+    refused: unknown[];
+  }[];
+  assert.ok(list.length >= 10);
+  for (const { name, neutral, refused } of list) {
+    for (const value of [...neutral, null]) {
+      checkNames({ [name]: value }, []);
+    }
+    for (const value of refused) {
+      assert.throws(() => checkNames({ [name]: value }, []), { code: 'not_supported', param: name }, JSON.stringify(value));
+    }
+  }
+  assert.deepEqual(list.map(({ name }) => name).sort(), [...NOT_SUPPORTED_NAMES].sort());
 });

@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';
+import { inspect } from 'node:util';
 
+import { nativeOf } from '../lib/engine.js';
 import type { Chunk, Engine } from '../lib/index.js';
 import { openDemo, STORY, withCode, withDemo } from './support.js';
 
@@ -24,6 +26,41 @@ test('the same request again is answered from the cache, with the same answer an
   const { answers, hits, misses, stores, entries, bytes, maxBytes } = engine.responses.stats();
   assert.deepEqual([answers, hits, misses, stores, entries, maxBytes], [1, 1, 1, 1, 1, MAX_BYTES]);
   assert.ok(bytes > 0);
+});
+
+test('a kept answer is given at once, like the one that was computed; what no short form can say takes the long way', async () => {
+  const atOnce = (): number => nativeOf(engine).numGivenAtOnce();
+  const kept: [object, number][] = [
+    [{ maxTokens: 9 }, 1],
+    [{ maxTokens: 0 }, 0],
+    [{ maxTokens: 9, n: 3, temperature: 1 }, 1],
+    [{ maxTokens: 9, stop: 'e' }, 1],
+    [{ maxTokens: 9, temperature: 1, seed: 2n ** 64n - 1n }, 0],
+    [{ maxTokens: 9, logprobs: 2 }, 0],
+    [{ maxTokens: 9, promptLogprobs: true }, 0],
+    [{ maxTokens: 9, responseCache: 'off' }, 0],
+  ];
+  for (const [given, expected] of kept) {
+    const options = { temperature: 0, seed: 7, ...given };
+    const ask = (more: object = {}) => engine.generate('"Kept" \u2028 \u00fc 🦊, they said', { ...options, ...more });
+    const first = await ask();
+    const before = atOnce();
+    const second = await ask();
+    const what = inspect(given);
+    assert.equal(atOnce() - before, expected, what);
+    const { timings, usage, fromResponseCache, ...answer } = second;
+    const { timings: computed, usage: computedUsage, fromResponseCache: _, ...computedAnswer } = first;
+    assert.deepEqual(answer, computedAnswer, what);
+    assert.deepEqual(Object.keys(second), Object.keys(first), what);
+    assert.deepEqual(Object.keys(timings), Object.keys(computed), what);
+    if (fromResponseCache) {
+      const { promptTokens, completionTokens } = computedUsage;
+      const cachedByTier = { pool: 0, host: 0, disk: 0, remote: 0 };
+      assert.deepEqual(usage, { promptTokens, completionTokens, cachedTokens: promptTokens, cachedByTier, preemptions: 0 }, what);
+      assert.ok(timings.totalMs > 0 && timings.decodeMs === 0, what);
+    }
+    await assert.rejects(ask({ signal: AbortSignal.abort('no') }), withCode('cancelled'));
+  }
 });
 
 test('a stream over a kept answer gives the whole of it, and can be left', async () => {
@@ -128,7 +165,7 @@ test('what is out of range is a typed error that names it', async () => {
   }
   assert.equal(responses.put('x', Buffer.alloc((2 << 20) + 1)), false);
   const requests: [object, RegExp][] = [
-    [{ responseCache: 'write' }, /^responseCache is "write", must be one of "off", "read", "read-write"/],
+    [{ responseCache: 'write' }, /^responseCache is "write", must be one of off, read, read-write/],
     [{ responseTags: ['x'.repeat(513)] }, /^responseTags is a tag of 513 bytes/],
     [{ responseTtlMs: 0 }, /^responseTtlMs is 0/],
   ];

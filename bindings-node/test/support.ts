@@ -82,7 +82,7 @@ export async function until(engine: Engine, what: string, holds: (stats: Stats) 
 
 /** Nothing runs, nothing waits, no live sequence holds a block. */
 export function isIdle(stats: Stats): boolean {
-  return stats.kvBlocksUsed === 0 && stats.numRequestsRunning === 0 && stats.numRequestsWaiting === 0;
+  return stats.kvBlocksUsed === 0 && stats.numSequencesRunning === 0 && stats.numSequencesWaiting === 0;
 }
 
 /** For `assert.rejects` and `assert.throws`: an error of this package with this code. */

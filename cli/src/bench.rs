@@ -94,7 +94,7 @@ pub(crate) fn run(options: Options) -> CommandResult {
     let longest = counts.iter().max().copied().unwrap_or(1);
     let mut engine_options = options.model.engine_options()?;
     let keeps_kv = engine_options.kv_cache_dir.is_some() || engine_options.kv_host_bytes > 0;
-    engine_options.prefix_cache = keeps_kv;
+    engine_options.prefix_cache &= keeps_kv;
     engine_options.response_cache = ResponseCacheOptions::default();
     engine_options.mixed_budget_tokens = engine_options.prefill_budget_tokens;
     engine_options.max_running_sequences = longest.max(1);

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::ops::Deref;
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use ns_llm::{
     Device, Engine, EngineOptions, Error, KvDtype, KvRemoteOptions, KvTierEncoding, KvTierStats, ProgressCallback,
@@ -28,9 +28,9 @@ pub(crate) struct ModelOptions {
     /// q5_0, q4_1, q4_0, iq4_nl, mxfp4
     #[arg(long, value_name = "FORM", default_value = "auto", value_parser = |name: &str| WeightFormat::from_name(name))]
     pub(crate) weights: WeightFormat,
-    /// Form in which keys and values are kept (auto: f32 with f32 weights, else f16)
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) kv_dtype: KvDtypeName,
+    /// Form in which keys and values are kept: auto (f32 with f32 weights, else f16), f32, f16, bf16, int8
+    #[arg(long, value_name = "FORM", default_value = "auto", value_parser = |name: &str| kv_dtype(name))]
+    pub(crate) kv_dtype: KvForm,
     /// Longest sequence, prompt and answer (tokens)
     #[arg(long, value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
@@ -49,6 +49,15 @@ pub(crate) struct ModelOptions {
     /// Part of the KV pool and of host memory that one namespace may keep while others want it (0 to 1; default: 1)
     #[arg(long, value_name = "PART")]
     pub(crate) kv_namespace_share: Option<f64>,
+    /// Tokens of prompts that one step may compute while nothing decodes (default: 512)
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) prefill_budget: Option<usize>,
+    /// Tokens that one step may compute while something decodes (default: 128)
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) mixed_budget: Option<usize>,
+    /// Compute each prompt whole, also where another has begun alike
+    #[arg(long)]
+    pub(crate) no_prefix_cache: bool,
     /// Directory where keys and values are kept, and found again by the next run with the same model
     #[arg(long, value_name = "DIRECTORY")]
     pub(crate) kv_cache_dir: Option<PathBuf>,
@@ -58,9 +67,9 @@ pub(crate) struct ModelOptions {
     /// Host memory for keys and values that the KV pool gives away (MiB; default: 0)
     #[arg(long, value_name = "MIB")]
     pub(crate) kv_host_mib: Option<u64>,
-    /// How keys and values are kept outside the KV pool: as they were computed, or rounded to 8 bits in half the bytes
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) kv_tier_encoding: KvTierEncodingName,
+    /// How keys and values are kept outside the KV pool: as-computed, or int8 (rounded to 8 bits, in half the bytes)
+    #[arg(long, value_name = "FORM", default_value = "as-computed", value_parser = |name: &str| KvTierEncoding::from_name(name))]
+    pub(crate) kv_tier_encoding: KvTierEncoding,
     /// How long to wait for keys and values from a place that makes no progress before computing them (ms; default: 50)
     #[arg(long, value_name = "MS")]
     pub(crate) kv_load_budget_ms: Option<u64>,
@@ -98,23 +107,21 @@ pub(crate) struct ModelOptions {
     /// Do not share answers through --kv-remote-url
     #[arg(long)]
     pub(crate) no_response_remote: bool,
+    /// Answers kept in memory at most (default: as many as fit)
+    #[arg(long, value_name = "N")]
+    pub(crate) response_max_entries: Option<u64>,
+    /// Number of what answers depend on beside the request, such as documents: answers of another version are not found
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) response_version: u64,
 }
 
-#[derive(Clone, Copy, Default, ValueEnum)]
-pub(crate) enum KvDtypeName {
-    #[default]
-    Auto,
-    F32,
-    F16,
-    Bf16,
-    Int8,
-}
+/// A form of keys and values, or `None`: the one that suits the weights. Not an `Option`, which clap takes for an option
+/// that may be missing.
+#[derive(Clone, Copy)]
+pub(crate) struct KvForm(Option<KvDtype>);
 
-#[derive(Clone, Copy, Default, ValueEnum)]
-pub(crate) enum KvTierEncodingName {
-    #[default]
-    AsComputed,
-    Int8,
+fn kv_dtype(name: &str) -> Result<KvForm> {
+    KvDtype::from_name_or_auto(name).map(KvForm)
 }
 
 impl ModelOptions {
@@ -125,34 +132,30 @@ impl ModelOptions {
         options.thread_priority = ThreadPriority::Normal;
         options.device = self.device;
         options.weights = self.weights;
-        options.kv_dtype = match self.kv_dtype {
-            KvDtypeName::Auto => None,
-            KvDtypeName::F32 => Some(KvDtype::F32),
-            KvDtypeName::F16 => Some(KvDtype::F16),
-            KvDtypeName::Bf16 => Some(KvDtype::Bf16),
-            KvDtypeName::Int8 => Some(KvDtype::Int8),
-        };
+        options.kv_dtype = self.kv_dtype.0;
         options.context_tokens = self.context;
         let bytes = |mib: Option<u64>| mib.map(|mib| mib.saturating_mul(1 << 20));
         options.kv_bytes = bytes(self.kv_mib);
         options.memory_limit_bytes = bytes(self.memory_limit_mib);
         options.block_tokens = self.block_tokens.unwrap_or(options.block_tokens);
         options.max_cuda_graphs = self.max_cuda_graphs.unwrap_or(options.max_cuda_graphs);
+        options.prefill_budget_tokens = self.prefill_budget.unwrap_or(options.prefill_budget_tokens);
+        options.mixed_budget_tokens = self.mixed_budget.unwrap_or(options.mixed_budget_tokens);
+        options.prefix_cache = !self.no_prefix_cache;
         options.kv_namespace_share = self.kv_namespace_share.unwrap_or(options.kv_namespace_share);
         options.kv_cache_dir = self.kv_cache_dir.clone();
         options.kv_disk_bytes = bytes(self.kv_disk_mib).unwrap_or(options.kv_disk_bytes);
         options.kv_host_bytes = bytes(self.kv_host_mib).unwrap_or(options.kv_host_bytes);
         options.kv_load_budget_ms = self.kv_load_budget_ms.unwrap_or(options.kv_load_budget_ms);
         options.kv_remote = self.kv_remote()?;
-        options.kv_tier_encoding = match self.kv_tier_encoding {
-            KvTierEncodingName::AsComputed => KvTierEncoding::AsComputed,
-            KvTierEncodingName::Int8 => KvTierEncoding::Int8,
-        };
+        options.kv_tier_encoding = self.kv_tier_encoding;
         options.response_cache.max_bytes = bytes(self.response_cache_mib).unwrap_or(0);
         options.response_cache.ttl_ms = self.response_ttl_ms.unwrap_or(options.response_cache.ttl_ms);
         options.response_cache.adaptive_ttl = self.response_adaptive_ttl;
         options.response_cache.disk_bytes = bytes(self.response_disk_mib).unwrap_or(options.response_cache.disk_bytes);
         options.response_cache.remote = !self.no_response_remote;
+        options.response_cache.max_entries = self.response_max_entries.unwrap_or(options.response_cache.max_entries);
+        options.response_cache.version = self.response_version;
         Ok(options)
     }
 
@@ -267,4 +270,55 @@ pub(crate) fn cuda_graphs(engine: &Engine) -> Value {
 /// Opens a model with the options as they are.
 pub(crate) fn open_default(options: &ModelOptions) -> Result<OpenModel> {
     open(options.engine_options()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use clap::{CommandFactory, Parser};
+    use ns_llm::option_names::options_by_name;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        model: ModelOptions,
+    }
+
+    fn options(arguments: &[&str]) -> BTreeMap<&'static str, String> {
+        let command =
+            Command::try_parse_from([&["ns-llm"], arguments].concat()).unwrap_or_else(|error| panic!("{error}"));
+        let options = command.model.engine_options().unwrap_or_else(|error| panic!("{error}"));
+        options_by_name(&options).into_iter().collect()
+    }
+
+    /// Every option that the table gives the command line is there under its name, sets the engine's option of that name, and
+    /// no other; and no flag is there that the table does not have.
+    #[test]
+    fn options_are_those_of_the_table() {
+        let table: Value =
+            serde_json::from_str(include_str!("../../engine/engine_options.json")).expect("the table is JSON");
+        // Any file will do for a secret.
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let mut flags = BTreeSet::new();
+        for row in table["options"].as_array().expect("rows") {
+            let (Some(option), Some(flag)) = (row["option"].as_str(), row["cli"].as_str()) else { continue };
+            let flag = flag.replace("SECRET_FILE", file);
+            let others: &[&str] = match option.split_once('.') {
+                Some(("kv_remote", name)) if name != "url" => &["--kv-remote-url=redis://store"],
+                _ if option == "kv_disk_bytes" => &["--kv-cache-dir=/elsewhere"],
+                _ => &[],
+            };
+            let before = options(others);
+            let after = options(&[others, &[&flag]].concat());
+            let changed: Vec<_> = after.iter().filter(|(option, value)| before[*option] != **value).collect();
+            assert_eq!(changed, [(&option, &row["value"].as_str().expect("a value").to_string())], "{flag}");
+            flags.extend(flag.trim_start_matches("--").split('=').next().map(str::to_string));
+        }
+        let command = Command::command();
+        let known = command.get_arguments().filter_map(|argument| argument.get_long().map(str::to_string));
+        assert_eq!(known.collect::<BTreeSet<_>>(), flags);
+    }
 }

@@ -67,7 +67,7 @@ describe('prometheus', () => {
   });
 });
 
-test('the dashboard is one that Grafana reads', () => {
+test('the dashboard has an id, its variables, and panels with a query each that fit the grid', () => {
   const { panels, templating, uid, schemaVersion } = JSON.parse(read('grafana', 'ns-llm.json'));
   assert.deepEqual([uid, schemaVersion > 30], ['ns-llm', true]);
   assert.deepEqual(templating.list.map(({ name }) => name), ['source', 'instance']);
@@ -90,7 +90,7 @@ describe('kubernetes', () => {
     succeeds(python, ['--strict', '--version', '1.30', ...paths]);
   });
 
-  test('probes, names and limits fit the server', () => {
+  test('probes ask /ready and /health, a stop takes less than its grace, and autoscalers name the deployment', () => {
     const deployment = read('kubernetes', 'ns-llm.yaml');
     assert.match(deployment, /readinessProbe:\s+httpGet: \{ path: \/ready,/);
     assert.match(deployment, /livenessProbe:\s+httpGet: \{ path: \/health,/);
@@ -113,7 +113,7 @@ describe('kubernetes', () => {
   });
 });
 
-test('the image is built from what is there, and runs as nobody of importance', () => {
+test('the image is built from what is there, and does not run as root', () => {
   const instructions = read('Dockerfile').replaceAll(/\\\n\s*/g, '').split('\n').filter((line) => /^[A-Z]/.test(line));
   const stages = instructions.filter((line) => line.startsWith('FROM '));
   assert.ok(stages.length === 2 && stages.every((line) => /:[\w.-]+( AS \w+)?$/.test(line)), 'two stages, versions named');

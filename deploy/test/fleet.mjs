@@ -145,7 +145,7 @@ export class Fleet {
   }
 }
 
-/** A chat completion; `prefix`: the header of the prompt's beginning. */
+/** A completion; `prefix`: the header of the prompt's beginning. */
 export async function ask(address, body, { prefix, signal } = {}) {
   const headers = { 'content-type': 'application/json', ...(prefix ? { 'x-ns-llm-prefix': prefix } : {}) };
   return fetch(`${address}/v1/completions`, { method: 'POST', headers, body: JSON.stringify({ model: 'demo', ...body }), signal });

@@ -68,6 +68,8 @@ pub mod model;
 mod model_files;
 #[doc(hidden)]
 pub mod open;
+#[doc(hidden)]
+pub mod option_names;
 mod owner_ledger;
 #[doc(hidden)]
 pub mod response_cache;

@@ -13,10 +13,10 @@ pub(crate) use pace::Pace;
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Stats {
     /// Sequences that are being computed.
-    pub num_requests_running: usize,
+    pub num_sequences_running: usize,
     /// Sequences that wait.
-    pub num_requests_waiting: usize,
-    /// Requests on their way there: being rendered and tokenized, or next to be.
+    pub num_sequences_waiting: usize,
+    /// Requests that are not sequences yet, one for each choice or input: being rendered and tokenized, or next to be.
     pub num_requests_preparing: usize,
     /// Blocks of the KV pool.
     pub kv_blocks_total: usize,

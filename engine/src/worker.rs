@@ -129,7 +129,7 @@ impl<E: Executor> Worker<E> {
         // First, so that whoever sees its stream end finds the engine closed and the request counted.
         let _ = ended.set(last.clone());
         self.totals.failed += self.answers.len() as u64;
-        let idle = Stats { num_requests_running: 0, num_requests_waiting: 0, kv_blocks_used: 0, ..self.stats() };
+        let idle = Stats { num_sequences_running: 0, num_sequences_waiting: 0, kv_blocks_used: 0, ..self.stats() };
         self.publish(idle);
         for (_, answer) in self.answers.drain() {
             answer.fail(last.clone());
@@ -648,8 +648,8 @@ impl<E: Executor> Worker<E> {
         let (counters, counts) = (self.scheduler.counters(), self.scheduler.counts());
         let blocks = counts.blocks;
         Stats {
-            num_requests_running: counts.running,
-            num_requests_waiting: counts.waiting,
+            num_sequences_running: counts.running,
+            num_sequences_waiting: counts.waiting,
             // Counted where they are taken.
             num_requests_preparing: 0,
             kv_blocks_total: self.scheduler.kv().num_blocks(),

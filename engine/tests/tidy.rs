@@ -103,6 +103,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
     ("tier_thread", &["command", "kv_cache", "storage"]),
     ("command", &["embedding", "kv_cache", "request", "responses", "sequence", "storage", "stream", "tokenizer"]),
     ("stream", &["request"]),
+    ("option_names", &["request"]),
     ("text_model", &["chat", "request", "tokenizer"]),
     // Whole answers: as they are shared, and as plain state.
     ("responses", &["request", "response_cache", "response_tiers", "sequence", "stats", "storage"]),

@@ -6,7 +6,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use ns_llm_core::config::{MAX_KV_TIER_BYTES, MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_URL_BYTES, MAX_THREADS};
+use ns_llm_core::config::{MAX_REMOTE_PREFIX_BYTES, MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_URL_BYTES};
 use ns_llm_core::{
     Device, Engine, EngineOptions, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, QuantType, ThreadPriority,
     WeightFormat,
@@ -17,7 +17,7 @@ use crate::dispatcher::Dispatcher;
 use crate::failure::{Failure, boundary};
 use crate::handle::{HandleKind, HandleTable};
 use crate::log::{Log, ns_llm_log_callback};
-use crate::params::{SizedStruct, read_struct};
+use crate::params::{SizedStruct, at, read_struct};
 use crate::process::check_process;
 use crate::status::ns_llm_status;
 use crate::text::{Out, ns_llm_text, read_text};
@@ -209,6 +209,18 @@ pub struct ns_llm_engine_params {
     /// Steps that a CUDA device keeps captured as graphs, to 256; those that ran least recently make room. 0: 32. No result depends on
     /// it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
     pub max_cuda_graphs: usize,
+    /// How long what is stored at `kv_remote_url` is kept there when nobody stores it again, seconds, at most thirty days. 0: one
+    /// day.
+    pub kv_remote_ttl_s: u64,
+    /// What all names at `kv_remote_url` begin with, at most 64 bytes. NULL: "ns-llm".
+    pub kv_remote_prefix: ns_llm_text,
+    /// How long one call to `kv_remote_url` may take, connecting included, milliseconds, at most 10,000. 0: 500.
+    pub kv_remote_timeout_ms: u64,
+    /// Answers that are kept in memory at most. 0: as many as `response_cache_bytes` holds.
+    pub response_max_entries: u64,
+    /// Part of the key of every answer: those of another version are not found. For what answers depend on and the engine does
+    /// not know.
+    pub response_version: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`; numbers, raw pointers and an optional function pointer.
@@ -327,76 +339,83 @@ pub extern "C" fn ns_llm_engine_clear_prefix_cache(engine: ns_llm_engine) -> ns_
 }
 
 /// # Safety
-/// `params.model` and `params.kv_cache_dir` are readable, and `params.progress` callable with `params.progress_user_data` on any thread while the
+/// The texts of `params` are readable, and `params.progress` callable with `params.progress_user_data` on any thread while the
 /// engine is being opened.
 unsafe fn read_options(params: &ns_llm_engine_params) -> Result<EngineOptions, Failure> {
     if params.model.data.is_null() {
         return Err(Failure::NullArgument { argument: "model" });
+    }
+    if params.reserved != 0 {
+        return Err(Failure::invalid("reserved", params.reserved, "0"));
     }
     // SAFETY: promised by the caller.
     let mut options = EngineOptions::new(unsafe { read_text("model", params.model, MAX_PATH_BYTES) }?);
     options.device = device(params.device, params.device_ordinal)?;
     options.weights = weights(params.weights)?;
     options.kv_dtype = kv_dtype(params.kv_dtype)?;
+    options.kv_tier_encoding = kv_tier_encoding(params.kv_tier_encoding)?;
     options.threads = unless_zero(params.threads as usize);
-    if params.threads as usize > MAX_THREADS {
-        return Err(Failure::invalid("threads", params.threads, format!("at most {MAX_THREADS}")));
-    }
-    apply_flags(params.flags, &mut options)?;
     options.context_tokens = unless_zero(params.context_tokens);
     options.kv_bytes = unless_zero(params.kv_bytes);
     options.memory_limit_bytes = unless_zero(params.memory_limit_bytes);
     options.kv_host_bytes = params.kv_host_bytes;
+    options.response_cache.max_bytes = params.response_cache_bytes;
+    options.response_cache.version = params.response_version;
     // SAFETY: promised by the caller.
     let directory = unsafe { read_text("kv_cache_dir", params.kv_cache_dir, MAX_PATH_BYTES) }?;
     options.kv_cache_dir = (!directory.is_empty()).then(|| directory.into());
-    options.kv_disk_bytes = unless_zero(params.kv_disk_bytes).unwrap_or(options.kv_disk_bytes);
-    options.kv_tier_encoding = kv_tier_encoding(params.kv_tier_encoding)?;
-    if params.reserved != 0 {
-        return Err(Failure::invalid("reserved", params.reserved, "0"));
-    }
-    options.kv_load_budget_ms = unless_zero(params.kv_load_budget_ms).unwrap_or(options.kv_load_budget_ms);
+    // SAFETY: promised by the caller.
+    options.kv_remote = unsafe { read_remote_options(params) }?;
     options.kv_namespace_share = unless_zero(params.kv_namespace_share).unwrap_or(options.kv_namespace_share);
-    options.response_cache.max_bytes = params.response_cache_bytes;
-    options.response_cache.ttl_ms = unless_zero(params.response_ttl_ms).unwrap_or(options.response_cache.ttl_ms);
-    if params.flags & NS_LLM_ENGINE_NO_RESPONSE_DISK == 0 {
-        let given = unless_zero(params.response_disk_bytes);
-        options.response_cache.disk_bytes = given.unwrap_or(options.response_cache.disk_bytes);
+    let responses = &mut options.response_cache;
+    for (option, given) in [
+        (&mut options.kv_disk_bytes, params.kv_disk_bytes),
+        (&mut options.kv_load_budget_ms, params.kv_load_budget_ms),
+        (&mut responses.ttl_ms, params.response_ttl_ms),
+        (&mut responses.max_entries, params.response_max_entries),
+        (&mut responses.disk_bytes, params.response_disk_bytes),
+    ] {
+        *option = unless_zero(given).unwrap_or(*option);
     }
-    // SAFETY: promised by the caller.
-    let url = unsafe { read_text("kv_remote_url", params.kv_remote_url, MAX_REMOTE_URL_BYTES) }?;
-    // SAFETY: promised by the caller.
-    let secret = unsafe { read_text("kv_remote_secret", params.kv_remote_secret, MAX_REMOTE_SECRET_BYTES) }?;
-    options.kv_remote = (!url.is_empty()).then(|| KvRemoteOptions::new(url));
-    if let Some(remote) = options.kv_remote.as_mut().filter(|_| !secret.is_empty()) {
-        remote.secret = Some(secret);
-    }
-    if params.kv_remote_owner_bytes > MAX_KV_TIER_BYTES {
-        let expected = format!("at most {MAX_KV_TIER_BYTES}");
-        return Err(Failure::invalid("kv_remote_owner_bytes", params.kv_remote_owner_bytes, expected));
-    }
-    if let Some(remote) = &mut options.kv_remote {
-        remote.owner_bytes = unless_zero(params.kv_remote_owner_bytes);
-    }
-    let sizes = [
+    for (option, given) in [
         (&mut options.block_tokens, params.block_tokens),
         (&mut options.max_running_sequences, params.max_running_sequences),
         (&mut options.max_waiting_requests, params.max_waiting_requests),
         (&mut options.prefill_budget_tokens, params.prefill_budget_tokens),
         (&mut options.mixed_budget_tokens, params.mixed_budget_tokens),
         (&mut options.max_cuda_graphs, params.max_cuda_graphs),
-    ];
-    for (option, given) in sizes {
+    ] {
         *option = unless_zero(given).unwrap_or(*option);
     }
-    if params.flags & NS_LLM_ENGINE_NO_CUDA_GRAPHS != 0 {
-        options.max_cuda_graphs = 0;
-    }
+    apply_flags(params.flags, &mut options)?;
     if let Some(function) = params.progress {
         // SAFETY: promised by the caller.
         options.on_progress = Some(Box::new(unsafe { progress(function, UserData(params.progress_user_data)) }));
     }
     Ok(options)
+}
+
+/// The store that nodes share, if there is one.
+///
+/// # Safety
+/// The texts of `params` are readable.
+unsafe fn read_remote_options(params: &ns_llm_engine_params) -> Result<Option<KvRemoteOptions>, Failure> {
+    // SAFETY: promised by the caller.
+    let url = unsafe { read_text("kv_remote_url", params.kv_remote_url, MAX_REMOTE_URL_BYTES) }?;
+    // SAFETY: promised by the caller.
+    let secret = unsafe { read_text("kv_remote_secret", params.kv_remote_secret, MAX_REMOTE_SECRET_BYTES) }?;
+    // SAFETY: promised by the caller.
+    let prefix = unsafe { read_text("kv_remote_prefix", params.kv_remote_prefix, MAX_REMOTE_PREFIX_BYTES) }?;
+    if url.is_empty() {
+        return Ok(None);
+    }
+    let mut remote = KvRemoteOptions::new(url);
+    remote.secret = unless_zero(secret);
+    remote.prefix = unless_zero(prefix).unwrap_or(remote.prefix);
+    remote.ttl_s = unless_zero(params.kv_remote_ttl_s).unwrap_or(remote.ttl_s);
+    remote.timeout_ms = unless_zero(params.kv_remote_timeout_ms).unwrap_or(remote.timeout_ms);
+    remote.owner_bytes = unless_zero(params.kv_remote_owner_bytes);
+    Ok(Some(remote))
 }
 
 /// # Safety
@@ -413,7 +432,7 @@ unsafe fn progress(
     }
 }
 
-/// Zero stands for the default.
+/// Zero, and an empty text, stands for the default.
 fn unless_zero<T: Default + PartialEq>(value: T) -> Option<T> {
     (value != T::default()).then_some(value)
 }
@@ -428,7 +447,7 @@ fn device(value: u32, ordinal: u32) -> Result<Device, Failure> {
     }
 }
 
-/// The values of `ns_llm_weights`, in their order.
+/// The values of `ns_llm_weights`, in their order, which is not the engine's: a value never changes its meaning.
 const WEIGHTS: [WeightFormat; 16] = [
     WeightFormat::Auto,
     WeightFormat::F32,
@@ -449,27 +468,18 @@ const WEIGHTS: [WeightFormat; 16] = [
 ];
 
 fn weights(value: u32) -> Result<WeightFormat, Failure> {
-    let found = WEIGHTS.get(value as usize).copied();
-    found.ok_or_else(|| Failure::invalid("weights", value, "a value of ns_llm_weights"))
+    at(&WEIGHTS, value).ok_or_else(|| Failure::invalid("weights", value, "a value of ns_llm_weights"))
 }
 
 fn kv_dtype(value: u32) -> Result<Option<KvDtype>, Failure> {
-    match value {
-        0 => Ok(None),
-        1 => Ok(Some(KvDtype::F32)),
-        2 => Ok(Some(KvDtype::F16)),
-        3 => Ok(Some(KvDtype::Bf16)),
-        4 => Ok(Some(KvDtype::Int8)),
-        _ => Err(Failure::invalid("kv_dtype", value, "a value of ns_llm_kv_dtype")),
-    }
+    const VALUES: [Option<KvDtype>; 5] =
+        [None, Some(KvDtype::F32), Some(KvDtype::F16), Some(KvDtype::Bf16), Some(KvDtype::Int8)];
+    at(&VALUES, value).ok_or_else(|| Failure::invalid("kv_dtype", value, "a value of ns_llm_kv_dtype"))
 }
 
 fn kv_tier_encoding(value: u32) -> Result<KvTierEncoding, Failure> {
-    match value {
-        0 => Ok(KvTierEncoding::AsComputed),
-        1 => Ok(KvTierEncoding::Int8),
-        _ => Err(Failure::invalid("kv_tier_encoding", value, "a value of ns_llm_kv_tier_encoding")),
-    }
+    at(&[KvTierEncoding::AsComputed, KvTierEncoding::Int8], value)
+        .ok_or_else(|| Failure::invalid("kv_tier_encoding", value, "a value of ns_llm_kv_tier_encoding"))
 }
 
 fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {
@@ -486,7 +496,11 @@ fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {
     options.response_cache.adaptive_ttl = flags & NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL != 0;
     options.response_cache.remote = flags & NS_LLM_ENGINE_NO_RESPONSE_REMOTE == 0;
     if flags & NS_LLM_ENGINE_NO_RESPONSE_DISK != 0 {
+        // Said twice, the flag is meant: 0 is the default of `response_disk_bytes`.
         options.response_cache.disk_bytes = 0;
+    }
+    if flags & NS_LLM_ENGINE_NO_CUDA_GRAPHS != 0 {
+        options.max_cuda_graphs = 0;
     }
     if flags & NS_LLM_ENGINE_NORMAL_PRIORITY != 0 {
         options.thread_priority = ThreadPriority::Normal;
@@ -496,16 +510,129 @@ fn apply_flags(flags: u32, options: &mut EngineOptions) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::collections::{BTreeMap, BTreeSet};
 
-    /// Every form of the engine has one value, and the values are those of the header.
+    use ns_llm_core::option_names::options_by_name;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::params::tests::check_names;
+
+    fn text(text: &'static str) -> ns_llm_text {
+        ns_llm_text { data: text.as_ptr().cast(), size: text.len() }
+    }
+
+    /// A struct of zeros but for `model`, which every program gives.
+    fn params() -> ns_llm_engine_params {
+        // SAFETY: any bytes are a valid value, as `SizedStruct` promises.
+        ns_llm_engine_params { model: text("model"), ..unsafe { std::mem::zeroed() } }
+    }
+
+    fn options(params: &ns_llm_engine_params) -> BTreeMap<&'static str, String> {
+        // SAFETY: the texts of these tests live for ever; `progress` is not called by reading.
+        let options = unsafe { read_options(params) }.unwrap_or_else(|failure| panic!("{failure}"));
+        options_by_name(&options).into_iter().collect()
+    }
+
+    unsafe extern "C" fn go_on(_: u64, _: u64, _: *mut c_void) -> bool {
+        true
+    }
+
+    type Set = fn(&mut ns_llm_engine_params);
+
+    /// Each option of C, by its name there, set to the value of the table.
+    const OPTIONS: [(&str, Set); 36] = [
+        ("model", |p| p.model = text("/models/m")),
+        ("device", |p| p.device = ns_llm_device::NS_LLM_DEVICE_CPU as u32),
+        ("weights", |p| p.weights = ns_llm_weights::NS_LLM_WEIGHTS_Q8_0 as u32),
+        ("kv_dtype", |p| p.kv_dtype = ns_llm_kv_dtype::NS_LLM_KV_DTYPE_BF16 as u32),
+        ("threads", |p| p.threads = 3),
+        ("NS_LLM_ENGINE_NORMAL_PRIORITY", |p| p.flags = NS_LLM_ENGINE_NORMAL_PRIORITY),
+        ("context_tokens", |p| p.context_tokens = 512),
+        ("kv_bytes", |p| p.kv_bytes = 64 << 20),
+        ("memory_limit_bytes", |p| p.memory_limit_bytes = 64 << 20),
+        ("block_tokens", |p| p.block_tokens = 32),
+        ("max_running_sequences", |p| p.max_running_sequences = 7),
+        ("max_cuda_graphs", |p| p.max_cuda_graphs = 5),
+        ("prefill_budget_tokens", |p| p.prefill_budget_tokens = 96),
+        ("mixed_budget_tokens", |p| p.mixed_budget_tokens = 96),
+        ("max_waiting_requests", |p| p.max_waiting_requests = 9),
+        ("NS_LLM_ENGINE_NO_PREFIX_CACHE", |p| p.flags = NS_LLM_ENGINE_NO_PREFIX_CACHE),
+        ("kv_host_bytes", |p| p.kv_host_bytes = 64 << 20),
+        ("kv_cache_dir", |p| p.kv_cache_dir = text("/kv")),
+        ("kv_disk_bytes", |p| p.kv_disk_bytes = 64 << 20),
+        ("kv_remote_url", |p| p.kv_remote_url = text("redis://store:1")),
+        ("kv_remote_secret", |p| p.kv_remote_secret = text("a secret of sixteen")),
+        ("kv_remote_ttl_s", |p| p.kv_remote_ttl_s = 60),
+        ("kv_remote_prefix", |p| p.kv_remote_prefix = text("mine")),
+        ("kv_remote_timeout_ms", |p| p.kv_remote_timeout_ms = 70),
+        ("kv_remote_owner_bytes", |p| p.kv_remote_owner_bytes = 64 << 20),
+        ("kv_tier_encoding", |p| p.kv_tier_encoding = ns_llm_kv_tier_encoding::NS_LLM_KV_TIER_ENCODING_INT8 as u32),
+        ("kv_load_budget_ms", |p| p.kv_load_budget_ms = 80),
+        ("kv_namespace_share", |p| p.kv_namespace_share = 0.25),
+        ("response_cache_bytes", |p| p.response_cache_bytes = 64 << 20),
+        ("response_max_entries", |p| p.response_max_entries = 11),
+        ("response_ttl_ms", |p| p.response_ttl_ms = 90),
+        ("NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL", |p| p.flags = NS_LLM_ENGINE_ADAPTIVE_RESPONSE_TTL),
+        ("response_version", |p| p.response_version = 12),
+        ("response_disk_bytes", |p| p.response_disk_bytes = 64 << 20),
+        ("NS_LLM_ENGINE_NO_RESPONSE_REMOTE", |p| p.flags = NS_LLM_ENGINE_NO_RESPONSE_REMOTE),
+        ("progress", |p| p.progress = Some(go_on)),
+    ];
+
+    /// Fields of the struct and flags that are no option of their own: they belong to others, or to this face alone.
+    const OTHERS: [&str; 9] = [
+        "struct_size",
+        "flags",
+        "device_ordinal",
+        "progress_user_data",
+        "log",
+        "log_user_data",
+        "reserved",
+        // A second way to say `response_disk_bytes`, of which 0 means the default.
+        "NS_LLM_ENGINE_NO_RESPONSE_DISK",
+        // The same of `max_cuda_graphs`.
+        "NS_LLM_ENGINE_NO_CUDA_GRAPHS",
+    ];
+
+    /// Every option that the table gives C is there under its name, sets the engine's option of that name, and no other; and C
+    /// has none beside them.
     #[test]
-    fn forms_of_weights_have_values() {
-        for format in WeightFormat::all() {
-            assert_eq!(WEIGHTS.iter().filter(|&&other| other == format).count(), 1, "{}", format.name());
+    fn options_are_those_of_the_table() {
+        let table: Value = serde_json::from_str(include_str!("../../engine/engine_options.json")).unwrap();
+        let rows = table["options"].as_array().unwrap();
+        let names: BTreeSet<&str> = rows.iter().filter_map(|row| row["c"].as_str()).collect();
+        let sets = BTreeMap::from(OPTIONS);
+        assert_eq!(names, sets.keys().copied().collect());
+        for row in rows {
+            let (Some(option), Some(name)) = (row["option"].as_str(), row["c"].as_str()) else { continue };
+            let mut given = params();
+            if option.starts_with("kv_remote.") {
+                given.kv_remote_url = text("redis://store");
+            }
+            let before = options(&given);
+            sets[name](&mut given);
+            let after = options(&given);
+            let changed: Vec<_> = after.iter().filter(|(option, value)| before[*option] != **value).collect();
+            assert_eq!(changed, [(&option, &row["value"].as_str().unwrap().to_string())], "{name}");
         }
-        assert_eq!(WEIGHTS[ns_llm_weights::NS_LLM_WEIGHTS_Q4_K as usize].name(), "q4_k");
-        assert_eq!(WEIGHTS[ns_llm_weights::NS_LLM_WEIGHTS_MXFP4 as usize].name(), "mxfp4");
-        assert!(weights(16).is_err());
+        let header = include_str!("../../include/ns_llm.h");
+        let flags = header.lines().filter_map(|line| line.strip_prefix("#define ")?.split_once(' '));
+        let flags = flags.map(|(name, _)| name).filter(|name| name.starts_with("NS_LLM_ENGINE_"));
+        let (_, fields) = header.split_once("typedef struct ns_llm_engine_params {").unwrap();
+        let (fields, _) = fields.split_once("} ns_llm_engine_params;").unwrap();
+        let fields = fields.lines().map(str::trim).filter(|line| !line.starts_with(['/', '*']) && line.ends_with(';'));
+        let fields = fields.filter_map(|line| line.trim_end_matches(';').rsplit([' ', '*']).next());
+        let in_header: BTreeSet<&str> = flags.chain(fields).collect();
+        assert_eq!(in_header, names.into_iter().chain(OTHERS).collect());
+    }
+
+    /// The values of C's enums are those of the engine, under the engine's names.
+    #[test]
+    fn values_of_enums_are_the_engines() {
+        check_names("NS_LLM_WEIGHTS_", WeightFormat::all().count(), weights, WeightFormat::from_name);
+        check_names("NS_LLM_KV_DTYPE_", KvDtype::ALL.len() + 1, kv_dtype, KvDtype::from_name_or_auto);
+        let encodings = KvTierEncoding::ALL.len();
+        check_names("NS_LLM_KV_TIER_ENCODING_", encodings, kv_tier_encoding, KvTierEncoding::from_name);
     }
 }

@@ -216,13 +216,19 @@ pub(crate) fn or_lost_end(event: Option<Result<Event, Error>>) -> Result<Event, 
 
 /// One event with everything that C is shown of it.
 pub(crate) struct Shown {
-    /// Points into the fields below, which never change: their contents do not move when this struct does.
+    /// Points into what is owned, which never changes: its contents do not move when this struct does.
     view: ns_llm_event,
-    _text: String,
-    _token_ids: Vec<u32>,
-    _embedding: Vec<f32>,
-    _logprobs: Logprobs,
-    _summary: Option<Box<ns_llm_summary>>,
+    _owned: Owned,
+}
+
+/// What the view of an event points to.
+#[derive(Default)]
+struct Owned {
+    text: String,
+    token_ids: Vec<u32>,
+    embedding: Vec<f32>,
+    logprobs: Logprobs,
+    summary: Option<Box<ns_llm_summary>>,
 }
 
 // SAFETY: the pointers in `view` lead to what this struct owns, and to nothing else.
@@ -233,12 +239,13 @@ impl Shown {
     pub(crate) fn new(request: ns_llm_request, event: Result<Event, Error>) -> Option<Shown> {
         use ns_llm_event_kind::*;
         let mut view = blank(request);
-        let mut shown = (String::new(), Vec::new(), Vec::new(), Logprobs::default(), None);
+        let mut owned = Owned::default();
         match event {
             Ok(Event::Delta(delta)) => {
                 (view.kind, view.choice) = (NS_LLM_EVENT_DELTA, delta.choice as u32);
-                (shown.0, shown.1, shown.3) = (delta.text, delta.token_ids, Logprobs::new(&delta.logprobs));
-                (view.logprobs, view.num_logprobs) = shown.3.view();
+                (owned.text, owned.token_ids) = (delta.text, delta.token_ids);
+                owned.logprobs = Logprobs::new(&delta.logprobs);
+                (view.logprobs, view.num_logprobs) = owned.logprobs.view();
             }
             Ok(Event::Finished { choice, reason }) => {
                 (view.kind, view.choice) = (NS_LLM_EVENT_FINISHED, choice as u32);
@@ -247,34 +254,26 @@ impl Shown {
             Ok(Event::Embedding { input, embedding }) => {
                 (view.kind, view.input) = (NS_LLM_EVENT_EMBEDDING, input);
                 (view.num_input_tokens, view.is_truncated) = (embedding.tokens, u64::from(embedding.truncated));
-                shown.2 = embedding.values;
-                (view.embedding, view.num_dimensions) = (shown.2.as_ptr(), shown.2.len());
+                owned.embedding = embedding.values;
+                (view.embedding, view.num_dimensions) = (owned.embedding.as_ptr(), owned.embedding.len());
             }
             Ok(Event::Done(summary)) => {
                 view.kind = NS_LLM_EVENT_DONE;
-                shown.3 = Logprobs::new(&summary.prompt_logprobs);
-                (view.prompt_logprobs, view.num_prompt_logprobs) = shown.3.view();
-                view.summary = &raw const **shown.4.insert(Box::new(ns_llm_summary::from(&summary)));
+                owned.logprobs = Logprobs::new(&summary.prompt_logprobs);
+                (view.prompt_logprobs, view.num_prompt_logprobs) = owned.logprobs.view();
+                view.summary = &raw const **owned.summary.insert(Box::new(ns_llm_summary::from(&summary)));
             }
             Err(error) => {
                 (view.kind, view.status) = (NS_LLM_EVENT_FAILED, status_of(&error));
-                shown.0 = error.to_string();
+                owned.text = error.to_string();
             }
             Ok(_) => return None,
         }
-        let (text, token_ids, embedding, logprobs, summary) = shown;
-        view.text = ns_llm_text::view(&text);
-        if !token_ids.is_empty() {
-            (view.token_ids, view.num_token_ids) = (token_ids.as_ptr(), token_ids.len());
+        view.text = ns_llm_text::view(&owned.text);
+        if !owned.token_ids.is_empty() {
+            (view.token_ids, view.num_token_ids) = (owned.token_ids.as_ptr(), owned.token_ids.len());
         }
-        Some(Shown {
-            view,
-            _text: text,
-            _token_ids: token_ids,
-            _embedding: embedding,
-            _logprobs: logprobs,
-            _summary: summary,
-        })
+        Some(Shown { view, _owned: owned })
     }
 
     /// The event as C sees it, for as long as `self` lives.

@@ -71,9 +71,9 @@ pub struct ns_llm_stats {
     /// `sizeof(ns_llm_stats)`.
     pub struct_size: usize,
     /// Sequences that are being computed.
-    pub num_requests_running: u64,
+    pub num_sequences_running: u64,
     /// Sequences that wait.
-    pub num_requests_waiting: u64,
+    pub num_sequences_waiting: u64,
     /// Blocks of the KV pool.
     pub kv_blocks_total: u64,
     /// Blocks that live sequences hold.
@@ -128,6 +128,8 @@ pub struct ns_llm_stats {
     pub cuda_graphs_evicted_total: u64,
     /// 1: no step of this engine is captured, because it was not asked for or a capture failed.
     pub cuda_graphs_refused: u64,
+    /// Requests that are not sequences yet, one for each choice or input: being rendered and tokenized, or next to be.
+    pub num_requests_preparing: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, all numbers.
@@ -343,8 +345,8 @@ impl From<Stats> for ns_llm_stats {
         let graphs = stats.cuda_graphs.unwrap_or_default();
         ns_llm_stats {
             struct_size: size_of::<ns_llm_stats>(),
-            num_requests_running: stats.num_requests_running as u64,
-            num_requests_waiting: stats.num_requests_waiting as u64,
+            num_sequences_running: stats.num_sequences_running as u64,
+            num_sequences_waiting: stats.num_sequences_waiting as u64,
             kv_blocks_total: stats.kv_blocks_total as u64,
             kv_blocks_used: stats.kv_blocks_used as u64,
             kv_blocks_cached: stats.kv_blocks_cached as u64,
@@ -372,6 +374,7 @@ impl From<Stats> for ns_llm_stats {
             cuda_graphs_launched_total: graphs.launched,
             cuda_graphs_evicted_total: graphs.evicted,
             cuda_graphs_refused: u64::from(graphs.refusal.is_some()),
+            num_requests_preparing: stats.num_requests_preparing as u64,
         }
     }
 }

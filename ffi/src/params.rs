@@ -50,6 +50,11 @@ pub(crate) unsafe fn read_struct<T: SizedStruct>(argument: &'static str, params:
     Ok(unsafe { value.assume_init() })
 }
 
+/// What a number in C stands for, when it is the value of an enum whose constants are numbered from 0.
+pub(crate) fn at<T: Copy>(values: &[T], value: u32) -> Option<T> {
+    values.get(value as usize).copied()
+}
+
 /// Writes `value` to the caller's struct, as far as the caller knows it, and zeros beyond what this library knows.
 /// The caller's `struct_size` stays.
 ///
@@ -96,8 +101,31 @@ pub(crate) unsafe fn check_struct<T: SizedStruct>(argument: &'static str, params
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::fmt::Debug;
+
     use super::*;
+
+    /// Reads the header: each constant that begins with `prefix` means what the engine calls by the rest of its name, and
+    /// there are `count` of them.
+    pub(crate) fn check_names<T: PartialEq + Debug>(
+        prefix: &str,
+        count: usize,
+        by_value: fn(u32) -> Result<T, Failure>,
+        from_name: impl Fn(&str) -> ns_llm_core::Result<T>,
+    ) {
+        let header = include_str!("../../include/ns_llm.h");
+        let constants = header.lines().filter_map(|line| line.trim().strip_prefix(prefix)?.split_once(" = "));
+        let mut found = 0;
+        for (name, value) in constants {
+            let value = value.trim_end_matches(',').parse().expect("a number");
+            let meant = from_name(name).or_else(|_| from_name(&name.replace('_', "-")));
+            assert_eq!(by_value(value).expect("a value"), meant.expect("a name of the engine's"), "{prefix}{name}");
+            found += 1;
+        }
+        assert_eq!(found, count, "constants {prefix}*");
+        assert!(by_value(found as u32).is_err(), "a value that no constant of {prefix}* has");
+    }
 
     #[repr(C)]
     #[derive(Debug, Clone, Copy, PartialEq)]

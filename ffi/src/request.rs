@@ -19,7 +19,7 @@ use crate::engine::{ENGINES, LiveEngine, ns_llm_engine};
 use crate::event::{Listener, ns_llm_event, ns_llm_event_callback, ns_llm_request, ns_llm_summary};
 use crate::failure::{Failure, boundary};
 use crate::live_request::{LiveRequest, Pulled, REQUESTS, Told};
-use crate::params::{SizedStruct, check_struct, read_struct, write_struct};
+use crate::params::{SizedStruct, at, check_struct, read_struct, write_struct};
 use crate::status::ns_llm_status;
 use crate::text::{Out, ns_llm_text, read_array, read_text};
 
@@ -514,13 +514,8 @@ unsafe fn read_texts(
 }
 
 fn response_cache(value: u32) -> Result<Option<CacheUse>, Failure> {
-    match value {
-        0 => Ok(None),
-        1 => Ok(Some(CacheUse::Off)),
-        2 => Ok(Some(CacheUse::Read)),
-        3 => Ok(Some(CacheUse::ReadWrite)),
-        _ => Err(Failure::invalid("response_cache", value, "a value of ns_llm_response_cache")),
-    }
+    const VALUES: [Option<CacheUse>; 4] = [None, Some(CacheUse::Off), Some(CacheUse::Read), Some(CacheUse::ReadWrite)];
+    at(&VALUES, value).ok_or_else(|| Failure::invalid("response_cache", value, "a value of ns_llm_response_cache"))
 }
 
 /// A field with a bit in `set`. A value without its bit is refused: the caller meant something by it.
@@ -554,10 +549,20 @@ fn prefix_cache_use(flags: u32) -> Result<CacheUse, Failure> {
 
 /// The priority that a field of C names.
 pub(crate) fn priority(value: u32) -> Result<Priority, Failure> {
-    match value {
-        0 => Ok(Priority::Normal),
-        1 => Ok(Priority::High),
-        2 => Ok(Priority::Background),
-        _ => Err(Failure::invalid("priority", value, "a value of ns_llm_priority")),
+    const VALUES: [Priority; 3] = [Priority::Normal, Priority::High, Priority::Background];
+    at(&VALUES, value).ok_or_else(|| Failure::invalid("priority", value, "a value of ns_llm_priority"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::tests::check_names;
+
+    /// The values of C's enums are those of the engine, under the engine's names.
+    #[test]
+    fn values_of_enums_are_the_engines() {
+        check_names("NS_LLM_PRIORITY_", Priority::ALL.len(), priority, Priority::from_name);
+        let from_name = |name: &str| if name == "AUTO" { Ok(None) } else { CacheUse::from_name(name).map(Some) };
+        check_names("NS_LLM_RESPONSE_CACHE_", CacheUse::ALL.len() + 1, response_cache, from_name);
     }
 }

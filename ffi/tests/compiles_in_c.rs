@@ -65,13 +65,13 @@ fn front_page_program_tells_a_story() {
 
 /// A whole program works against the shared library: `c/smoke.c` checks each answer.
 #[test]
-fn smoke_runs_shared() {
+fn a_whole_program_works_with_the_shared_library() {
     run("smoke.c", Linkage::Shared, &["48"]);
 }
 
 /// The same program works against the static library, which needs nothing beside the system's own libraries.
 #[test]
-fn smoke_runs_static() {
+fn a_whole_program_works_with_the_static_library() {
     run("smoke.c", Linkage::Static, &["8"]);
 }
 

@@ -126,7 +126,7 @@ describe('openai', { skip }, () => {
     let ready;
     do {
       ready = await (await fetch(`${address}/ready`)).json();
-    } while (ready.models[0].requests_running > 0);
+    } while (ready.models[0].sequences_running > 0);
     assert.equal(ready.queue.running, 0);
   });
 

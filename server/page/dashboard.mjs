@@ -177,9 +177,10 @@ export class Dashboard {
     ];
     const found = total('response_cache_hits_total');
     const lookUps = found + total('response_cache_misses_total');
-    if (lookUps > 0) {
+    if (total('response_cache_max_bytes') > 0) {
       const held = `${whole(total('response_cache_entries'))} kept, ${bytes(total('response_cache_bytes'))}`;
-      tiles.push(['Answers found', percent((found / lookUps) * 100), '', `${whole(found)} of ${whole(lookUps)} look-ups; ${held}`]);
+      const share = lookUps > 0 ? percent((found / lookUps) * 100) : '–';
+      tiles.push(['Answers found', share, '', `${whole(found)} of ${whole(lookUps)} look-ups; ${held}`]);
     }
     get('tiles').replaceChildren(
       ...tiles.map(([name, value, unit, note]) => {

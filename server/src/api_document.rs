@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use axum::body::{Body, Bytes};
 use axum::http::Response;
+use ns_llm::Priority;
 use ns_llm::config::{MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_STRINGS};
 use serde_json::{Map, Value, json};
 
@@ -26,11 +27,11 @@ struct Described {
     summary: &'static str,
     /// Of its body; none: it reads no body.
     body: Vec<Property>,
-    answer: Answer,
+    answer: Success,
 }
 
 /// What a route answers when it succeeds.
-enum Answer {
+enum Success {
     /// One JSON object that has these members.
     Object(&'static [&'static str]),
     /// The same, or where `stream` says so events.
@@ -177,8 +178,8 @@ fn sampling() -> Vec<Property> {
 }
 
 fn priority() -> Property {
-    let schema =
-        json!({ "anyOf": [{ "type": "integer" }, { "enum": ["high", "normal", "background"] }, { "type": "null" }] });
+    let names: Vec<_> = Priority::ALL.iter().map(|priority| priority.name()).collect();
+    let schema = json!({ "anyOf": [{ "type": "integer" }, { "enum": names }, { "type": "null" }] });
     optional("priority", schema, "A class, or a number: lower first.")
 }
 
@@ -279,53 +280,53 @@ fn described() -> Vec<Described> {
     ]);
     let stream = "text/event-stream";
     vec![
-        get("/openapi.json", "This document.", Answer::Object(&["openapi", "info", "paths"])),
-        get("/health", "Whether the server lives.", Answer::Object(&["status", "uptime_seconds"])),
+        get("/openapi.json", "This document.", Success::Object(&["openapi", "info", "paths"])),
+        get("/health", "Whether the server lives.", Success::Object(&["status", "uptime_seconds"])),
         get(
             "/ready",
             "Whether new requests should be sent here, and why not.",
-            Answer::Object(&["ready", "queue", "models"]),
+            Success::Object(&["ready", "queue", "models"]),
         ),
         get(
             "/trace",
             "Chrome's trace events of the next seconds, where they may be asked for; for keys that are marked as admin.",
-            Answer::Object(&["traceEvents"]),
+            Success::Object(&["traceEvents"]),
         ),
         get(
             "/metrics",
             "Counts and times for Prometheus: requests, tokens, steps, the prefix cache and its tiers, the response cache \
              (`response_cache_hits_total`, `_misses_total`, `_entries`, `_bytes`).",
-            Answer::Text("text/plain"),
+            Success::Text("text/plain"),
         ),
-        get("/v1/models", "What is served.", Answer::Object(&["object", "data"])),
-        get("/v1/models/{*id}", "One model.", Answer::Object(&["id", "object", "created", "owned_by"])),
+        get("/v1/models", "What is served.", Success::Object(&["object", "data"])),
+        get("/v1/models/{*id}", "One model.", Success::Object(&["id", "object", "created", "owned_by"])),
         post(
             "/v1/chat/completions",
             "The answer to a conversation.",
             chat_body,
-            Answer::ObjectOrStream(&["id", "object", "created", "model", "choices", "usage"], stream),
+            Success::ObjectOrStream(&["id", "object", "created", "model", "choices", "usage"], stream),
         ),
         post(
             "/v1/completions",
             "Text that continues prompts.",
             completion_body,
-            Answer::ObjectOrStream(&["id", "object", "created", "model", "choices", "usage"], stream),
+            Success::ObjectOrStream(&["id", "object", "created", "model", "choices", "usage"], stream),
         ),
         post(
             "/v1/embeddings",
             "Vectors of texts.",
             embedding_body,
-            Answer::Object(&["object", "data", "model", "usage"]),
+            Success::Object(&["object", "data", "model", "usage"]),
         ),
         post(
             "/v1/responses",
             "An answer that is kept and can be continued.",
             response_body,
-            Answer::ObjectOrStream(&["id", "object", "status", "output"], stream),
+            Success::ObjectOrStream(&["id", "object", "status", "output"], stream),
         ),
-        get("/v1/responses/{id}", "A kept answer.", Answer::Object(&["id", "object", "status", "output"])),
-        delete("/v1/responses/{id}", "Forgets an answer.", Answer::Object(&["id", "object", "deleted"])),
-        post("/v1/responses/{id}/cancel", "Ends an answer that grows.", Vec::new(), Answer::Object(&["id", "status"])),
+        get("/v1/responses/{id}", "A kept answer.", Success::Object(&["id", "object", "status", "output"])),
+        delete("/v1/responses/{id}", "Forgets an answer.", Success::Object(&["id", "object", "deleted"])),
+        post("/v1/responses/{id}/cancel", "Ends an answer that grows.", Vec::new(), Success::Object(&["id", "status"])),
         post(
             "/tokenize",
             "Token ids of a text.",
@@ -334,7 +335,7 @@ fn described() -> Vec<Described> {
                 required("prompt", json!({ "type": "string" }), "The text.", json!("a red fox")),
                 optional("add_special_tokens", switch(), "Whether the tokens around a prompt are added. Default true."),
             ],
-            Answer::Object(&["count", "max_model_len", "tokens"]),
+            Success::Object(&["count", "max_model_len", "tokens"]),
         ),
         post(
             "/detokenize",
@@ -348,20 +349,20 @@ fn described() -> Vec<Described> {
                     json!([1, 2]),
                 ),
             ],
-            Answer::Object(&["prompt", "content"]),
+            Success::Object(&["prompt", "content"]),
         ),
-        get("/api/version", "The server's version.", Answer::Object(&["version"])),
-        get("/api/tags", "Every name of every model.", Answer::Object(&["models"])),
-        get("/api/ps", "Models in memory.", Answer::Object(&["models"])),
+        get("/api/version", "The server's version.", Success::Object(&["version"])),
+        get("/api/tags", "Every name of every model.", Success::Object(&["models"])),
+        get("/api/ps", "Models in memory.", Success::Object(&["models"])),
         post(
             "/api/show",
             "What a model is.",
             vec![model()],
-            Answer::Object(&["details", "model_info", "capabilities"]),
+            Success::Object(&["details", "model_info", "capabilities"]),
         ),
         post(
             "/api/generate",
-            "Ollama's: text that continues a prompt. With a `text` in place of a `prompt`: NS-LLM's, which answers with `text`.",
+            "Ollama's: text that continues a prompt. With a `text` in place of a `prompt`: that of ns-node's older service, which answers with `text`.",
             vec![
                 model(),
                 optional("prompt", text(), "What to continue; without it nothing is done."),
@@ -370,7 +371,7 @@ fn described() -> Vec<Described> {
                 streams("Whether the answer comes in lines of JSON. Default true."),
                 options(),
             ],
-            Answer::ObjectOrStream(&[], "application/x-ndjson"),
+            Success::ObjectOrStream(&[], "application/x-ndjson"),
         ),
         post(
             "/api/chat",
@@ -381,64 +382,64 @@ fn described() -> Vec<Described> {
                 streams("Whether the answer comes in lines of JSON. Default true."),
                 options(),
             ],
-            Answer::ObjectOrStream(&[], "application/x-ndjson"),
+            Success::ObjectOrStream(&[], "application/x-ndjson"),
         ),
         post(
             "/api/embed",
-            "Ollama's: vectors of texts. With a `text` in place of an `input`: NS-LLM's, of that one.",
+            "Ollama's: vectors of texts. With a `text` in place of an `input`: that of ns-node's older service, of that one.",
             vec![
                 model(),
                 optional("input", texts(2_048), "The texts."),
                 optional("truncate", switch(), "Whether a text that is too long is cut. Default true."),
                 optional("dimensions", count(1), "The first numbers of each vector alone."),
             ],
-            Answer::Object(&["model", "embeddings"]),
+            Success::Object(&["model", "embeddings"]),
         ),
         post(
             "/api/embeddings",
             "Ollama's older form: the vector of a text.",
             vec![model(), required("prompt", json!({ "type": "string" }), "The text.", json!("a red fox"))],
-            Answer::Object(&["embedding"]),
+            Success::Object(&["embedding"]),
         ),
-        post("/api/generate/stream", "ns-node's: tokens as events.", own_text(), Answer::Text(stream)),
-        get("/api/gpu/status", "The GPUs, and how busy they are.", Answer::Object(&[])),
+        post("/api/generate/stream", "ns-node's: tokens as events.", own_text(), Success::Text(stream)),
+        get("/api/gpu/status", "The GPUs, and how busy they are.", Success::Object(&[])),
         post(
             "/api/gpu/can-handle",
             "Whether a GPU has so much memory left.",
             vec![optional("requiredVram", json!({ "type": ["number", "null"] }), "Mebibytes.")],
-            Answer::Object(&[]),
+            Success::Object(&[]),
         ),
-        get("/api/gpu/utilization", "The course of the GPUs' load.", Answer::Object(&[])),
-        get("/api/gpu/metadata", "What a network of nodes asks of one.", Answer::Object(&[])),
-        get("/api/gpu/peers", "Other nodes.", Answer::Object(&[])),
+        get("/api/gpu/utilization", "The course of the GPUs' load.", Success::Object(&[])),
+        get("/api/gpu/metadata", "What a network of nodes asks of one.", Success::Object(&[])),
+        get("/api/gpu/peers", "Other nodes.", Success::Object(&[])),
         get(
             "/api/kv-cache/stats",
             "Counts of the prefix cache, of each tier (entries, bytes, hits), and of the response cache (hits and entries by tier, \
              misses, bytes).",
-            Answer::Object(&["hits", "misses", "hitRate", "prefix", "tiers", "responses"]),
+            Success::Object(&["hits", "misses", "hitRate", "prefix", "tiers", "responses"]),
         ),
         post(
             "/api/kv-cache/clear",
             "Empties the prefix cache and the response cache; for keys that are marked as admin.",
             Vec::new(),
-            Answer::Object(&[]),
+            Success::Object(&[]),
         ),
         post(
             "/api/kv-cache/prune",
             "Gives up answers that are out of date.",
             Vec::new(),
-            Answer::Object(&["success", "pruned"]),
+            Success::Object(&["success", "pruned"]),
         ),
-        get("/api/kv-cache/{key}/exists", "Whether there is an entry.", Answer::Object(&["exists"])),
-        delete("/api/kv-cache/{key}", "Forgets an entry.", Answer::Object(&["success"])),
-        get("/api/performance/metrics", "How fast the server answers.", Answer::Object(&[])),
-        get("/api/performance/report", "The same, judged.", Answer::Object(&[])),
-        get("/api/performance/bottlenecks", "What holds it up.", Answer::Object(&[])),
+        get("/api/kv-cache/{key}/exists", "Whether there is an entry.", Success::Object(&["exists"])),
+        delete("/api/kv-cache/{key}", "Forgets an entry.", Success::Object(&["success"])),
+        get("/api/performance/metrics", "How fast the server answers.", Success::Object(&[])),
+        get("/api/performance/report", "The same, judged.", Success::Object(&[])),
+        get("/api/performance/bottlenecks", "What holds it up.", Success::Object(&[])),
         post(
             "/api/performance/clear",
             "Forgets what was measured; for keys that are marked as admin.",
             Vec::new(),
-            Answer::Object(&[]),
+            Success::Object(&[]),
         ),
     ]
 }
@@ -525,16 +526,16 @@ fn request_body(properties: &[Property]) -> Value {
     json!({ "required": true, "content": { "application/json": { "schema": schema, "example": example } } })
 }
 
-fn responses(path: &str, answer: &Answer) -> Value {
+fn responses(path: &str, answer: &Success) -> Value {
     let object = |members: &[&str]| json!({ "schema": { "type": "object", "required": members } });
     let content = match answer {
-        Answer::Object(members) => json!({ "application/json": object(members) }),
-        Answer::ObjectOrStream(members, stream) => json!({
+        Success::Object(members) => json!({ "application/json": object(members) }),
+        Success::ObjectOrStream(members, stream) => json!({
             "application/json": object(members),
             // Events and lines: each is an object of its own.
             *stream: {},
         }),
-        Answer::Text(content_type) => json!({ *content_type: {} }),
+        Success::Text(content_type) => json!({ *content_type: {} }),
     };
     let error = if path.starts_with("/api/") { "PlainError" } else { "Error" };
     let schema = json!({ "$ref": format!("#/components/schemas/{error}") });

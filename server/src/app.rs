@@ -6,10 +6,10 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use ns_llm::{Canceller, Engine, RunningStep};
+use ns_llm::{Canceller, Engine};
 use sha2::{Digest, Sha256};
 
 use crate::admission::Admission;
@@ -18,17 +18,13 @@ use crate::bodies::Bodies;
 use crate::clock::unix_seconds;
 use crate::error::{ApiError, ApiResult};
 use crate::gpu_watch::GpuWatch;
-use crate::helper::Helper;
+use crate::health::Health;
 use crate::keys::Keys;
 use crate::metrics::Metrics;
 use crate::options::{OptionsError, ServerOptions};
 use crate::otlp::Exporter;
+use crate::side_thread::SideThread;
 use crate::stored::StoredResponses;
-
-/// Times what steps of its size took of late, after which a step hangs.
-const SLOW_STEPS: u32 = 8;
-/// Times [`ServerOptions::step_stall`], after which an engine's first step hangs: nothing tells how long it should take.
-const FIRST_STEP_STALLS: u32 = 12;
 
 /// A model to serve, and what it is called.
 #[derive(Clone)]
@@ -59,18 +55,7 @@ pub(crate) struct Served {
     pub(crate) fingerprint: String,
     /// Seconds since 1970.
     pub(crate) created: u64,
-    /// See [`ServerOptions::step_stall`].
-    step_stall: Duration,
-    progress: Mutex<[Progress; 2]>,
-}
-
-/// When a stage of the engine was last seen to get on.
-#[derive(Default)]
-struct Progress {
-    /// What it had done by then.
-    done: u64,
-    /// Since when it has had work and done nothing, as far as was looked.
-    stuck_since: Option<Instant>,
+    health: Health,
 }
 
 impl Served {
@@ -78,8 +63,8 @@ impl Served {
         let info = model.engine.info();
         let fingerprint = [&info.name, info.weights, info.kv_dtype, info.device, info.isa].join("-");
         let Model { engine, name, aliases } = model;
-        let (created, progress) = (unix_seconds(), Mutex::default());
-        Served { idx, engine, name, aliases, fingerprint, created, step_stall, progress }
+        let (created, health) = (unix_seconds(), Health::new(step_stall));
+        Served { idx, engine, name, aliases, fingerprint, created, health }
     }
 
     fn is_called(&self, name: &str) -> bool {
@@ -88,70 +73,9 @@ impl Served {
         [name, bare].into_iter().any(|name| self.name == name || self.aliases.iter().any(|alias| alias == name))
     }
 
-    /// Why it cannot be relied on now, if it cannot: it has ended, or it has work and gets nothing done.
+    /// Why it cannot be relied on now, if it cannot.
     pub(crate) fn trouble(&self, now: Instant) -> Option<&'static str> {
-        if self.engine.health().is_err() {
-            return Some("the engine has ended");
-        }
-        let stats = self.engine.stats();
-        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        let [steps, intake] = &mut *progress;
-        let (has_work, is_preparing) =
-            (stats.num_requests_running + stats.num_requests_waiting > 0, stats.num_requests_preparing > 0);
-        // A step that runs has its own time; what is between steps takes none to speak of.
-        let step = self.engine.running_step();
-        let step_hangs = step.is_some_and(|step| step.elapsed >= longest_step(&step, self.step_stall));
-        let is_stuck = steps.look(has_work && step.is_none(), stats.steps_total, now, self.step_stall) || step_hangs;
-        let num_admitted = stats.requests_total + stats.requests_refused;
-        let intake_is_stuck = intake.look(is_preparing, num_admitted, now, self.step_stall);
-        match (is_stuck, intake_is_stuck) {
-            (true, _) => Some("work is waiting and no step was completed"),
-            (false, true) => Some("requests are waiting and none was admitted"),
-            (false, false) => None,
-        }
-    }
-}
-
-/// What a step may take before it hangs: some are slow and healthy, on large models, long prompts and small machines.
-fn longest_step(step: &RunningStep, stall: Duration) -> Duration {
-    match step.expected {
-        Some(expected) => stall.max(expected.saturating_mul(SLOW_STEPS)),
-        None => stall.saturating_mul(FIRST_STEP_STALLS),
-    }
-}
-
-impl Progress {
-    /// Whether there was work at two looks, `stall` or more apart, and nothing was done between them.
-    fn look(&mut self, has_work: bool, done: u64, now: Instant, stall: Duration) -> bool {
-        if !has_work || done != self.done {
-            self.done = done;
-            self.stuck_since = has_work.then_some(now);
-            return false;
-        }
-        let since = *self.stuck_since.get_or_insert(now);
-        now.saturating_duration_since(since) >= stall
-    }
-}
-
-/// The patience of a call that waits for an engine: looks now and then whether it still gets on.
-#[derive(Default)]
-pub(crate) struct Patience {
-    /// Until the next look; none before the call had to wait.
-    sleep: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
-}
-
-impl Patience {
-    /// Ready with an error when the engine stands still. To be asked when what is waited for is not there.
-    pub(crate) fn poll(&mut self, app: &App, model: usize, cx: &mut Context<'_>) -> Poll<ApiError> {
-        loop {
-            let between_looks = app.options.step_stall / 2;
-            let sleep = self.sleep.get_or_insert_with(|| app.sleep(between_looks));
-            ready!(sleep.as_mut().poll(cx));
-            self.sleep = None;
-            if let Some(cause) = app.models[model].trouble(Instant::now()) {
-                return Poll::Ready(ApiError::stalled(cause));
-            }
-        }
+        self.health.trouble(&self.engine, now)
     }
 }
 
@@ -164,9 +88,9 @@ pub(crate) struct App {
     pub(crate) metrics: Metrics,
     pub(crate) stored: StoredResponses,
     /// Tokenizes.
-    pub(crate) text_helper: Helper,
+    pub(crate) text_thread: SideThread,
     /// Empties caches, which may remove files.
-    pub(crate) cache_helper: Helper,
+    pub(crate) cache_thread: SideThread,
     pub(crate) gpus: GpuWatch,
     /// Bodies of requests that have no answer yet.
     pub(crate) bodies: Bodies,
@@ -216,8 +140,8 @@ impl App {
                 options.max_waiting_requests,
             ),
             stored: StoredResponses::default(),
-            text_helper: Helper::new("ns-llm-text"),
-            cache_helper: Helper::new("ns-llm-caches"),
+            text_thread: SideThread::new("ns-llm-text"),
+            cache_thread: SideThread::new("ns-llm-caches"),
             gpus: GpuWatch::new(ns_llm::gpus),
             bodies: Bodies::new(options.max_body_bytes),
             exporter,
@@ -312,37 +236,5 @@ impl App {
             Poll::Pending => sleep.get_or_insert_with(|| self.sleep(duration)).as_mut().poll(cx).map(|()| None),
         })
         .await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A step hangs when it takes many times what its like took, never before the stall time; the first one has longer.
-    #[test]
-    fn slow_steps_are_no_hanging_ones() {
-        let longest = |expected: Option<u64>| {
-            let (elapsed, expected) = (Duration::ZERO, expected.map(Duration::from_secs));
-            longest_step(&RunningStep { num_tokens: 512, elapsed, expected }, Duration::from_secs(10)).as_secs()
-        };
-        assert_eq!((longest(Some(0)), longest(Some(1)), longest(Some(30))), (10, 10, 240));
-        assert_eq!(longest(None), 120);
-    }
-
-    /// Work without a step makes an engine stuck after its time; a step, or no work, begins the time anew.
-    #[test]
-    fn an_engine_without_steps_is_stuck() {
-        let (mut progress, start) = (Progress::default(), Instant::now());
-        let mut look = |has_work, done, seconds| {
-            progress.look(has_work, done, start + Duration::from_secs(seconds), Duration::from_secs(10))
-        };
-        assert!(!look(true, 5, 0));
-        assert!(!look(true, 5, 9));
-        assert!(look(true, 5, 10));
-        assert!(!look(true, 6, 11), "a step was made");
-        assert!(!look(false, 5, 30));
-        assert!(!look(true, 5, 60), "the work is new");
-        assert!(look(true, 5, 70));
     }
 }

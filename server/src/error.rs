@@ -154,6 +154,9 @@ impl IntoResponse for ApiError {
 /// An error on a route of Ollama's or ns-node's: the same, in their form.
 pub(crate) struct PlainError(pub(crate) ApiError);
 
+/// Result of a route whose errors are plain.
+pub(crate) type PlainResult = Result<Response<Body>, PlainError>;
+
 impl<E: Into<ApiError>> From<E> for PlainError {
     fn from(error: E) -> Self {
         PlainError(error.into())

@@ -12,18 +12,19 @@ use ns_llm::{EmbeddingInput, Origin, Prompt, Summary, TokenLogprobs};
 
 use crate::admission::Place;
 use crate::affinity::prefix_affinity;
-use crate::app::{App, Patience, Served};
+use crate::app::{App, Served};
 use crate::error::{ApiError, ApiResult};
 use crate::keys::Caller;
-use crate::metrics::{Kind, Operation, Outcome, millis};
+use crate::metrics::{Kind, Operation, OperationOutcome, millis};
 use crate::otlp::EndedRequest;
+use crate::patience::Patience;
 
 /// Bytes of text that one token stands for, about.
 const BYTES_PER_TOKEN: usize = 4;
 
 /// What is asked of the engine.
-pub(crate) enum Work {
-    Generate(Request),
+pub(crate) enum EngineRequest {
+    Generate(Box<Request>),
     Embed(EmbeddingRequest),
 }
 
@@ -69,31 +70,31 @@ impl HeldPlace {
 
 /// One finished choice.
 #[derive(Default)]
-pub(crate) struct Choice {
+pub(crate) struct FinishedChoice {
     pub(crate) text: String,
     pub(crate) token_ids: Vec<u32>,
     pub(crate) logprobs: Vec<TokenLogprobs>,
     pub(crate) reason: Option<FinishReason>,
 }
 
-impl Work {
+impl EngineRequest {
     fn priority(&mut self) -> &mut Priority {
         match self {
-            Work::Generate(request) => &mut request.priority,
-            Work::Embed(request) => &mut request.priority,
+            EngineRequest::Generate(request) => &mut request.priority,
+            EngineRequest::Embed(request) => &mut request.priority,
         }
     }
 
     fn timeout_ms(&mut self) -> &mut Option<u64> {
         match self {
-            Work::Generate(request) => &mut request.timeout_ms,
-            Work::Embed(request) => &mut request.timeout_ms,
+            EngineRequest::Generate(request) => &mut request.timeout_ms,
+            EngineRequest::Embed(request) => &mut request.timeout_ms,
         }
     }
 
     /// How the prompt begins. What a caller adds to its namespace stands behind the name of its key.
     fn prefix(&self, model: &str) -> Option<String> {
-        let Work::Generate(request) = self else { return None };
+        let EngineRequest::Generate(request) = self else { return None };
         let salt = request.namespace.as_deref().and_then(|namespace| namespace.split_once('\n')).map(|(_, salt)| salt);
         Some(prefix_affinity(model, salt, &request.prompt))
     }
@@ -102,12 +103,12 @@ impl Work {
     fn prompt_estimate(&self) -> usize {
         let of_text = |text: &str| text.len().div_ceil(BYTES_PER_TOKEN);
         match self {
-            Work::Generate(request) => match &request.prompt {
+            EngineRequest::Generate(request) => match &request.prompt {
                 Prompt::Text(text) => of_text(text),
                 Prompt::Tokens(ids) => ids.len(),
                 Prompt::Chat(messages) => messages.iter().map(|message| of_text(&message.content)).sum(),
             },
-            Work::Embed(request) => request.inputs.iter().fold(0, |sum, input| {
+            EngineRequest::Embed(request) => request.inputs.iter().fold(0, |sum, input| {
                 sum + match input {
                     EmbeddingInput::Text(text) => of_text(text),
                     EmbeddingInput::Tokens(ids) => ids.len(),
@@ -119,17 +120,103 @@ impl Work {
     /// Ranges are told before anything waits.
     fn validate(&self) -> ApiResult<()> {
         match self {
-            Work::Generate(request) => request.validate()?,
-            Work::Embed(request) => request.validate()?,
+            EngineRequest::Generate(request) => request.validate()?,
+            EngineRequest::Embed(request) => request.validate()?,
         }
         Ok(())
     }
 }
 
+/// What the parts of one call have in common until they are submitted.
+struct Call<'a> {
+    app: &'a Arc<App>,
+    caller: &'a Caller,
+    model: &'a Served,
+    arrived: Instant,
+    /// The best of them.
+    priority: Priority,
+    /// The shortest of them.
+    timeout_ms: u64,
+}
+
+impl<'a> Call<'a> {
+    /// Checks every part, and gives none a better class or a longer time than its caller has.
+    fn of(
+        app: &'a Arc<App>,
+        caller: &'a Caller,
+        model: &'a Served,
+        requests: &mut [EngineRequest],
+    ) -> ApiResult<Call<'a>> {
+        let arrived = Instant::now();
+        let (mut priority, mut timeout_ms) = (Priority::Background, app.options.request_timeout.as_millis() as u64);
+        for request in requests {
+            request.validate()?;
+            *request.priority() = (*request.priority()).max(caller.best_priority());
+            priority = priority.min(*request.priority());
+            timeout_ms = request.timeout_ms().map_or(timeout_ms, |wanted| wanted.min(timeout_ms));
+        }
+        Ok(Call { app, caller, model, arrived, priority, timeout_ms })
+    }
+
+    /// Waits for a place, as long as there is time and the engine gets on.
+    async fn enter(&self) -> ApiResult<Place> {
+        let mut entering = pin!(self.app.admission.enter(self.caller.name(), self.priority));
+        let mut patience = Patience::default();
+        let entering = poll_fn(|cx| match entering.as_mut().poll(cx) {
+            Poll::Ready(place) => Poll::Ready(place),
+            Poll::Pending => patience.poll(self.app, self.model.idx, cx).map(Err),
+        });
+        let left = Duration::from_millis(self.timeout_ms).saturating_sub(self.arrived.elapsed());
+        let place = self.app.within(left, entering).await;
+        place.ok_or_else(|| ApiError::deadline(self.timeout_ms))?
+    }
+
+    /// Gives the engine one part, which holds its place until it has ended there.
+    fn submit(&self, mut request: EngineRequest, place: Place) -> ApiResult<Generation> {
+        let &Call { app, caller, model, arrived, timeout_ms, .. } = self;
+        // A request whose time is over is never computed.
+        if arrived.elapsed().as_millis() as u64 >= timeout_ms {
+            return Err(ApiError::deadline(timeout_ms));
+        }
+        // It counts from the arrival: what the queue has taken is not left for the engine.
+        *request.timeout_ms() = Some(timeout_ms);
+        let origin = Origin { arrived, label: Some(caller.label()) };
+        let (prefix, prompt_estimate) = (request.prefix(&model.name), request.prompt_estimate());
+        let (kind, mut stream) = match request {
+            EngineRequest::Generate(request) => (Kind::Generate, model.engine.submit_from(*request, origin)?),
+            EngineRequest::Embed(request) => (Kind::Embed, model.engine.submit_embedding_from(request, origin)?),
+        };
+        app.metrics.begin();
+        let ticket = Ticket {
+            number: app.register(stream.canceller()),
+            app: app.clone(),
+            caller: caller.clone(),
+            model: model.idx,
+            kind,
+            prefix,
+            place: HeldPlace(Arc::new(Mutex::new(Some(place)))),
+            prompt_estimate,
+            arrived,
+            first_token: None,
+            num_tokens: 0,
+            reasons: Vec::new(),
+            settled: false,
+        };
+        let place = ticket.place.clone();
+        stream.on_end(move || place.give_back());
+        Ok(Generation { stream, ticket, patience: Patience::default() })
+    }
+}
+
 impl Generation {
     /// Waits for a place and submits.
-    pub(crate) async fn start(app: &Arc<App>, caller: &Caller, model: &Served, work: Work) -> ApiResult<Generation> {
-        let mut all = Generation::start_all(app, caller, model, vec![work]).await?;
+    pub(crate) async fn start(
+        app: &Arc<App>,
+        caller: &Caller,
+        model: &Served,
+        request: EngineRequest,
+    ) -> ApiResult<Generation> {
+        let mut all = Generation::start_all(app, caller, model, vec![request]).await?;
         all.pop().ok_or_else(|| Error::Closed.into())
     }
 
@@ -139,65 +226,18 @@ impl Generation {
         app: &Arc<App>,
         caller: &Caller,
         model: &Served,
-        mut works: Vec<Work>,
+        mut requests: Vec<EngineRequest>,
     ) -> ApiResult<Vec<Generation>> {
-        let arrived = Instant::now();
-        let most_ms = app.options.request_timeout.as_millis() as u64;
-        let (mut priority, mut timeout_ms) = (Priority::Background, most_ms);
-        for work in &mut works {
-            work.validate()?;
-            // A caller gets no better class than its key has.
-            *work.priority() = (*work.priority()).max(caller.best_priority());
-            priority = priority.min(*work.priority());
-            timeout_ms = work.timeout_ms().map_or(timeout_ms, |wanted| wanted.min(timeout_ms));
-        }
-        let mut generations = Vec::with_capacity(works.len());
-        for mut work in works {
-            let mut entering = pin!(app.admission.enter(caller.name(), priority));
-            let mut patience = Patience::default();
-            let entering = poll_fn(|cx| match entering.as_mut().poll(cx) {
-                Poll::Ready(place) => Poll::Ready(place),
-                Poll::Pending => patience.poll(app, model.idx, cx).map(Err),
-            });
-            let left = Duration::from_millis(timeout_ms).saturating_sub(arrived.elapsed());
+        let call = Call::of(app, caller, model, &mut requests)?;
+        let mut generations = Vec::with_capacity(requests.len());
+        for request in requests {
             // Those that were submitted before it give their places back when they have ended, read or not.
-            let place = app.within(left, entering).await;
-            let place = place.ok_or_else(|| ApiError::deadline(timeout_ms))??;
+            let place = call.enter().await?;
             // What has begun may finish.
             if app.is_stopping() && generations.is_empty() {
                 return Err(ApiError::stopping());
             }
-            // A request whose time is over is never computed.
-            if arrived.elapsed().as_millis() as u64 >= timeout_ms {
-                return Err(ApiError::deadline(timeout_ms));
-            }
-            // It counts from the arrival: what the queue has taken is not left for the engine.
-            *work.timeout_ms() = Some(timeout_ms);
-            let origin = Origin { arrived, label: Some(caller.label()) };
-            let (prefix, prompt_estimate) = (work.prefix(&model.name), work.prompt_estimate());
-            let (kind, mut stream) = match work {
-                Work::Generate(request) => (Kind::Generate, model.engine.submit_from(request, origin)?),
-                Work::Embed(request) => (Kind::Embed, model.engine.submit_embedding_from(request, origin)?),
-            };
-            app.metrics.begin();
-            let ticket = Ticket {
-                number: app.register(stream.canceller()),
-                app: app.clone(),
-                caller: caller.clone(),
-                model: model.idx,
-                kind,
-                prefix,
-                place: HeldPlace(Arc::new(Mutex::new(Some(place)))),
-                prompt_estimate,
-                arrived,
-                first_token: None,
-                num_tokens: 0,
-                reasons: Vec::new(),
-                settled: false,
-            };
-            let place = ticket.place.clone();
-            stream.on_end(move || place.give_back());
-            generations.push(Generation { stream, ticket, patience: Patience::default() });
+            generations.push(call.submit(request, place)?);
         }
         Ok(generations)
     }
@@ -232,14 +272,14 @@ impl Generation {
     /// Ready when the engine does nothing any more; the request has then failed.
     fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<ApiError> {
         let error = ready!(self.patience.poll(&self.ticket.app, self.ticket.model, cx));
-        self.ticket.settle(Outcome::Failed, None);
+        self.ticket.settle(OperationOutcome::Failed, None);
         Poll::Ready(error)
     }
 
     /// Everything about a generation of `n` choices.
-    pub(crate) async fn finish(mut self, n: usize) -> ApiResult<(Vec<Choice>, Summary)> {
+    pub(crate) async fn finish(mut self, n: usize) -> ApiResult<(Vec<FinishedChoice>, Summary)> {
         self.ended().await?;
-        let mut choices: Vec<Choice> = (0..n).map(|_| Choice::default()).collect();
+        let mut choices: Vec<FinishedChoice> = (0..n).map(|_| FinishedChoice::default()).collect();
         loop {
             match poll_fn(|cx| self.poll_event(cx)).await.transpose()? {
                 Some(Event::Delta(delta)) => {
@@ -282,7 +322,7 @@ impl Ticket {
                         self.num_tokens += delta.token_ids.len();
                     }
                     Event::Finished { reason, .. } => self.reasons.push(*reason),
-                    Event::Done(summary) => self.settle(Outcome::Success, Some(summary)),
+                    Event::Done(summary) => self.settle(OperationOutcome::Success, Some(summary)),
                     _ => {}
                 }
                 Ok(event)
@@ -292,7 +332,7 @@ impl Ticket {
                 if is_cancelled || matches!(error, Error::DeadlineExceeded { .. }) {
                     self.charge_prompt();
                 }
-                self.settle(if is_cancelled { Outcome::Cancelled } else { Outcome::Failed }, None);
+                self.settle(if is_cancelled { OperationOutcome::Cancelled } else { OperationOutcome::Failed }, None);
                 match is_cancelled && self.app.is_stopping() {
                     true => Err(ApiError::stopping()),
                     false => Err(error.into()),
@@ -309,7 +349,7 @@ impl Ticket {
     }
 
     /// Counts and pays, once.
-    fn settle(&mut self, outcome: Outcome, summary: Option<&Summary>) {
+    fn settle(&mut self, outcome: OperationOutcome, summary: Option<&Summary>) {
         if std::mem::replace(&mut self.settled, true) {
             return;
         }
@@ -355,7 +395,7 @@ impl Drop for Generation {
             let _ = self.ticket.see(event);
         }
         self.ticket.charge_prompt();
-        self.ticket.settle(Outcome::Cancelled, None);
+        self.ticket.settle(OperationOutcome::Cancelled, None);
         self.ticket.place.give_back();
     }
 }

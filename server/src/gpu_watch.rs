@@ -11,15 +11,15 @@ use ns_llm::Gpu;
 
 use crate::app::App;
 use crate::clock::unix_millis;
-use crate::helper::Helper;
 use crate::options::GPU_LOOK_TIMEOUT;
+use crate::side_thread::SideThread;
 
 /// Looks at the devices that are remembered: with one in five seconds those of an hour.
 const MAX_SAMPLES: usize = 720;
 
 /// The thread that looks, and what it saw.
 pub(crate) struct GpuWatch {
-    helper: Helper,
+    side_thread: SideThread,
     look: Arc<dyn Fn() -> Vec<Gpu> + Send + Sync>,
     /// Locked for a copy.
     seen: Mutex<Seen>,
@@ -35,7 +35,7 @@ struct Seen {
 impl GpuWatch {
     /// Of what `look` gives, which may take its time.
     pub(crate) fn new(look: impl Fn() -> Vec<Gpu> + Send + Sync + 'static) -> GpuWatch {
-        GpuWatch { helper: Helper::new("ns-llm-gpus"), look: Arc::new(look), seen: Mutex::default() }
+        GpuWatch { side_thread: SideThread::new("ns-llm-gpus"), look: Arc::new(look), seen: Mutex::default() }
     }
 
     /// The devices now, or when they could last be looked at.
@@ -45,7 +45,7 @@ impl GpuWatch {
 
     async fn look_until(&self, timeout: impl Future<Output = ()>) -> Vec<Gpu> {
         let look = self.look.clone();
-        let (mut looking, mut timeout) = (pin!(self.helper.run(None, move || look())), pin!(timeout));
+        let (mut looking, mut timeout) = (pin!(self.side_thread.run(None, move || look())), pin!(timeout));
         let looked = poll_fn(|cx| match looking.as_mut().poll(cx) {
             Poll::Ready(looked) => Poll::Ready(Some(looked)),
             Poll::Pending => timeout.as_mut().poll(cx).map(|()| None),

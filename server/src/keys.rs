@@ -92,9 +92,9 @@ impl ApiKey {
             match word.split_once('=') {
                 Some(("requests_per_minute", value)) => key.requests_per_minute = count(value)?,
                 Some(("tokens_per_minute", value)) => key.tokens_per_minute = count(value)?,
-                Some(("priority", "high")) => key.best_priority = Priority::High,
-                Some(("priority", "normal")) => key.best_priority = Priority::Normal,
-                Some(("priority", "background")) => key.best_priority = Priority::Background,
+                Some(("priority", name)) => {
+                    key.best_priority = Priority::from_name(name).map_err(|error| wrong(error.to_string()))?;
+                }
                 None if word == "admin" => key.is_admin = true,
                 _ => return Err(wrong(format!("{word} is no setting of a key"))),
             }

@@ -28,7 +28,7 @@ pub(crate) enum Kind {
 
 /// How it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub(crate) enum OperationOutcome {
     Success,
     Failed,
     /// By its caller.
@@ -39,7 +39,7 @@ pub(crate) enum Outcome {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Operation {
     pub(crate) kind: Kind,
-    pub(crate) outcome: Outcome,
+    pub(crate) outcome: OperationOutcome,
     pub(crate) started: Instant,
     pub(crate) ended: Instant,
     /// Made by it.
@@ -115,19 +115,19 @@ impl Metrics {
         }
         state.operations.push_back(operation);
         if operation.kind == Kind::Generate {
-            if operation.outcome == Outcome::Success {
+            if operation.outcome == OperationOutcome::Success {
                 let counter = if operation.cached_tokens > 0 { &mut state.hits } else { &mut state.misses };
                 *counter += 1;
             }
             let metrics = &mut state.models[model];
             match operation.outcome {
-                Outcome::Success => {
+                OperationOutcome::Success => {
                     for reason in reasons {
                         metrics.finished[usize::from(*reason == FinishReason::Length)] += 1;
                     }
                 }
-                Outcome::Cancelled => metrics.aborted += 1,
-                Outcome::Failed => metrics.failed += 1,
+                OperationOutcome::Cancelled => metrics.aborted += 1,
+                OperationOutcome::Failed => metrics.failed += 1,
             }
         }
     }
@@ -188,7 +188,7 @@ mod tests {
         let at = |second: u64| start + Duration::from_secs(second);
         let operation = |second| Operation {
             kind: Kind::Generate,
-            outcome: Outcome::Cancelled,
+            outcome: OperationOutcome::Cancelled,
             started: at(second),
             ended: at(second + 1),
             tokens: 3,

@@ -45,8 +45,9 @@ pub(crate) async fn ready(State(app): State<Arc<App>>) -> Response<Body> {
             "ready": trouble.is_none(),
             "reason": trouble,
             "steps_total": stats.steps_total,
-            "requests_running": stats.num_requests_running,
-            "requests_waiting": stats.num_requests_waiting,
+            "sequences_running": stats.num_sequences_running,
+            "sequences_waiting": stats.num_sequences_waiting,
+            "requests_preparing": stats.num_requests_preparing,
         }));
     }
     if waiting >= app.options.max_waiting_requests && waiting > 0 {
@@ -64,8 +65,12 @@ type Family = (&'static str, &'static str, &'static str, fn(&Stats) -> f64);
 
 /// Of each model: its engine's own counts.
 const OF_ENGINES: &[Family] = &[
-    ("num_requests_running", "gauge", "Sequences that are being computed.", |s| s.num_requests_running as f64),
-    ("num_requests_waiting", "gauge", "Sequences that wait.", |s| s.num_requests_waiting as f64),
+    // vLLM's names; it counts sequences, too.
+    ("num_requests_running", "gauge", "Sequences that are being computed.", |s| s.num_sequences_running as f64),
+    ("num_requests_waiting", "gauge", "Sequences that wait.", |s| s.num_sequences_waiting as f64),
+    ("num_requests_preparing", "gauge", "Requests that are being rendered and tokenized, or next to be.", |s| {
+        s.num_requests_preparing as f64
+    }),
     ("kv_cache_usage_perc", "gauge", "Share of the KV blocks that live sequences hold, 0 to 1.", kv_usage),
     ("prompt_tokens_total", "counter", "Prompt tokens of admitted requests.", |s| s.prompt_tokens_total as f64),
     ("generation_tokens_total", "counter", "Tokens produced.", |s| s.generation_tokens_total as f64),
@@ -113,6 +118,7 @@ const OF_RESPONSES: &[TierFamily<ResponseCacheStats>] = &[
     ("response_cache_misses_total", "counter", "Look-ups that found nothing anywhere.", found_nowhere),
     ("response_cache_stores_total", "counter", "Entries stored.", |r| r.stores),
     ("response_cache_evictions_total", "counter", "Entries given up for want of room.", |r| r.evictions),
+    ("response_cache_max_bytes", "gauge", "Bytes that it may hold in memory; 0: it is off.", |r| r.max_bytes),
     ("response_cache_faults_total", "counter", "Calls to disk and remote store that failed.", |r| r.tier_faults),
 ];
 
@@ -195,9 +201,13 @@ fn prometheus_text(app: &App, gpus: &[Gpu]) -> String {
         line(&mut text, &series, 1.0);
     }
     let (_, waiting) = app.admission.counts();
-    let waiting = waiting + stats.iter().map(|stats| stats.num_requests_waiting).sum::<usize>();
+    let waiting = waiting + stats.iter().map(|stats| stats.num_sequences_waiting).sum::<usize>();
     let gauges = [
-        ("request_queue_depth", "Requests that wait.", waiting as f64),
+        (
+            "request_queue_depth",
+            "Requests in the server's line, and sequences in those of the engines.",
+            waiting as f64,
+        ),
         ("active_requests", "Operations that are going on.", app.metrics.num_active() as f64),
         ("avg_latency_ms", "Mean time of all operations since the start.", app.metrics.average_ms()),
         ("gpu_utilization", "Percent, the mean over all devices; 0 without one.", mean_utilization(gpus)),

@@ -7,23 +7,21 @@ use axum::Extension;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::Response;
-use ns_llm::{EmbeddingRequest, Event, FinishReason, Message, Request, Summary};
+use ns_llm::{EmbeddingRequest, Event, FinishReason, Message, ModelInfo, Request, Summary};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::app::{App, Served};
 use crate::clock::rfc3339;
-use crate::error::{ApiError, ApiResult, PlainError};
+use crate::error::{ApiError, ApiResult, PlainResult};
 use crate::event_body::{self, Dialect};
 use crate::fields::{Fields, shown};
-use crate::generation::{Generation, Work};
+use crate::generation::{EngineRequest, Generation};
 use crate::keys::Caller;
 use crate::messages::read_messages;
 use crate::ns_node;
 use crate::parameters::{namespace, read_seed};
 use crate::response::json_response;
-
-type Answer = Result<Response<Body>, PlainError>;
 
 /// `GET /api/version`.
 pub(crate) async fn version() -> Response<Body> {
@@ -54,7 +52,7 @@ pub(crate) async fn loaded(State(app): State<Arc<App>>) -> Response<Body> {
 }
 
 /// `POST /api/show`: what a model is.
-pub(crate) async fn show(State(app): State<Arc<App>>, body: Bytes) -> Answer {
+pub(crate) async fn show(State(app): State<Arc<App>>, body: Bytes) -> PlainResult {
     let mut fields = Fields::parse(&body)?;
     // Older clients name it so.
     if let (false, Some(name)) = (fields.has("model"), fields.take("name")) {
@@ -63,14 +61,14 @@ pub(crate) async fn show(State(app): State<Arc<App>>, body: Bytes) -> Answer {
     let (model, name) = named_model(&app, &mut fields)?;
     let (info, entry) = (model.engine.info(), tag(model, &name));
     let capabilities = if info.can_generate { &["completion", "embedding"][..] } else { &["embedding"] };
-    let family = entry["details"]["family"].as_str().unwrap_or_default();
+    let family = family(info);
     Ok(json_response(&json!({
         "modelfile": "",
         "parameters": "",
         "template": "",
         "details": entry["details"],
         "model_info": {
-            "general.architecture": family,
+            "general.architecture": &family,
             "general.parameter_count": info.num_parameters,
             format!("{family}.context_length"): info.context_tokens,
             format!("{family}.embedding_length"): info.embedding_dimensions,
@@ -80,10 +78,14 @@ pub(crate) async fn show(State(app): State<Arc<App>>, body: Bytes) -> Answer {
     })))
 }
 
+fn family(info: &ModelInfo) -> String {
+    info.architecture.trim_end_matches("ForCausalLM").to_ascii_lowercase()
+}
+
 fn tag(model: &Served, name: &str) -> Value {
     let info = model.engine.info();
     let tagged = if name.contains(':') { name.to_string() } else { format!("{name}:latest") };
-    let family = info.architecture.trim_end_matches("ForCausalLM").to_ascii_lowercase();
+    let family = family(info);
     json!({
         "name": tagged,
         "model": tagged,
@@ -93,8 +95,8 @@ fn tag(model: &Served, name: &str) -> Value {
         "details": {
             "parent_model": "",
             "format": "ns-llm",
-            "family": family,
-            "families": [family],
+            "family": &family,
+            "families": [&family],
             "parameter_size": format!("{:.1}M", info.num_parameters as f64 / 1e6),
             "quantization_level": info.weights.to_ascii_uppercase(),
         },
@@ -108,7 +110,11 @@ fn digest(model: &Served, name: &str) -> String {
 }
 
 /// `POST /api/generate`. A prompt is answered as a user's message where the model knows messages, unless it is `raw`.
-pub(crate) async fn generate(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>, body: Bytes) -> Answer {
+pub(crate) async fn generate(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> PlainResult {
     let mut fields = Fields::parse(&body)?;
     drop(body);
     if fields.has("text") {
@@ -136,7 +142,11 @@ pub(crate) async fn generate(State(app): State<Arc<App>>, Extension(caller): Ext
 }
 
 /// `POST /api/chat`.
-pub(crate) async fn chat(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>, body: Bytes) -> Answer {
+pub(crate) async fn chat(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> PlainResult {
     let mut fields = Fields::parse(&body)?;
     drop(body);
     let (model, name) = named_model(&app, &mut fields)?;
@@ -154,8 +164,12 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, Extension(caller): Extensi
     answer(&app, &caller, model, fields, request, Lines::new(name, Form::Chat)).await
 }
 
-/// `POST /api/embed`: several texts; also NS-LLM's, which names its one `text`.
-pub(crate) async fn embed(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>, body: Bytes) -> Answer {
+/// `POST /api/embed`: several texts; also of ns-node's older service, which names its one `text`.
+pub(crate) async fn embed(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> PlainResult {
     let start = Instant::now();
     let mut fields = Fields::parse(&body)?;
     drop(body);
@@ -172,7 +186,7 @@ pub(crate) async fn embed(State(app): State<Arc<App>>, Extension(caller): Extens
     request.truncate = fields.bool("truncate")?.unwrap_or(true);
     request.dimensions = fields.count("dimensions")?;
     drop(fields);
-    let generation = Generation::start(&app, &caller, model, Work::Embed(request)).await?;
+    let generation = Generation::start(&app, &caller, model, EngineRequest::Embed(request)).await?;
     let (embeddings, summary) = generation.finish_embedding(num_inputs).await?;
     let vectors: Vec<&[f32]> = embeddings.iter().map(|embedding| embedding.values.as_slice()).collect();
     Ok(json_response(&json!({
@@ -189,13 +203,13 @@ pub(crate) async fn embeddings(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
     body: Bytes,
-) -> Answer {
+) -> PlainResult {
     let mut fields = Fields::parse(&body)?;
     drop(body);
     let (model, _) = named_model(&app, &mut fields)?;
     let prompt = fields.text("prompt")?.ok_or_else(|| ApiError::invalid("prompt", "missing", "a string"))?;
     drop(fields);
-    let work = Work::Embed(EmbeddingRequest::new([prompt]));
+    let work = EngineRequest::Embed(EmbeddingRequest::new([prompt]));
     let (embeddings, _) = Generation::start(&app, &caller, model, work).await?.finish_embedding(1).await?;
     Ok(json_response(&json!({ "embedding": embeddings[0].values })))
 }
@@ -255,11 +269,12 @@ async fn answer(
     mut fields: Fields,
     request: Request,
     mut lines: Lines,
-) -> Answer {
+) -> PlainResult {
     let is_stream = fields.bool("stream")?.unwrap_or(true);
     drop(fields);
     let renamed = |error: ApiError| error.renamed("max_tokens", "num_predict");
-    let generation = Generation::start(app, caller, model, Work::Generate(request)).await.map_err(renamed)?;
+    let generation =
+        Generation::start(app, caller, model, EngineRequest::Generate(Box::new(request))).await.map_err(renamed)?;
     if is_stream {
         return Ok(event_body::stream(app, vec![generation], lines).await.map_err(renamed)?);
     }

@@ -135,10 +135,12 @@ pub(crate) fn read_priority(fields: &mut Fields) -> ApiResult<Priority> {
             _ => Priority::Normal,
         }),
         Some(value) => match (value.as_i64(), value.as_str()) {
-            (Some(..0), _) | (_, Some("high")) => Ok(Priority::High),
-            (Some(0), _) | (_, Some("normal")) => Ok(Priority::Normal),
-            (Some(_), _) | (_, Some("background")) => Ok(Priority::Background),
-            _ => Err(ApiError::invalid(path, shown(&value), "a whole number, \"high\", \"normal\" or \"background\"")),
+            (Some(..0), _) => Ok(Priority::High),
+            (Some(0), _) => Ok(Priority::Normal),
+            (Some(_), _) => Ok(Priority::Background),
+            (None, name) => name.and_then(|name| Priority::from_name(name).ok()).ok_or_else(|| {
+                ApiError::invalid(path, shown(&value), "a whole number, \"high\", \"normal\" or \"background\"")
+            }),
         },
     }
 }
@@ -204,4 +206,32 @@ pub(crate) fn is_text_type(value: &Value) -> bool {
 
 fn is_text_only(value: &Value) -> bool {
     value.as_array().is_some_and(|values| values.iter().all(|value| value == "text"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the list of both faces says of each parameter of OpenAI's that cannot be followed; the package for Node is held to
+    /// the same list.
+    #[test]
+    fn parameters_of_the_list_are_refused() {
+        let list: Vec<Value> =
+            serde_json::from_str(include_str!("../unsupported-parameters.json")).expect("the list is JSON");
+        assert!(list.len() >= 10);
+        for row in list {
+            let name = row["name"].as_str().expect("a name");
+            let check = |value: &Value| {
+                let body = serde_json::json!({ name: value }).to_string();
+                check_supported(&Fields::parse(body.as_bytes()).expect("an object"))
+            };
+            for value in row["neutral"].as_array().expect("values").iter().chain([&Value::Null]) {
+                assert!(check(value).is_ok(), "{name}: {value}");
+            }
+            for value in row["refused"].as_array().expect("values") {
+                let error = check(value).expect_err("refused");
+                assert_eq!((error.code, error.param.as_deref()), ("not_supported", Some(name)), "{value}");
+            }
+        }
+    }
 }

@@ -42,7 +42,7 @@ pub(crate) fn table() -> Vec<Route> {
         route("POST", "/v1/responses/{id}/cancel", post(openai::responses::cancel)),
         route("POST", "/tokenize", post(text::tokenize)),
         route("POST", "/detokenize", post(text::detokenize)),
-        // Ollama's. Two of them are also NS-LLM's, which names its prompt `text`.
+        // Ollama's. Two of them are also those of ns-node's older service, which names its prompt `text`.
         route("GET", "/api/version", get(ollama::version)),
         route("GET", "/api/tags", get(ollama::tags)),
         route("GET", "/api/ps", get(ollama::loaded)),
@@ -51,7 +51,7 @@ pub(crate) fn table() -> Vec<Route> {
         route("POST", "/api/chat", post(ollama::chat)),
         route("POST", "/api/embed", post(ollama::embed)),
         route("POST", "/api/embeddings", post(ollama::embeddings)),
-        // NS-LLM's and ns-node's.
+        // ns-node's, and its older service's.
         route("POST", "/api/generate/stream", post(ns_node::generate::stream)),
         route("GET", "/api/gpu/status", get(ns_node::gpu::status)),
         route("POST", "/api/gpu/can-handle", post(ns_node::gpu::can_handle)),

@@ -39,7 +39,7 @@ pub(crate) async fn tokenize(
     };
     drop((fields, body));
     let engine = model.engine.clone();
-    let ids = app.text_helper.run(caller.name(), move || engine.tokenize(&text, add_special)).await??;
+    let ids = app.text_thread.run(caller.name(), move || engine.tokenize(&text, add_special)).await??;
     Ok(json_response(
         &json!({ "count": ids.len(), "max_model_len": model.engine.info().context_tokens, "tokens": ids }),
     ))
@@ -63,7 +63,7 @@ pub(crate) async fn detokenize(
         return Err(ApiError::invalid("tokens", value, expected));
     }
     let engine = model.engine.clone();
-    let text = app.text_helper.run(caller.name(), move || engine.detokenize(&ids)).await?;
+    let text = app.text_thread.run(caller.name(), move || engine.detokenize(&ids)).await?;
     let text = text.map_err(|error| ApiError::from(error).renamed("ids", "tokens"))?;
     Ok(json_response(&json!({ "prompt": text, "content": text })))
 }

@@ -14,6 +14,7 @@ use crate::app::App;
 use crate::error::{ApiError, ApiResult};
 use crate::keys::Caller;
 use crate::options::{DEFAULT_TRACE_SECONDS, MAX_TRACE_SECONDS, TRACE_EVENTS};
+use crate::query;
 use crate::response::typed;
 
 /// Ends what it began, also when the client is gone before the time is over.
@@ -43,18 +44,14 @@ pub(crate) async fn record(
         return Err(ApiError::not_found("unknown_route", "there is no such route"));
     }
     caller.check_admin()?;
-    let query = |name: &str| {
-        let pairs = uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
-        pairs.filter(|(key, _)| *key == name).map(|(_, value)| value.to_string()).next()
-    };
-    let seconds = match query("seconds") {
+    let seconds = match query::value(&uri, "seconds") {
         None => DEFAULT_TRACE_SECONDS,
         Some(text) => match text.parse::<f64>() {
             Ok(seconds) if seconds > 0.0 && seconds <= MAX_TRACE_SECONDS => seconds,
             _ => return Err(ApiError::invalid("seconds", text, format!("above 0, at most {MAX_TRACE_SECONDS}"))),
         },
     };
-    let model = app.model(query("model").as_deref())?;
+    let model = app.model(query::value(&uri, "model").as_deref())?;
     if !model.engine.start_trace(TRACE_EVENTS)? {
         let message = "another trace of this model is being recorded";
         return Err(ApiError::new(StatusCode::CONFLICT, "trace_running", message));

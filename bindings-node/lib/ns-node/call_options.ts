@@ -5,6 +5,7 @@
 
 import { onAbort } from '../abort.js';
 import { AbortError, NsLlmError } from '../errors.js';
+import { limits } from '../native.js';
 import { abortSignal, describe, plainObject } from '../request.js';
 import { clock } from './operation_log.js';
 
@@ -55,9 +56,6 @@ export function readContextId(contextId: unknown): string | undefined {
   return contextId;
 }
 
-/** One day, the engine's own limit; timers could not tell much more than three weeks. */
-const MAX_TIMEOUT_MS = 86_400_000;
-
 /** How long a call may still take. */
 export class Deadline {
   readonly signal: AbortSignal | undefined;
@@ -65,8 +63,8 @@ export class Deadline {
   readonly #startedAt = clock();
 
   constructor({ timeout, signal }: { timeout?: unknown; signal?: unknown }) {
-    if (timeout !== undefined && !(typeof timeout === 'number' && timeout > 0 && timeout <= MAX_TIMEOUT_MS)) {
-      const message = `timeout is ${describe(timeout)}, must be milliseconds above 0, at most ${MAX_TIMEOUT_MS}`;
+    if (timeout !== undefined && !(typeof timeout === 'number' && timeout > 0 && timeout <= limits.maxTimeoutMs)) {
+      const message = `timeout is ${describe(timeout)}, must be milliseconds above 0, at most ${limits.maxTimeoutMs}`;
       throw new NsLlmError('invalid_argument', message);
     }
     this.#timeout = timeout;

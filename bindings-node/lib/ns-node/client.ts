@@ -7,11 +7,12 @@ import { loadavg } from 'node:os';
 
 import type { Engine } from '../engine.js';
 import { NsLlmError } from '../errors.js';
-import { ADDON } from '../native.js';
+import { ADDON, limits } from '../native.js';
 import { prefixAffinity } from '../prefix_affinity.js';
 import { describe } from '../request.js';
 import type { GenerateOptions, Message, Prompt } from '../request.js';
 import type { CachedTokens, Completion } from '../stream.js';
+import { atMost } from './at_most.js';
 import { Deadline, readContextId, readOptions, readText } from './call_options.js';
 import type { CallOptions, GenerateCallOptions } from './call_options.js';
 import { rounded } from './distribution.js';
@@ -125,8 +126,6 @@ export interface NativeCommand {
   context_id?: string;
 }
 
-/** New tokens when a call does not say. */
-const DEFAULT_MAX_TOKENS = 64;
 /** How long `health()` waits for a model that is being loaded, milliseconds. */
 const HEALTH_WAIT_MS = 1_000;
 
@@ -351,7 +350,7 @@ function isCancelled(error: unknown): boolean {
 }
 
 function requestOptions(call: ReturnType<typeof readOptions<GenerateCallOptions>>, deadline: Deadline): GenerateOptions {
-  const { maxTokens = DEFAULT_MAX_TOKENS, temperature = 0, seed, stop } = call;
+  const { maxTokens = limits.defaultMaxTokens, temperature = 0, seed, stop } = call;
   return {
     maxTokens,
     temperature,
@@ -407,19 +406,6 @@ function readListener(onToken: unknown): (token: StreamToken) => unknown {
 function conversation(engine: Engine, messages: readonly Message[]): Prompt {
   const last = Array.isArray(messages) ? (messages as readonly Message[]).at(-1) : undefined;
   return engine.info.hasChatTemplate || !last ? { messages } : { prompt: last.content };
-}
-
-/** The value when it comes in time. */
-async function atMost<T>(waitMs: number, promise: Promise<T>): Promise<T | undefined> {
-  let timer: NodeJS.Timeout | undefined;
-  const late = new Promise<undefined>((resolve) => {
-    timer = setTimeout(resolve, waitMs, undefined);
-  });
-  try {
-    return await Promise.race([promise, late]);
-  } finally {
-    clearTimeout(timer);
-  }
 }
 
 function residentMebibytes(): number {

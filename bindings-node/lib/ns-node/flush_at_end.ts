@@ -4,6 +4,8 @@
  * last word: it should wait for `KvCacheService.flush()` before it exits.
  */
 
+import { atMost } from './at_most.js';
+
 /** How long the process waits at most. */
 const MAX_WAIT_MS = 5_000;
 
@@ -21,24 +23,17 @@ export function flushAtEnd(flush: () => Promise<void>): void {
     process.once(signal, () => {
       // With a listener the system no longer ends the process; where nobody else listens, this must.
       const isAlone = process.listenerCount(signal) === 0;
-      void atMost(flush()).then(() => {
+      void waitFor(flush()).then(() => {
         if (isAlone) {
           process.kill(process.pid, signal);
         }
       });
     });
   }
-  process.once('beforeExit', () => void atMost(flush()));
+  process.once('beforeExit', () => void waitFor(flush()));
 }
 
-/** Kept when `flushed` is, or has failed, or after the longest wait. */
-function atMost(flushed: Promise<void>): Promise<void> {
-  return new Promise((resolve) => {
-    const timer = setTimeout(resolve, MAX_WAIT_MS);
-    const done = (): void => {
-      clearTimeout(timer);
-      resolve();
-    };
-    flushed.then(done, done);
-  });
+/** What could not be written is no reason to stay. */
+async function waitFor(flushed: Promise<void>): Promise<void> {
+  await atMost(MAX_WAIT_MS, flushed).catch(() => {});
 }

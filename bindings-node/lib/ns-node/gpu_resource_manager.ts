@@ -78,7 +78,7 @@ export interface NetworkMetadata {
   cpu: { model: string; cores: number; loadAverage: number };
   /** What is loaded, how much room there is and how much work. */
   models: NodeModel[];
-  /** Requests that are computed, and those that wait. */
+  /** Sequences of all models that wait, and those that are computed. */
   queue: { depth: number; running: number };
   /** How the newest answered prompts began, newest first: names of `prefixAffinity`. */
   prefixes: string[];
@@ -92,8 +92,12 @@ export interface NodeModel {
   /** `cpu` or `cuda`. */
   device: string;
   contextTokens: number;
+  /** Sequences that are computed: one for each choice of a request. */
   running: number;
+  /** Sequences that wait. */
   waiting: number;
+  /** Requests that are not sequences yet: being rendered and tokenized, or next to be. */
+  preparing: number;
   /** Blocks that are cached are given to whoever needs them. */
   kvBlocks: { total: number; used: number; cached: number; free: number };
 }
@@ -218,8 +222,8 @@ function work(): Pick<NetworkMetadata, 'models' | 'queue' | 'prefixes' | 'accept
     const { name, device, contextTokens } = engine.info;
     const stats = engine.stats();
     const { kvBlocksTotal: total, kvBlocksUsed: used, kvBlocksCached: cached, kvBlocksFree: free } = stats;
-    const [running, waiting] = [stats.numRequestsRunning, stats.numRequestsWaiting];
-    return { name, device, contextTokens, running, waiting, kvBlocks: { total, used, cached, free } };
+    const { numSequencesRunning: running, numSequencesWaiting: waiting, numRequestsPreparing: preparing } = stats;
+    return { name, device, contextTokens, running, waiting, preparing, kvBlocks: { total, used, cached, free } };
   });
   const depth = models.reduce((sum, { waiting }) => sum + waiting, 0);
   const running = models.reduce((sum, model) => sum + model.running, 0);

@@ -10,7 +10,7 @@ import type { Distribution } from './distribution.js';
 import { clock, durationMs, OperationLog, perTokenMs } from './operation_log.js';
 import type { Operation, OperationStatus } from './operation_log.js';
 import { bottlenecksOf, reportOf } from './performance_report.js';
-import type { BottleneckAnalysis, PerformanceReport } from './performance_report.js';
+import type { BottleneckAnalysis, PerformanceReport, Rates } from './performance_report.js';
 import { state } from './shared_state.js';
 
 /** An operation that a caller measures. */
@@ -153,6 +153,10 @@ export class PerformanceProfiler {
 
   /** Everything that ended in the last `windowMs` milliseconds. */
   getMetrics(windowMs = DEFAULT_WINDOW_MS): PerformanceMetrics {
+    return this.#measure(windowMs).metrics;
+  }
+
+  #measure(windowMs: number): { metrics: PerformanceMetrics; rates: Rates } {
     const window = Number.isFinite(windowMs) && windowMs > 0 ? windowMs : DEFAULT_WINDOW_MS;
     const operations = this.#since(clock() - window);
     const generations = operations.filter(({ type, status }) => type === 'generate' && status === 'success');
@@ -162,7 +166,11 @@ export class PerformanceProfiler {
     ) as [number, number, number];
     const judged = successful + failed;
     const seconds = Math.max(1, Math.min(window, clock() - this.#clearedAt) / 1e3);
-    return {
+    const rates = {
+      tokensPerSecond: tokensPerSecond(generations),
+      successPercent: judged > 0 ? (successful / judged) * 100 : 0,
+    };
+    const metrics = {
       latency: {
         ttft: distribution(generations.flatMap(({ firstTokenMs }) => firstTokenMs ?? [])),
         endToEnd: distribution(generations.map(durationMs)),
@@ -171,7 +179,7 @@ export class PerformanceProfiler {
       },
       throughput: {
         requestsPerSecond: (operations.length / seconds).toFixed(2),
-        tokensPerSecond: tokensPerSecond(generations).toFixed(2),
+        tokensPerSecond: rates.tokensPerSecond.toFixed(2),
         concurrentRequests: state.operations.active + this.#numOpen(),
       },
       requests: {
@@ -180,7 +188,7 @@ export class PerformanceProfiler {
         failed,
         cancelled,
         cached: generations.filter(({ cachedTokens }) => cachedTokens > 0).length,
-        successRate: (judged > 0 ? (successful / judged) * 100 : 0).toFixed(2),
+        successRate: rates.successPercent.toFixed(2),
       },
       resources: {
         cpu: { loadAverage: loadavg(), usage: process.cpuUsage() },
@@ -190,6 +198,7 @@ export class PerformanceProfiler {
       timeWindow: `${window / 1e3}s`,
       sampleSize: operations.length,
     };
+    return { metrics, rates };
   }
 
   /** What is slow or fails among the newest operations. */
@@ -209,7 +218,8 @@ export class PerformanceProfiler {
 
   /** Metrics, bottlenecks, a score and what to do. A node that did nothing has no grade. */
   generateReport(): PerformanceReport {
-    return reportOf(this.getMetrics(), this.analyzeBottlenecks());
+    const { metrics, rates } = this.#measure(DEFAULT_WINDOW_MS);
+    return reportOf(metrics, rates, this.analyzeBottlenecks());
   }
 
   /** Begins anew: nothing that has ended is shown any more. */

@@ -113,24 +113,34 @@ export function bottlenecksOf({ successful, failed, generations, perToken, token
   return found;
 }
 
+/** What metrics tell as text, as numbers to judge by. */
+export interface Rates {
+  tokensPerSecond: number;
+  /** Of the requests that were not given up. */
+  successPercent: number;
+}
+
 /** The report about some metrics. */
-export function reportOf(metrics: PerformanceMetrics, analysis: BottleneckAnalysis): PerformanceReport {
+export function reportOf(metrics: PerformanceMetrics, rates: Rates, analysis: BottleneckAnalysis): PerformanceReport {
   const timestamp = new Date().toISOString();
   const judged = metrics.requests.successful + metrics.requests.failed;
-  const score = judged > 0 ? scoreOf(metrics, analysis) : 0;
+  const score = judged > 0 ? scoreOf(metrics, rates, analysis) : 0;
   const grade = judged === 0 ? 'N/A' : score >= 80 ? 'A' : score >= 60 ? 'B' : 'C';
-  const recommendations = recommendationsOf(metrics, analysis);
+  const recommendations = recommendationsOf(metrics, rates, analysis);
   return { summary: { score, grade, timestamp }, metrics, bottlenecks: analysis, recommendations };
 }
 
-function scoreOf({ latency, throughput, requests }: PerformanceMetrics, { bottlenecks }: BottleneckAnalysis): number {
+function scoreOf(
+  { latency }: PerformanceMetrics,
+  { tokensPerSecond, successPercent }: Rates,
+  { bottlenecks }: BottleneckAnalysis,
+): number {
   let score = 100;
   const { p95 } = latency.endToEnd;
   score -= p95 > 1_000 ? 20 : p95 > 500 ? 10 : 0;
   // Embeddings make no tokens: without a generation there is no throughput to judge.
-  score -= p95 > 0 && Number(throughput.tokensPerSecond) < LOW_TOKENS_PER_SECOND ? 15 : 0;
-  const successRate = Number(requests.successRate);
-  score -= successRate < 95 ? 100 - successRate : 0;
+  score -= p95 > 0 && tokensPerSecond < LOW_TOKENS_PER_SECOND ? 15 : 0;
+  score -= successPercent < 95 ? 100 - successPercent : 0;
   for (const { severity } of bottlenecks) {
     score -= severity === 'high' ? 10 : 5;
   }
@@ -138,7 +148,8 @@ function scoreOf({ latency, throughput, requests }: PerformanceMetrics, { bottle
 }
 
 function recommendationsOf(
-  { latency, throughput }: PerformanceMetrics,
+  { latency }: PerformanceMetrics,
+  { tokensPerSecond }: Rates,
   { bottlenecks }: BottleneckAnalysis,
 ): Recommendation[] {
   const recommendations: Recommendation[] = bottlenecks.map(({ severity, type, suggestion }) => ({
@@ -146,7 +157,7 @@ function recommendationsOf(
     category: type,
     action: suggestion,
   }));
-  if (latency.endToEnd.p95 > 0 && Number(throughput.tokensPerSecond) < TOKENS_PER_SECOND_TARGET) {
+  if (latency.endToEnd.p95 > 0 && tokensPerSecond < TOKENS_PER_SECOND_TARGET) {
     recommendations.push({ priority: 'high', category: 'performance', action: 'Enable GPU acceleration for inference' });
   }
   if (latency.ttft.avg > FIRST_TOKEN_TARGET_MS) {

@@ -19,8 +19,9 @@ type TierFamily = readonly [name: string, kind: Kind, help: string, value: (tier
 
 /** Of each model that is loaded. */
 const OF_MODELS: readonly Family[] = [
-  ['num_requests_running', 'gauge', 'Sequences that are being computed.', (stats) => stats.numRequestsRunning],
-  ['num_requests_waiting', 'gauge', 'Sequences that wait.', (stats) => stats.numRequestsWaiting],
+  ['num_requests_running', 'gauge', 'Sequences that are being computed.', (stats) => stats.numSequencesRunning],
+  ['num_requests_waiting', 'gauge', 'Sequences that wait.', (stats) => stats.numSequencesWaiting],
+  ['num_requests_preparing', 'gauge', 'Requests that are being rendered and tokenized, or next to be.', (stats) => stats.numRequestsPreparing],
   ['kv_cache_usage_perc', 'gauge', 'Share of the KV blocks that live sequences hold, 0 to 1.', kvUsage],
   ['prompt_tokens_total', 'counter', 'Prompt tokens of admitted requests.', (stats) => stats.promptTokensTotal],
   ['generation_tokens_total', 'counter', 'Tokens produced.', (stats) => stats.generationTokensTotal],
@@ -73,7 +74,7 @@ export function prometheusText(): string {
   lines.push(...histogram('time_to_first_token_seconds', 'From the start of a generation to its first token.', timeToFirstToken));
   lines.push(...histogram('inter_token_latency_seconds', 'Mean time between two tokens of a generation.', interToken));
   lines.push(...histogram('e2e_request_latency_seconds', 'From the start of a generation to its end.', endToEnd));
-  const waiting = sum(models.flatMap(([, stats]) => stats.map(({ numRequestsWaiting }) => numRequestsWaiting)));
+  const waiting = sum(models.flatMap(([, stats]) => stats.map(({ numSequencesWaiting }) => numSequencesWaiting)));
   const gauges = [
     ['request_queue_depth', 'Sequences that wait.', waiting],
     ['active_requests', 'Operations that are going on.', operations.active],

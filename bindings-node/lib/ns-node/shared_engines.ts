@@ -7,6 +7,7 @@ import { Engine } from '../engine.js';
 import type { OpenOptions } from '../engine.js';
 import type { CachedTokens } from '../stream.js';
 import { NsLlmError } from '../errors.js';
+import { limits } from '../native.js';
 import { CacheEpoch, cacheOptions } from './cache_folder.js';
 import { flushAtEnd } from './flush_at_end.js';
 
@@ -61,7 +62,6 @@ interface Opening {
   promise: Promise<Engine>;
 }
 
-const DEFAULT_BLOCK_TOKENS = 16;
 const TIERS = [['pool', 'memory'], ['host', 'memory'], ['disk', 'disk'], ['remote', 'remote']] as const;
 
 /** What a tier holds, and what it did since its engines were opened. */
@@ -79,7 +79,7 @@ type Counts = Omit<PrefixCacheUse, 'hitBlocks' | 'missedBlocks' | 'tiers'> & { b
 /** Engines by the folder of their model. */
 export class SharedEngines {
   readonly #openings = new Map<string, Opening>();
-  #blockTokens = DEFAULT_BLOCK_TOKENS;
+  #blockTokens = limits.defaultBlockTokens;
   /** Counts when the cache was last cleared. */
   #cleared: Counts = noCounts();
   readonly #epoch = new CacheEpoch();

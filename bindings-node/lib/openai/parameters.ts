@@ -56,6 +56,9 @@ const NOT_SUPPORTED: Readonly<Record<string, { neutral: (value: unknown) => bool
   web_search_options: { neutral: () => false, expected: 'unset' },
 };
 
+/** Their names. */
+export const NOT_SUPPORTED_NAMES: readonly string[] = Object.keys(NOT_SUPPORTED);
+
 /** Refuses names that nobody knows and values that cannot be followed. Null means: not given. */
 export function checkNames(params: object, known: readonly string[]): void {
   for (const [name, value] of Object.entries(params)) {

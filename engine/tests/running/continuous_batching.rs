@@ -122,7 +122,7 @@ fn the_running_step_is_told() {
     let mut caught = || loop {
         let stream = engine.generate(Request::tokens(rng.prompt(1_000)).max_tokens(1)).expect("admitted");
         let mut found = None;
-        while found.is_none() && engine.stats().num_requests_running + engine.stats().num_requests_preparing > 0 {
+        while found.is_none() && engine.stats().num_sequences_running + engine.stats().num_requests_preparing > 0 {
             found = engine.running_step();
         }
         stream.for_each(|event| drop(event.expect("runs")));

@@ -149,7 +149,7 @@ fn many_short_inputs_beside_a_generation() {
     assert!(matches!(story.next_event(), Some(Ok(Event::Delta(_)))), "it decodes");
     let inputs: Vec<_> = (0..600).map(|i| vec![i % 50 + 1]).collect();
     assert_eq!(engine.embed(EmbeddingRequest::new(inputs)).expect("embeds").embeddings.len(), 600);
-    assert!(engine.stats().num_requests_running > 0, "the generation still runs");
+    assert!(engine.stats().num_sequences_running > 0, "the generation still runs");
 }
 
 /// Each bad request has its typed error, and the next good one works.
@@ -191,7 +191,7 @@ fn cancel_deadline_and_priority() {
     assert!(engine.stats().embedding_tokens_total > computed, "the better class did not wait for the other");
     let stats = engine.stats();
     assert!(stats.requests_cancelled + stats.requests_refused >= 1, "{stats:?}");
-    assert_eq!(stats.num_requests_waiting, 0);
+    assert_eq!(stats.num_sequences_waiting, 0);
 }
 
 /// A model that only makes vectors keeps nothing for later: what is given for that is checked, and then nobody is asked, no

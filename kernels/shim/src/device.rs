@@ -65,12 +65,12 @@ impl ShimDevice {
 
     /// The same of another compute capability, with what a device of it has.
     pub fn of_capability(kernels: Shim, memory_bytes: u64, compute_capability: (i32, i32)) -> Arc<ShimDevice> {
-        let mut memory = HostMemory::new("a CPU that plays a GPU", memory_bytes, POISON);
+        let mut memory = HostMemory::new("a CPU that plays a GPU", memory_bytes, POISON, Some(kernels));
         memory.info.compute_capability = compute_capability;
         if compute_capability >= (9, 0) {
             (memory.info.max_shared_bytes, memory.info.has_tensor_maps) = (227 << 10, true);
         }
-        Arc::new(ShimDevice { kernels, memory })
+        Arc::new(ShimDevice { memory: Arc::new(memory) })
     }
 
     /// Bytes that are allocated now.

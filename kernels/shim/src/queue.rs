@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use ns_llm_kernels::cuda::driver::Mark;
-use ns_llm_kernels::cuda::launch::{Argument, Launch};
+use ns_llm_kernels::cuda::launch::{Argument, Launch, Tiles};
 
 /// One thing that was enqueued.
 #[derive(Clone)]
@@ -61,6 +61,7 @@ enum OwnedArgument {
     Unsigned(u32),
     Float(f32),
     Struct(Vec<u8>),
+    Tiles(Tiles),
 }
 
 /// What waits, oldest first, and what was noted for a capture.
@@ -81,6 +82,7 @@ impl OwnedLaunch {
             Argument::Unsigned(value) => OwnedArgument::Unsigned(value),
             Argument::Float(value) => OwnedArgument::Float(value),
             Argument::Struct(bytes) => OwnedArgument::Struct(bytes.to_vec()),
+            Argument::Tiles(tiles) => OwnedArgument::Tiles(*tiles),
         });
         OwnedLaunch { file, kernel, grid, threads, shared_bytes, arguments: owned.collect() }
     }
@@ -94,15 +96,17 @@ impl OwnedLaunch {
             OwnedArgument::Unsigned(value) => Argument::Unsigned(*value),
             OwnedArgument::Float(value) => Argument::Float(*value),
             OwnedArgument::Struct(bytes) => Argument::Struct(bytes),
+            OwnedArgument::Tiles(tiles) => Argument::Tiles(tiles),
         });
         let arguments: Vec<Argument<'_>> = arguments.collect();
         run(&Launch { file, kernel, grid, threads, shared_bytes, arguments: &arguments })
     }
 
-    /// Whatever in the arguments may be an address: those of arrays, and each aligned word of a `struct`.
+    /// Whatever in the arguments may be an address: those of arrays and tiles, and each aligned word of a `struct`.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
         self.arguments.iter().flat_map(|argument| match argument {
             OwnedArgument::Address(address) => vec![*address],
+            OwnedArgument::Tiles(tiles) => vec![tiles.address],
             OwnedArgument::Struct(bytes) => {
                 bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect()
             }

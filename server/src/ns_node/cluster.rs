@@ -11,8 +11,8 @@ use crate::app::{App, Served};
 pub(crate) fn view(app: &App, owner: Option<&str>) -> Value {
     let models: Vec<(&Served, Stats)> = app.models.iter().map(|model| (model, model.engine.stats())).collect();
     let (running, waiting) = app.admission.counts();
-    // What the engines let wait was let in here.
-    let depth = waiting + models.iter().map(|(_, stats)| stats.num_requests_waiting).sum::<usize>();
+    // What waits: requests in the line in front of the engines, which let them in, and sequences in those of the engines.
+    let depth = waiting + models.iter().map(|(_, stats)| stats.num_sequences_waiting).sum::<usize>();
     json!({
         "models": models.iter().map(|(model, stats)| of_model(model, stats)).collect::<Vec<_>>(),
         "queue": { "depth": depth, "running": running, "waiting": waiting, "maxWaiting": app.options.max_waiting_requests },
@@ -40,8 +40,9 @@ fn of_model(model: &Served, stats: &Stats) -> Value {
         "name": model.name,
         "device": info.device,
         "contextTokens": info.context_tokens,
-        "running": stats.num_requests_running,
-        "waiting": stats.num_requests_waiting,
+        "running": stats.num_sequences_running,
+        "waiting": stats.num_sequences_waiting,
+        "preparing": stats.num_requests_preparing,
         // Blocks that are cached are given to whoever needs them.
         "kvBlocks": {
             "total": stats.kv_blocks_total,

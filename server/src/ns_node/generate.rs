@@ -1,35 +1,32 @@
-//! `POST /api/generate` and `/api/embed` with a `text`, as the NS-LLM service has them, and `/api/generate/stream`, as
+//! `POST /api/generate` and `/api/embed` with a `text`, as ns-node's older service has them, and `/api/generate/stream`, as
 //! ns-node streams: two dialects of events, of two kinds of readers.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Extension;
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::Response;
 use ns_llm::{EmbeddingRequest, Event, FinishReason, Request};
 use serde_json::{Value, json};
 
 use crate::app::{App, Served};
-use crate::error::{ApiError, ApiResult, PlainError};
+use crate::error::{ApiError, ApiResult, PlainResult};
 use crate::event_body::{self, Dialect};
 use crate::fields::Fields;
-use crate::generation::{Generation, Work};
+use crate::generation::{EngineRequest, Generation};
 use crate::keys::Caller;
 use crate::parameters::{namespace, read_seed};
 use crate::response::json_response;
 
-type Answer = Result<Response<Body>, PlainError>;
-
 /// `/api/generate`: in one piece, or as events `meta`, `token` and `done`.
-pub(crate) async fn answer(app: &Arc<App>, caller: &Caller, mut fields: Fields) -> Answer {
+pub(crate) async fn answer(app: &Arc<App>, caller: &Caller, mut fields: Fields) -> PlainResult {
     let start = Instant::now();
     let model = app.model(fields.text("model")?.as_deref())?;
     let is_stream = fields.bool("stream")?.unwrap_or(false);
     let (request, received) = read_request(&mut fields, caller)?;
     drop(fields);
-    let generation = Generation::start(app, caller, model, Work::Generate(request)).await?;
+    let generation = Generation::start(app, caller, model, EngineRequest::Generate(Box::new(request))).await?;
     if is_stream {
         let events = NamedEvents { model: model.name.clone(), received, idx: 0, has_begun: false };
         return Ok(event_body::stream(app, vec![generation], events).await?);
@@ -48,23 +45,27 @@ pub(crate) async fn answer(app: &Arc<App>, caller: &Caller, mut fields: Fields) 
 }
 
 /// `/api/generate/stream`: unnamed events of `stream_token`.
-pub(crate) async fn stream(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>, body: Bytes) -> Answer {
+pub(crate) async fn stream(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> PlainResult {
     let mut fields = Fields::parse(&body)?;
     drop(body);
     let model = app.model(fields.text("model")?.as_deref())?;
     let (request, _) = read_request(&mut fields, &caller)?;
     drop(fields);
-    let generation = Generation::start(&app, &caller, model, Work::Generate(request)).await?;
+    let generation = Generation::start(&app, &caller, model, EngineRequest::Generate(Box::new(request))).await?;
     Ok(event_body::stream(&app, vec![generation], TokenEvents { idx: 0 }).await?)
 }
 
 /// `/api/embed` of one `text`.
-pub(crate) async fn embed(app: &Arc<App>, caller: &Caller, mut fields: Fields) -> Answer {
+pub(crate) async fn embed(app: &Arc<App>, caller: &Caller, mut fields: Fields) -> PlainResult {
     let start = Instant::now();
     let model: &Served = app.model(fields.text("model")?.as_deref())?;
     let text = read_text(&mut fields)?;
     drop(fields);
-    let work = Work::Embed(EmbeddingRequest::new([text]));
+    let work = EngineRequest::Embed(EmbeddingRequest::new([text]));
     let (mut embeddings, summary) = Generation::start(app, caller, model, work).await?.finish_embedding(1).await?;
     let values = embeddings.pop().unwrap_or_default().values;
     Ok(json_response(&json!({

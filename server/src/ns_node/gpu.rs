@@ -8,35 +8,34 @@ use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{Response, Uri};
 use ns_llm::{Gpu, GpuVendor};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::app::App;
 use crate::clock::unix_millis;
-use crate::error::PlainError;
+use crate::error::PlainResult;
 use crate::fields::Fields;
 use crate::gpu_watch::mean_utilization;
 use crate::keys::Caller;
 use crate::ns_node::cluster;
 use crate::ns_node::machine::{load_average, memory, processor};
-use crate::ns_node::query_number;
+use crate::query;
 use crate::response::json_response;
 
 /// Change of utilization that makes a trend, points of percent.
 const TREND_POINTS: f64 = 10.0;
 const MEBIBYTE: u64 = 1 << 20;
 
-type Answer = Result<Response<Body>, PlainError>;
-
 /// `GET /api/gpu/status`.
-pub(crate) async fn status(State(app): State<Arc<App>>) -> Answer {
+pub(crate) async fn status(State(app): State<Arc<App>>) -> PlainResult {
     let gpus = app.gpus.look(&app).await;
     let capabilities = capabilities(&app, &gpus);
     let now = unix_millis();
     let current = (!gpus.is_empty()).then(|| {
         json!({
-            "vendor": capabilities["vendor"],
-            "deviceCount": gpus.len(),
-            "totalVram": capabilities["totalVram"],
+            "vendor": capabilities.vendor,
+            "deviceCount": capabilities.device_count,
+            "totalVram": capabilities.total_vram,
             "devices": gpus.iter().map(device).collect::<Vec<_>>(),
             "timestamp": now,
         })
@@ -51,7 +50,7 @@ pub(crate) async fn status(State(app): State<Arc<App>>) -> Answer {
 }
 
 /// `POST /api/gpu/can-handle`: the least busy GPU with room, when an engine computes on GPUs at all; else the processor.
-pub(crate) async fn can_handle(State(app): State<Arc<App>>, body: Bytes) -> Answer {
+pub(crate) async fn can_handle(State(app): State<Arc<App>>, body: Bytes) -> PlainResult {
     let mut fields = if body.is_empty() { Fields::default() } else { Fields::parse(&body)? };
     let required = fields.number("requiredVram")?.map_or(0, |mebibytes| mebibytes.max(0.0) as u64);
     drop((fields, body));
@@ -81,9 +80,9 @@ fn placement(required: u64, gpus: &[Gpu], has_gpu_engine: bool, memory_mib: u64)
 }
 
 /// `GET /api/gpu/utilization?minutes=`: over the looks of the last minutes.
-pub(crate) async fn utilization(State(app): State<Arc<App>>, uri: Uri) -> Answer {
+pub(crate) async fn utilization(State(app): State<Arc<App>>, uri: Uri) -> PlainResult {
     app.gpus.look(&app).await;
-    let minutes = query_number(&uri, "minutes").unwrap_or(5.0);
+    let minutes = query::number(&uri, "minutes").unwrap_or(5.0);
     let samples = app.gpus.utilization_since(unix_millis().saturating_sub((minutes * 60_000.0) as u64));
     Ok(json_response(&trend(&samples)))
 }
@@ -107,17 +106,17 @@ fn trend(samples: &[f64]) -> Value {
 }
 
 /// `GET /api/gpu/metadata`: what a node tells its peers.
-pub(crate) async fn metadata(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> Answer {
+pub(crate) async fn metadata(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> PlainResult {
     let gpus = app.gpus.look(&app).await;
     let capabilities = capabilities(&app, &gpus);
     let (model, cores) = processor();
     let mut metadata = cluster::view(&app, caller.name());
     metadata["gpu"] = json!({
-            "available": capabilities["hasGpu"],
-            "vendor": capabilities["vendor"],
-            "deviceCount": capabilities["deviceCount"],
-            "totalVram": capabilities["totalVram"],
-            "computeCapability": capabilities["computeCapability"],
+            "available": capabilities.has_gpu,
+            "vendor": capabilities.vendor,
+            "deviceCount": capabilities.device_count,
+            "totalVram": capabilities.total_vram,
+            "computeCapability": capabilities.compute_capability,
             "currentLoad": mean_utilization(&gpus),
     });
     metadata["cpu"] = json!({ "model": model, "cores": cores, "loadAverage": load_average()[0] });
@@ -129,25 +128,37 @@ pub(crate) async fn peers() -> Response<Body> {
     json_response(&json!({ "peers": [], "count": 0 }))
 }
 
-fn capabilities(app: &App, gpus: &[Gpu]) -> Value {
+/// What the devices of the machine are, and on which kinds of them engines compute.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Capabilities {
+    has_gpu: bool,
+    vendor: &'static str,
+    device_count: usize,
+    total_vram: u64,
+    compute_capability: Option<String>,
+    providers: Vec<&'static str>,
+}
+
+fn capabilities(app: &App, gpus: &[Gpu]) -> Capabilities {
     let vendor = match gpus.first().map(|gpu| gpu.vendor) {
         Some(GpuVendor::Nvidia) => "nvidia",
         Some(GpuVendor::Amd) => "amd",
         None => "none",
     };
-    let mut providers: Vec<&str> = app.models.iter().map(|model| model.engine.info().device).collect();
+    let mut providers: Vec<&'static str> = app.models.iter().map(|model| model.engine.info().device).collect();
     providers.retain(|device| *device != "cpu");
     providers.sort_unstable();
     providers.dedup();
     providers.push("cpu");
-    json!({
-        "hasGpu": !gpus.is_empty(),
-        "vendor": vendor,
-        "deviceCount": gpus.len(),
-        "totalVram": gpus.iter().map(|gpu| mib(gpu.memory_total_bytes)).sum::<u64>(),
-        "computeCapability": gpus.first().and_then(capability),
-        "providers": providers,
-    })
+    Capabilities {
+        has_gpu: !gpus.is_empty(),
+        vendor,
+        device_count: gpus.len(),
+        total_vram: gpus.iter().map(|gpu| mib(gpu.memory_total_bytes)).sum(),
+        compute_capability: gpus.first().and_then(capability),
+        providers,
+    }
 }
 
 /// A value that a device does not tell is 0.

@@ -124,7 +124,7 @@ pub(crate) async fn clear(
         let results: Vec<_> = engines.iter().map(Engine::clear_prefix_cache).collect();
         results.into_iter().collect::<Result<(), Error>>()
     };
-    let error = match app.cache_helper.run(caller.name(), work).await {
+    let error = match app.cache_thread.run(caller.name(), work).await {
         Ok(Ok(())) => return Ok(json_response(&json!({ "success": true, "message": "Cache cleared" }))),
         Ok(Err(error)) => ApiError::from(error),
         Err(error) => error,

@@ -8,16 +8,16 @@ use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, Uri};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::json;
 
 use crate::app::App;
 use crate::clock::rfc3339;
 use crate::error::PlainError;
 use crate::keys::Caller;
-use crate::metrics::{Kind, Operation, Outcome, millis};
+use crate::metrics::{Kind, Operation, OperationOutcome, millis};
 use crate::ns_node::machine::{Memory, load_average, memory};
-use crate::ns_node::query_number;
+use crate::query;
 use crate::response::json_response;
 
 const DEFAULT_WINDOW_MS: f64 = 60_000.0;
@@ -81,9 +81,11 @@ struct Latency {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Throughput {
-    requests_per_second: String,
+    #[serde(serialize_with = "two_decimals")]
+    requests_per_second: f64,
     /// Of all generations, over the time in which at least one ran.
-    tokens_per_second: String,
+    #[serde(serialize_with = "two_decimals")]
+    tokens_per_second: f64,
     concurrent_requests: usize,
 }
 
@@ -95,7 +97,14 @@ struct Requests {
     failed: usize,
     cancelled: usize,
     cached: usize,
-    success_rate: String,
+    /// Percent of those that were not given up.
+    #[serde(serialize_with = "two_decimals")]
+    success_rate: f64,
+}
+
+/// A rate as ns-node's pages expect it, which is a text.
+fn two_decimals<S: Serializer>(rate: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{rate:.2}"))
 }
 
 #[derive(Debug, Serialize)]
@@ -136,12 +145,12 @@ struct Recommendation {
 
 /// `GET /api/performance/metrics?window=`, milliseconds.
 pub(crate) async fn metrics(State(app): State<Arc<App>>, uri: Uri) -> Response<Body> {
-    json_response(&metrics_of(&app, query_number(&uri, "window").unwrap_or(DEFAULT_WINDOW_MS)))
+    json_response(&metrics_of(&app, query::number(&uri, "window").unwrap_or(DEFAULT_WINDOW_MS)))
 }
 
 /// `GET /api/performance/bottlenecks?limit=`.
 pub(crate) async fn bottlenecks(State(app): State<Arc<App>>, uri: Uri) -> Response<Body> {
-    json_response(&analyze(&app, query_number(&uri, "limit").unwrap_or(DEFAULT_LIMIT) as usize))
+    json_response(&analyze(&app, query::number(&uri, "limit").unwrap_or(DEFAULT_LIMIT) as usize))
 }
 
 /// `GET /api/performance/report`: a score with its grade, and what to do. A server that did nothing has no grade.
@@ -175,7 +184,7 @@ pub(crate) async fn clear(
 }
 
 fn is_success(operation: &&Operation, kind: Kind) -> bool {
-    operation.kind == kind && operation.outcome == Outcome::Success
+    operation.kind == kind && operation.outcome == OperationOutcome::Success
 }
 
 fn metrics_of(app: &App, window_ms: f64) -> PerformanceMetrics {
@@ -188,7 +197,8 @@ fn metrics_of(app: &App, window_ms: f64) -> PerformanceMetrics {
     let generations: Vec<&Operation> = operations.iter().filter(|it| is_success(it, Kind::Generate)).collect();
     let embeddings = operations.iter().filter(|it| is_success(it, Kind::Embed));
     let count = |outcome| operations.iter().filter(|operation| operation.outcome == outcome).count();
-    let (successful, failed, cancelled) = (count(Outcome::Success), count(Outcome::Failed), count(Outcome::Cancelled));
+    let (successful, failed, cancelled) =
+        (count(OperationOutcome::Success), count(OperationOutcome::Failed), count(OperationOutcome::Cancelled));
     PerformanceMetrics {
         latency: Latency {
             ttft: Distribution::of(generations.iter().filter_map(|it| it.first_token_ms)),
@@ -197,8 +207,8 @@ fn metrics_of(app: &App, window_ms: f64) -> PerformanceMetrics {
             embedding: Distribution::of(embeddings.map(Operation::total_ms)),
         },
         throughput: Throughput {
-            requests_per_second: format!("{:.2}", operations.len() as f64 / seconds),
-            tokens_per_second: format!("{:.2}", tokens_per_second(&generations)),
+            requests_per_second: operations.len() as f64 / seconds,
+            tokens_per_second: tokens_per_second(&generations),
             concurrent_requests: app.metrics.num_active(),
         },
         requests: Requests {
@@ -207,7 +217,7 @@ fn metrics_of(app: &App, window_ms: f64) -> PerformanceMetrics {
             failed,
             cancelled,
             cached: generations.iter().filter(|operation| operation.cached_tokens > 0).count(),
-            success_rate: format!("{:.2}", 100.0 - failure_percent(successful, failed).unwrap_or(100.0)),
+            success_rate: 100.0 - failure_percent(successful, failed).unwrap_or(100.0),
         },
         resources: Resources { cpu: Cpu { load_average: load_average() }, memory: memory() },
         time_window: format!("{}s", window_ms / 1e3),
@@ -234,7 +244,7 @@ fn failure_percent(successful: usize, failed: usize) -> Option<f64> {
 fn find_bottlenecks(operations: &[Operation], memory_percent: f64) -> Vec<Bottleneck> {
     let mut found = Vec::new();
     let count = |outcome| operations.iter().filter(|operation| operation.outcome == outcome).count();
-    let failures = failure_percent(count(Outcome::Success), count(Outcome::Failed)).unwrap_or(0.0);
+    let failures = failure_percent(count(OperationOutcome::Success), count(OperationOutcome::Failed)).unwrap_or(0.0);
     if failures > MAX_FAILURE_PERCENT {
         found.push(Bottleneck {
             kind: "high_failure_rate",
@@ -303,9 +313,9 @@ fn score(metrics: &PerformanceMetrics, bottlenecks: &[Bottleneck]) -> u32 {
         0.0
     };
     // Embeddings make no tokens: without a generation there is no throughput to judge.
-    let throughput: f64 = metrics.throughput.tokens_per_second.parse().unwrap_or(0.0);
+    let throughput = metrics.throughput.tokens_per_second;
     score -= if p95 > 0.0 && throughput < LOW_TOKENS_PER_SECOND { 15.0 } else { 0.0 };
-    let success_rate: f64 = metrics.requests.success_rate.parse().unwrap_or(0.0);
+    let success_rate = metrics.requests.success_rate;
     score -= if success_rate < 95.0 { 100.0 - success_rate } else { 0.0 };
     score -= bottlenecks.iter().map(|it| if it.severity == "high" { 10.0 } else { 5.0 }).sum::<f64>();
     score.round().max(0.0) as u32
@@ -314,7 +324,7 @@ fn score(metrics: &PerformanceMetrics, bottlenecks: &[Bottleneck]) -> u32 {
 fn recommendations(metrics: &PerformanceMetrics, bottlenecks: &[Bottleneck]) -> Vec<Recommendation> {
     let of = |it: &Bottleneck| Recommendation { priority: it.severity, category: it.kind, action: it.suggestion };
     let mut recommendations: Vec<Recommendation> = bottlenecks.iter().map(of).collect();
-    let throughput: f64 = metrics.throughput.tokens_per_second.parse().unwrap_or(0.0);
+    let throughput = metrics.throughput.tokens_per_second;
     if metrics.latency.end_to_end.p95 > 0.0 && throughput < TOKENS_PER_SECOND_TARGET {
         let action = "Enable GPU acceleration for inference";
         recommendations.push(Recommendation { priority: "high", category: "performance", action });
@@ -330,7 +340,7 @@ fn recommendations(metrics: &PerformanceMetrics, bottlenecks: &[Bottleneck]) -> 
 mod tests {
     use super::*;
 
-    fn operation(outcome: Outcome, start: Instant, from_ms: u64, to_ms: u64, tokens: usize) -> Operation {
+    fn operation(outcome: OperationOutcome, start: Instant, from_ms: u64, to_ms: u64, tokens: usize) -> Operation {
         let at = |ms| start + Duration::from_millis(ms);
         let (started, ended) = (at(from_ms), at(to_ms));
         Operation { kind: Kind::Generate, outcome, started, ended, tokens, cached_tokens: 0, first_token_ms: Some(0.0) }
@@ -349,7 +359,7 @@ mod tests {
     #[test]
     fn throughput_is_over_busy_time() {
         let start = Instant::now();
-        let of = |from, to| operation(Outcome::Success, start, from, to, 10);
+        let of = |from, to| operation(OperationOutcome::Success, start, from, to, 10);
         let operations = [of(500, 1_500), of(0, 1_000), of(9_000, 9_500)];
         assert_eq!(tokens_per_second(&operations.iter().collect::<Vec<_>>()), 15.0);
         assert_eq!(tokens_per_second(&[]), 0.0);
@@ -362,12 +372,13 @@ mod tests {
         let kinds = |operations: &[Operation], memory| -> Vec<&str> {
             find_bottlenecks(operations, memory).iter().map(|it| it.kind).collect()
         };
-        let fast = vec![operation(Outcome::Success, start, 0, 100, 11); 20];
+        let fast = vec![operation(OperationOutcome::Success, start, 0, 100, 11); 20];
         assert_eq!(kinds(&fast, 80.0), [""; 0]);
         assert_eq!(kinds(&fast, 81.0), ["high_memory_usage"]);
-        let with_failures = [fast.clone(), vec![operation(Outcome::Failed, start, 0, 1, 0); 2]].concat();
+        let with_failures = [fast.clone(), vec![operation(OperationOutcome::Failed, start, 0, 1, 0); 2]].concat();
         assert_eq!(kinds(&with_failures, 0.0), ["high_failure_rate"]);
-        let slow: Vec<_> = (0..11).map(|n| operation(Outcome::Success, start, n * 1_000, n * 1_000 + 900, 2)).collect();
+        let slow: Vec<_> =
+            (0..11).map(|n| operation(OperationOutcome::Success, start, n * 1_000, n * 1_000 + 900, 2)).collect();
         assert_eq!(kinds(&slow, 0.0), ["slow_operations", "low_throughput"]);
     }
 }

@@ -13,7 +13,7 @@ use crate::app::{App, Served};
 use crate::error::{ApiError, ApiResult};
 use crate::event_body::{self, Dialect};
 use crate::fields::Fields;
-use crate::generation::{Choice, Generation, Work};
+use crate::generation::{EngineRequest, FinishedChoice, Generation};
 use crate::keys::Caller;
 use crate::messages::read_messages;
 use crate::openai::{DONE, Head, TimingsObject, TokenEntry, UsageObject, write_data};
@@ -105,7 +105,8 @@ pub(crate) async fn create(
     drop(fields);
     let n = request.n;
     let named = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("logprobs", "top_logprobs");
-    let generation = Generation::start(&app, &caller, model, Work::Generate(request)).await.map_err(named)?;
+    let generation =
+        Generation::start(&app, &caller, model, EngineRequest::Generate(Box::new(request))).await.map_err(named)?;
     if is_stream {
         let chunks = Chunks::new(&app, model, n, with_usage);
         return event_body::stream(&app, vec![generation], chunks).await.map_err(named);
@@ -127,7 +128,7 @@ fn read_logprobs(fields: &mut Fields) -> ApiResult<Option<usize>> {
     }
 }
 
-fn chat_choice(engine: &Engine, index: usize, choice: Choice) -> ChatChoice {
+fn chat_choice(engine: &Engine, index: usize, choice: FinishedChoice) -> ChatChoice {
     ChatChoice {
         index,
         message: ChatMessage { role: "assistant", content: choice.text, refusal: None },

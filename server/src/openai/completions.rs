@@ -15,7 +15,7 @@ use crate::app::{App, Served};
 use crate::error::{ApiError, ApiResult};
 use crate::event_body::{self, Dialect};
 use crate::fields::{Fields, shown, token_ids};
-use crate::generation::{Choice, Generation, Work};
+use crate::generation::{EngineRequest, FinishedChoice, Generation};
 use crate::keys::Caller;
 use crate::openai::{DONE, Head, MIN_LOGPROB, TokenEntry, UsageObject, write_data};
 use crate::options::MAX_PROMPTS;
@@ -87,7 +87,7 @@ pub(crate) async fn create(
     let works = prompts.into_iter().map(|prompt| {
         let mut request = request.clone();
         request.prompt = prompt;
-        Work::Generate(request)
+        EngineRequest::Generate(Box::new(request))
     });
     let generations = Generation::start_all(&app, &caller, model, works.collect()).await.map_err(named)?;
     if is_stream {
@@ -129,7 +129,7 @@ fn read_prompts(value: Value) -> ApiResult<Vec<Prompt>> {
     values.into_iter().enumerate().map(prompt).collect()
 }
 
-fn text_choice(engine: &Engine, index: usize, choice: Choice) -> TextChoice {
+fn text_choice(engine: &Engine, index: usize, choice: FinishedChoice) -> TextChoice {
     let logprobs = text_logprobs(engine, &choice.logprobs, &mut 0);
     TextChoice { index, text: choice.text, logprobs, finish_reason: choice.reason.map(FinishReason::as_str) }
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::{Fields, shown, token_ids};
-use crate::generation::{Generation, Work};
+use crate::generation::{EngineRequest, Generation};
 use crate::keys::Caller;
 use crate::parameters::read_priority;
 use crate::response::json_response;
@@ -70,7 +70,7 @@ pub(crate) async fn create(
     request.priority = read_priority(&mut fields)?;
     request.timeout_ms = fields.count("timeout_ms")?.map(|timeout_ms| timeout_ms as u64);
     drop(fields);
-    let generation = Generation::start(&app, &caller, model, Work::Embed(request)).await?;
+    let generation = Generation::start(&app, &caller, model, EngineRequest::Embed(request)).await?;
     let (embeddings, summary) = generation.finish_embedding(num_inputs).await?;
     let vector = |values: Vec<f32>| if is_base64 { Vector::Base64(base64(&values)) } else { Vector::Numbers(values) };
     let objects = embeddings.into_iter().enumerate().map(|(index, embedding)| EmbeddingObject {

@@ -15,7 +15,7 @@ use crate::clock::unix_seconds;
 use crate::error::{ApiError, ApiResult};
 use crate::event_body::{self, Dialect};
 use crate::fields::{Fields, shown};
-use crate::generation::{Generation, Work};
+use crate::generation::{EngineRequest, Generation};
 use crate::keys::Caller;
 use crate::messages::read_messages;
 use crate::options::{MAX_METADATA_KEY_CHARS, MAX_METADATA_PAIRS, MAX_METADATA_VALUE_CHARS, MAX_USER_CHARS};
@@ -34,7 +34,7 @@ pub(crate) async fn create(
     let model = app.model(fields.text("model")?.as_deref())?;
     check_supported(&fields)?;
     let mut draft = Draft::read(&app, &caller, model, &mut fields)?;
-    let instructions = draft.object["instructions"].as_str().map(|text| Message::new("system", text));
+    let instructions = draft.instructions.as_ref().map(|text| Message::new("system", text));
     let mut request = Request::chat(instructions.into_iter().chain(draft.messages.clone()).collect::<Vec<_>>());
     let is_stream = fields.bool("stream")?.unwrap_or(false);
     let max_output_tokens = fields.count("max_output_tokens")?;
@@ -50,7 +50,8 @@ pub(crate) async fn create(
     }
     request.max_tokens = Some(max_output_tokens.unwrap_or(model.engine.info().context_tokens));
     let named = |error: ApiError| error.renamed("max_tokens", "max_output_tokens");
-    let generation = Generation::start(&app, &caller, model, Work::Generate(request)).await.map_err(named)?;
+    let generation =
+        Generation::start(&app, &caller, model, EngineRequest::Generate(Box::new(request))).await.map_err(named)?;
     if is_stream {
         let events = Events::new(draft, generation.canceller());
         return event_body::stream(&app, vec![generation], events).await.map_err(named);
@@ -132,8 +133,10 @@ struct Draft {
     app: Arc<App>,
     owner: Option<String>,
     is_stored: bool,
+    id: String,
+    instructions: Option<String>,
     message_id: String,
-    /// OpenAI's object, as far as it has come.
+    /// OpenAI's object of all this, as far as it has come; written here, and read by clients alone.
     object: Value,
     /// The conversation, without instructions, which belong to one answer alone.
     messages: Vec<Message>,
@@ -148,14 +151,15 @@ impl Draft {
         };
         messages.extend(read_input(fields.require("input", "a string or an array of messages")?)?);
         let is_stored = fields.bool("store")?.unwrap_or(true);
+        let (id, instructions) = (app.new_id("resp_"), fields.text("instructions")?);
         let object = json!({
-            "id": app.new_id("resp_"),
+            "id": id,
             "object": "response",
             "created_at": unix_seconds(),
             "status": "in_progress",
             "error": null,
             "incomplete_details": null,
-            "instructions": fields.text("instructions")?,
+            "instructions": instructions,
             "metadata": read_metadata(fields)?,
             "model": model.name,
             "output": [],
@@ -171,7 +175,7 @@ impl Draft {
         });
         let (app, owner) = (app.clone(), caller.name().map(str::to_string));
         let message_id = app.new_id("msg_");
-        Ok(Draft { app, owner, is_stored, message_id, object, messages })
+        Ok(Draft { app, owner, is_stored, id, instructions, message_id, object, messages })
     }
 
     fn part(text: &str) -> Value {
@@ -183,15 +187,16 @@ impl Draft {
         json!({ "id": self.message_id, "type": "message", "status": status, "role": "assistant", "content": content })
     }
 
-    /// Complete, or as complete as its limit let it be.
-    fn finish(&mut self, text: String, reason: Option<FinishReason>, usage: Usage) {
+    /// Complete, or as complete as its limit let it be; its one item, and whether it is complete.
+    fn finish(&mut self, text: String, reason: Option<FinishReason>, usage: Usage) -> (Value, bool) {
         let is_whole = reason != Some(FinishReason::Length);
         let status = if is_whole { "completed" } else { "incomplete" };
         self.object["status"] = json!(status);
         if !is_whole {
             self.object["incomplete_details"] = json!({ "reason": "max_output_tokens" });
         }
-        self.object["output"] = json!([self.item(Some(&text), status)]);
+        let item = self.item(Some(&text), status);
+        self.object["output"] = json!([item]);
         self.object["usage"] = json!({
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": { "cached_tokens": usage.cached_tokens },
@@ -200,6 +205,7 @@ impl Draft {
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         });
         self.messages.push(Message::new("assistant", text));
+        (item, is_whole)
     }
 
     /// Keeps it as it is now, for the first time.
@@ -218,7 +224,7 @@ impl Draft {
 
     fn as_it_is(&self, canceller: Option<Canceller>) -> StoredResponse {
         StoredResponse {
-            id: self.object["id"].as_str().unwrap_or_default().to_string(),
+            id: self.id.clone(),
             owner: self.owner.clone(),
             object: self.object.clone(),
             messages: self.messages.clone(),
@@ -326,11 +332,10 @@ impl Events {
         let text = std::mem::take(&mut self.text);
         self.write_part(out, "response.output_text.done", json!({ "text": text, "logprobs": [] }));
         self.write_part(out, "response.content_part.done", json!({ "part": Draft::part(&text) }));
-        self.draft.finish(text, self.reason, usage);
-        let item = self.draft.object["output"][0].clone();
+        let (item, is_whole) = self.draft.finish(text, self.reason, usage);
         self.write(out, "response.output_item.done", json!({ "output_index": 0, "item": item }));
         let response = self.draft.object.clone();
-        let name = if response["status"] == "completed" { "response.completed" } else { "response.incomplete" };
+        let name = if is_whole { "response.completed" } else { "response.incomplete" };
         self.write(out, name, json!({ "response": response }));
         self.end_as_it_is();
     }

@@ -122,7 +122,7 @@ impl Running {
         loop {
             let stats = self.engine.stats();
             let settled = stats.requests_finished + stats.requests_cancelled + stats.requests_failed;
-            if stats.num_requests_running + stats.num_requests_waiting == 0 && settled == stats.requests_total {
+            if stats.num_sequences_running + stats.num_sequences_waiting == 0 && settled == stats.requests_total {
                 return stats;
             }
             assert!(start.elapsed() < PATIENCE, "requests are left: {stats:?}");

@@ -82,7 +82,7 @@ fn prompts_take_places_one_by_one() {
     let mut most = 0;
     loop {
         let stats = running.engine.stats();
-        most = most.max(stats.num_requests_running + stats.num_requests_waiting);
+        most = most.max(stats.num_sequences_running + stats.num_sequences_waiting);
         if stats.requests_finished == 40 {
             break;
         }
@@ -234,7 +234,8 @@ fn a_standstill_is_told() {
         request.truncate = false;
         engine.submit_embedding(request).expect("it is taken")
     };
-    let stages: [(fn(&Engine) -> RequestStream, &str); 2] =
+    type Hold = fn(&Engine) -> RequestStream;
+    let stages: [(Hold, &str); 2] =
         [(worker, "work is waiting and no step was completed"), (intake, "requests are waiting and none was admitted")];
     for (hold, cause) in stages {
         let options = ServerOptions {

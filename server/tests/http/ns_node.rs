@@ -1,4 +1,4 @@
-//! ns-node's and NS-LLM's routes: their streams, byte by byte, and the shapes that their pages read.
+//! The routes of ns-node and of its older service: their streams, byte by byte, and the shapes that their pages read.
 
 use ns_llm::{EmbeddingRequest, Request};
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ fn frames(body: &str) -> Vec<(&str, &str)> {
     body.strip_suffix("\n\n").expect("whole frames").split("\n\n").map(frame).collect()
 }
 
-/// NS-LLM's answer in one piece, and its stream of `meta`, `token` and `done`.
+/// The older service's answer in one piece, and its stream of `meta`, `token` and `done`.
 #[test]
 fn ns_llm_streams_named_events() {
     let running = Running::start();
@@ -61,7 +61,7 @@ fn ns_node_streams_tokens() {
     assert_eq!((refused.status, &refused.json()["error"]), (400, &json!("text is \"\", must be not empty")));
 }
 
-/// NS-LLM's one vector.
+/// The older service's one vector.
 #[test]
 fn one_text_becomes_one_vector() {
     let running = Running::start();

@@ -20,7 +20,7 @@ const MAX_TASKS: usize = 64;
 type Task = Box<dyn FnOnce() + Send>;
 
 /// The thread's handle.
-pub(crate) struct Helper {
+pub(crate) struct SideThread {
     thread_name: &'static str,
     /// Whose task is next: one is at the thread.
     turns: Arc<Admission>,
@@ -28,13 +28,13 @@ pub(crate) struct Helper {
     tasks: Mutex<Option<SyncSender<Task>>>,
 }
 
-impl Helper {
-    pub(crate) fn new(thread_name: &'static str) -> Helper {
+impl SideThread {
+    pub(crate) fn new(thread_name: &'static str) -> SideThread {
         let turns = Admission::new("the list of tasks", 1, MAX_TASKS);
-        Helper { thread_name, turns, tasks: Mutex::default() }
+        SideThread { thread_name, turns, tasks: Mutex::default() }
     }
 
-    /// What `work` gives, done on the helper's thread when it is the caller's turn. A task whose caller is gone by then is not
+    /// What `work` gives, done on this thread when it is the caller's turn. A task whose caller is gone by then is not
     /// begun.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
@@ -60,7 +60,10 @@ impl Helper {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         let sender = match tasks.take() {
             Some(sender) => sender,
-            None => self.start().map_err(|_| ApiError::overloaded("the list of threads", 0, 0))?,
+            None => self.start().map_err(|error| {
+                let message = format!("the thread {} cannot be started: {error}", self.thread_name);
+                ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "no_thread", message)
+            })?,
         };
         let given = sender.try_send(task);
         *tasks = Some(sender);
@@ -105,16 +108,16 @@ mod tests {
     /// filled the list. A task that panics is its own.
     #[test]
     fn one_crowd_holds_up_nobody_else() {
-        let helper = Arc::new(Helper::new("test-helper"));
+        let side_thread = Arc::new(SideThread::new("test-side-thread"));
         let (go_on, held) = channel::<()>();
         let order = Arc::new(Mutex::new(Vec::new()));
         let run = |caller: &'static str, work: Box<dyn FnOnce() + Send>| -> Running<()> {
-            let (helper, order) = (helper.clone(), order.clone());
+            let (side_thread, order) = (side_thread.clone(), order.clone());
             let work = move || {
                 work();
                 order.lock().expect("no panic").push(caller);
             };
-            Box::pin(async move { helper.run(Some(caller), work).await })
+            Box::pin(async move { side_thread.run(Some(caller), work).await })
         };
         let mut holding = run(
             "crowd",
