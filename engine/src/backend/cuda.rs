@@ -23,7 +23,7 @@ use ns_llm_kernels as kernels;
 use ns_llm_kernels::cuda::attention::{
     ActivationRows, ActivationType, AttentionLayer as DeviceAttention, AttentionScratch, paged_attention,
 };
-use ns_llm_kernels::cuda::driver::Driver;
+use ns_llm_kernels::cuda::driver::{Driver, wait};
 use ns_llm_kernels::cuda::forms::Forms;
 use ns_llm_kernels::cuda::matmul_quant::{QuantOutput, QuantRows, QuantRowsMut, multiply_quant, quantize_rows};
 use ns_llm_kernels::cuda::memory::{Buffer, Memory};
@@ -633,6 +633,10 @@ impl CudaBackend {
             _ => (self.lock(&self.arrivals), len.next_power_of_two()),
         };
         if arrivals.as_ref().is_none_or(|arrivals| arrivals.len() < len) {
+            if arrivals.is_some() {
+                // A driver frees behind what runs, and would wait for ever for a step that hangs.
+                wait(&**self.driver()).map_err(|error| self.failed(error))?;
+            }
             *arrivals = Some(self.memory.zeroed(ACTIVATIONS, len).map_err(|error| self.failed(error))?);
         }
         Ok(arrivals)

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ns_llm_kernels::cuda::driver::wait;
 use ns_llm_kernels::cuda::memory::Memory;
 use ns_llm_kernels::cuda::sampling::{LogitBias, NO_TOKEN, SamplingBatch, SamplingRow, sample_rows};
 use ns_llm_kernels::error::Result as KernelResult;
@@ -173,6 +174,10 @@ fn counters<'a>(
     len: usize,
 ) -> KernelResult<&'a mut Buffer<u32>> {
     if counters.as_ref().is_none_or(|counters| counters.len() < len) {
+        if counters.is_some() {
+            // A driver frees behind what runs, and would wait for ever for a step that hangs.
+            wait(&**memory.driver())?;
+        }
         *counters = Some(memory.zeroed(ACTIVATIONS, len)?);
     }
     Ok(counters.as_mut().expect("there are some now"))
