@@ -531,6 +531,7 @@ typedef struct ns_llm_engine_params {
      * it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
      */
     size_t max_cuda_graphs;
+    /**
      * How long what is stored at `kv_remote_url` is kept there when nobody stores it again, seconds, at most thirty days. 0: one
      * day.
      */

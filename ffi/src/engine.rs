@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ns_llm_core::config::{MAX_REMOTE_PREFIX_BYTES, MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_URL_BYTES};
 use ns_llm_core::{
-    Device, Engine, EngineOptions, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, QuantType, ThreadPriority,
+    Device, Engine, EngineOptions, Error, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, QuantType, ThreadPriority,
     WeightFormat,
 };
 
@@ -192,7 +192,7 @@ pub struct ns_llm_engine_params {
     /// How long an answer is kept, milliseconds, at most a year. 0: one hour.
     pub response_ttl_ms: u64,
     /// Store of KV blocks that nodes share, `redis://[[user]:password@]host[:port][/database]`; the way to it is not encrypted.
-    /// NULL: none.
+    /// NULL: none, and nothing in the fields below that say how it is used.
     pub kv_remote_url: ns_llm_text,
     /// What all nodes know and the store does not, 16 to 1,024 bytes: records that are not authenticated with it are not used.
     /// NULL: the store is trusted not to make records up.
@@ -407,7 +407,12 @@ unsafe fn read_remote_options(params: &ns_llm_engine_params) -> Result<Option<Kv
     // SAFETY: promised by the caller.
     let prefix = unsafe { read_text("kv_remote_prefix", params.kv_remote_prefix, MAX_REMOTE_PREFIX_BYTES) }?;
     if url.is_empty() {
-        return Ok(None);
+        let numbers = [params.kv_remote_ttl_s, params.kv_remote_timeout_ms, params.kv_remote_owner_bytes];
+        if secret.is_empty() && prefix.is_empty() && numbers == [0; 3] {
+            return Ok(None);
+        }
+        let (field, expected) = ("kv_remote_url", "a store, where other fields say how it is used".to_string());
+        return Err(Error::InvalidArgument { field, value: String::new(), expected }.into());
     }
     let mut remote = KvRemoteOptions::new(url);
     remote.secret = unless_zero(secret);

@@ -193,6 +193,8 @@ fn field_hazards(header: &Header, struct_name: &str, field: &Field) -> Vec<Hazar
         "uint64_t" if name == "memory_limit_bytes" => {
             vec![hazard("of a byte", "value.memory_limit_bytes = 1;".to_string(), "NS_LLM_OUT_OF_MEMORY")]
         }
+        // Any number will do.
+        "uint64_t" if ["response_max_entries", "response_version"].contains(&name.as_str()) => Vec::new(),
         c_type @ ("uint32_t" | "uint64_t" | "size_t") if name != "struct_size" && !name.starts_with("num_") => {
             vec![hazard("all ones", format!("value.{name} = ({c_type})-1;"), "NS_LLM_INVALID_ARGUMENT")]
         }
