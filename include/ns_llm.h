@@ -507,7 +507,7 @@ typedef struct ns_llm_engine_params {
     uint64_t response_ttl_ms;
     /**
      * Store of KV blocks that nodes share, `redis://[[user]:password@]host[:port][/database]`; the way to it is not encrypted.
-     * NULL: none.
+     * NULL: none, and nothing in the fields below that say how it is used.
      */
     ns_llm_text kv_remote_url;
     /**
