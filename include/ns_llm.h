@@ -350,8 +350,8 @@ typedef void (*ns_llm_log_callback)(enum ns_llm_log_level level, const char *lin
 /** Where an engine computes. */
 typedef enum ns_llm_device {
     /**
-     * The first CUDA device, if the library was built with CUDA, the machine has a driver and a device for it, and the model fits;
-     * else the CPU. `device_reason` of ns_llm_engine_info() says why.
+     * The first CUDA device, if the library was built with CUDA, the machine has a driver and a device for it, and the
+     * model fits; else the CPU. `device_reason` of ns_llm_engine_info() says why.
      */
     NS_LLM_DEVICE_AUTO = 0,
     /** The CPU. */
@@ -448,8 +448,8 @@ typedef struct ns_llm_engine_params {
     /** Longest sequence, prompt and answer, in tokens. 0: the model's own, as far as the KV pool holds it. */
     size_t context_tokens;
     /**
-     * Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights and steps
-     * leave of nine tenths of its free memory.
+     * Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights
+     * and steps leave of nine tenths of its free memory.
      */
     uint64_t kv_bytes;
     /** Tokens in a KV block, a multiple of 16. 0: 16. */
@@ -493,9 +493,9 @@ typedef struct ns_llm_engine_params {
     /** How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. 0: 50. */
     uint64_t kv_load_budget_ms;
     /**
-     * Share of the KV pool, of host memory, of `kv_cache_dir` and of the kept answers, in memory and on disk, that what is cached
-     * for one owner of namespaces may keep when others need room, to 1. The owner is what stands before the first line break
-     * of a namespace. 0: 1, all of it.
+     * Share of the KV pool, of host memory, of `kv_cache_dir` and of the kept answers, in memory and on disk, that what
+     * is cached for one owner of namespaces may keep when others need room, to 1. The owner is what stands before the
+     * first line break of a namespace. 0: 1, all of it.
      */
     double kv_namespace_share;
     /**
@@ -527,8 +527,8 @@ typedef struct ns_llm_engine_params {
      */
     uint64_t kv_remote_owner_bytes;
     /**
-     * Steps that a CUDA device keeps captured as graphs, to 256; those that ran least recently make room. 0: 32. No result depends on
-     * it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
+     * Steps that a CUDA device keeps captured as graphs, to 256; those that ran least recently make room. 0: 32. No
+     * result depends on it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
      */
     size_t max_cuda_graphs;
     /**
@@ -579,8 +579,9 @@ ns_llm_status ns_llm_engine_open(const struct ns_llm_engine_params *params,
  *
  * Outside of callbacks it returns when that is done and every last event has been told, so nothing of the engine calls
  * the program any more; this takes about one step, and what a disk needs to take the KV blocks that wait for it, and as
- * long as the callback that is running, so do not hold a lock that the callback takes. Inside a callback the last events are told after that callback has returned. Request
- * handles stay valid until they are freed. Calls that other threads are in the middle of end with NS_LLM_CLOSED.
+ * long as the callback that is running, so do not hold a lock that the callback takes. Inside a callback the last events
+ * are told after that callback has returned. Request handles stay valid until they are freed. Calls that other threads
+ * are in the middle of end with NS_LLM_CLOSED.
  *
  * Ownership:  `engine` is dead afterwards; it may be freed before or after its requests.
  * Threads:    any, also inside a callback.

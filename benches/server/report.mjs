@@ -11,8 +11,8 @@ export const ASKED = {
 const COLUMNS = ['part', 'server', 'at once', 'requests/s', 'tokens/s', 'failed', 'ms', 'p50', 'p95', 'p99', 'CPU ms/request', 'MiB', 'disturbed'];
 
 /**
- * The table, and beneath it what is asked and whether it is met. `runs`: `{ part, server, stage, use, foreignCpus }`, where `stage`
- * is a stage of `ns-llm bench serve`.
+ * The table, and beneath it what is asked and whether it is met. `runs`: `{ part, server, stage, use, foreignCpus }`,
+ * where `stage` is a stage of `ns-llm bench serve`.
  */
 export function page({ machine, commit, command, runs }) {
   const rows = runs.flatMap((run) => rowsOf(run));

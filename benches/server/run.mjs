@@ -1,6 +1,6 @@
 // `npm run bench:server [-- OPTIONS]`: what the HTTP face costs, by the project's own load tool (`ns-llm bench serve`), server and
-// load on a core each. Every stage waits for a quiet machine and is repeated when others disturb it (../peers/quiet.mjs); the table
-// goes to stdout, every figure with its command into a JSON file.
+// load on a core each. Every stage waits for a quiet machine and is repeated when others disturb it (../peers/quiet.mjs);
+// the table goes to stdout, every figure with its command into a JSON file.
 //
 //     --parts hits,misses,middleware,streams,peer     what to measure (default: all)
 //       hits        answers from the response cache, at 1 to 50 callers, and at 10,000 a second whether answered or not

@@ -69,8 +69,8 @@ export interface OpenOptions {
   /** The model: its folder (`config.json`, safetensors, `tokenizer.json`) or a GGUF file. Default: the one that ships. */
   model?: string | undefined;
   /**
-   * Where to compute. Default `auto`: the first CUDA device, if the addon was built with CUDA, the machine has a driver and a device for
-   * it, and the model fits; else the CPU. `info.deviceReason` says why. `cuda:1` is the second device.
+   * Where to compute. Default `auto`: the first CUDA device, if the addon was built with CUDA, the machine has a driver
+   * and a device for it, and the model fits; else the CPU. `info.deviceReason` says why. `cuda:1` is the second device.
    */
   device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}` | undefined;
   /** Form of the weights. Default `auto`: as the checkpoint has them, or under a `memoryLimit` the best form that fits. */
@@ -99,8 +99,8 @@ export interface OpenOptions {
   /** Sequences that may run at once; more wait. Default 64. */
   maxRunningSequences?: number | undefined;
   /**
-   * Steps that a CUDA device keeps captured as graphs; those that ran least recently make room. 0: steps are launched kernel by kernel.
-   * No result depends on it. Default 32.
+   * Steps that a CUDA device keeps captured as graphs; those that ran least recently make room. 0: steps are launched
+   * kernel by kernel. No result depends on it. Default 32.
    */
   maxCudaGraphs?: number | undefined;
   /** Tokens one step may compute while nothing decodes (the chunk size of a long prompt). Default 512. */

@@ -1,4 +1,5 @@
-//! The machine's GPUs as JavaScript sees them, and the engine's limits that it must know. GPUs are asked for on a thread of its own: a driver may take seconds.
+//! The machine's GPUs as JavaScript sees them, and the engine's limits that it must know. GPUs are asked for on a thread
+//! of its own: a driver may take seconds.
 
 use napi::Env;
 use napi::bindgen_prelude::PromiseRaw;

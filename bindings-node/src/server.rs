@@ -276,8 +276,8 @@ impl From<Head> for NativeHead {
     }
 }
 
-/// The options of a server from one plain object. What is not given is as for a server of its own, but for hosts: where keys or the
-/// host's own rules keep strangers out, any name of the host is answered for.
+/// The options of a server from one plain object. What is not given is as for a server of its own, but for hosts: where
+/// keys or the host's own rules keep strangers out, any name of the host is answered for.
 fn read_server_options(object: &Object) -> Result<ServerOptions> {
     let fields = Fields::of(object, SERVER_FIELDS)?;
     let mut options = ServerOptions { timer: Some(Server::thread_timer()), ..ServerOptions::default() };

@@ -88,7 +88,8 @@ impl From<ns_llm::Stats> for Stats {
     }
 }
 
-/// Steps that are captured as CUDA graphs: one for each number of sequences (rounded up to a power of two) and length of contexts.
+/// Steps that are captured as CUDA graphs: one for each number of sequences (rounded up to a power of two) and length of
+/// contexts.
 #[napi(object, object_from_js = false)]
 pub struct CudaGraphStats {
     /// Graphs that are kept now.
@@ -246,7 +247,8 @@ pub struct ModelInfo {
     pub device_name: String,
     /// Why it was chosen: that it was asked for, or what `auto` found.
     pub device_reason: String,
-    /// Instruction set in use (on a CUDA device its architecture, such as "sm_90"): "avx512bf16", "avx512", "avx2", "neoni8mm", "neondotprod", "neon", "portable".
+    /// Instruction set in use (on a CUDA device its architecture, such as "sm_90"): "avx512bf16", "avx512", "avx2",
+    /// "neoni8mm", "neondotprod", "neon", "portable".
     pub isa: String,
     /// Compute threads; 0 on a CUDA device.
     pub threads: f64,

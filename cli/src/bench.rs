@@ -1,9 +1,10 @@
 //! `ns-llm bench`: how fast a model runs here. Rules, the same as for the engines it is compared with: the prompt is
-//! random token ids of which only the last position's logits are needed; decoding is greedy after a prompt of one
-//! token, or of `--depth` tokens, the first token left out and the end of text ignored; n parallel sequences have
-//! different prompts, and their generated tokens are counted while all n of them are generating. No prompt repeats, so
-//! the prefix cache is off, unless a KV cache directory or host memory for KV is given, whose cost is then measured; and prompts are computed in full chunks also while others decode, since it is their speed
-//! that is measured. `ns-llm bench serve` is another: it loads a server.
+//! random token ids of which only the last position's logits are needed; decoding is greedy after a prompt of one token,
+//! or of `--depth` tokens, the first token left out and the end of text ignored; n parallel sequences have different
+//! prompts, and their generated tokens are counted while all n of them are generating. No prompt repeats, so the prefix
+//! cache is off, unless a KV cache directory or host memory for KV is given, whose cost is then measured; and prompts are
+//! computed in full chunks also while others decode, since it is their speed that is measured. `ns-llm bench serve` is
+//! another: it loads a server.
 
 mod arrivals;
 mod figures;

@@ -291,8 +291,8 @@ fn broken_pipe_is_no_fault() {
     assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Where no CUDA driver is (or this build has no CUDA), `auto` runs on the CPU and says why; who asks for CUDA is told what is missing, by
-/// name, and nothing else happens. With a driver that works, the device is named.
+/// Where no CUDA driver is (or this build has no CUDA), `auto` runs on the CPU and says why; who asks for CUDA is told
+/// what is missing, by name, and nothing else happens. With a driver that works, the device is named.
 #[test]
 fn devices_are_chosen_and_named() {
     let plan = json("inspect", &["--json"]);

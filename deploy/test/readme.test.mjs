@@ -1,5 +1,5 @@
-// "Run it for real" of README.md, every command of it, from an empty folder: only the ports are others, and the program is the one
-// that the tests have built.
+// "Run it for real" of README.md, every command of it, from an empty folder: only the ports are others, and the program
+// is the one that the tests have built.
 
 import assert from 'node:assert/strict';
 import { cpSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';

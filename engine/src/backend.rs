@@ -1,6 +1,7 @@
-//! The fused operations that a device offers to models, and nothing else: no tensor library. Each is called by a
-//! model, enqueues its work and never waits for it (a CPU's queue has length zero); only what ends a
-//! step (logits, tokens, vectors) or moves a KV block reads back. Weights are packed when they are loaded, into a layout that only the backend knows.
+//! The fused operations that a device offers to models, and nothing else: no tensor library. Each is called by a model,
+//! enqueues its work and never waits for it (a CPU's queue has length zero); only what ends a step (logits, tokens,
+//! vectors) or moves a KV block reads back. Weights are packed when they are loaded, into a layout that only the backend
+//! knows.
 //!
 //! Row invariance (ARCHITECTURE.md): each element of a result depends only on its own row, its position and the
 //! model; never on the other rows of the batch, on how a prompt was cut into chunks, or on the number of threads.
@@ -230,8 +231,8 @@ pub trait Backend: Sized + Send + 'static {
     /// `gelu(x W^T + bias)`: `[rows, intermediate]`.
     fn linear_gelu(&self, x: &Self::Operand, weight: &Self::Linear, gelu: Gelu) -> Result<Self::Operand>;
     /// Splits `qkv` `[tokens, (heads + 2 kv_heads) * head_dim]`; normalises each head of q and k where the model does
-    /// (Qwen3); rotates q and k where positions are rotary; stores k and v into the batch's slots of this layer (of the only layer that `kv` has,
-    /// where whole sequences are encoded). Returns q `[tokens, heads * head_dim]`.
+    /// (Qwen3); rotates q and k where positions are rotary; stores k and v into the batch's slots of this layer (of the
+    /// only layer that `kv` has, where whole sequences are encoded). Returns q `[tokens, heads * head_dim]`.
     fn rope_and_store(
         &self,
         qkv: Self::Rows,
@@ -252,7 +253,8 @@ pub trait Backend: Sized + Send + 'static {
 
     // ---- a whole step --------------------------------------------------------------------------------------------
 
-    /// Starts the step that `batch` is: the states that `forward` gives for it, `[outputs, hidden_size]`, and what its outputs ask of them.
+    /// Starts the step that `batch` is: the states that `forward` gives for it, `[outputs, hidden_size]`, and what its
+    /// outputs ask of them.
     /// `forward` may be called with a batch that has more rows, which are nobody's, or not at all where what it enqueues is known.
     fn launch(
         &self,

@@ -1,5 +1,5 @@
-//! Where a model runs: the CPU, or a CUDA device that is there, that the kernels can use, and that the model fits. Said once, with the
-//! reason, before any weight is read.
+//! Where a model runs: the CPU, or a CUDA device that is there, that the kernels can use, and that the model fits. Said
+//! once, with the reason, before any weight is read.
 
 use std::sync::Arc;
 

@@ -227,8 +227,8 @@ pub enum Error {
         /// Why not.
         reason: DeviceRefusal,
     },
-    /// The device was lost while it computed: a kernel broke a rule, or the hardware failed. All requests of the engine end with this, and
-    /// it is closed; the process lives, and may open another engine.
+    /// The device was lost while it computed: a kernel broke a rule, or the hardware failed. All requests of the engine
+    /// end with this, and it is closed; the process lives, and may open another engine.
     #[error("device `{device}` was lost: {reason}")]
     DeviceLost {
         /// Which device.
@@ -236,8 +236,8 @@ pub enum Error {
         /// What its driver said.
         reason: String,
     },
-    /// Since it was asked last, a cache tier was to keep things and has not: too much waited, it failed, or it may not be written.
-    /// The requests that they came from are not touched; it is told once.
+    /// Since it was asked last, a cache tier was to keep things and has not: too much waited, it failed, or it may not be
+    /// written. The requests that they came from are not touched; it is told once.
     #[error("{tier} tier: {count} {what} were not stored since the last flush: {reason}")]
     NotStored {
         /// Which tier: "disk", "remote".

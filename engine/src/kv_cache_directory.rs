@@ -1,6 +1,6 @@
-//! For those who look after a directory in which KV blocks outlive the process, and answers beneath them: what is in it, whether
-//! that is as it was written, and how to make it smaller or empty. A directory that is none of ours is refused, links are never followed, and
-//! nothing but segment files is ever removed.
+//! For those who look after a directory in which KV blocks outlive the process, and answers beneath them: what is in it,
+//! whether that is as it was written, and how to make it smaller or empty. A directory that is none of ours is refused,
+//! links are never followed, and nothing but segment files is ever removed.
 //!
 //! Looking needs no lock and may be done while an engine writes. Removing takes the lock and is refused while
 //! another process has it; an engine that opens the directory at that moment only reads from it.

@@ -1,4 +1,5 @@
-//! How many KV blocks an engine gets and how long a sequence may become, decided before any weight is read. Pure: memory that is available is an argument.
+//! How many KV blocks an engine gets and how long a sequence may become, decided before any weight is read. Pure: memory
+//! that is available is an argument.
 
 mod stored_blocks;
 

@@ -200,8 +200,8 @@ impl Sequence {
         end.saturating_sub(self.num_scheduled)
     }
 
-    /// Whether its next chunk can be built now: a prefix that is on its way is not computed; penalties read all tokens so far on the host, so a sequence that has
-    /// them waits until the step that chooses its last token is applied.
+    /// Whether its next chunk can be built now: a prefix that is on its way is not computed; penalties read all tokens so
+    /// far on the host, so a sequence that has them waits until the step that chooses its last token is applied.
     pub fn can_be_scheduled(&self) -> bool {
         self.restore.is_none()
             && self.num_remaining() > 0

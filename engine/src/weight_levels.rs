@@ -1,5 +1,5 @@
-//! What a model takes on a target, in each form that its weights may have: decided from the headers alone. Which forms there are is the
-//! target's to say.
+//! What a model takes on a target, in each form that its weights may have: decided from the headers alone. Which forms
+//! there are is the target's to say.
 
 use ns_llm_kernels::host;
 
@@ -171,8 +171,8 @@ pub(crate) fn memory_limit_bytes(options: &EngineOptions, target: &Target) -> Re
     Ok(options.memory_limit_bytes.map_or(available_bytes, |limit| limit.min(available_bytes)))
 }
 
-/// Bytes of all weights once they are packed on the CPU in the form `wanted`. Goes through the model as loading does, and so fails where
-/// that would fail for what is missing, superfluous or of another shape; reads no weight.
+/// Bytes of all weights once they are packed on the CPU in the form `wanted`. Goes through the model as loading does, and
+/// so fails where that would fail for what is missing, superfluous or of another shape; reads no weight.
 pub(crate) fn measure_weights(wanted: WeightFormat, weights: &Weights, config: &ModelConfig) -> Result<u64> {
     let measure = Measure::cpu(wanted);
     // The context only decides the size of tables that are no weights.

@@ -185,8 +185,8 @@ impl<E: Executor> Worker<E> {
         Turn::Continue
     }
 
-    /// Steps that may be launched and not collected now. A step of whole sequences comes when no other is in flight: while some wait, the
-    /// host is not ahead.
+    /// Steps that may be launched and not collected now. A step of whole sequences comes when no other is in flight:
+    /// while some wait, the host is not ahead.
     fn max_in_flight(&self) -> usize {
         if self.scheduler.has_encodings() { 1 } else { self.executor.max_in_flight() }
     }
@@ -287,8 +287,8 @@ impl<E: Executor> Worker<E> {
         batch.sequences.iter().filter_map(part).collect()
     }
 
-    /// The sequences of a step that failed end. Where the device is gone, they end with all others, once the engine says why: whoever
-    /// sees the end of a stream finds it closed.
+    /// The sequences of a step that failed end. Where the device is gone, they end with all others, once the engine says
+    /// why: whoever sees the end of a stream finds it closed.
     fn failed(&mut self, step: Step, error: &Error) -> Vec<SequenceEvent> {
         self.note_lost(error);
         if self.lost.is_some() { Vec::new() } else { self.scheduler.fail_step(step, error) }

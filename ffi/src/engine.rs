@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use ns_llm_core::config::{MAX_REMOTE_PREFIX_BYTES, MAX_REMOTE_SECRET_BYTES, MAX_REMOTE_URL_BYTES};
 use ns_llm_core::{
-    Device, Engine, EngineOptions, Error, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, QuantType, ThreadPriority,
-    WeightFormat,
+    Device, Engine, EngineOptions, Error, KvDtype, KvRemoteOptions, KvTierEncoding, LoadProgress, QuantType,
+    ThreadPriority, WeightFormat,
 };
 
 use crate::callback::{UserData, as_callback};
@@ -29,8 +29,8 @@ pub type ns_llm_engine = u64;
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ns_llm_device {
-    /// The first CUDA device, if the library was built with CUDA, the machine has a driver and a device for it, and the model fits;
-    /// else the CPU. `device_reason` of ns_llm_engine_info() says why.
+    /// The first CUDA device, if the library was built with CUDA, the machine has a driver and a device for it, and the
+    /// model fits; else the CPU. `device_reason` of ns_llm_engine_info() says why.
     NS_LLM_DEVICE_AUTO = 0,
     /// The CPU.
     NS_LLM_DEVICE_CPU = 1,
@@ -143,8 +143,8 @@ pub struct ns_llm_engine_params {
     pub threads: u32,
     /// Longest sequence, prompt and answer, in tokens. 0: the model's own, as far as the KV pool holds it.
     pub context_tokens: usize,
-    /// Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights and steps
-    /// leave of nine tenths of its free memory.
+    /// Size of the KV pool, bytes. 0: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights
+    /// and steps leave of nine tenths of its free memory.
     pub kv_bytes: u64,
     /// Tokens in a KV block, a multiple of 16. 0: 16.
     pub block_tokens: usize,
@@ -182,9 +182,9 @@ pub struct ns_llm_engine_params {
     pub kv_disk_bytes: u64,
     /// How long a request waits for KV from a place that makes no progress before it computes the rest, milliseconds. 0: 50.
     pub kv_load_budget_ms: u64,
-    /// Share of the KV pool, of host memory, of `kv_cache_dir` and of the kept answers, in memory and on disk, that what is cached
-    /// for one owner of namespaces may keep when others need room, to 1. The owner is what stands before the first line break
-    /// of a namespace. 0: 1, all of it.
+    /// Share of the KV pool, of host memory, of `kv_cache_dir` and of the kept answers, in memory and on disk, that what
+    /// is cached for one owner of namespaces may keep when others need room, to 1. The owner is what stands before the
+    /// first line break of a namespace. 0: 1, all of it.
     pub kv_namespace_share: f64,
     /// Bytes of answers that are kept in memory, to be given again without computing a token to requests for the same. 0: none
     /// are. With `kv_cache_dir` they outlive the process, with `kv_remote_url` nodes share them.
@@ -206,8 +206,8 @@ pub struct ns_llm_engine_params {
     /// Bytes of KV, and as many of answers, that this engine stores at `kv_remote_url` within a day, for which they are kept, for
     /// one owner of namespaces. 0: no limit.
     pub kv_remote_owner_bytes: u64,
-    /// Steps that a CUDA device keeps captured as graphs, to 256; those that ran least recently make room. 0: 32. No result depends on
-    /// it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
+    /// Steps that a CUDA device keeps captured as graphs, to 256; those that ran least recently make room. 0: 32. No
+    /// result depends on it. With NS_LLM_ENGINE_NO_CUDA_GRAPHS none is.
     pub max_cuda_graphs: usize,
     /// How long what is stored at `kv_remote_url` is kept there when nobody stores it again, seconds, at most thirty days. 0: one
     /// day.
@@ -285,8 +285,9 @@ pub unsafe extern "C" fn ns_llm_engine_open(
 ///
 /// Outside of callbacks it returns when that is done and every last event has been told, so nothing of the engine calls
 /// the program any more; this takes about one step, and what a disk needs to take the KV blocks that wait for it, and as
-/// long as the callback that is running, so do not hold a lock that the callback takes. Inside a callback the last events are told after that callback has returned. Request
-/// handles stay valid until they are freed. Calls that other threads are in the middle of end with NS_LLM_CLOSED.
+/// long as the callback that is running, so do not hold a lock that the callback takes. Inside a callback the last events
+/// are told after that callback has returned. Request handles stay valid until they are freed. Calls that other threads
+/// are in the middle of end with NS_LLM_CLOSED.
 ///
 /// Ownership:  `engine` is dead afterwards; it may be freed before or after its requests.
 /// Threads:    any, also inside a callback.

@@ -1,13 +1,15 @@
 //! The C interface of ns-llm: everything in `include/ns_llm.h`, and nothing else, is exported from here.
 //!
-//! This crate converts and calls. It holds no policy: defaults, ranges and limits are the engine's. What it adds is
-//! what C needs and Rust does not: ids in place of references ([`handle`]), refusals in a forked child ([`process`]), parameter structs that may be older or
-//! newer than the library ([`params`]), a border that no panic crosses ([`panic`], [`failure`]), the thread that calls C
-//! back ([`dispatcher`], [`callback`]), and a request that waits for its reader ([`live_request`]).
+//! This crate converts and calls. It holds no policy: defaults, ranges and limits are the engine's. What it adds is what
+//! C needs and Rust does not: ids in place of references ([`handle`]), refusals in a forked child ([`process`]),
+//! parameter structs that may be older or newer than the library ([`params`]), a border that no panic crosses ([`panic`],
+//! [`failure`]), the thread that calls C back ([`dispatcher`], [`callback`]), and a request that waits for its reader
+//! ([`live_request`]).
 //!
 //! The chapters of the header are [`version`], [`status`], [`text`], [`log`], [`engine`](mod@engine), [`figures`],
-//! [`responses`], [`event`], [`request`], [`embedding`] and [`tokenizer`], in this order; their doc comments are the manual, so they speak
-//! to a C programmer. Types and constants that C sees carry their C names here too, so that one search finds both sides.
+//! [`responses`], [`event`], [`request`], [`embedding`] and [`tokenizer`], in this order; their doc comments are the
+//! manual, so they speak to a C programmer. Types and constants that C sees carry their C names here too, so that one
+//! search finds both sides.
 //!
 //! Who may name whom goes one way, from the last of these to the first: `panic`, `status`, `failure`, `text` and `params`,
 //! `process`, `handle` and `callback`, `log`, `event`, `live_request`, `dispatcher`, `engine`, and the chapters that use an engine.

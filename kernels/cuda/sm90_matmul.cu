@@ -250,8 +250,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_matmul(
 extern "C" __global__ void __launch_bounds__(kThreads, 1) sm90_matmul_gelu(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* __restrict__ bias,
     bf16* __restrict__ out, int rows, int columns, int features, int finish) {
-    // Sums go through shared memory, a few of each thread at a time, so that there is a loop around GELU's many instructions and not
-    // sixty-four copies of them. Each thread reads what it wrote itself.
+    // Sums go through shared memory, a few of each thread at a time, so that there is a loop around GELU's many
+    // instructions and not sixty-four copies of them. Each thread reads what it wrote itself.
     constexpr int kAtOnce = 8;
     __shared__ float2 strips[kAtOnce / 2][kProductWarps * kLanes];
     const Finish gelu = finish == kGeluErf ? kGeluErf : kGeluTanh;

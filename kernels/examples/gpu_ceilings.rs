@@ -1,5 +1,6 @@
-//! What a GPU can do at most, measured with the kernels of this crate: bytes a second while a matrix is read once, and operations a second
-//! of a large product, in the form that is taken on this device and in the one that every device has. One JSON object on standard output. `gpu/check e2e` puts the speed of whole models beside it.
+//! What a GPU can do at most, measured with the kernels of this crate: bytes a second while a matrix is read once, and
+//! operations a second of a large product, in the form that is taken on this device and in the one that every device has.
+//! One JSON object on standard output. `gpu/check e2e` puts the speed of whole models beside it.
 //!
 //! Needs the feature `cuda` and a GPU: `gpu_ceilings [DEVICE]`.
 

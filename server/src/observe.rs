@@ -311,8 +311,8 @@ mod tests {
 
     use super::*;
 
-    /// Each device has a line for each value that it tells, in base units, with its number and its name; values that it does not tell,
-    /// and machines without a device, have none.
+    /// Each device has a line for each value that it tells, in base units, with its number and its name; values that it
+    /// does not tell, and machines without a device, have none.
     #[test]
     fn devices_have_lines_of_their_own() {
         let full = Gpu {

@@ -167,8 +167,8 @@ pub struct ServerOptions {
     /// Whether `/trace` is there: keys that are marked as admin, or everybody without keys, see how long all requests are, and
     /// what they are called.
     pub trace_route: bool,
-    /// Address of an OpenTelemetry collector, `http://host:port`, that gets a trace of each request (OTLP over HTTP, JSON); only of
-    /// a server that listens by itself.
+    /// Address of an OpenTelemetry collector, `http://host:port`, that gets a trace of each request (OTLP over HTTP,
+    /// JSON); only of a server that listens by itself.
     pub otlp_endpoint: Option<String>,
     /// Whether there is a page at `/`.
     pub page: bool,

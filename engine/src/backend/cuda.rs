@@ -1,12 +1,12 @@
-//! The fused operations on a CUDA device, through `ns_llm_kernels::cuda`: buffers are found, shapes and errors translated, kernels
-//! enqueued; nothing waits for the device but what reads back (tokens, logits, vectors, KV blocks). The device is a
-//! [`Driver`]: a GPU, or in tests a CPU that plays one.
+//! The fused operations on a CUDA device, through `ns_llm_kernels::cuda`: buffers are found, shapes and errors
+//! translated, kernels enqueued; nothing waits for the device but what reads back (tokens, logits, vectors, KV blocks).
+//! The device is a [`Driver`]: a GPU, or in tests a CPU that plays one.
 //!
-//! Matrices are kept in bf16, Q8_0 or Q4_K (`weights.rs`); activations are f32 between operations and bf16 (or 8 bits beside quantized
-//! weights) inside products; keys and values are f16 or bf16.
+//! Matrices are kept in bf16, Q8_0 or Q4_K (`weights.rs`); activations are f32 between operations and bf16 (or 8 bits
+//! beside quantized weights) inside products; keys and values are f16 or bf16.
 //!
-//! What kernels read of a step (ids, positions, slots, block tables) is copied once, when its embedding is asked for. Steps that decode are
-//! captured and launched as one, and the host is one step behind the device (`pipeline.rs`).
+//! What kernels read of a step (ids, positions, slots, block tables) is copied once, when its embedding is asked for.
+//! Steps that decode are captured and launched as one, and the host is one step behind the device (`pipeline.rs`).
 
 mod bucket;
 mod pipeline;
@@ -72,7 +72,8 @@ pub struct CudaBackend {
     arrivals: Mutex<Option<Buffer<u32>>>,
     captured_arrivals: Mutex<Option<Buffer<u32>>>,
     sampler: Mutex<HostSampler>,
-    /// How steps overlap; `None` until it is known what steps there will be: each is then waited for. Not here while a step is launched.
+    /// How steps overlap; `None` until it is known what steps there will be: each is then waited for. Not here while a
+    /// step is launched.
     pipeline: Mutex<Option<Pipeline>>,
     /// The tokens of the step that was launched last, `[outputs]`.
     chosen: Mutex<Option<Buffer<u32>>>,

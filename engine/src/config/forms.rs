@@ -8,8 +8,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Device {
-    /// The first CUDA device, if this build has CUDA, the machine a driver and a device that it can use, and the model fits; else the
-    /// CPU. [`ModelInfo::device_reason`](crate::ModelInfo::device_reason) says why.
+    /// The first CUDA device, if this build has CUDA, the machine a driver and a device that it can use, and the model
+    /// fits; else the CPU. [`ModelInfo::device_reason`](crate::ModelInfo::device_reason) says why.
     #[default]
     Auto,
     /// The CPU.

@@ -8,7 +8,8 @@ pub const DEFAULT_PREFILL_BUDGET_TOKENS: usize = 512;
 pub const DEFAULT_MIXED_BUDGET_TOKENS: usize = 128;
 /// Sequences that may run at once; more wait.
 pub const DEFAULT_MAX_RUNNING_SEQUENCES: usize = 64;
-/// Steps that a CUDA device keeps captured: numbers of rows (up to 9) times lengths of contexts, of which a few are in use at a time.
+/// Steps that a CUDA device keeps captured: numbers of rows (up to 9) times lengths of contexts, of which a few are in
+/// use at a time.
 pub const DEFAULT_MAX_CUDA_GRAPHS: usize = 32;
 /// Most that can be asked for.
 pub const MAX_CUDA_GRAPHS: usize = 256;

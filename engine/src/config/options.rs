@@ -183,8 +183,8 @@ pub struct EngineOptions {
     pub thread_priority: ThreadPriority,
     /// Longest sequence, prompt and answer, in tokens; `None`: the model's own, as far as the pool holds it.
     pub context_tokens: Option<usize>,
-    /// Bytes of the KV pool; `None`: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights and working
-    /// memory leave of [`DEVICE_MEMORY_SHARE`](super::DEVICE_MEMORY_SHARE).
+    /// Bytes of the KV pool; `None`: a quarter of the available memory, at most 2 GiB; on a CUDA device all that weights
+    /// and working memory leave of [`DEVICE_MEMORY_SHARE`](super::DEVICE_MEMORY_SHARE).
     pub kv_bytes: Option<u64>,
     /// Bytes that weights and KV pool may take together; `None`: what is available. With [`WeightFormat::Auto`] weights
     /// that are too large as they are stored are rounded to the best form that fits: the first of
@@ -194,8 +194,9 @@ pub struct EngineOptions {
     pub block_tokens: usize,
     /// Sequences that may run at once.
     pub max_running_sequences: usize,
-    /// Steps that a CUDA device keeps captured as graphs, one for each number of sequences (rounded up to a power of two) and length of
-    /// contexts; those that ran least recently make room. 0: steps are launched kernel by kernel. No result depends on it.
+    /// Steps that a CUDA device keeps captured as graphs, one for each number of sequences (rounded up to a power of two)
+    /// and length of contexts; those that ran least recently make room. 0: steps are launched kernel by kernel. No result
+    /// depends on it.
     pub max_cuda_graphs: usize,
     /// Tokens one step may compute while nothing decodes (the chunk size of a long prompt).
     pub prefill_budget_tokens: usize,

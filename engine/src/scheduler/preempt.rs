@@ -1,11 +1,12 @@
 //! Who loses its blocks when they run short, and how much room an admission must leave so that this stays rare.
 //!
 //! Rule 1: the victim is of the worst rank (its class, as lifted by waiting when it was admitted), and of that the
-//! youngest; so the oldest of the best rank always makes progress. Rule 2: a sequence that was preempted [`MAX_PREEMPTIONS`] times is
-//! protected: it is admitted again only when there is room for its full length beside what the protected ones that run
-//! may still need, later admissions keep that room free, and it is no victim while an unprotected sequence runs. Hence
-//! nobody is preempted more than [`MAX_PREEMPTIONS`] times for lack of blocks or seats: unprotected sequences may use
-//! the room that is set aside, but they give it back, and the protected ones among themselves never run short.
+//! youngest; so the oldest of the best rank always makes progress. Rule 2: a sequence that was preempted
+//! [`MAX_PREEMPTIONS`] times is protected: it is admitted again only when there is room for its full length beside what
+//! the protected ones that run may still need, later admissions keep that room free, and it is no victim while an
+//! unprotected sequence runs. Hence nobody is preempted more than [`MAX_PREEMPTIONS`] times for lack of blocks or seats:
+//! unprotected sequences may use the room that is set aside, but they give it back, and the protected ones among
+//! themselves never run short.
 
 use std::cmp::Reverse;
 

@@ -59,8 +59,8 @@ impl Pace {
 }
 
 impl State {
-    /// What a step of this class should take at most: what such steps took; else a smaller one's time for as many times its tokens,
-    /// since together they are computed no slower than one by one; else a larger one's.
+    /// What a step of this class should take at most: what such steps took; else a smaller one's time for as many times
+    /// its tokens, since together they are computed no slower than one by one; else a larger one's.
     fn expected(&self, class: usize) -> Option<Duration> {
         let smaller = (0..=class).rev().find_map(|known| Some(self.longest[known]? * (1 << (class - known))));
         smaller.or_else(|| self.longest[class..].iter().find_map(|known| *known))

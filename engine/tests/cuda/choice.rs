@@ -63,8 +63,8 @@ fn devices_have_names() {
     }
 }
 
-/// No build, no driver, an old driver, no such device, an old device, a driver that fails: each is its own typed error for who asks for
-/// CUDA; with `auto` the engine runs on the CPU and says so.
+/// No build, no driver, an old driver, no such device, an old device, a driver that fails: each is its own typed error
+/// for who asks for CUDA; with `auto` the engine runs on the CPU and says so.
 fn missing_devices_are_typed() {
     let text = str::to_owned;
     type Machine = Box<dyn Fn() -> Box<dyn CudaDevices>>;
@@ -150,8 +150,8 @@ fn missing_kernels_are_typed() {
     refused(|options| options.block_tokens = 48, "there is no CUDA kernel for KV blocks of 48 tokens");
 }
 
-/// What `inspect` says a device will hold is what it holds: weights to the byte, pool to the byte, and no more beside than the plan's
-/// working memory.
+/// What `inspect` says a device will hold is what it holds: weights to the byte, pool to the byte, and no more beside
+/// than the plan's working memory.
 fn plans_are_exact() {
     for weights in [WeightFormat::Auto, WeightFormat::Quant(QuantType::Q8_0), WeightFormat::Quant(QuantType::Q4_K)] {
         let device = IdleDevice::new(shim::MEMORY_BYTES);

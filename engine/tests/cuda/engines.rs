@@ -26,8 +26,8 @@ fn together(engine: &Engine, requests: Vec<Request>) -> Vec<Completion> {
     })
 }
 
-/// Tokens and bits of the logprobs are those of the request alone: beside others that begin with it, from cached blocks, and preempted
-/// in a pool that is too small for all. Each mechanism is shown to have been at work.
+/// Tokens and bits of the logprobs are those of the request alone: beside others that begin with it, from cached blocks,
+/// and preempted in a pool that is too small for all. Each mechanism is shown to have been at work.
 fn answers_are_the_requests_alone() {
     let mut random = Rng(23);
     let shared = random.prompt(40);
@@ -96,8 +96,8 @@ fn draws_are_the_samplers() {
     assert!(on_device.iter().any(|other| tokens(other) != tokens(&on_device[0])), "no seed made a difference");
 }
 
-/// A prompt whose blocks were evicted to host memory is continued with the bits of one that was computed, and the tier says that it
-/// gave them.
+/// A prompt whose blocks were evicted to host memory is continued with the bits of one that was computed, and the tier
+/// says that it gave them.
 fn blocks_come_back_from_the_host() {
     let block_bytes = 2 * 2 * 6 * 16 * 2 * 64;
     let prompt = Rng(41).prompt(50);
@@ -115,8 +115,8 @@ fn blocks_come_back_from_the_host() {
     assert!(tiers.iter().any(|tier| tier.name == "host" && tier.hits > 0), "{tiers:?}");
 }
 
-/// Blocks that a long prompt drives out together come to the host in fewer waits than they are, through pinned memory, where the shim lets
-/// them arrive as late as it may; and continue with the bits that were computed.
+/// Blocks that a long prompt drives out together come to the host in fewer waits than they are, through pinned memory,
+/// where the shim lets them arrive as late as it may; and continue with the bits that were computed.
 fn blocks_leave_together() {
     let block_bytes = 2 * 2 * 6 * 16 * 2 * 64;
     let device = shim::shim();

@@ -1,5 +1,6 @@
-//! A device that fails, at every call: full, gone, or refusing kernels. A load fails with a typed error and leaves nothing; a step that
-//! fails ends its requests with a typed error; an engine whose device is gone closes, and another one in this process goes on.
+//! A device that fails, at every call: full, gone, or refusing kernels. A load fails with a typed error and leaves
+//! nothing; a step that fails ends its requests with a typed error; an engine whose device is gone closes, and another
+//! one in this process goes on.
 
 use std::sync::Arc;
 
@@ -21,8 +22,8 @@ fn faulty(fault: Fault) -> (Arc<IdleDevice>, Arc<FaultyDevice>) {
     (idle.clone(), FaultyDevice::new(idle, fault))
 }
 
-/// The first calls of a load and every eleventh of the others in turn meet each fault: the error is the fault's, and no byte is left on the
-/// device.
+/// The first calls of a load and every eleventh of the others in turn meet each fault: the error is the fault's, and no
+/// byte is left on the device.
 fn loads_fail_clean() {
     for fault in [Fault::OutOfMemory, Fault::Lost] {
         let num_calls = {
@@ -71,8 +72,8 @@ fn end(engine: &Engine, request: Request) -> Result<(), Error> {
     panic!("a stream ended without an end")
 }
 
-/// From each call of the first requests on the device is full, or takes no kernel: whoever meets that gets a typed error, and when it has
-/// passed the same engine serves again, with all its blocks.
+/// From each call of the first requests on the device is full, or takes no kernel: whoever meets that gets a typed error,
+/// and when it has passed the same engine serves again, with all its blocks.
 fn a_full_device_lives() {
     for fault in [Fault::OutOfMemory, Fault::Launch] {
         let (_, device) = faulty(fault);
@@ -98,8 +99,8 @@ fn a_full_device_lives() {
     }
 }
 
-/// At each of many calls the device is lost for ever: every live request ends with that error, the engine says so to later ones, closing
-/// and dropping it does no harm, and an engine on the CPU beside it goes on.
+/// At each of many calls the device is lost for ever: every live request ends with that error, the engine says so to
+/// later ones, closing and dropping it does no harm, and an engine on the CPU beside it goes on.
 fn a_lost_device_ends_its_engine() {
     let beside = Engine::open(shim::options(|options| options.device = Device::Cpu)).expect("opens");
     for call in [0, 1, 2, 5, 11, 23, 47, 95, 150] {
@@ -128,8 +129,9 @@ fn a_lost_device_ends_its_engine() {
     assert_eq!(end(&beside, request(1)), Ok(()));
 }
 
-/// From each of several calls on nothing ends on the device any more: every live request gets a typed error that says so, closing returns,
-/// no call was made that waits for the device (which would be for ever), and an engine beside it goes on.
+/// From each of several calls on nothing ends on the device any more: every live request gets a typed error that says so,
+/// closing returns, no call was made that waits for the device (which would be for ever), and an engine beside it goes
+/// on.
 fn a_step_that_hangs_ends_its_engine() {
     let beside = Engine::open(shim::options(|options| options.device = Device::Cpu)).expect("opens");
     for call in [0, 3, 30, 90] {

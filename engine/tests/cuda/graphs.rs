@@ -1,6 +1,6 @@
-//! Steps that are captured and launched as one, and a host that is one step ahead: no bit of an answer depends on either, whatever joins,
-//! leaves, is cancelled or preempted; a device that captures nothing serves as before; and one that is lost in a captured step ends its engine.
-//! Each mechanism is shown to have been at work.
+//! Steps that are captured and launched as one, and a host that is one step ahead: no bit of an answer depends on either,
+//! whatever joins, leaves, is cancelled or preempted; a device that captures nothing serves as before; and one that is
+//! lost in a captured step ends its engine. Each mechanism is shown to have been at work.
 
 use std::sync::Arc;
 
@@ -49,8 +49,8 @@ fn request(seed: u64) -> Request {
     request
 }
 
-/// Six requests in a pool that is too small for all of them, which begin one by one; one is given up after its first token. Gives the
-/// tokens of the others.
+/// Six requests in a pool that is too small for all of them, which begin one by one; one is given up after its first
+/// token. Gives the tokens of the others.
 fn mixed(engine: &Engine) -> Vec<Vec<u32>> {
     let run = |seed: u64| {
         let mut request = request(seed);
@@ -84,8 +84,8 @@ fn mixed(engine: &Engine) -> Vec<Vec<u32>> {
     })
 }
 
-/// The tokens of a mix of requests are those of each request alone, kernel by kernel: with graphs for all buckets, and with one graph that
-/// each bucket takes from the last.
+/// The tokens of a mix of requests are those of each request alone, kernel by kernel: with graphs for all buckets, and
+/// with one graph that each bucket takes from the last.
 fn mixes_are_the_requests_alone() {
     let block_bytes = 2 * 2 * 6 * 16 * 2 * 64;
     let plain = shim::open(|options| (options.max_cuda_graphs, options.prefix_cache) = (0, false));
@@ -124,8 +124,8 @@ fn mixes_are_the_requests_alone() {
     }
 }
 
-/// An answer that was computed in captured steps is continued from its cached blocks, with logprobs: their bits are those of an engine that
-/// captures nothing, so the keys and values are.
+/// An answer that was computed in captured steps is continued from its cached blocks, with logprobs: their bits are those
+/// of an engine that captures nothing, so the keys and values are.
 fn captured_steps_store_the_same_keys() {
     let prompt = Rng(77).prompt(20);
     let answer = |engine: &Engine| {
@@ -164,7 +164,8 @@ fn a_refused_capture_is_told() {
     assert_eq!((found.captured, found.launched, found.kept), (0, 0, 0));
 }
 
-/// Lost, refused or without end at a captured step: the first and the last end the engine, the second its request alone; nothing is left.
+/// Lost, refused or without end at a captured step: the first and the last end the engine, the second its request alone;
+/// nothing is left.
 fn a_device_is_lost_in_a_captured_step() {
     for fault in [Fault::Lost, Fault::Launch, Fault::Hang] {
         let (idle, device) = faulty(fault);
@@ -190,8 +191,9 @@ fn a_device_is_lost_in_a_captured_step() {
     }
 }
 
-/// A device that does nothing draws token 0, which ends a text: when the host sees it, the next step has been launched. Its token is nobody's,
-/// and no block stays in use. Where the number of tokens is the end, the host knows it, and launches nothing behind it.
+/// A device that does nothing draws token 0, which ends a text: when the host sees it, the next step has been launched.
+/// Its token is nobody's, and no block stays in use. Where the number of tokens is the end, the host knows it, and
+/// launches nothing behind it.
 fn ends_are_seen_late() {
     let open = || Engine::open_among(shim::options(|_| ()), shim::One(IdleDevice::new(shim::MEMORY_BYTES)));
     let engine = open().expect("opens");

@@ -1,8 +1,10 @@
-//! Promise: an engine on a CUDA device gives what the CPU gives, within the rounding of bf16, and keeps every other promise: bits that
-//! depend on nothing but the request, cached blocks that equal computed ones, typed errors when the device fails. Shown without a GPU: the
-//! device is the CPU shim, which runs the same kernels (`kernels/shim/`), or one that does nothing and fails when it is told to.
+//! Promise: an engine on a CUDA device gives what the CPU gives, within the rounding of bf16, and keeps every other
+//! promise: bits that depend on nothing but the request, cached blocks that equal computed ones, typed errors when the
+//! device fails. Shown without a GPU: the device is the CPU shim, which runs the same kernels (`kernels/shim/`), or one
+//! that does nothing and fails when it is told to.
 //!
-//! Own harness, because what is missing is known only when the tests run: without g++ those that need the shim are counted as ignored.
+//! Own harness, because what is missing is known only when the tests run: without g++ those that need the shim are
+//! counted as ignored.
 
 mod choice;
 mod engines;

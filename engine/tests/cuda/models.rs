@@ -89,9 +89,9 @@ fn normalised_mean_square_error(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
     error / power
 }
 
-/// Logits of each position of a prompt on the shim against those on the CPU with the same weights and f16 keys and values: what is left
-/// is the rounding of activations to bf16 inside products (8 bits beside quantized weights, on both). Shown by a normalised mean square error,
-/// which is above zero: both were computed.
+/// Logits of each position of a prompt on the shim against those on the CPU with the same weights and f16 keys and
+/// values: what is left is the rounding of activations to bf16 inside products (8 bits beside quantized weights, on
+/// both). Shown by a normalised mean square error, which is above zero: both were computed.
 fn logits_are_near_the_cpus() {
     let q8_0 = WeightFormat::Quant(QuantType::Q8_0);
     let q4_k = WeightFormat::Quant(QuantType::Q4_K);
@@ -113,8 +113,8 @@ fn logits_are_near_the_cpus() {
     }
 }
 
-/// The first tokens of the reference's greedy answers, up to the first that was decided by less than bf16 rounds, prompts of several
-/// chunks and decoding together.
+/// The first tokens of the reference's greedy answers, up to the first that was decided by less than bf16 rounds, prompts
+/// of several chunks and decoding together.
 fn greedy_tokens_are_the_references() {
     const TOLERANCE: f64 = 0.25;
     const NUM_TOKENS: usize = 6;
@@ -142,8 +142,8 @@ fn greedy_tokens_are_the_references() {
     assert!(compared >= 12, "only {compared} tokens were decided by more than {TOLERANCE}");
 }
 
-/// The logits of a prompt's last token have the same bits whether the prompt was one chunk or several, alone or beside others of other
-/// lengths (so: in every kernel for few and for many rows), and in blocks of any order.
+/// The logits of a prompt's last token have the same bits whether the prompt was one chunk or several, alone or beside
+/// others of other lengths (so: in every kernel for few and for many rows), and in blocks of any order.
 fn logits_depend_on_nothing_else() {
     let mut run = on_cuda(WeightFormat::Auto, KvDtype::F16);
     let mut random = demo::Rng(17);
@@ -214,8 +214,8 @@ fn ids(seed: u64, len: usize) -> Vec<u32> {
     demo::Rng(seed).prompt(len).iter().map(|id| id % 96).collect()
 }
 
-/// GPT-2 with weights in bf16 and in 8 bits, where positions and GELU have kernels of their own: logits near the CPU's, the same to the bit
-/// in chunks and beside another prompt.
+/// GPT-2 with weights in bf16 and in 8 bits, where positions and GELU have kernels of their own: logits near the CPU's,
+/// the same to the bit in chunks and beside another prompt.
 fn learned_positions_are_near_the_cpus() {
     let (folder, prompt, mate) = (gpt2(), ids(3, 41), ids(4, 19));
     for weights in [WeightFormat::Auto, WeightFormat::Quant(QuantType::Q8_0)] {
@@ -252,8 +252,8 @@ fn encoders_are_near_the_cpus() {
     }
 }
 
-/// Whole engines of both, planned to the byte, loaded and asked on the device; the encoder keeps no pool but the one block that there has
-/// to be.
+/// Whole engines of both, planned to the byte, loaded and asked on the device; the encoder keeps no pool but the one
+/// block that there has to be.
 fn engines_of_both_run() {
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let tokenizer = json!({

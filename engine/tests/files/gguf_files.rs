@@ -1,7 +1,7 @@
 //! Promise: no GGUF file of any content does more than fail to load, with an error that names the byte or the key. A
 //! table of hand-made files, each a valid one with one thing changed, and the error that it must give; a matrix of keys
-//! and wrong values; every truncation; every way in which split files can disagree. None may panic, keep a file open, or allocate more than
-//! the file justifies.
+//! and wrong values; every truncation; every way in which split files can disagree. None may panic, keep a file open, or
+//! allocate more than the file justifies.
 
 use std::fs;
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
-//! Promise: what a model's files say is what is loaded (golden values, formats, tokenizers, chat templates), and what is wrong with
-//! them is a typed error that names it.
+//! Promise: what a model's files say is what is loaded (golden values, formats, tokenizers, chat templates), and what is
+//! wrong with them is a typed error that names it.
 
 mod chat_templates;
 mod embedding_models;

@@ -111,8 +111,8 @@ fn streams_join_to_the_answer() {
     assert_eq!(stopped.choices[0].finish_reason, ns_llm::FinishReason::Stop);
 }
 
-/// While a step is computed the engine tells how large it is and since when, and once steps were done, what to expect of it; an idle
-/// engine computes none.
+/// While a step is computed the engine tells how large it is and since when, and once steps were done, what to expect of
+/// it; an idle engine computes none.
 #[test]
 fn the_running_step_is_told() {
     let engine = demo::open(|_| ());

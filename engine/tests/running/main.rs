@@ -1,5 +1,5 @@
-//! Promise: a running engine answers each request as if it were alone, with the same tokens whatever is cached or runs beside it, and
-//! gives back what it took. All through `Engine`.
+//! Promise: a running engine answers each request as if it were alone, with the same tokens whatever is cached or runs
+//! beside it, and gives back what it took. All through `Engine`.
 
 mod bad_requests;
 mod cancellation;

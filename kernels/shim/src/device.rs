@@ -1,6 +1,6 @@
-//! A device made of the shim: kernels run on the CPU, and its memory is memory of this process, of a size that the test chooses.
-//! Nothing that was not allocated is copied, and what was not written reads as NaN. What is enqueued runs when somebody waits for it
-//! ([`queue`](crate::queue)).
+//! A device made of the shim: kernels run on the CPU, and its memory is memory of this process, of a size that the test
+//! chooses. Nothing that was not allocated is copied, and what was not written reads as NaN. What is enqueued runs when
+//! somebody waits for it ([`queue`](crate::queue)).
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
@@ -163,7 +163,8 @@ impl HostMemory {
             let reason = || "not while a step is captured".to_owned();
             return if is_kernel { Ok(()) } else { Err(Error::CudaDriver { call: "a copy", reason: reason() }) };
         }
-        // A device that has nothing to do begins at once; kernels and what pinned memory has to do with are as late as they may be.
+        // A device that has nothing to do begins at once; kernels and what pinned memory has to do with are as late as
+        // they may be.
         let is_plain = matches!(work, Work::Fill { .. } | Work::Upload { .. });
         if is_plain && queue.waiting.is_empty() {
             drop(queue);

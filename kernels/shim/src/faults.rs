@@ -1,5 +1,5 @@
-//! Devices for tests of what happens around the kernels: one that computes nothing and is fast, and one that fails from a given call
-//! on.
+//! Devices for tests of what happens around the kernels: one that computes nothing and is fast, and one that fails from a
+//! given call on.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};

@@ -1,6 +1,7 @@
-//! What was enqueued on a device that plays a GPU: kernels, fills and copies wait there, with their arguments, until somebody waits for them,
-//! as late as a driver may run them. So whoever reads a result before it has arrived, or writes over what a copy has yet to read, is found
-//! out. What is captured waits there too, and runs again with the addresses that it had; memory that is not there any more is named.
+//! What was enqueued on a device that plays a GPU: kernels, fills and copies wait there, with their arguments, until
+//! somebody waits for them, as late as a driver may run them. So whoever reads a result before it has arrived, or writes
+//! over what a copy has yet to read, is found out. What is captured waits there too, and runs again with the addresses
+//! that it had; memory that is not there any more is named.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -273,9 +273,10 @@ impl AttentionPlan {
         Ok(plan)
     }
 
-    /// One query of each of up to `num_rows` sequences, whose contexts have up to `max_context_tokens` tokens: what a captured step has in
-    /// place of the plan of its batch, with [`SequenceRows`] that are written anew for each launch. They are not looked at here: the blocks of
-    /// each sequence lie among `num_blocks` entries of block tables and hold its tokens.
+    /// One query of each of up to `num_rows` sequences, whose contexts have up to `max_context_tokens` tokens: what a
+    /// captured step has in place of the plan of its batch, with [`SequenceRows`] that are written anew for each launch.
+    /// They are not looked at here: the blocks of each sequence lie among `num_blocks` entries of block tables and hold
+    /// its tokens.
     pub fn of_bucket(
         num_rows: usize,
         max_context_tokens: usize,

@@ -1,8 +1,8 @@
 //! A CUDA device that is open: its context, its kernels, and the one stream on which they run. The driver's library is loaded
 //! when the first device is asked for; where there is none, or an old one, that is a typed error.
 //!
-//! A device whose kernels do not end is given up: nothing is asked of it any more that would wait for it, its memory and its context stay
-//! as they are until the process ends, and it cannot be opened again.
+//! A device whose kernels do not end is given up: nothing is asked of it any more that would wait for it, its memory and
+//! its context stay as they are until the process ends, and it cannot be opened again.
 //!
 //! Threads: a device may be used from any thread. Each call makes the device's context current on its thread first, because
 //! the driver keeps that per thread.
@@ -288,7 +288,8 @@ impl Driver for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // A context that cannot be entered any more (the device was lost) has nothing left to give back, and one that hangs gives nothing.
+        // A context that cannot be entered any more (the device was lost) has nothing left to give back, and one that
+        // hangs gives nothing.
         if self.is_abandoned() || self.enter().is_err() {
             return;
         }
@@ -337,8 +338,8 @@ fn tensor_map(tiles: &Tiles) -> Result<sys::CUtensorMap> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     let (sizes, row_bytes) = ([tiles.columns, tiles.rows], [tiles.columns * size_of::<u16>() as u64]);
     let (tile, steps) = ([Tiles::COLUMNS, tiles.tile_rows as u32], [1; 2]);
-    // SAFETY: only devices whose driver has the function are given tiles (`Forms::of`); the arrays have as many numbers as a map of
-    // rank two takes, and it reads nothing at `address`.
+    // SAFETY: only devices whose driver has the function are given tiles (`Forms::of`); the arrays have as many numbers
+    // as a map of rank two takes, and it reads nothing at `address`.
     let status = unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,

@@ -1,6 +1,6 @@
 //! What a backend asks of a device beside running kernels: what it is, and its memory. The CUDA driver is one
-//! ([`device`](super::device), with the feature `cuda`); the tests' CPU shim is another. So the code above runs on a GPU, on a CPU that
-//! plays one, and on a driver that fails on purpose.
+//! ([`device`](super::device), with the feature `cuda`); the tests' CPU shim is another. So the code above runs on a GPU,
+//! on a CPU that plays one, and on a driver that fails on purpose.
 
 use std::time::{Duration, Instant};
 
@@ -32,9 +32,9 @@ pub struct DeviceInfo {
     pub has_tensor_maps: bool,
 }
 
-/// A device that is open. Kernels, fills and copies happen one after the other, in the order of calls; a copy to the host has
-/// arrived when the call returns, and the source of a copy from the host may be overwritten then. Whoever reads back waits first, by
-/// [`wait`], which knows when to stop.
+/// A device that is open. Kernels, fills and copies happen one after the other, in the order of calls; a copy to the host
+/// has arrived when the call returns, and the source of a copy from the host may be overwritten then. Whoever reads back
+/// waits first, by [`wait`], which knows when to stop.
 pub trait Driver: Stream + Send + Sync {
     /// What it is.
     fn info(&self) -> &DeviceInfo;
@@ -56,8 +56,8 @@ pub trait Driver: Stream + Send + Sync {
     /// # Safety
     /// `address` is from [`allocate`](Self::allocate), and nothing uses it that is enqueued from now on.
     unsafe fn free(&self, address: u64);
-    /// Memory of this process that the device reaches by itself (pinned): copies there need no other thread's help, and are under way
-    /// together. [`Error::OutOfMemory`] where there is none to be had.
+    /// Memory of this process that the device reaches by itself (pinned): copies there need no other thread's help, and
+    /// are under way together. [`Error::OutOfMemory`] where there is none to be had.
     fn allocate_pinned(&self, num_bytes: usize) -> Result<u64>;
     /// Gives it back.
     ///
@@ -67,14 +67,14 @@ pub trait Driver: Stream + Send + Sync {
     /// Starts a copy to pinned memory, at `target`. It has arrived when the device [is idle](Self::is_idle).
     ///
     /// # Safety
-    /// As many bytes from `address` on are inside one allocation, from `target` on inside one of pinned memory; nobody reads these until
-    /// they have arrived.
+    /// As many bytes from `address` on are inside one allocation, from `target` on inside one of pinned memory; nobody
+    /// reads these until they have arrived.
     unsafe fn download_pinned(&self, target: u64, address: u64, num_bytes: usize) -> Result<()>;
     /// Starts a copy from pinned memory, which is read when the copy's turn comes.
     ///
     /// # Safety
-    /// As many bytes from `source` on are inside one allocation of pinned memory, from `address` on inside one allocation; nobody writes
-    /// the source until a mark behind the copy is passed.
+    /// As many bytes from `source` on are inside one allocation of pinned memory, from `address` on inside one
+    /// allocation; nobody writes the source until a mark behind the copy is passed.
     unsafe fn upload_pinned(&self, address: u64, source: u64, num_bytes: usize) -> Result<()>;
     /// A new mark, which can be put behind what was enqueued.
     fn new_mark(&self) -> Result<Mark>;
@@ -93,8 +93,8 @@ pub trait Driver: Stream + Send + Sync {
     /// # Safety
     /// The mark is from [`new_mark`](Self::new_mark), and was put.
     unsafe fn is_passed(&self, mark: Mark) -> Result<bool>;
-    /// Notes the kernels and fills that `enqueue` enqueues, in place of running them. It may not wait, copy, or ask for memory. Whatever
-    /// it does, the device runs again what is enqueued when this returns.
+    /// Notes the kernels and fills that `enqueue` enqueues, in place of running them. It may not wait, copy, or ask for
+    /// memory. Whatever it does, the device runs again what is enqueued when this returns.
     fn capture(&self, enqueue: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Replay>>;
     /// Sets every byte.
     ///
@@ -126,8 +126,8 @@ pub trait Replay: Send {
     unsafe fn launch(&mut self) -> Result<()>;
 }
 
-/// Waits until all that was enqueued has run. [`Error::DeviceLost`] when that takes longer than [`Driver::max_wait`]; the device is
-/// then given up.
+/// Waits until all that was enqueued has run. [`Error::DeviceLost`] when that takes longer than [`Driver::max_wait`]; the
+/// device is then given up.
 pub fn wait(driver: &dyn Driver) -> Result<()> {
     wait_until(driver, "cuStreamQuery", || driver.is_idle())
 }

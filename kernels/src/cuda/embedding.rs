@@ -51,7 +51,8 @@ pub fn select_rows(
     launch(stream, ("select_rows", "select_rows"), table, indices, out)
 }
 
-/// The ids of a step's tokens, some of which the step before has chosen: `out[i]` is `chosen[sources[i]]` where there is such a row, and
+/// The ids of a step's tokens, some of which the step before has chosen: `out[i]` is `chosen[sources[i]]` where there is
+/// such a row, and
 /// `given[i]` elsewhere; all `[tokens]` but `chosen`.
 pub fn feed_back(
     stream: &impl Stream,

@@ -1,7 +1,7 @@
-//! Which forms of a product a device has, and which one is taken. `wgmma` computes products of many rows on Hopper, where its bits
-//! are those of `mma.sync`: no manual promises that, so the device itself is asked when it is opened, with numbers that tell one
-//! arithmetic from another. Where a bit differs, and on every other device, `mma.sync` computes all products. So a row's bits depend
-//! neither on how many rows are computed with it nor on the form, on any device.
+//! Which forms of a product a device has, and which one is taken. `wgmma` computes products of many rows on Hopper, where
+//! its bits are those of `mma.sync`: no manual promises that, so the device itself is asked when it is opened, with
+//! numbers that tell one arithmetic from another. Where a bit differs, and on every other device, `mma.sync` computes all
+//! products. So a row's bits depend neither on how many rows are computed with it nor on the form, on any device.
 
 use std::sync::Arc;
 

@@ -59,8 +59,8 @@ impl Replay for Graph {
     }
 }
 
-/// Runs `enqueue` in a capture that has begun, and ends the capture in any case, once: a stream that still captures runs nothing, for
-/// whoever uses it next. What was captured up to an error or a panic goes to `destroy`.
+/// Runs `enqueue` in a capture that has begun, and ends the capture in any case, once: a stream that still captures runs
+/// nothing, for whoever uses it next. What was captured up to an error or a panic goes to `destroy`.
 fn captured<G>(enqueue: impl FnOnce() -> Result<()>, end: impl Fn() -> Result<G>, destroy: impl Fn(G)) -> Result<G> {
     /// Calls it when it is dropped.
     struct OnDrop<'a>(&'a dyn Fn());

@@ -57,8 +57,9 @@ pub enum Argument<'a> {
     Tiles(&'a Tiles),
 }
 
-/// A matrix of bf16 and the tiles that kernels copy of it: 64 columns, in shared memory a row of 128 bytes whose pieces are permuted
-/// (`kernels/cuda/sm90.cuh`). On a device the driver makes an opaque map of it; for the CPU that plays one this is the map.
+/// A matrix of bf16 and the tiles that kernels copy of it: 64 columns, in shared memory a row of 128 bytes whose pieces
+/// are permuted (`kernels/cuda/sm90.cuh`). On a device the driver makes an opaque map of it; for the CPU that plays one
+/// this is the map.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tiles {

@@ -1,8 +1,8 @@
-//! A device's memory: what lasts (weights, KV blocks) is taken from the driver and given back to it; what a step needs is kept for
-//! the next step, because asking a driver for memory waits for the device.
+//! A device's memory: what lasts (weights, KV blocks) is taken from the driver and given back to it; what a step needs is
+//! kept for the next step, because asking a driver for memory waits for the device.
 //!
-//! That memory is used again at once when its buffer is dropped: whatever is enqueued later runs later. Steps that are captured have
-//! memory of their own, which nobody else gets, because what was captured goes on using it.
+//! That memory is used again at once when its buffer is dropped: whatever is enqueued later runs later. Steps that are
+//! captured have memory of their own, which nobody else gets, because what was captured goes on using it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -151,8 +151,8 @@ impl Memory {
         }
     }
 
-    /// From now on, until the guard is dropped, scratch is that of captured steps. A step that asks for the same sizes in the same order
-    /// as one before it then gets all of them without asking the driver, whatever ran in between.
+    /// From now on, until the guard is dropped, scratch is that of captured steps. A step that asks for the same sizes in
+    /// the same order as one before it then gets all of them without asking the driver, whatever ran in between.
     pub fn captured_scratch(&self) -> CapturedScratch<'_> {
         self.lock_idle().is_captured = true;
         CapturedScratch { memory: self }
@@ -179,8 +179,9 @@ impl Memory {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Of a plain step the smallest that is large enough, however large: a step of few tokens runs in the memory of one of many. Of a
-    /// captured one exactly this size: what another step left there is then no reason to find something smaller, and in the end nothing.
+    /// Of a plain step the smallest that is large enough, however large: a step of few tokens runs in the memory of one
+    /// of many. Of a captured one exactly this size: what another step left there is then no reason to find something
+    /// smaller, and in the end nothing.
     fn take_idle(&self, num_bytes: usize) -> (Kept, Option<u64>) {
         let mut idle = self.lock_idle();
         let is_captured = idle.is_captured;
@@ -228,8 +229,8 @@ impl Memory {
 impl CapturedStep {
     /// Enqueues all of it, on the memory with which it was captured.
     pub fn launch(&mut self) -> Result<()> {
-        // SAFETY: what it uses is kept by `Memory`: scratch until `forget_captured`, which is not called while this exists, lasting memory
-        // until the last captured step is dropped. Kernels of one stream run one after the other.
+        // SAFETY: what it uses is kept by `Memory`: scratch until `forget_captured`, which is not called while this
+        // exists, lasting memory until the last captured step is dropped. Kernels of one stream run one after the other.
         unsafe { self.replay.launch() }
     }
 }
@@ -323,8 +324,8 @@ impl<T: Plain> Buffer<T> {
         unsafe { self.memory.driver.download(out, self.address + start_byte as u64) }
     }
 
-    /// Waits for the kernels that were launched before, and reads pieces of `piece_bytes` bytes that begin at these bytes: as many as there is
-    /// pinned memory for are under way together. Panics unless they are inside.
+    /// Waits for the kernels that were launched before, and reads pieces of `piece_bytes` bytes that begin at these
+    /// bytes: as many as there is pinned memory for are under way together. Panics unless they are inside.
     pub fn download_pieces(&self, starts: &[usize], piece_bytes: usize) -> Result<Vec<Arc<[u8]>>> {
         let mut staging = self.memory.staging.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(staging) = self.memory.staging_for(&mut staging, piece_bytes) else {
@@ -340,7 +341,8 @@ impl<T: Plain> Buffer<T> {
             let started = round.iter().enumerate().try_for_each(|(i, &start)| {
                 assert!(start + piece_bytes <= self.size_bytes(), "{piece_bytes} bytes at {start}");
                 let (target, address) = (staging.address + (i * piece_bytes) as u64, self.address + start as u64);
-                // SAFETY: both ranges were checked; the lock keeps others from the pinned memory, which is read behind the wait alone.
+                // SAFETY: both ranges were checked; the lock keeps others from the pinned memory, which is read behind
+                // the wait alone.
                 unsafe { self.memory.driver.download_pinned(target, address, piece_bytes) }
             });
             // In any case: what was started arrives in memory that the next round uses.

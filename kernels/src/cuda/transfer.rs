@@ -1,6 +1,6 @@
-//! Copies that nobody waits for at once: what a step reads goes to the device, and what it found comes back, while the host prepares the next.
-//! A transfer has pinned memory for both directions and a mark behind what it started; whoever wants its result waits for the mark alone,
-//! so that a step behind it may be under way already.
+//! Copies that nobody waits for at once: what a step reads goes to the device, and what it found comes back, while the
+//! host prepares the next. A transfer has pinned memory for both directions and a mark behind what it started; whoever
+//! wants its result waits for the mark alone, so that a step behind it may be under way already.
 
 use std::sync::Arc;
 
@@ -41,14 +41,14 @@ impl Transfer {
         self.outward_len
     }
 
-    /// Starts copying `values` to the beginning of `buffer`, behind what was enqueued before. Panics when they do not fit, and unless the
-    /// last step's were taken.
+    /// Starts copying `values` to the beginning of `buffer`, behind what was enqueued before. Panics when they do not
+    /// fit, and unless the last step's were taken.
     pub fn send(&mut self, values: &[u32], buffer: &mut Buffer<u32>) -> Result<()> {
         assert!(self.expected.is_none() && !self.is_unmarked, "the last step's numbers were never taken");
         assert!(values.len() <= self.outward_len && values.len() <= buffer.len(), "{} numbers", values.len());
         self.is_unmarked = true;
-        // SAFETY: the memory is this transfer's, as long as that; nothing reads it, because what was sent before has been waited for.
-        // The copy reads it before the mark, and it is not written again until that is passed.
+        // SAFETY: the memory is this transfer's, as long as that; nothing reads it, because what was sent before has been
+        // waited for. The copy reads it before the mark, and it is not written again until that is passed.
         unsafe {
             (self.address as *mut u8).copy_from_nonoverlapping(values.as_ptr().cast(), size_of_val(values));
             self.memory.driver().upload_pinned(buffer.address(), self.address, size_of_val(values))
@@ -100,8 +100,8 @@ impl Drop for Transfer {
     fn drop(&mut self) {
         let driver = self.memory.driver();
         if self.expected.is_some() || self.is_unmarked {
-            // Nothing may arrive in memory that is somebody else's by then. A device that is lost brings nothing any more, and one that was
-            // given up keeps what is its own.
+            // Nothing may arrive in memory that is somebody else's by then. A device that is lost brings nothing any
+            // more, and one that was given up keeps what is its own.
             let _ = wait(&**driver);
         }
         // SAFETY: both are freed once, and no copy is under way.

@@ -71,8 +71,8 @@ fn nvml() -> Option<&'static Nvml> {
     Some(NVML.get_or_init(|| opened))
 }
 
-/// The NVIDIA devices that the library of this path tells of, opened for this look alone; `None` when it is no such library, or has no
-/// driver below it. For tests.
+/// The NVIDIA devices that the library of this path tells of, opened for this look alone; `None` when it is no such
+/// library, or has no driver below it. For tests.
 #[doc(hidden)]
 pub fn nvidia_gpus_of(library: &Path) -> Option<Vec<Gpu>> {
     let nvml = Nvml::builder().lib_path(library.as_os_str()).init().ok()?;

@@ -214,9 +214,9 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-/// Ragged sequences, both kernels at once, all widths and types, windows, chunks behind a prefix, groups beyond a tile: within one
-/// rounding of the weights of attention in f64, with the same bits whoever runs when. No slot that is not a sequence's own
-/// is seen: those are NaN.
+/// Ragged sequences, both kernels at once, all widths and types, windows, chunks behind a prefix, groups beyond a tile:
+/// within one rounding of the weights of attention in f64, with the same bits whoever runs when. No slot that is not a
+/// sequence's own is seen: those are NaN.
 fn attention_is_exact() {
     let check = |heads: Heads, chunks: &[std::ops::Range<usize>]| {
         let tokens: Vec<usize> = chunks.iter().map(|positions| positions.end).collect();
@@ -250,8 +250,8 @@ fn attention_is_exact() {
     check(Heads { causal: false, ..Heads::new(4, 4, 64, f16) }, &[0..70, 0..1, 0..64]);
 }
 
-/// A sequence computed whole, in chunks of several sizes and token by token, beside others and alone: every row has the same bits,
-/// though its tile, its place in the tile and the kernel differ.
+/// A sequence computed whole, in chunks of several sizes and token by token, beside others and alone: every row has the
+/// same bits, though its tile, its place in the tile and the kernel differ.
 fn chunks_and_kernels_agree() {
     for window in [None, Some(90)] {
         let case = Case::new(Heads { window, ..Heads::new(4, 2, 64, KvDtype::F16) }, &[330, 40]);
@@ -273,8 +273,8 @@ fn chunks_and_kernels_agree() {
     }
 }
 
-/// A NaN among the values of one head of a sequence makes that head NaN in every later row, whichever kernel has it, and no bit of
-/// another sequence, of another kv head or of a chunk before it differs.
+/// A NaN among the values of one head of a sequence makes that head NaN in every later row, whichever kernel has it, and
+/// no bit of another sequence, of another kv head or of a chunk before it differs.
 fn a_nan_stays_with_its_sequence() {
     let mut case = Case::new(Heads::new(4, 2, 64, KvDtype::F16), &[300, 290]);
     let width = case.heads.width();

@@ -64,7 +64,8 @@ fn rows_are_taken() {
     }
 }
 
-/// Each row gets the token of the row that it names, and keeps its own where no row has that number; in one block of threads and in two.
+/// Each row gets the token of the row that it names, and keeps its own where no row has that number; in one block of
+/// threads and in two.
 fn tokens_are_fed_back() {
     for num_tokens in [1, 31, 257] {
         let given: Vec<u32> = (0..num_tokens).map(|i| 1000 + i).collect();

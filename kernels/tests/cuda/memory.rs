@@ -1,5 +1,5 @@
-//! A device's memory: what is read back several pieces at a time, what goes there and comes back while nobody waits, and what captured steps
-//! keep.
+//! A device's memory: what is read back several pieces at a time, what goes there and comes back while nobody waits, and
+//! what captured steps keep.
 
 use ns_llm_cuda_shim::{Fault, FaultyDevice, IdleDevice};
 use ns_llm_kernels::cuda::memory::Memory;
@@ -15,8 +15,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("captured steps keep the memory that they use", captured_steps_keep_their_memory),
 ];
 
-/// What was sent for a step arrives behind what was sent for the one before, also when both are under way: the device begins when somebody
-/// waits. A transfer that is dropped waits for what it started.
+/// What was sent for a step arrives behind what was sent for the one before, also when both are under way: the device
+/// begins when somebody waits. A transfer that is dropped waits for what it started.
 fn transfers_overlap() {
     let memory = Memory::new(IdleDevice::new(1 << 20));
     let mut buffer = memory.filled("a test's numbers", &[&[0_u32; 8]]).expect("it fits");
@@ -37,8 +37,9 @@ fn transfers_overlap() {
     assert_eq!(all, [9, 8, 8, 8, 8, 8, 8, 8]);
 }
 
-/// A second step of the same sizes, captured, asks the driver for nothing, whatever plain steps did in between; a buffer that lasted and is
-/// dropped stays allocated until no captured step can use it; and a capture that asks for more fails, typed, with nothing kept.
+/// A second step of the same sizes, captured, asks the driver for nothing, whatever plain steps did in between; a buffer
+/// that lasted and is dropped stays allocated until no captured step can use it; and a capture that asks for more fails,
+/// typed, with nothing kept.
 fn captured_steps_keep_their_memory() {
     let device = IdleDevice::new(1 << 20);
     let memory = Memory::new(device.clone());
@@ -70,8 +71,8 @@ fn captured_steps_keep_their_memory() {
     assert!(device.used_bytes() < 10_000, "{} bytes of plain steps", device.used_bytes());
 }
 
-/// More pieces than pinned memory holds, out of order: each is what was written there. Where there is no pinned memory to be had, which is
-/// seen to have been refused, they come one by one.
+/// More pieces than pinned memory holds, out of order: each is what was written there. Where there is no pinned memory to
+/// be had, which is seen to have been refused, they come one by one.
 fn pieces_are_read_with_and_without_pinned_memory() {
     const PIECE_BYTES: usize = 6 << 20;
     let numbers: Vec<u32> = (0..3 * PIECE_BYTES as u32 / 4).collect();

@@ -64,8 +64,8 @@ fn exact_layer_norm(x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
     normed.collect()
 }
 
-/// All three kernels of LayerNorm over the same widths, of rows far from zero, whose variance cancels if it is not summed around the mean;
-/// both results of the third are those of the others, to the bit.
+/// All three kernels of LayerNorm over the same widths, of rows far from zero, whose variance cancels if it is not summed
+/// around the mean; both results of the third are those of the others, to the bit.
 fn layer_norms_are_exact() {
     let mut random = Random(3);
     for width in [4, 36, 128, 768, 2052, 4100] {

@@ -13,8 +13,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("a library without a driver is none, and what a device does not tell is none", absence_is_graceful),
 ];
 
-/// Two devices: one that tells everything, and one that tells only its name, as a slice of a device or an old driver does. The status
-/// is one of `nvmlReturn_t`: 0, or 3, `NVML_ERROR_NOT_SUPPORTED`.
+/// Two devices: one that tells everything, and one that tells only its name, as a slice of a device or an old driver
+/// does. The status is one of `nvmlReturn_t`: 0, or 3, `NVML_ERROR_NOT_SUPPORTED`.
 const DEVICES: &str = r#"
 #include <string.h>
 struct Memory { unsigned version; unsigned long long total, reserved, free, used; };
@@ -66,7 +66,8 @@ fn library(name: &str, init_status: u32) -> PathBuf {
     library
 }
 
-/// Sizes, percent, degrees, watts and compute capability of the first; memory in use is what is not free, because some is the driver's own.
+/// Sizes, percent, degrees, watts and compute capability of the first; memory in use is what is not free, because some is
+/// the driver's own.
 fn devices_are_told() {
     let library = library("two", 0);
     let gpus = nvidia_gpus_of(&library).expect("it opens");

@@ -196,7 +196,8 @@ fn products_check_sizes() {
     assert_eq!(tiled, "multiply: features is 4194241, must be at most 65,535 tiles");
 }
 
-/// Gate and up whose shapes differ are refused, also where each of them fits `x` by itself: the kernels read both by gate's columns.
+/// Gate and up whose shapes differ are refused, also where each of them fits `x` by itself: the kernels read both by
+/// gate's columns.
 fn gate_and_up_have_one_shape() {
     let refused = |[gate_features, gate_columns]: [usize; 2], [features, columns]: [usize; 2]| {
         let (x, mut out) = (vec![bf16::ZERO; 32], vec![bf16::ZERO; 32 / gate_columns * gate_features]);

@@ -86,8 +86,8 @@ impl Weights {
     }
 }
 
-/// Both formats over rows, features and columns around tiles and slices. Within one slice the bits are those of the CPU; beyond it
-/// slices are added in another order.
+/// Both formats over rows, features and columns around tiles and slices. Within one slice the bits are those of the CPU;
+/// beyond it slices are added in another order.
 fn products_are_the_scalar_ones() {
     let mut random = Random(11);
     let shapes: [(usize, usize, usize); 8] =

@@ -107,7 +107,8 @@ fn tokens_are_the_samplers() {
     assert!(distinct.len() > 50, "only {} different tokens", distinct.len());
 }
 
-/// Greedy takes the lowest id among equals, 0 and -0 are equal, masked tokens are never taken; rows with NaN, `+inf` or nothing but
+/// Greedy takes the lowest id among equals, 0 and -0 are equal, masked tokens are never taken; rows with NaN, `+inf` or
+/// nothing but
 /// `-inf` have no token, whatever bias says, and their neighbours have theirs.
 fn ties_masks_and_non_finite_rows() {
     let vocab_size = 1100;
@@ -135,8 +136,8 @@ fn ties_masks_and_non_finite_rows() {
     }
 }
 
-/// The three penalties and the bias, as documented: each token once, repetition for all that occurs, the others for the answer; what
-/// is masked stays so, and nothing becomes infinite.
+/// The three penalties and the bias, as documented: each token once, repetition for all that occurs, the others for the
+/// answer; what is masked stays so, and nothing becomes infinite.
 fn bias_and_penalties() {
     let mut random = Random(11);
     let vocab_size = 300;

@@ -40,7 +40,8 @@ pub(crate) const PLANTED: &[Test] = &[
 /// Two blocks, so that each has several tiles of a large product.
 const FORM: Form = Form::Warpgroups { max_blocks: 2 };
 
-/// Sizes around tiles, warpgroups' halves, stages and slices; fewer stages than the pipeline has, and more; more tiles than blocks.
+/// Sizes around tiles, warpgroups' halves, stages and slices; fewer stages than the pipeline has, and more; more tiles
+/// than blocks.
 fn products_are_the_scalar_ones() {
     let shapes = [(1, 1, 8), (63, 40, 72), (70, 24, 712), (65, 129, 328), (130, 257, 256), (0, 8, 64)];
     check_stored(&[FORM], &shapes);
@@ -128,8 +129,8 @@ fn other_bits_are_not_chosen() {
     assert_eq!(forms_of((9, 0), Some("PLANT_OTHER_ARITHMETIC")), Forms::PORTABLE);
 }
 
-/// A planted bug is wrong, or `refused` with these words, in at least one schedule. More stages than the pipeline has, so that each
-/// is filled again. (That there is no bug without one is what the tests above show, in the same schedules.)
+/// A planted bug is wrong, or `refused` with these words, in at least one schedule. More stages than the pipeline has, so
+/// that each is filled again. (That there is no bug without one is what the tests above show, in the same schedules.)
 fn shows(plant: &'static str, refused: Option<&str>) {
     let (mut random, rows, features, columns) = (Random(7), 70, 24, 712);
     let weights = random_weights(&mut random, features, columns, false);

@@ -45,8 +45,8 @@ fn bodies_are_bounded() {
     assert_eq!((answer.status, &answer.json()["error"]["code"]), (413, &json!("body_too_large")));
 }
 
-/// Bodies that are in memory at once have a limit, and those of one key half of it: what that key sends beyond it is refused with a
-/// time to come again, another key is not touched, and what is hung up or answered makes room.
+/// Bodies that are in memory at once have a limit, and those of one key half of it: what that key sends beyond it is
+/// refused with a time to come again, another key is not touched, and what is hung up or answered makes room.
 #[test]
 fn held_bodies_are_bounded() {
     let secrets = ["the-secret-of-the-crowd", "the-secret-of-the-other"];

@@ -144,8 +144,8 @@ fn keys_share_fairly() {
     drop(crowd);
 }
 
-/// Many times what fits, at once: who is refused is told so at once and costs nothing, who is accepted gets all of its answer, and
-/// nothing was computed that nobody got; afterwards everything is as before.
+/// Many times what fits, at once: who is refused is told so at once and costs nothing, who is accepted gets all of its
+/// answer, and nothing was computed that nobody got; afterwards everything is as before.
 #[test]
 fn overload_wastes_nothing() {
     let running =

@@ -1,10 +1,10 @@
-//! Steps that look alike to kernels: those in which each row is the last token of a sequence and asks for the next one. Their number of
-//! rows is rounded up to a power of two, and so is the number of spans of 256 keys that attention splits the longest context into; what
-//! is left of a step is then numbers in a buffer of fixed layout, which is written by one copy. So all steps of a bucket are the same
-//! launches with the same arguments, and can be captured once.
+//! Steps that look alike to kernels: those in which each row is the last token of a sequence and asks for the next one.
+//! Their number of rows is rounded up to a power of two, and so is the number of spans of 256 keys that attention splits
+//! the longest context into; what is left of a step is then numbers in a buffer of fixed layout, which is written by one
+//! copy. So all steps of a bucket are the same launches with the same arguments, and can be captured once.
 //!
-//! Rows that are nobody's write no key, see none, and draw a token that nobody reads. No row's bits depend on the bucket: kernels give
-//! them in any number of rows, and the split of attention is one of positions.
+//! Rows that are nobody's write no key, see none, and draw a token that nobody reads. No row's bits depend on the bucket:
+//! kernels give them in any number of rows, and the split of attention is one of positions.
 
 use ns_llm_kernels::cuda::attention::{SPAN_KEYS, SequenceRows};
 use ns_llm_kernels::cuda::sampling::SamplingRow;
@@ -23,13 +23,14 @@ const SEQUENCE_WORDS: usize = size_of::<SequenceRows>() / size_of::<u32>();
 const ROW_WORDS: usize = SamplingRow::NUM_WORDS + SEQUENCE_WORDS + 5;
 /// Room for biases and histories of all rows, in numbers; a step with more is launched kernel by kernel.
 const ASKED_WORDS: usize = 1 << 16;
-/// Most entries of block tables that there is room for. Sequences may share blocks, so those of a step are not bounded by the pool.
+/// Most entries of block tables that there is room for. Sequences may share blocks, so those of a step are not bounded by
+/// the pool.
 const MAX_TABLE_WORDS: usize = 1 << 22;
 
 /// Most rows. Steps of more take milliseconds, so that launching their kernels one by one does not show.
 const MAX_ROWS: usize = 256;
-/// Most bytes of partial results of attention. Steps that have more (many sequences with long contexts) take long enough that launching
-/// their kernels one by one does not show.
+/// Most bytes of partial results of attention. Steps that have more (many sequences with long contexts) take long enough
+/// that launching their kernels one by one does not show.
 const MAX_PARTIAL_BYTES: usize = 64 << 20;
 
 /// What all steps that are captured together have in common.
@@ -78,8 +79,8 @@ impl Bucket {
         self.rows * self.spans * limits.num_heads * (limits.head_dim + 2)
     }
 
-    /// Most bytes of partial results of a bucket within these limits, and of those of all buckets together: they are rows times spans, in
-    /// powers of two but for the largest number of rows, and steps with the same product share them.
+    /// Most bytes of partial results of a bucket within these limits, and of those of all buckets together: they are rows
+    /// times spans, in powers of two but for the largest number of rows, and steps with the same product share them.
     pub(super) fn partial_bytes(limits: &StepLimits) -> usize {
         let spans = limits.context_tokens.div_ceil(SPAN_KEYS).next_power_of_two();
         let largest = Bucket { rows: max_rows(limits), spans };

@@ -1,11 +1,11 @@
-//! Steps on their way: a step's numbers go to the device, and its tokens come back, while the next one is prepared and launched. Each
-//! of up to two steps in flight has a [`Transfer`] of its own; the tokens that a step has chosen lie in one buffer on the device, where the
-//! next step finds them and leaves its own.
+//! Steps on their way: a step's numbers go to the device, and its tokens come back, while the next one is prepared and
+//! launched. Each of up to two steps in flight has a [`Transfer`] of its own; the tokens that a step has chosen lie in
+//! one buffer on the device, where the next step finds them and leaves its own.
 //!
-//! Steps that have a [`Bucket`] are captured when it comes for the second time, and are launched as one from then on. (The first one runs
-//! kernel by kernel, and finds all memory that they need.) The graphs that were launched least recently make room for others. What goes
-//! wrong with one, but for the loss of the device, is no reason to fail: steps are launched kernel by kernel from then on, and the
-//! statistics say why.
+//! Steps that have a [`Bucket`] are captured when it comes for the second time, and are launched as one from then on.
+//! (The first one runs kernel by kernel, and finds all memory that they need.) The graphs that were launched least
+//! recently make room for others. What goes wrong with one, but for the loss of the device, is no reason to fail: steps
+//! are launched kernel by kernel from then on, and the statistics say why.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;

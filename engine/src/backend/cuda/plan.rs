@@ -1,5 +1,5 @@
-//! What can be said about a model on a CUDA device before anything is loaded: whether there are kernels for it, and how many bytes its
-//! steps take.
+//! What can be said about a model on a CUDA device before anything is loaded: whether there are kernels for it, and how
+//! many bytes its steps take.
 
 use ns_llm_kernels::cuda::attention::HEAD_DIMS;
 use ns_llm_kernels::cuda::memory::scratch_size;
@@ -65,8 +65,8 @@ pub(crate) fn missing_kernel(sizes: &ModelSizes, layout: &KvLayout) -> Option<St
 /// Bytes of a graph on the device: some 250 kernels with their arguments. How much a driver really takes is its own affair.
 const GRAPH_BYTES: u64 = 1 << 20;
 
-/// Bytes of what steps in flight and captured steps have beside the others: their numbers and tokens, memory of their own in each bucket
-/// size by size, and the graphs.
+/// Bytes of what steps in flight and captured steps have beside the others: their numbers and tokens, memory of their own
+/// in each bucket size by size, and the graphs.
 pub(crate) fn graph_bytes(sizes: &ModelSizes, layout: &KvLayout, limits: &StepLimits) -> u64 {
     let chosen = scratch_size(limits.max_tokens.max(limits.max_sequences) * size_of::<u32>()) as u64;
     if limits.max_graphs == 0 {
@@ -102,8 +102,8 @@ pub(crate) fn graph_bytes(sizes: &ModelSizes, layout: &KvLayout, limits: &StepLi
     chosen + lasting + buckets + limits.max_graphs as u64 * GRAPH_BYTES
 }
 
-/// Bytes of the buffers that steps of up to `max_tokens` tokens and `max_sequences` sequences of `context_tokens` keep. Decoding beside
-/// prompts of a few tokens in contexts of many may ask for more.
+/// Bytes of the buffers that steps of up to `max_tokens` tokens and `max_sequences` sequences of `context_tokens` keep.
+/// Decoding beside prompts of a few tokens in contexts of many may ask for more.
 pub(crate) fn workspace_bytes(
     sizes: &ModelSizes,
     layout: &KvLayout,

@@ -1,5 +1,5 @@
-//! The end of a step on a CUDA device: logits of the output rows, a tile at a time. Tokens are chosen on the device, which gives those
-//! of the sampler on the CPU; rows that also want logprobs are read back, and the sampler has them.
+//! The end of a step on a CUDA device: logits of the output rows, a tile at a time. Tokens are chosen on the device,
+//! which gives those of the sampler on the CPU; rows that also want logprobs are read back, and the sampler has them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -64,8 +64,8 @@ pub(super) fn outcome_of(token_id: u32) -> Outcome {
     }
 }
 
-/// Enqueues the choice of a token for each row, into `chosen` `[outputs]` or more. Rows that also want logprobs are waited for, and
-/// chosen on the host; those that only score a token leave any in `chosen`.
+/// Enqueues the choice of a token for each row, into `chosen` `[outputs]` or more. Rows that also want logprobs are
+/// waited for, and chosen on the host; those that only score a token leave any in `chosen`.
 pub(super) fn enqueue(
     b: &CudaBackend,
     x: &CudaOperand,
@@ -140,8 +140,8 @@ pub(super) fn on_device(asks: &OutputRow) -> Option<&RowSampling> {
     }
 }
 
-/// A token for each row of `logits` `[asks, vocab_size]`, from row `first` of `chosen` on; rows that are not the device's get one that
-/// nobody reads.
+/// A token for each row of `logits` `[asks, vocab_size]`, from row `first` of `chosen` on; rows that are not the device's
+/// get one that nobody reads.
 fn choose(
     b: &CudaBackend,
     logits: &mut Buffer<f32>,

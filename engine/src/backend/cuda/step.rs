@@ -22,8 +22,8 @@ pub(super) struct Step {
     /// Where the batch is: another one has another step.
     batch: usize,
     num_tokens: usize,
-    /// Of a step without a bucket, one behind the other: `token_ids`, `positions`, `slots` (all `[tokens]`), rows of the outputs, block
-    /// tables, and where ids are fed back, `[tokens]` where from. Of one with a bucket as [`Places`] says.
+    /// Of a step without a bucket, one behind the other: `token_ids`, `positions`, `slots` (all `[tokens]`), rows of the
+    /// outputs, block tables, and where ids are fed back, `[tokens]` where from. Of one with a bucket as [`Places`] says.
     numbers: Buffer<u32>,
     positions: usize,
     slots: usize,

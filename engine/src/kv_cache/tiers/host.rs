@@ -1,5 +1,6 @@
 //! The host tier: blocks that the pool has given away, in this process's memory; those that go first are of owners over
-//! their quota, then the least recently used. Never holds more than its budget, which counts what it costs to remember a block as well.
+//! their quota, then the least recently used. Never holds more than its budget, which counts what it costs to remember a
+//! block as well.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

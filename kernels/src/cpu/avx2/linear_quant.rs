@@ -410,8 +410,9 @@ pub(super) unsafe fn codes_of_planes<const STEP: usize>(
     unsafe { _mm256_or_si256(codes, bits_of(planes.wrapping_add(128 * low), high, low)) }
 }
 
-/// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits, those of the step in group `x`,
-/// sums of 32. In assembly because the compiler takes long chains of integer additions apart into trees, for which there are not enough registers.
+/// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits, those of the step in group
+/// `x`, sums of 32. In assembly because the compiler takes long chains of integer additions apart into trees, for which
+/// there are not enough registers.
 ///
 /// # Safety
 /// `x` points to a group, which has the step.
