@@ -69,10 +69,10 @@ async function redisTests() {
   }
   title(`Rust, with ${program}: cargo test --test storage --test running`);
   const counts = { passed: 0, failed: 0, skipped: 0 };
-  // A child is a part of another test.
+  // With the features of all crates together, as before: nothing is built anew. A child is a part of another test.
   const programs = ['--test', 'storage', '--test', 'running'];
   const filter = ['--', '--ignored', 'remote_redis::', 'kv_remote::', '--skip', 'child_'];
-  const code = await run('cargo', ['test', '--package', 'ns-llm', ...programs, ...filter], { onLine: counter(counts) });
+  const code = await run('cargo', ['test', '--workspace', ...programs, ...filter], { onLine: counter(counts) });
   return atLeastOneFailure(counts, code);
 }
 

@@ -92,7 +92,8 @@ export class Chart {
       height,
       legend: { show: false },
       cursor: { y: false, points: { size: 6 } },
-      padding: [8, 8, 0, 0],
+      // To the right half of a time of day, which stands below the last look.
+      padding: [8, 26, 0, 0],
       scales: {
         // Never less than a minute wide, so that the first looks do not fly past.
         x: { range: (_, first, last) => [Math.min(first, last - MIN_SPAN_SECONDS), last] },

@@ -382,7 +382,9 @@ fn cleared_blocks_are_gone() {
     let mut stream = engine.generate(long.clone()).expect("admitted");
     let first = stream.next_event().expect("an event").expect("no error");
     engine.clear_prefix_cache().expect("cleared");
-    assert_eq!((tier(&engine, "disk").blocks, tier(&engine, "host").blocks), (0, 0));
+    // The running request goes on and stores what it computes, but what was stored before (36 blocks and more) is gone.
+    let running = (40 + 120) / 16;
+    assert!(tier(&engine, "disk").blocks <= running && tier(&engine, "host").blocks <= running);
     let mut token_ids = Vec::new();
     for event in std::iter::once(Ok(first)).chain(stream) {
         if let ns_llm::Event::Delta(delta) = event.expect("the running request is not touched") {
@@ -391,6 +393,7 @@ fn cleared_blocks_are_gone() {
     }
     assert_eq!(token_ids, cold.complete(long).expect("runs").choices[0].token_ids);
     engine.clear_prefix_cache().expect("cleared");
+    assert_eq!((tier(&engine, "disk").blocks, tier(&engine, "host").blocks), (0, 0));
     assert_eq!(hits(&engine).total(), 0, "nothing is found");
     assert!(hits(&engine).total() > 0, "what was computed since is");
     engine.clear_prefix_cache().expect("cleared");
