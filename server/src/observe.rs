@@ -8,7 +8,7 @@ use std::time::Instant;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Response, StatusCode};
-use ns_llm::{Gpu, Histogram, Histograms, KvTierStats, ResponseCacheStats, Stats};
+use ns_llm::{CudaGraphStats, Gpu, Histogram, Histograms, KvTierStats, ResponseCacheStats, Stats};
 use serde_json::json;
 
 use crate::app::{App, Served};
@@ -145,6 +145,14 @@ const HISTOGRAMS: &[HistogramFamily] = &[
     ("iteration_time_seconds", "Of a step.", |h| &h.step_seconds),
 ];
 
+/// Of each model on a CUDA device: its decoding steps as graphs.
+const OF_CUDA_GRAPHS: &[TierFamily<CudaGraphStats>] = &[
+    ("cuda_graphs_kept", "gauge", "Graphs that are kept.", |g| g.kept),
+    ("cuda_graph_captures_total", "counter", "Steps that were captured as a graph.", |g| g.captured),
+    ("cuda_graph_launches_total", "counter", "Steps that ran as one.", |g| g.launched),
+    ("cuda_graph_evictions_total", "counter", "Graphs that made room for others.", |g| g.evicted),
+];
+
 type GpuFamily = (&'static str, &'static str, fn(&Gpu) -> Option<f64>);
 
 /// Of each device of the machine, whoever uses it.
@@ -176,6 +184,7 @@ fn prometheus_text(app: &App, gpus: &[Gpu]) -> String {
         }
     }
     cache_lines(app, &mut text, prefix, &labels, &stats);
+    graph_lines(&mut text, prefix, labels.iter().zip(stats.iter().map(|stats| stats.cuda_graphs.as_ref())));
     let requests: Vec<ModelMetrics> = app.models.iter().map(|model| app.metrics.model(model.idx)).collect();
     head(&mut text, prefix, "request_success_total", "counter", "Choices that ended, by why.");
     for (label, metrics) in labels.iter().zip(&requests) {
@@ -238,6 +247,21 @@ fn gpu_lines(text: &mut String, prefix: &str, gpus: &[Gpu]) {
         for (gpu, value) in told {
             let (index, device) = (gpu.index, escaped(&gpu.name));
             line(text, &format!("{prefix}{name}{{gpu=\"{index}\",gpu_name=\"{device}\"}}"), value);
+        }
+    }
+}
+
+/// Of each model that has graphs, how many. Where none is on a CUDA device there are no such families.
+fn graph_lines<'a>(
+    text: &mut String,
+    prefix: &str,
+    models: impl Iterator<Item = (&'a String, Option<&'a CudaGraphStats>)>,
+) {
+    let told: Vec<(&String, &CudaGraphStats)> = models.filter_map(|(label, graphs)| Some((label, graphs?))).collect();
+    for (name, kind, help, value) in OF_CUDA_GRAPHS.iter().filter(|_| !told.is_empty()) {
+        head(text, prefix, name, kind, help);
+        for (label, graphs) in &told {
+            line(text, &format!("{prefix}{name}{{{label}}}"), value(graphs) as f64);
         }
     }
 }
@@ -343,6 +367,26 @@ mod tests {
         assert!(!text.contains("power"), "nobody told it:\n{text}");
         let mut none = String::new();
         gpu_lines(&mut none, "ns_llm:", &[]);
+        assert_eq!(none, "");
+    }
+
+    /// A model on the CPU has no graphs, and says nothing of them.
+    #[test]
+    fn graphs_are_told_where_there_are_any() {
+        let graphs = CudaGraphStats { kept: 3, captured: 5, launched: 400, evicted: 2, refusal: None };
+        let labels = ["model_name=\"a\"".to_string(), "model_name=\"b\"".to_string()];
+        let mut text = String::new();
+        graph_lines(&mut text, "ns_llm:", labels.iter().zip([None, Some(&graphs)]));
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let want = [
+            "ns_llm:cuda_graphs_kept{model_name=\"b\"} 3",
+            "ns_llm:cuda_graph_captures_total{model_name=\"b\"} 5",
+            "ns_llm:cuda_graph_launches_total{model_name=\"b\"} 400",
+            "ns_llm:cuda_graph_evictions_total{model_name=\"b\"} 2",
+        ];
+        assert_eq!(lines, want);
+        let mut none = String::new();
+        graph_lines(&mut none, "ns_llm:", labels.iter().zip([None, None]));
         assert_eq!(none, "");
     }
 }

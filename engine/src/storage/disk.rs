@@ -15,6 +15,7 @@
 //!
 //! Owns no thread and no clock; its files are behind [`SegmentFiles`]. Invariants: [`DiskStore::check_invariants`].
 
+mod buffers;
 mod directory;
 mod options;
 mod record;
@@ -32,6 +33,7 @@ use crate::sequence::OwnerKey;
 use crate::storage::fault::{Damage, Fault};
 use crate::storage::key::RecordKey;
 use crate::storage::tier::TierStats;
+use buffers::ReadBuffers;
 pub use directory::{ANSWERS, Access, Directory, SegmentFile, SegmentFiles, draw_seed, file_name};
 pub use options::{DiskOptions, DiskReport};
 use record::{
@@ -82,6 +84,7 @@ pub struct DiskStore {
     next_sequence: u64,
     clock: u64,
     lost: Vec<RecordKey>,
+    buffers: ReadBuffers,
     stats: TierStats,
     report: DiskReport,
 }
@@ -114,6 +117,7 @@ impl DiskStore {
             next_sequence: 0,
             clock: 0,
             lost: Vec::new(),
+            buffers: ReadBuffers::default(),
             stats: TierStats::default(),
             report: DiskReport::default(),
         };
@@ -522,11 +526,11 @@ impl DiskStore {
         if (parsed.key, parsed.payload_bytes, parsed.sequence) != (*key, place.payload_bytes, place.sequence) {
             return Err(Damage::Key.into());
         }
-        // Made where it will stay: records are large, and fresh memory is slow.
-        let mut payload: Arc<[u8]> = std::iter::repeat_n(0, place.payload_bytes as usize).collect();
+        let mut payload = self.buffers.take(place.payload_bytes as usize);
         let place_of_payload = place.offset + HEADER_BYTES as u64;
         self.read_exact(place.segment, place_of_payload, Arc::get_mut(&mut payload).expect("nobody else has it yet"))?;
         parsed.check_payload(&header, &payload)?;
+        self.buffers.note(&payload);
         Ok(payload)
     }
 

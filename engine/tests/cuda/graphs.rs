@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use ns_llm::{Completion, CudaGraphStats, Engine, EngineOptions, Error, Event, Priority, Request};
+use ns_llm::{Completion, CudaGraphStats, EmbeddingRequest, Engine, EngineOptions, Error, Event, Priority, Request};
 use ns_llm_cuda_shim::{Fault, FaultyDevice, IdleDevice};
 
 use crate::demo::{Rng, fingerprint, with_logprobs};
@@ -23,6 +23,7 @@ pub(crate) const TESTS_OF_FAULTS: &[Test] = &[
         "a token that ends an answer is seen one step late, and what was computed behind it is dropped",
         ends_are_seen_late,
     ),
+    ("vectors are computed while a host is a step ahead", encodings_are_not_starved),
 ];
 
 fn graphs(engine: &Engine) -> CudaGraphStats {
@@ -214,4 +215,28 @@ fn ends_are_seen_late() {
     engine.complete(request).expect("runs");
     let stats = engine.stats();
     assert_eq!((stats.generation_tokens_total, stats.computed_tokens_total), (5, 22), "nothing in vain");
+}
+
+/// A text for a vector is computed when no step is in flight, and a generation that is always a step ahead does not keep
+/// it out: while it runs, vectors are answered.
+fn encodings_are_not_starved() {
+    let options = shim::options(|options| (options.context_tokens, options.kv_bytes) = (Some(1_024), Some(16 << 20)));
+    let engine = Engine::open_among(options, shim::One(IdleDevice::new(shim::MEMORY_BYTES))).expect("opens");
+    let mut request = Request::tokens(Rng(5).prompt(18)).max_tokens(600);
+    request.ignore_eos = true;
+    let mut stream = engine.generate(request).expect("admitted");
+    stream.next_event().expect("an event").expect("no error");
+    let mut num_meanwhile = 0;
+    for _ in 0..5 {
+        let answer = engine.embed(EmbeddingRequest::new([vec![7, 8, 9]])).expect("embeds");
+        assert_eq!(answer.embeddings.len(), 1);
+        num_meanwhile += usize::from(engine.stats().generation_tokens_total < 600);
+    }
+    assert!(num_meanwhile > 0, "the generation was over first");
+    assert!(graphs(&engine).launched > 0, "it was a step ahead");
+    let ended = stream.find_map(|event| match event.expect("no error") {
+        Event::Done(summary) => Some(summary),
+        _ => None,
+    });
+    assert_eq!(ended.expect("an end").usage.completion_tokens, 600);
 }

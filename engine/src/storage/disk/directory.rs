@@ -77,8 +77,10 @@ pub struct Directory {
 const LOCK: &str = "lock";
 /// Name of the directory beneath that of the KV cache in which the response cache has its answers.
 pub const ANSWERS: &str = "answers";
-/// How often the lock is tried for, and how long is waited between.
-const LOCK_ATTEMPTS: u32 = 3;
+/// How often the lock is tried for by one who comes to write, and by one who only looks whether somebody has it; how long is
+/// waited between.
+const LOCK_ATTEMPTS: u32 = 40;
+const LOOK_ATTEMPTS: u32 = 3;
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 impl Directory {
@@ -89,7 +91,7 @@ impl Directory {
         let lock_path = path.join(LOCK);
         refuse_unless_file(&lock_path).or_else(missing_is_fine).map_err(failed)?;
         let lock = options().read(true).write(true).create(true).truncate(false).open(&lock_path).map_err(failed)?;
-        let access = match take(&lock).map_err(failed)? {
+        let access = match take(&lock, LOCK_ATTEMPTS).map_err(failed)? {
             true => Access::Write,
             false => Access::Read,
         };
@@ -119,7 +121,7 @@ impl Directory {
     pub fn has_writer(&self) -> Result<bool> {
         let lock_path = self.path.join(LOCK);
         let look = || match refuse_unless_file(&lock_path) {
-            Ok(()) => Ok(!take(&options().read(true).write(true).open(&lock_path)?)?),
+            Ok(()) => Ok(!take(&options().read(true).write(true).open(&lock_path)?, LOOK_ATTEMPTS)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         };
@@ -295,10 +297,11 @@ fn make_private(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes the lock; false: another has it. Who only looks whether somebody has it ([`Directory::has_writer`]) has it for a
-/// moment, and must not make a reader of one who comes to write: so it is tried again.
-fn take(lock: &File) -> io::Result<bool> {
-    for attempt in 0..LOCK_ATTEMPTS {
+/// Takes the lock; false: another has it. Some have it for a moment only, and must not make a reader of one who comes to
+/// write, so it is tried again: who looks whether somebody has it ([`Directory::has_writer`]), and each program that was
+/// started by a process that wrote, until it has become that program.
+fn take(lock: &File, num_attempts: u32) -> io::Result<bool> {
+    for attempt in 0..num_attempts {
         if attempt > 0 {
             std::thread::sleep(LOCK_PAUSE);
         }
