@@ -8,8 +8,10 @@ import { mkdir, readFile, rename, writeFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 
 import { NsLlmError } from '../errors.js';
-import type { KvRemoteOptions } from '../engine.js';
-import type { EngineSettings } from './shared_engines.js';
+import type { KvRemoteOptions, OpenOptions } from '../engine.js';
+
+/** What settings of an engine say of it. */
+type CacheSettings = Pick<OpenOptions, 'kvCacheDir' | 'kvDiskBytes' | 'kvHostBytes' | 'kvRemote'>;
 
 /** Options of one engine, and the folder that its directory lies in. */
 export interface CacheOptions {
@@ -24,7 +26,7 @@ export interface CacheOptions {
  * Where a model's engine keeps KV: as its settings say, else the environment: `KV_CACHE_DIR`, `KV_DISK_BYTES`, `KV_HOST_BYTES`,
  * `KV_REMOTE_URL`, `KV_REMOTE_SECRET`.
  */
-export function cacheOptions(model: string, settings: EngineSettings): CacheOptions {
+export function cacheOptions(model: string, settings: CacheSettings): CacheOptions {
   const options: CacheOptions = {};
   const root = settings.kvCacheDir ?? process.env['KV_CACHE_DIR'];
   const diskBytes = settings.kvDiskBytes ?? bytesOf('KV_DISK_BYTES');

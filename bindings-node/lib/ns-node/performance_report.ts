@@ -3,7 +3,7 @@
 import { getHeapStatistics } from 'node:v8';
 
 import type { Distribution } from './distribution.js';
-import type { PerformanceMetrics } from './performance_profiler.js';
+import type { PerformanceMetrics } from './performance_metrics.js';
 
 /** Something that misses its target. */
 export interface Bottleneck {

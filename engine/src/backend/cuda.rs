@@ -9,6 +9,7 @@
 //! Steps that decode are captured and launched as one, and the host is one step behind the device (`pipeline.rs`).
 
 mod bucket;
+mod device_rows;
 mod pipeline;
 pub(crate) mod plan;
 mod sample;

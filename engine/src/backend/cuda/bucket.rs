@@ -9,7 +9,7 @@
 use ns_llm_kernels::cuda::attention::{SPAN_KEYS, SequenceRows};
 use ns_llm_kernels::cuda::sampling::SamplingRow;
 
-use super::sample::{DeviceRows, on_device};
+use super::device_rows::{DeviceRows, on_device};
 use crate::backend::StepLimits;
 use crate::batch::{Batch, OutputKind, OutputRow, SeqId};
 

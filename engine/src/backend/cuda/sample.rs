@@ -10,8 +10,9 @@ use ns_llm_kernels::cuda::sampling::{LogitBias, NO_TOKEN, SamplingBatch, Samplin
 use ns_llm_kernels::error::Result as KernelResult;
 
 use super::bucket::Bucket;
+use super::device_rows::{DeviceRows, on_device};
 use super::{ACTIVATIONS, Buffer, CudaBackend, CudaLinear, CudaOperand};
-use crate::batch::{Outcome, OutputKind, OutputRow, RowSampling, Sampled};
+use crate::batch::{Outcome, OutputRow, Sampled};
 use crate::error::Result;
 use crate::sampler::{SamplerScratch, sample_row};
 
@@ -24,14 +25,6 @@ pub(super) struct HostSampler {
     scratch: SamplerScratch,
     /// Counters of tokens, which sampling leaves at zero.
     occurrences: Option<Buffer<u32>>,
-}
-
-/// The rows of a tile as the device takes them.
-#[derive(Default)]
-pub(super) struct DeviceRows {
-    pub(super) rows: Vec<SamplingRow>,
-    pub(super) bias: Vec<LogitBias>,
-    pub(super) history: Vec<u32>,
 }
 
 /// What the host found for rows that also want logprobs, by row.
@@ -132,14 +125,6 @@ pub(super) fn enqueue_bucket(
     Ok(())
 }
 
-/// How a row chooses its token, if the token is all that it asks for.
-pub(super) fn on_device(asks: &OutputRow) -> Option<&RowSampling> {
-    match &asks.kind {
-        OutputKind::Sample(sampling) => sampling.logprobs.is_none().then_some(sampling),
-        OutputKind::Score { .. } => None,
-    }
-}
-
 /// A token for each row of `logits` `[asks, vocab_size]`, from row `first` of `chosen` on; rows that are not the device's
 /// get one that nobody reads.
 fn choose(
@@ -181,35 +166,4 @@ fn counters<'a>(
         *counters = Some(memory.zeroed(ACTIVATIONS, len)?);
     }
     Ok(counters.as_mut().expect("there are some now"))
-}
-
-impl DeviceRows {
-    pub(super) fn push(&mut self, sampling: Option<&RowSampling>, position: usize) {
-        let (first_bias, first_history) = (self.bias.len(), self.history.len());
-        let mut row = SamplingRow {
-            position: position as u64,
-            first_bias: first_bias as u32,
-            first_history: first_history as u32,
-            ..SamplingRow::GREEDY
-        };
-        if let Some(RowSampling { params, history, prompt_tokens, .. }) = sampling {
-            self.bias.extend(params.logit_bias.iter().map(|&(token_id, bias)| LogitBias { token_id, bias }));
-            self.history.extend_from_slice(history);
-            row = SamplingRow {
-                seed: params.seed,
-                temperature: params.temperature,
-                top_k: params.top_k,
-                top_p: params.top_p,
-                min_p: params.min_p,
-                repetition_penalty: params.repetition_penalty,
-                presence_penalty: params.presence_penalty,
-                frequency_penalty: params.frequency_penalty,
-                num_bias: (self.bias.len() - first_bias) as u32,
-                num_history: history.len() as u32,
-                prompt_tokens: *prompt_tokens as u32,
-                ..row
-            };
-        }
-        self.rows.push(row);
-    }
 }
