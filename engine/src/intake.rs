@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::chat::RenderContext;
 use crate::command::{Command, Prepared, PreparedInput, PreparedWork, Submission, VectorForm, Work};
-use crate::config::{DEFAULT_MAX_TOKENS, TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN, TEMPLATE_TIME_MS};
+use crate::config::{TEMPLATE_OUTPUT_BYTES_PER_CONTEXT_TOKEN, TEMPLATE_TIME_MS};
 use crate::embedding::{EmbeddingInput, EmbeddingRequest};
 use crate::error::{Error, Result, panic_text};
 use crate::field_hash::{FieldHash, FieldTag};
@@ -133,7 +133,7 @@ fn prepare_generation(
     }
     let stop_token_ids: Arc<[u32]> = stop_token_ids.into();
     let params = SamplingParams::resolve(&request.sampling, &text.sampling_defaults, seed);
-    let max_new_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    let max_new_tokens = request.max_new_tokens();
     let namespace = namespace_key(request.namespace.as_deref());
     let owner = owner_key(request.namespace.as_deref());
     let (recorder, asked) = match responses.look_up(&Question {

@@ -165,6 +165,10 @@ impl Request {
         self.max_tokens = Some(max_tokens);
         self
     }
+    /// Most new tokens of each choice, the default where the request says nothing.
+    pub(crate) fn max_new_tokens(&self) -> usize {
+        self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS)
+    }
     /// Sets the temperature.
     pub fn temperature(mut self, temperature: f32) -> Self {
         self.sampling.temperature = Some(temperature);

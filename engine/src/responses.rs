@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::config::{DEFAULT_MAX_TOKENS, MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions, at_most};
+use crate::config::{MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions, at_most};
 use crate::error::Result;
 use crate::request::{CacheUse, Delta, FinishReason, Request, Summary, check_response_tags, check_response_ttl};
 use crate::response_cache::{
@@ -290,7 +290,7 @@ impl Responses {
         // Who does not find it here looks again, and is counted there.
         let found = self.with(|store| store.contains(&answer, now_ms).then(|| store.get(&answer, now_ms)));
         let (bytes, _) = found??;
-        let max_tokens = request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+        let max_tokens = request.max_new_tokens();
         let answer = CachedAnswer::decode(&bytes).ok()?;
         answer.fits(request, prompt_tokens, max_tokens, vocab_size).then(|| {
             self.inner.answers.fetch_add(1, Ordering::AcqRel);

@@ -8,7 +8,6 @@
 
 use std::fmt;
 
-use crate::config::DEFAULT_MAX_TOKENS;
 use crate::field_hash::{FieldHash, FieldTag};
 use crate::request::{Message, Prompt, Request, SamplingOptions, SamplingParams};
 
@@ -93,7 +92,8 @@ fn key_hash(version: u64) -> FieldHash<Tag> {
 /// (which only takes part when it says so) shares its key with all such requests.
 pub fn answer_key(request: &Request, context: &KeyContext<'_>) -> ResponseKey {
     let Request {
-        max_tokens,
+        // As it is computed.
+        max_tokens: _,
         stop,
         ignore_eos,
         n,
@@ -135,7 +135,7 @@ pub fn answer_key(request: &Request, context: &KeyContext<'_>) -> ResponseKey {
         .field(Tag::Identity, context.identity)
         .field(Tag::Namespace, context.namespace)
         .numbers(Tag::Prompt, context.prompt)
-        .optional(Tag::MaxTokens, Some(max_tokens.unwrap_or(DEFAULT_MAX_TOKENS) as u64))
+        .optional(Tag::MaxTokens, Some(request.max_new_tokens() as u64))
         .field(Tag::StopStrings, &stop_strings)
         .numbers(Tag::StopTokens, &stop_token_ids)
         .flag(Tag::IgnoreEos, *ignore_eos)
@@ -242,6 +242,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+    use crate::config::DEFAULT_MAX_TOKENS;
     use crate::request::{CacheUse, SamplingDefaults};
 
     /// Everything that makes a key, each part free to change.

@@ -10,7 +10,7 @@ pub use crate::cpu::linear::Gelu;
 use crate::error::Result;
 
 /// Numbers in the 16 bytes that kernels load: rows begin at multiples of them.
-const VECTOR: usize = 8;
+pub const VECTOR: usize = 8;
 /// Columns of one accumulator; as in `product.cuh`.
 pub(crate) const SLICE_COLUMNS: usize = 256;
 
@@ -18,6 +18,8 @@ pub(crate) const SLICE_COLUMNS: usize = 256;
 pub(crate) const SLICE_BYTES: usize = 16 * 8 * size_of::<f32>();
 /// What every device since sm_80 gives a block that asks for it, less 1 KiB that the system takes.
 pub(crate) const MAX_MATVEC_SHARED_BYTES: usize = 98 << 10;
+/// Widest activations of a product: the sums of its slices lie in shared memory. Of a pair of matrices, half of it.
+pub const MAX_COLUMNS: usize = MAX_MATVEC_SHARED_BYTES / SLICE_BYTES * SLICE_COLUMNS;
 
 /// A weight matrix as the checkpoint has it.
 #[derive(Debug, Clone, Copy)]

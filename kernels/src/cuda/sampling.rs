@@ -7,7 +7,7 @@ use crate::host::Plain;
 /// Threads of a block (`kSamplingThreads`).
 const THREADS: u32 = 1024;
 /// Tokens of a vocabulary at most: sums of so many weights fit 64 bits.
-const MAX_VOCAB_SIZE: usize = 1 << 23;
+pub const MAX_VOCAB_SIZE: usize = 1 << 23;
 /// What is written for a row that is not finite.
 pub const NO_TOKEN: u32 = u32::MAX;
 

@@ -1,8 +1,10 @@
 //! What can be said about a model on a CUDA device before anything is loaded: whether there are kernels for it, and how
 //! many bytes its steps take.
 
-use ns_llm_kernels::cuda::attention::HEAD_DIMS;
+use ns_llm_kernels::cuda::attention::{HEAD_DIMS, SPAN_KEYS};
 use ns_llm_kernels::cuda::memory::scratch_size;
+use ns_llm_kernels::cuda::product::{MAX_COLUMNS, VECTOR};
+use ns_llm_kernels::cuda::sampling::MAX_VOCAB_SIZE;
 
 use super::bucket::{Bucket, max_rows};
 use super::sample::TILE_ROWS;
@@ -21,14 +23,6 @@ pub(crate) const WEIGHT_FORMATS: [WeightFormat; 4] = [
 ];
 /// The same, in words.
 pub(crate) const WEIGHT_FORMAT_NAMES: &str = "auto, bf16, q8_0 or q4_k on CUDA";
-/// Rows of matrices begin at multiples of 16 bytes.
-const VECTOR: usize = 8;
-/// Widest input of a product, and of the pair of a SwiGLU: slices of its sums lie in shared memory.
-const MAX_COLUMNS: usize = 50_176;
-/// Largest vocabulary that sampling takes.
-const MAX_VOCAB_SIZE: usize = 1 << 23;
-/// Keys that one block of attention has; part of the size of its partial results.
-const SPAN_KEYS: usize = 256;
 /// Most memory that is set aside for partial results of attention. A step that needs more asks for it.
 const MAX_PARTIAL_BYTES: usize = 1 << 30;
 
