@@ -12,9 +12,10 @@ pub mod measure;
 
 use std::sync::Arc;
 
-use crate::batch::{Batch, BlockId, Outcome, OutputRow, Sampled, SeqId};
+use crate::batch::{Batch, Outcome, OutputRow, Sampled};
 pub use crate::config::KvDtype;
 use crate::error::{Error, Result};
+use crate::ids::{BlockId, SeqId};
 use crate::stats::CudaGraphStats;
 use crate::tensor::Tensor;
 use ns_llm_kernels::cpu::pooling;

@@ -5,8 +5,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::ids::{BlockId, NamespaceKey, SeqId};
 use crate::request::{SamplingParams, TokenLogprobs};
-pub use crate::sequence::{BlockId, NamespaceKey, SeqId};
 use crate::sequence::{Chunk, Sequence};
 
 /// The work of one step.

@@ -5,8 +5,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::backend::{Backend, Int8Blocks, KvLayout, Launched, Pooling};
-use crate::batch::{Batch, BlockId, Sampled};
+use crate::batch::{Batch, Sampled};
 use crate::error::{Error, Result};
+use crate::ids::BlockId;
 use crate::model::Model;
 use crate::stats::CudaGraphStats;
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 
 use crate::error::{Error, Result};
-use crate::sequence::OwnerKey;
+use crate::ids::OwnerKey;
 
 /// Things by their last use and by their owner. Maps that are hashed are only looked up, never iterated.
 #[derive(Debug)]

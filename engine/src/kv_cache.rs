@@ -19,8 +19,9 @@ use lru::LruCache;
 
 use crate::config::MAX_LOST_BLOCKS;
 use crate::error::Result;
+use crate::ids::{BlockId, BlockKey, OwnerKey, SeqId};
 use crate::request::{CacheTier, CacheUse, CachedTokens, MissReason, PrefixMiss};
-use crate::sequence::{BlockId, BlockKey, OwnerKey, SeqId, Sequence};
+use crate::sequence::Sequence;
 use crate::storage::TierStats;
 use block_pool::BlockPool;
 pub(crate) use block_pool::violated;

@@ -58,6 +58,8 @@ pub mod chat;
 pub mod executor;
 mod fair_lru;
 #[doc(hidden)]
+pub mod ids;
+#[doc(hidden)]
 pub mod kv_cache;
 #[doc(hidden)]
 pub mod loader;

@@ -9,7 +9,7 @@ use std::num::NonZeroUsize;
 use lru::LruCache;
 
 use crate::config::MAX_KNOWN_OWNERS;
-use crate::sequence::OwnerKey;
+use crate::ids::OwnerKey;
 
 /// Parts of the time to live.
 const PARTS: u64 = 16;

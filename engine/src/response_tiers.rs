@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 
 use crate::config::{CLOSE_WRITES_MS, MAX_RESPONSE_LOOKUPS, MAX_RESPONSE_MARKS, RESPONSE_WRITE_QUEUE_BYTES};
 use crate::error::{Error, Result, panic_text};
+use crate::ids::OwnerKey;
 use crate::owner_ledger::Ledger;
 use crate::response_cache::{ResponseKey, StoredEntry, mark_key};
-use crate::sequence::OwnerKey;
 use crate::storage::{Breaker, Damage, Fault, TierId, Unstored};
 pub(crate) use store::{AnswerStore, DiskAnswers, RemoteAnswers};
 

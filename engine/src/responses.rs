@@ -13,13 +13,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::config::{MAX_RESPONSE_BYTES, MAX_RESPONSE_KEY_BYTES, ResponseCacheOptions, at_most};
 use crate::error::Result;
+use crate::ids::OwnerKey;
 use crate::request::{CacheUse, Delta, FinishReason, Request, Summary, check_response_tags, check_response_ttl};
 use crate::response_cache::{
     CachedAnswer, EntryOptions, EntryUse, KeyContext, KnownRequest, KnownRequests, ResponseKey, ResponseStore,
     StoredEntry, Ticket, answer_key, request_key, value_key,
 };
 use crate::response_tiers::{Asker, LookUp as TierLookUp, ResponseTiers};
-use crate::sequence::OwnerKey;
 use crate::stats::ResponseCacheStats;
 use crate::storage::TierId;
 

@@ -154,7 +154,7 @@ fn token_logprobs(logits: &[f32], log_sum: f64, chosen: u32, reported: Vec<Logpr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::SeqId;
+    use crate::ids::SeqId;
     use crate::request::{SamplingDefaults, SamplingOptions};
 
     fn sampling(change: impl FnOnce(&mut SamplingParams)) -> RowSampling {

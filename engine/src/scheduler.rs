@@ -43,9 +43,10 @@ mod waiting;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use crate::batch::{Batch, BlockId, SeqId};
+use crate::batch::Batch;
 use crate::config;
 use crate::error::{Error, Result};
+use crate::ids::{BlockId, SeqId};
 use crate::kv_cache::tiers::Tiers;
 use crate::kv_cache::{BlockCounts, BlockTransfer, KeptBlock, KvCache, violated};
 use crate::request::{CachedTokens, FinishReason, TokenLogprobs, Usage};

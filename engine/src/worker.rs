@@ -14,11 +14,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::batch::{Batch, BatchSequence, BlockId, SeqId};
+use crate::batch::{Batch, BatchSequence};
 use crate::command::{Command, Prepared, PreparedInput, PreparedWork, RequestId, TierAnswer, VectorForm};
 use crate::config::{CLOSE_WRITES_MS, MAX_BLOCKS_READ_TOGETHER, MIN_MEASURED_PREFILL_TOKENS};
 use crate::error::{Error, Result, panic_text};
 use crate::executor::Executor;
+use crate::ids::{BlockId, SeqId};
 use crate::instruments::Instruments;
 use crate::kv_cache::{BlockTransfer, KeptBlock};
 use crate::request::{CacheTier, FinishReason, Origin, Summary, Usage};

@@ -20,9 +20,10 @@ use crate::backend::{
     AttentionLayer, AttentionShape, Backend, Gelu, Int8Blocks, KvDtype, KvLayout, LinearPart, LinearWeight, Pooling,
     RopeTable, pooled_on_host,
 };
-use crate::batch::{Batch, BlockId, OutputRow, Sampled};
+use crate::batch::{Batch, OutputRow, Sampled};
 use crate::config::{ThreadPriority, WeightFormat};
 use crate::error::{Error, Result};
+use crate::ids::BlockId;
 use crate::tensor::{Encoding, Tensor};
 pub use arena::CpuOperand;
 use arena::{Arena, Floats};
@@ -479,7 +480,8 @@ fn internal(error: kernels::error::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{BatchSequence, BlockId, Outcome, OutputKind, RowSampling, SeqId};
+    use crate::batch::{BatchSequence, Outcome, OutputKind, RowSampling};
+    use crate::ids::{BlockId, SeqId};
     use crate::request::SamplingParams;
     use crate::tensor::DType;
     use crate::tensor::QuantType;

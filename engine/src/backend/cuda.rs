@@ -38,9 +38,10 @@ use crate::backend::{
     AttentionLayer, Backend, Gelu, Int8Blocks, KvDtype, KvLayout, Launched, LinearWeight, Pooling, RopeTable,
     StepLimits, pooled_on_host,
 };
-use crate::batch::{Batch, BlockId, OutputRow, Sampled};
+use crate::batch::{Batch, OutputRow, Sampled};
 use crate::config::WeightFormat;
 use crate::error::{Error, Result};
+use crate::ids::BlockId;
 use crate::stats::CudaGraphStats;
 use crate::tensor::Tensor;
 use bucket::Bucket;

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::backend::{
     AttentionLayer, Backend, Gelu, Int8Blocks, KvLayout, LinearWeight, Pooling, RopeTable, cpu, cuda,
 };
-use crate::batch::{Batch, BlockId, OutputRow, Sampled};
+use crate::batch::{Batch, OutputRow, Sampled};
 use crate::config::WeightFormat;
 use crate::error::{Error, Result};
+use crate::ids::BlockId;
 use crate::tensor::Tensor;
 
 /// Counts the bytes of matrices and norms.

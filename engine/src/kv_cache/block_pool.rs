@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 use crate::error::{Error, Result};
 use crate::fair_lru::FairLru;
-use crate::sequence::{BlockId, BlockKey, OwnerKey};
+use crate::ids::{BlockId, BlockKey, OwnerKey};
 
 #[derive(Debug, Default, Clone)]
 struct Block {

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use crate::field_hash::{FieldHash, FieldTag};
-use crate::sequence::{BlockId, BlockKey, NamespaceKey, SeqId};
+use crate::ids::{BlockId, BlockKey, NamespaceKey, SeqId};
 
 /// Version of the key's own format: which fields there are, and how they are hashed.
 const FORMAT_VERSION: u32 = 1;

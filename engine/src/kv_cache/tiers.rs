@@ -34,9 +34,9 @@ use lru::LruCache;
 
 use crate::config::{MAX_QUARANTINED_BLOCKS, MAX_TIER_READS};
 use crate::error::Error as EngineError;
+use crate::ids::{BlockKey, OwnerKey, RestoreId};
 use crate::owner_ledger::Ledger;
 use crate::request::{CacheTier, MissReason};
-use crate::sequence::{BlockKey, OwnerKey, RestoreId};
 use crate::storage::{Breaker, Damage, Fault, LayoutId, RecordKey, TierId, TierStats, Unstored};
 pub use clear::ClearState;
 use held::Held;

@@ -13,7 +13,7 @@ use crate::config::{
     MAX_REMEMBERED_INVALIDATIONS, MAX_RESPONSE_BYTES, RESPONSE_ENTRY_BYTES, RESPONSE_TAG_BYTES, ResponseCacheOptions,
 };
 use crate::fair_lru::FairLru;
-use crate::sequence::OwnerKey;
+use crate::ids::OwnerKey;
 use crate::stats::ResponseCacheStats;
 
 /// How an entry is kept.

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use crate::config::{MAX_REMOTE_TTL_S, MAX_RESPONSE_MARKS};
+use crate::ids::OwnerKey;
 use crate::response_cache::{ResponseKey, decode_mark, encode_mark, mark_key};
-use crate::sequence::OwnerKey;
 use crate::storage::disk::DiskStore;
 use crate::storage::remote::RemoteStore;
 use crate::storage::{Fault, LayoutId, RecordKey, TierId};

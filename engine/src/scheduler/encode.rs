@@ -11,9 +11,10 @@ use std::collections::BTreeMap;
 
 use super::waiting::{Waiting, WaitingQueue};
 use super::{Scheduler, SequenceEvent};
-use crate::batch::{Batch, SeqId};
+use crate::batch::Batch;
 use crate::config::MAX_ENCODE_STEP_SEQUENCES;
 use crate::error::{Error, Result};
+use crate::ids::SeqId;
 use crate::request::Usage;
 use crate::sequence::EncodeSpec;
 

@@ -10,7 +10,7 @@
 
 use std::cmp::Reverse;
 
-use crate::batch::SeqId;
+use crate::ids::SeqId;
 use crate::sequence::Sequence;
 
 /// Preemptions after which a sequence is protected.

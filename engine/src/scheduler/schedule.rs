@@ -6,7 +6,7 @@ use std::cmp::Reverse;
 use super::budget::Budget;
 use super::preempt::{headroom_tokens, is_protected, standing};
 use super::{InFlight, Scheduler, Step};
-use crate::batch::SeqId;
+use crate::ids::SeqId;
 use crate::kv_cache::AdmissionPlan;
 use crate::request::CachedTokens;
 use crate::sequence::{Chunk, Sequence};

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::batch::SeqId;
+use crate::ids::SeqId;
 use crate::request::Priority;
 
 /// What the queue knows of a sequence.

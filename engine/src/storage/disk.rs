@@ -29,7 +29,7 @@ use sha2::{Digest, Sha256};
 
 use crate::config::{MAX_DISK_ENTRIES, MAX_DISK_SEGMENTS};
 use crate::error::Error;
-use crate::sequence::OwnerKey;
+use crate::ids::OwnerKey;
 use crate::storage::fault::{Damage, Fault};
 use crate::storage::key::RecordKey;
 use crate::storage::tier::TierStats;

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::batch::SeqId;
 use crate::command::{RequestId, VectorForm};
 use crate::error::Error;
+use crate::ids::SeqId;
 use crate::instruments::Instruments;
 use crate::request::{Delta, Embedding, Event, FinishReason, Origin, Summary, Timings, TokenLogprobs, Usage};
 use crate::responses::Recorder;

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use ns_llm::batch::{NamespaceKey, SeqId};
 use ns_llm::executor::Executor;
+use ns_llm::ids::{NamespaceKey, SeqId};
 use ns_llm::open::{Loaded, load};
 use ns_llm::scheduler::{Scheduler, SequenceEvent};
 use ns_llm::sequence::SequenceSpec;

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use ns_llm::config::MAX_LOST_BLOCKS;
+use ns_llm::ids::SeqId;
 use ns_llm::kv_cache::tiers::{Done, Job, Outcome, TiersConfig, host};
 use ns_llm::kv_cache::{BlockTransfer, KvCache, KvCacheConfig, KvIdentity};
-use ns_llm::sequence::{SeqId, Sequence, SequenceSpec};
+use ns_llm::sequence::{Sequence, SequenceSpec};
 use ns_llm::storage::{Fault, LayoutId, TierId};
 use ns_llm::{CacheTier, CacheUse, MissReason, PrefixMiss, Priority, Request, SamplingParams};
 

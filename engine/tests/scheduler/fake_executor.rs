@@ -7,8 +7,9 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use ns_llm::batch::{Batch, BatchSequence, BlockId, NamespaceKey, Outcome, OutputKind, OutputRow, Sampled, SeqId};
+use ns_llm::batch::{Batch, BatchSequence, Outcome, OutputKind, OutputRow, Sampled};
 use ns_llm::executor::Executor;
+use ns_llm::ids::{BlockId, NamespaceKey, SeqId};
 use ns_llm::kv_cache::KvCache;
 use ns_llm::{Logprob, Result, SamplingParams, TokenLogprobs};
 

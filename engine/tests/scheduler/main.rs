@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use fake_executor::{VOCAB_SIZE, mix};
-use ns_llm::batch::SeqId;
+use ns_llm::ids::SeqId;
 use ns_llm::scheduler::{MAX_PREEMPTIONS, SchedulerConfig, SequenceEvent};
 use ns_llm::sequence::{EncodeSpec, SequenceSpec};
 use ns_llm::{CacheUse, Error, FinishReason, Priority, SamplingParams};

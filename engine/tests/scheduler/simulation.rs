@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use ns_llm::batch::{NamespaceKey, SeqId};
 use ns_llm::executor::Executor;
+use ns_llm::ids::{NamespaceKey, SeqId};
 use ns_llm::kv_cache::tiers::TiersConfig;
 use ns_llm::kv_cache::{BlockTransfer, KvCache, KvCacheConfig, KvIdentity};
 use ns_llm::scheduler::{MAX_PREEMPTIONS, Scheduler, SchedulerConfig, SequenceEvent, Step};

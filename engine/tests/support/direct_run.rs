@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ns_llm::backend::{Backend, KvDtype, KvLayout, Pooling};
-use ns_llm::batch::{Batch, BatchSequence, BlockId, OutputKind, OutputRow, RowSampling, SeqId};
+use ns_llm::batch::{Batch, BatchSequence, OutputKind, OutputRow, RowSampling};
+use ns_llm::ids::{BlockId, SeqId};
 use ns_llm::loader::ModelSource;
 use ns_llm::model::config::ModelConfig;
 use ns_llm::model::{self, Model};

@@ -8,7 +8,8 @@ use ns_llm::backend::{
 };
 use std::sync::Arc;
 
-use ns_llm::batch::{Batch, BlockId, OutputRow, Sampled};
+use ns_llm::batch::{Batch, OutputRow, Sampled};
+use ns_llm::ids::BlockId;
 use ns_llm::sampler::{SamplerScratch, sample_row};
 use ns_llm::tensor::Tensor;
 

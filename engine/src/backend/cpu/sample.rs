@@ -94,7 +94,8 @@ mod tests {
     use ns_llm_kernels::cpu::pool::{Pool, PoolPriority};
 
     use super::*;
-    use crate::batch::{RowSampling, SeqId};
+    use crate::batch::RowSampling;
+    use crate::ids::SeqId;
     use crate::request::SamplingParams;
 
     /// The short cut for greedy rows says what the sampler says: on ties, masked tokens and rows that are not finite,

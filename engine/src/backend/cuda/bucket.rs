@@ -11,7 +11,8 @@ use ns_llm_kernels::cuda::sampling::SamplingRow;
 
 use super::device_rows::{DeviceRows, on_device};
 use crate::backend::StepLimits;
-use crate::batch::{Batch, OutputKind, OutputRow, SeqId};
+use crate::batch::{Batch, OutputKind, OutputRow};
+use crate::ids::SeqId;
 
 /// A slot that no block has: nothing is written.
 const NO_SLOT: u32 = u32::MAX;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::lost::note_lost;
 use crate::error::Error;
 use crate::fair_lru::FairLru;
-use crate::sequence::OwnerKey;
+use crate::ids::OwnerKey;
 use crate::storage::{RecordKey, TierStats};
 
 /// Memory that a block takes beside its bytes: keys, links, the reference count and the allocator's own.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::sequence::OwnerKey;
+use crate::ids::OwnerKey;
 use crate::storage::{Fault, RecordKey, TierId};
 
 /// What is to be done on a tier.

@@ -1,7 +1,7 @@
 //! Where a block is fetched, and whether that is worth it.
 
 use super::{Job, Tier, Tiers, Wanted};
-use crate::sequence::{OwnerKey, RestoreId};
+use crate::ids::{OwnerKey, RestoreId};
 use crate::storage::{RecordKey, TierId};
 
 /// Where a block is fetched from.
