@@ -30,7 +30,7 @@ fn cancel_while_decoding_frees_blocks() {
     let mut stream = engine.generate(long_request(1)).expect("admitted");
     let first = stream.next_event().expect("it runs");
     assert!(matches!(first, Ok(Event::Delta(_))), "{first:?}");
-    assert!(engine.stats().kv_blocks_used > 0);
+    eventually(&engine, "it holds blocks", |stats| stats.kv_blocks_used > 0);
     stream.canceller().cancel();
     assert_eq!(stream.by_ref().last(), Some(Err(Error::Cancelled)));
     assert!(stream.next_event().is_none());
@@ -85,7 +85,7 @@ fn mates_do_not_notice_a_cancel() {
         drop(mate);
         assert_eq!(observed.join().expect("no panic"), expected, "mate cancelled after {cancel_after} events");
     }
-    assert_eq!(engine.stats().requests_cancelled, 6);
+    eventually(&engine, "all mates are counted", |stats| stats.requests_cancelled == 6);
 }
 
 /// Closing ends every request, running and waiting, with `Closed`; what comes later is refused; closing again is fine.
