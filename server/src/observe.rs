@@ -89,10 +89,11 @@ const OF_ENGINES: &[Family] = &[
     }),
 ];
 
-type TierFamily<S> = (&'static str, &'static str, &'static str, fn(&S) -> u64);
+/// A name, a kind, what it says, and the count of it in one set of statistics.
+type CountFamily<S> = (&'static str, &'static str, &'static str, fn(&S) -> u64);
 
 /// Of each tier of each model's prefix cache.
-const OF_TIERS: &[TierFamily<KvTierStats>] = &[
+const OF_TIERS: &[CountFamily<KvTierStats>] = &[
     ("kv_tier_blocks", "gauge", "KV blocks in a tier beside the pool.", |t| t.blocks),
     ("kv_tier_bytes", "gauge", "Bytes of them.", |t| t.bytes),
     ("kv_tier_hits_total", "counter", "Blocks that it was asked for and had.", |t| t.hits),
@@ -114,7 +115,7 @@ const OF_RESPONSES_BY_TIER: &[PlacesFamily] = &[
 ];
 
 /// Of each model's response cache.
-const OF_RESPONSES: &[TierFamily<ResponseCacheStats>] = &[
+const OF_RESPONSES: &[CountFamily<ResponseCacheStats>] = &[
     ("response_cache_misses_total", "counter", "Look-ups that found nothing anywhere.", found_nowhere),
     ("response_cache_stores_total", "counter", "Entries stored.", |r| r.stores),
     ("response_cache_evictions_total", "counter", "Entries given up for want of room.", |r| r.evictions),
@@ -146,7 +147,7 @@ const HISTOGRAMS: &[HistogramFamily] = &[
 ];
 
 /// Of each model on a CUDA device: its decoding steps as graphs.
-const OF_CUDA_GRAPHS: &[TierFamily<CudaGraphStats>] = &[
+const OF_CUDA_GRAPHS: &[CountFamily<CudaGraphStats>] = &[
     ("cuda_graphs_kept", "gauge", "Graphs that are kept.", |g| g.kept),
     ("cuda_graph_captures_total", "counter", "Steps that were captured as a graph.", |g| g.captured),
     ("cuda_graph_launches_total", "counter", "Steps that ran as one.", |g| g.launched),
