@@ -101,7 +101,7 @@ pub fn paged_attention(
 ) -> Result<()> {
     shape.check(OPERATION, layer_idx, kv.layout())?;
     batch.check(shape, kv.layout(), out)?;
-    let step = AttentionStep { cpu, shape, layer_idx, batch, kv, out: out.writer() };
+    let step = AttentionStep { cpu, shape, layer_idx, batch, kv, out: out.writer(cpu) };
     match kv.layout().dtype {
         KvDtype::F32 => step.run(cpu.kernels().attention.f32),
         KvDtype::F16 => step.run(cpu.kernels().attention.f16),

@@ -24,11 +24,13 @@ pub use packed::{MatrixSource, PANEL_ROWS, PackedLinear, WeightFormat};
 use super::dispatch::Cpu;
 use super::pool::DisjointMut;
 use crate::error::{Error, Result};
-pub(crate) use int8::{Int8Group, Int8Rows};
+pub(crate) use int8::{Int8Group, Int8Rows, RoundKernel, WideCodes, round};
 use operand::PlainRows;
 use packed::{Arrangement, PanelFormat};
 use plain_panel::PlainFormat;
-pub(crate) use quant_panel::{CHUNK_GROUPS, CodeMeaning, CodeProducts, GroupBytes, QuantLayout, UnpackedChunk};
+pub(crate) use quant_panel::{
+    CHUNK_GROUPS, CodeMeaning, CodeProducts, GROUP_CODES, GroupBytes, QuantLayout, UnpackedChunk,
+};
 
 /// Activation rows of one work item at most. More would not fit the L2 cache beside the weights ([`BLOCK_COLUMNS`]).
 const MAX_BLOCK_ROWS: usize = 48;
@@ -51,6 +53,8 @@ pub(crate) struct LinearKernels {
     /// int8 activations, quantized panel whose codes lie as `code_products` says.
     pub(crate) quant: QuantKernel,
     pub(crate) code_products: CodeProducts,
+    /// Activations to 8 bits, in the form that `quant` reads.
+    pub(crate) round_int8: RoundKernel,
     /// `gate[i] = silu(gate[i]) * up[i]`
     pub(crate) swiglu: unsafe fn(gate: &mut [f32], up: &[f32]),
     /// `x[i] = gelu(x[i])`, exact
@@ -99,6 +103,8 @@ pub(crate) type QuantKernel = unsafe fn(product: &QuantProduct<'_>, sums: &mut [
 pub(crate) struct QuantProduct<'a> {
     /// First group of the first row.
     pub(crate) x: &'a [Int8Group],
+    /// Codes of the same groups in 16 bits.
+    pub(crate) wide: &'a [WideCodes],
     /// Groups from one row to the next: those of all columns.
     pub(crate) groups_per_row: usize,
     pub(crate) panel: &'a [u8],
@@ -139,7 +145,7 @@ pub fn matmul_swiglu(cpu: &Cpu, x: &Operand, gate_up: &PackedLinear, out: &mut O
     let product = Product::new(operation, cpu, x, gate_up, Arrangement::GateUp)?;
     expect_size(operation, "out rows", x.rows(), out.rows())?;
     expect_size(operation, "out width", gate_up.out_features(), out.width())?;
-    let out = out.writer();
+    let out = out.writer(cpu);
     product.run(|rows, pair, columns, sums| {
         let (gate, up) = sums.split_at_mut(rows.len() * PANEL_ROWS);
         product.add_bias(2 * pair, gate);
@@ -164,7 +170,7 @@ pub fn matmul_gelu(cpu: &Cpu, x: &Operand, weight: &PackedLinear, gelu: Gelu, ou
         Gelu::Erf => cpu.kernels().linear.gelu_erf,
         Gelu::Tanh => cpu.kernels().linear.gelu_tanh,
     };
-    let out = out.writer();
+    let out = out.writer(cpu);
     product.run(|rows, panel, columns, sums| {
         product.add_bias(panel, sums);
         // SAFETY: `Cpu` has the instruction set of its kernels.
@@ -264,7 +270,11 @@ impl<'a> Product<'a> {
                 let start = row * out_features;
                 // SAFETY: each panel and block of rows is one item, so no two items write the same elements.
                 let out = unsafe { out.range_mut(start + columns.start..start + columns.end) };
-                finish(out, &sums[..columns.len()]);
+                match <&mut [f32; PANEL_ROWS]>::try_from(&mut *out) {
+                    // Of a length that the compiler knows.
+                    Ok(out) => finish(out, &sums[..PANEL_ROWS]),
+                    Err(_) => finish(out, &sums[..columns.len()]),
+                }
             }
         });
     }
@@ -307,8 +317,9 @@ impl<'a> Product<'a> {
                 Kernel::Bits16(kernel, x) => self.add_blocks(kernel, x, bytes.align_to().1, rows, sums),
                 Kernel::Pairs16(kernel, x) => self.add_blocks(kernel, x, bytes.align_to().1, rows, sums),
                 Kernel::Quant(kernel, x, layout) => {
-                    let (x, groups_per_row) = (x.groups_from(rows.start), x.groups_per_row());
-                    kernel(&QuantProduct { x, groups_per_row, panel: bytes, layout: &layout }, sums);
+                    let (wide, groups_per_row) = (x.wide_from(rows.start), x.groups_per_row());
+                    let x = x.groups_from(rows.start);
+                    kernel(&QuantProduct { x, wide, groups_per_row, panel: bytes, layout: &layout }, sums);
                 }
             }
         }

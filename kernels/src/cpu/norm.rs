@@ -62,7 +62,7 @@ pub fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32, out: &mut Operan
     equal("out width", width, out.width())?;
     equal("elements of x", rows * width, x.len())?;
     let kernels = &cpu.kernels().norm;
-    let out = out.writer();
+    let out = out.writer(cpu);
     let norm_rows = |rows: std::ops::Range<usize>| {
         let mut scaled = [0.0; SEGMENT];
         for row in rows {
@@ -87,7 +87,7 @@ pub fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32, out: &mut Operan
 pub fn layer_norm(cpu: &Cpu, x: &[f32], norm: &LayerNorm<'_>, out: &mut Operand) -> Result<()> {
     let (rows, width) = (out.rows(), norm.weight.len());
     norm.check("layer_norm", rows, out.width(), x.len())?;
-    let out = out.writer();
+    let out = out.writer(cpu);
     run_rows(cpu, rows, x.len(), |rows| {
         let mut segment = [0.0; SEGMENT];
         for row in rows {
@@ -105,7 +105,7 @@ pub fn layer_norm(cpu: &Cpu, x: &[f32], norm: &LayerNorm<'_>, out: &mut Operand)
 pub fn layer_norm_in_place(cpu: &Cpu, x: &mut [f32], norm: &LayerNorm<'_>, out: &mut Operand) -> Result<()> {
     let (rows, width, len) = (out.rows(), norm.weight.len(), x.len());
     norm.check("layer_norm_in_place", rows, out.width(), len)?;
-    let out = out.writer();
+    let out = out.writer(cpu);
     let x = DisjointMut::new(x);
     run_rows(cpu, rows, len, |rows| {
         let mut normed = vec![0.0; width];

@@ -17,7 +17,7 @@ use std::arch::x86_64::*;
 
 use super::linear_quant::panel_quant;
 use super::math::{gelu_erf, gelu_tanh, silu};
-use crate::cpu::linear::{CodeProducts, LinearKernels, PANEL_ROWS, PanelProduct};
+use crate::cpu::linear::{CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, WideCodes, round};
 
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
     f32: panel::<F32>,
@@ -26,6 +26,7 @@ pub(crate) const KERNELS: LinearKernels = LinearKernels {
     bf16_pairs: None,
     quant: panel_quant,
     code_products: CodeProducts::Narrow,
+    round_int8,
     swiglu,
     gelu_erf: gelu_erf_all,
     gelu_tanh: gelu_tanh_all,
@@ -314,6 +315,12 @@ impl<W: Copy> Tile<W> {
             self.store_sums(0, &accumulators);
         }
     }
+}
+
+/// Activations to 8 bits.
+#[target_feature(enable = "avx2,fma")]
+fn round_int8(values: &[f32], groups: &mut [Int8Group], wide: &mut [WideCodes]) {
+    round::<true>(values, groups, wide);
 }
 
 /// `gate[i] = silu(gate[i]) * up[i]`, for whole vectors: the sums of a panel are 32 columns wide.

@@ -17,7 +17,7 @@ use std::mem::offset_of;
 
 use super::linear_quant_rows;
 use crate::cpu::linear::{
-    CHUNK_GROUPS, CodeMeaning, GroupBytes, Int8Group, PANEL_ROWS, QuantLayout, QuantProduct, UnpackedChunk,
+    CHUNK_GROUPS, CodeMeaning, GroupBytes, Int8Group, PANEL_ROWS, QuantLayout, QuantProduct, UnpackedChunk, WideCodes,
 };
 use crate::quant::QuantType;
 
@@ -57,10 +57,11 @@ pub(crate) fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
 /// All chunks of a panel, for all rows.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn panel<P: Products>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, sums: &mut [f32]) {
-    let &QuantProduct { x, groups_per_row, panel, layout } = product;
+    let &QuantProduct { x, wide, groups_per_row, panel, layout } = product;
     let num_rows = sums.len() / PANEL_ROWS;
     assert_eq!(panel.len(), layout.panel_bytes(groups_per_row * 32), "bytes of a panel");
     assert!(x.len() >= num_rows * groups_per_row, "activations of {num_rows} rows");
+    assert_eq!(wide.len(), x.len(), "groups in both forms");
     if !P::DIRECT {
         layout.begin(unpacked);
     }
@@ -83,6 +84,7 @@ fn panel<P: Products>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, 
             assert!(x.len() >= (tile_rows - 1) * groups_per_row + num_groups, "activations of a tile");
             let tile = Tile {
                 x: x.as_ptr(),
+                wide: wide[row * groups_per_row + first_group..].as_ptr(),
                 groups_per_row,
                 num_groups,
                 chunk: unpacked,
@@ -115,7 +117,7 @@ fn panel<P: Products>(product: &QuantProduct<'_>, unpacked: &mut UnpackedChunk, 
 /// Scales and minimums of group `g`, as [`QuantLayout::unpack`] does; but `d` and `d_min` that a chunk has once go to group
 /// 0 alone.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in crate::cpu) fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &mut UnpackedChunk) {
+fn unpack_scales(layout: &QuantLayout, group: &GroupBytes<'_>, g: usize, out: &mut UnpackedChunk) {
     let halves = |bytes: &[u8], vector: usize| {
         let bytes: &[u8; 2 * LANES] = bytes[2 * LANES * vector..][..2 * LANES].try_into().expect("16 bytes");
         // SAFETY: 16 bytes.
@@ -245,7 +247,7 @@ impl<const DIRECT: bool> Products for Signed<DIRECT> {
         first: usize,
     ) -> [[__m256i; VECTORS]; ROWS] {
         // Each row's place is kept in a register: left to itself, the compiler adds them up from row to row in each step.
-        let rows: [*const Int8Group; ROWS] = std::array::from_fn(|row| black_box(tile.group(row, g)));
+        let rows: [*const WideCodes; ROWS] = std::array::from_fn(|row| black_box(tile.wide(row, g)));
         let mut dots = [[zero(); VECTORS]; ROWS];
         // Steps are unrolled by hand: with one a turn, the loop is bound by its instructions, not by its products.
         let at = (tile, g, first);
@@ -280,7 +282,7 @@ impl<const DIRECT: bool> Signed<DIRECT> {
     #[inline(always)]
     unsafe fn step<const ROWS: usize, const VECTORS: usize, const STEP: usize>(
         (tile, g, first): (&Tile<'_>, usize, usize),
-        rows: &[*const Int8Group; ROWS],
+        rows: &[*const WideCodes; ROWS],
         dots: &mut [[__m256i; VECTORS]; ROWS],
     ) {
         let codes = tile.chunk.signed_codes(g).as_ptr();
@@ -410,8 +412,8 @@ pub(super) unsafe fn codes_of_planes<const STEP: usize>(
     unsafe { _mm256_or_si256(codes, bits_of(planes.wrapping_add(128 * low), high, low)) }
 }
 
-/// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits, those of the step in group
-/// `x`, sums of 32. In assembly because the compiler takes long chains of integer additions apart into trees, for which
+/// Adds `weights[2 i] * x[0] + weights[2 i + 1] * x[1]` to each sum: two numbers of 16 bits, those of the step in a
+/// group `x`, sums of 32. In assembly because the compiler takes long chains of integer additions apart into trees, for which
 /// there are not enough registers.
 ///
 /// # Safety
@@ -421,7 +423,7 @@ pub(super) unsafe fn codes_of_planes<const STEP: usize>(
 unsafe fn add_wide_products<const VECTORS: usize, const STEP: usize>(
     sums: &mut [__m256i; VECTORS],
     weights: &[__m256i; VECTORS],
-    x: *const Int8Group,
+    x: *const WideCodes,
 ) {
     let (sums, rest) = sums.as_chunks_mut::<2>();
     assert!(rest.is_empty(), "an even number of vectors");
@@ -429,15 +431,15 @@ unsafe fn add_wide_products<const VECTORS: usize, const STEP: usize>(
         // SAFETY: reads the four bytes, and the named registers.
         unsafe {
             asm!(
-                "vpbroadcastd {x}, dword ptr [{group} + {place}]",
+                "vpbroadcastd {x}, dword ptr [{codes} + {place}]",
                 "vpmaddwd {products}, {first_weights}, {x}",
                 "vpmaddwd {x}, {second_weights}, {x}",
                 "vpaddd {first}, {first}, {products}",
                 "vpaddd {second}, {second}, {x}",
                 x = out(ymm_reg) _,
                 products = out(ymm_reg) _,
-                group = in(reg) x,
-                place = const offset_of!(Int8Group, wide) + 4 * STEP,
+                codes = in(reg) x,
+                place = const 4 * STEP,
                 first_weights = in(ymm_reg) weights[0],
                 second_weights = in(ymm_reg) weights[1],
                 first = inout(ymm_reg) *first,
@@ -503,6 +505,8 @@ pub(super) unsafe fn broadcast(number: *const i32) -> __m256i {
 struct Tile<'a> {
     /// First group of the first row.
     x: *const Int8Group,
+    /// Its codes in 16 bits.
+    wide: *const WideCodes,
     groups_per_row: usize,
     num_groups: usize,
     chunk: &'a UnpackedChunk,
@@ -529,6 +533,10 @@ impl Tile<'_> {
     #[inline(always)]
     fn group(&self, row: usize, g: usize) -> *const Int8Group {
         self.x.wrapping_add(row * self.groups_per_row + g)
+    }
+    #[inline(always)]
+    fn wide(&self, row: usize, g: usize) -> *const WideCodes {
+        self.wide.wrapping_add(row * self.groups_per_row + g)
     }
     #[inline(always)]
     fn plane(&self, g: usize) -> *const u8 {

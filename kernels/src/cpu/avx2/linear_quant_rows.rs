@@ -62,7 +62,7 @@ impl<const MINIMUM: bool, const LOW: usize, const HIGH: usize, const HALVES: usi
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn panel<F: Codes>(product: &QuantProduct<'_>, sums: &mut [f32]) {
-    let &QuantProduct { x, groups_per_row, panel, layout } = product;
+    let &QuantProduct { x, groups_per_row, panel, layout, .. } = product;
     let num_rows = sums.len() / PANEL_ROWS;
     assert_eq!((layout.header_bytes(), layout.group_bytes()), (F::HEADER_BYTES, F::GROUP_BYTES), "bytes of a format");
     assert_eq!(panel.len(), layout.panel_bytes(groups_per_row * 32), "bytes of a panel");

@@ -20,7 +20,7 @@ use super::LANES;
 use super::linear_quant;
 use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::avx2;
-use crate::cpu::linear::{CodeProducts, LinearKernels, PANEL_ROWS, PanelProduct};
+use crate::cpu::linear::{CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, WideCodes, round};
 
 /// The AVX-512 kernels.
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
@@ -30,6 +30,7 @@ pub(crate) const KERNELS: LinearKernels = LinearKernels {
     bf16_pairs: None,
     quant: avx2::linear_quant::panel_quant,
     code_products: CodeProducts::Narrow,
+    round_int8: round_int8::<true>,
     swiglu,
     gelu_erf: gelu_erf_all,
     gelu_tanh: gelu_tanh_all,
@@ -40,6 +41,7 @@ pub(crate) const BF16_KERNELS: LinearKernels = LinearKernels {
     bf16_pairs: Some(panel::<Bf16Pairs>),
     quant: linear_quant::panel_quant,
     code_products: CodeProducts::Wide,
+    round_int8: round_int8::<false>,
     ..KERNELS
 };
 
@@ -379,6 +381,12 @@ impl<P: Product> Tile<P> {
             }
         }
     }
+}
+
+/// Activations to 8 bits.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn round_int8<const WIDE: bool>(values: &[f32], groups: &mut [Int8Group], wide: &mut [WideCodes]) {
+    round::<WIDE>(values, groups, wide);
 }
 
 /// `gate[i] = silu(gate[i]) * up[i]`, for whole vectors: the sums of a panel are 32 columns wide.

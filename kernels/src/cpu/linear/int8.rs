@@ -16,15 +16,18 @@ const ROUND: f32 = 12_582_912.0;
 pub(crate) struct Int8Rows {
     groups_per_row: usize,
     groups: Vec<Int8Group>,
+    /// The same codes for products of 16 bits, where there are such. They lie apart: without them a group is so small that
+    /// those of a block stay in the L1 cache.
+    wide: Vec<WideCodes>,
 }
+
+/// Codes of a group in 16 bits.
+pub(crate) type WideCodes = [i16; GROUP_COLUMNS];
 
 /// 32 columns of a row.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(8))]
 pub(crate) struct Int8Group {
-    /// The codes, for products of 16 bits.
-    pub(crate) wide: [i16; GROUP_COLUMNS],
-    /// The codes, for products of bytes.
     pub(crate) codes: [i8; GROUP_COLUMNS],
     /// Sums of the codes of the first and of the second half.
     pub(crate) sums: [i16; 2],
@@ -32,31 +35,53 @@ pub(crate) struct Int8Group {
     pub(crate) scale: f32,
 }
 
-impl Int8Group {
-    /// Up to 32 numbers; the rest is zero.
-    fn new(values: &[f32]) -> Int8Group {
+/// `groups[i]`, and their codes in 16 bits, of `values[32 i..]`: as many as there are, the rest of the last group zero.
+///
+/// # Safety
+/// The CPU has the instruction set of the table that holds the function.
+pub(crate) type RoundKernel = unsafe fn(values: &[f32], groups: &mut [Int8Group], wide: &mut [WideCodes]);
+
+/// The [`RoundKernel`] of any instruction set: it becomes vector code of the function that it ends up in. Products of bytes
+/// need no codes in 16 bits.
+#[inline(always)]
+pub(crate) fn round<const WIDE: bool>(values: &[f32], groups: &mut [Int8Group], wide: &mut [WideCodes]) {
+    let (whole, rest) = values.as_chunks::<GROUP_COLUMNS>();
+    assert!(groups.len() == values.len().div_ceil(GROUP_COLUMNS) && wide.len() == groups.len(), "groups of the values");
+    for ((group, wide), values) in groups.iter_mut().zip(wide.iter_mut()).zip(whole) {
+        group.round::<WIDE>(values, wide);
+    }
+    if !rest.is_empty() {
         let mut padded = [0.0; GROUP_COLUMNS];
-        padded[..values.len()].copy_from_slice(values);
+        padded[..rest.len()].copy_from_slice(rest);
+        groups[whole.len()].round::<WIDE>(&padded, &mut wide[whole.len()]);
+    }
+}
+
+impl Int8Group {
+    #[inline(always)]
+    fn round<const WIDE: bool>(&mut self, values: &[f32; GROUP_COLUMNS], wide: &mut WideCodes) {
         // Compared as integers, magnitudes have the order of numbers, infinity and NaN above all.
-        let peak_bits = padded.iter().fold(0, |peak, value| (value.to_bits() & 0x7fff_ffff).max(peak));
+        let peak_bits = values.iter().fold(0, |peak, value| (value.to_bits() & 0x7fff_ffff).max(peak));
         let peak = f32::from_bits(peak_bits);
-        if !peak.is_finite() {
-            return Int8Group { scale: f32::NAN, ..Int8Group::default() };
-        }
-        if peak < MIN_PEAK {
-            return Int8Group::default();
+        if !peak.is_finite() || peak < MIN_PEAK {
+            let scale = if peak.is_finite() { 0.0 } else { f32::NAN };
+            (*self, *wide) = (Int8Group { scale, ..Int8Group::default() }, [0; GROUP_COLUMNS]);
+            return;
         }
         let inverse = MAX_CODE / peak;
-        let mut group = Int8Group { scale: peak / MAX_CODE, ..Int8Group::default() };
-        for (wide, value) in group.wide.iter_mut().zip(padded) {
-            *wide = (value * inverse + ROUND).to_bits() as i16;
+        let mut rounded: WideCodes = [0; GROUP_COLUMNS];
+        for (rounded, value) in rounded.iter_mut().zip(values) {
+            *rounded = (value * inverse + ROUND).to_bits() as i16;
         }
-        for (code, &wide) in group.codes.iter_mut().zip(&group.wide) {
-            *code = wide as i8;
+        let (first, second) = rounded.split_at(GROUP_COLUMNS / 2);
+        self.sums = [first.iter().sum(), second.iter().sum()];
+        self.scale = peak / MAX_CODE;
+        for (code, &rounded) in self.codes.iter_mut().zip(&rounded) {
+            *code = rounded as i8;
         }
-        let (first, second) = group.wide.split_at(GROUP_COLUMNS / 2);
-        group.sums = [first.iter().sum(), second.iter().sum()];
-        group
+        if WIDE {
+            *wide = rounded;
+        }
     }
 }
 
@@ -64,9 +89,13 @@ impl Int8Rows {
     pub(super) fn resize(&mut self, rows: usize, width: usize) {
         self.groups_per_row = width.div_ceil(GROUP_COLUMNS);
         self.groups.resize(rows * self.groups_per_row, Int8Group::default());
+        self.wide.resize(self.groups.len(), [0; GROUP_COLUMNS]);
     }
-    pub(super) fn writer(&mut self) -> Int8Writer<'_> {
-        Int8Writer { groups_per_row: self.groups_per_row, groups: DisjointMut::new(&mut self.groups) }
+    /// # Safety
+    /// The CPU has the instruction set of `round`.
+    pub(super) unsafe fn writer(&mut self, round: RoundKernel) -> Int8Writer<'_> {
+        let (groups, wide) = (DisjointMut::new(&mut self.groups), DisjointMut::new(&mut self.wide));
+        Int8Writer { groups_per_row: self.groups_per_row, groups, wide, round }
     }
     /// Groups from one row to the next.
     pub(crate) fn groups_per_row(&self) -> usize {
@@ -76,6 +105,10 @@ impl Int8Rows {
     pub(crate) fn groups_from(&self, row: usize) -> &[Int8Group] {
         &self.groups[row * self.groups_per_row..]
     }
+    /// Their codes in 16 bits.
+    pub(crate) fn wide_from(&self, row: usize) -> &[WideCodes] {
+        &self.wide[row * self.groups_per_row..]
+    }
     pub(super) fn row_into(&self, row: usize, out: &mut [f32]) {
         for (out, group) in out.chunks_mut(GROUP_COLUMNS).zip(self.groups_from(row)) {
             out.iter_mut().zip(group.codes).for_each(|(out, code)| *out = group.scale * f32::from(code));
@@ -83,6 +116,7 @@ impl Int8Rows {
     }
     pub(super) fn copy_rows_from(&mut self, x: &Int8Rows, first_row: usize, rows: usize) {
         self.groups.copy_from_slice(&x.groups_from(first_row)[..rows * self.groups_per_row]);
+        self.wide.copy_from_slice(&x.wide_from(first_row)[..rows * self.groups_per_row]);
     }
 }
 
@@ -90,6 +124,8 @@ impl Int8Rows {
 pub(super) struct Int8Writer<'a> {
     groups_per_row: usize,
     groups: DisjointMut<'a, Int8Group>,
+    wide: DisjointMut<'a, WideCodes>,
+    round: RoundKernel,
 }
 
 impl Int8Writer<'_> {
@@ -101,11 +137,8 @@ impl Int8Writer<'_> {
         assert!(is_whole, "{} values at {column} are not whole groups of {GROUP_COLUMNS}", values.len());
         let first = row * self.groups_per_row + column / GROUP_COLUMNS;
         let range = first..first + values.len().div_ceil(GROUP_COLUMNS);
-        // SAFETY: `range_mut` checks the end; the caller vouches for no overlap.
-        let groups = unsafe { self.groups.range_mut(range) };
-        for (group, values) in groups.iter_mut().zip(values.chunks(GROUP_COLUMNS)) {
-            *group = Int8Group::new(values);
-        }
+        // SAFETY: `range_mut` checks the end; the caller vouches for no overlap, and who made the writer for the instructions.
+        unsafe { (self.round)(values, self.groups.range_mut(range.clone()), self.wide.range_mut(range)) };
     }
 }
 
@@ -113,19 +146,25 @@ impl Int8Writer<'_> {
 mod tests {
     use super::*;
 
+    fn rounded(values: &[f32]) -> (Int8Group, WideCodes) {
+        let (mut group, mut wide) = (Int8Group::default(), [0; GROUP_COLUMNS]);
+        round::<true>(values, std::slice::from_mut(&mut group), std::slice::from_mut(&mut wide));
+        (group, wide)
+    }
+
     /// Codes are the nearest, ties to even, the largest magnitude is 127, sums are exact.
     #[test]
     fn numbers_become_nearest_codes() {
         let values: [f32; 32] = std::array::from_fn(|i| if i == 7 { -127.0 } else { i as f32 * 1.5 - 20.0 });
-        let group = Int8Group::new(&values);
+        let (group, wide) = rounded(&values);
         assert_eq!(group.scale, 1.0);
         for (i, &value) in values.iter().enumerate() {
             assert_eq!(f32::from(group.codes[i]), value.round_ties_even(), "{value}");
-            assert_eq!(i16::from(group.codes[i]), group.wide[i]);
+            assert_eq!(i16::from(group.codes[i]), wide[i]);
         }
-        let sums = [0, 16].map(|start| group.wide[start..start + 16].iter().sum());
+        let sums = [0, 16].map(|start| wide[start..start + 16].iter().sum());
         assert_eq!(group.sums, sums);
-        let short = Int8Group::new(&[0.5, -2.0]);
+        let (short, _) = rounded(&[0.5, -2.0]);
         assert_eq!((short.codes[0], short.codes[1], short.codes[2], short.scale), (32, -127, 0, 2.0 / 127.0));
     }
 
@@ -133,10 +172,10 @@ mod tests {
     #[test]
     fn what_is_not_finite_shows() {
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            assert!(Int8Group::new(&[1.0, value]).scale.is_nan());
+            assert!(rounded(&[1.0, value]).0.scale.is_nan());
         }
         for value in [0.0, -0.0, f32::MIN_POSITIVE, 1e-44, 1e-35, 2e-35, 1.0, 3e38, -3e38] {
-            let group = Int8Group::new(&[value, 0.0]);
+            let (group, _) = rounded(&[value, 0.0]);
             assert!(group.scale.is_finite() && group.codes[1] == 0, "{value:e}");
             let error = (group.scale * f32::from(group.codes[0]) - value).abs();
             assert!(error <= value.abs() * 1e-6 || value.abs() < MIN_PEAK, "{value:e}: {error:e}");

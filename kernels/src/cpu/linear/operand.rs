@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::super::dispatch::Cpu;
 use super::super::pool::DisjointMut;
-use super::int8::{Int8Rows, Int8Writer};
+use super::int8::{self, Int8Rows, Int8Writer, RoundKernel};
 use super::packed::WeightFormat;
 use crate::dtype::encode_bf16;
 
@@ -94,7 +94,8 @@ impl Operand {
     pub fn store_rows(&mut self, values: &[f32]) {
         assert_eq!(values.len(), self.rows * self.width, "elements of [{}, {}]", self.rows, self.width);
         let width = self.width.max(1);
-        let writer = self.writer();
+        // SAFETY: it needs no instruction set.
+        let writer = unsafe { self.writer_with(int8::round::<true>) };
         for (row, values) in values.chunks_exact(width).enumerate() {
             // SAFETY: one thread, one row after the other.
             unsafe { writer.store(row, 0, values) };
@@ -134,14 +135,22 @@ impl Operand {
         self.format
     }
     /// Writes rows from several threads, each its own elements.
-    pub fn writer(&mut self) -> OperandWriter<'_> {
+    pub fn writer(&mut self, cpu: &Cpu) -> OperandWriter<'_> {
+        // SAFETY: `Cpu` has the instruction set of its kernels.
+        unsafe { self.writer_with(cpu.kernels().linear.round_int8) }
+    }
+    /// # Safety
+    /// The CPU has the instruction set of `round`.
+    unsafe fn writer_with(&mut self, round: RoundKernel) -> OperandWriter<'_> {
         let (width, stride) = (self.width, self.stride);
         let plain = match &mut self.plain {
             PlainRows::None => PlainWriter::None,
             PlainRows::F32(data) => PlainWriter::F32(DisjointMut::new(data)),
             PlainRows::Bf16(data) => PlainWriter::Bf16(DisjointMut::new(data)),
         };
-        OperandWriter { width, stride, plain, int8: self.int8.as_mut().map(Int8Rows::writer) }
+        // SAFETY: promised by the caller.
+        let int8 = self.int8.as_mut().map(|int8| unsafe { int8.writer(round) });
+        OperandWriter { width, stride, plain, int8 }
     }
     /// One row as f32.
     pub fn row_into(&self, row: usize, out: &mut [f32]) {

@@ -230,7 +230,7 @@ unsafe fn add_matrix(sums: &mut int32x4_t, codes: int8x16_t, x: int8x16_t) {
 /// # Safety
 /// The CPU has the products.
 pub(crate) unsafe fn panel_quant<P: Products>(product: &QuantProduct<'_>, sums: &mut [f32]) {
-    let &QuantProduct { x, groups_per_row, panel, layout } = product;
+    let &QuantProduct { x, groups_per_row, panel, layout, .. } = product;
     let num_rows = sums.len() / PANEL_ROWS;
     assert_eq!(panel.len(), layout.panel_bytes(groups_per_row * 32), "bytes of a panel");
     assert!(x.len() >= num_rows * groups_per_row, "activations of {num_rows} rows");

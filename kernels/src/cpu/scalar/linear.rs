@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::linear::{
     CHUNK_GROUPS, CodeMeaning, CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, QuantProduct,
-    UnpackedChunk,
+    UnpackedChunk, round,
 };
 
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
@@ -15,6 +15,7 @@ pub(crate) const KERNELS: LinearKernels = LinearKernels {
     bf16_pairs: None,
     quant: panel_quant,
     code_products: CodeProducts::Narrow,
+    round_int8: round::<true>,
     swiglu,
     gelu_erf: |x| x.iter_mut().for_each(|x| *x = gelu_erf(*x)),
     gelu_tanh: |x| x.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
@@ -54,7 +55,7 @@ fn swiglu(gate: &mut [f32], up: &[f32]) {
 }
 
 fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
-    let &QuantProduct { x, groups_per_row, panel, layout } = product;
+    let &QuantProduct { x, groups_per_row, panel, layout, .. } = product;
     let mut chunk = UnpackedChunk::zeroed();
     layout.begin(&mut chunk);
     sums.fill(0.0);
@@ -84,7 +85,7 @@ fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
 fn integer_dots(meaning: CodeMeaning, chunk: &UnpackedChunk, g: usize, x: &Int8Group) -> [i32; PANEL_ROWS] {
     let mut dots = [0; PANEL_ROWS];
     if meaning == CodeMeaning::Signed {
-        for (codes, x) in chunk.signed_codes(g).chunks_exact(2 * PANEL_ROWS).zip(x.wide.as_chunks::<2>().0) {
+        for (codes, x) in chunk.signed_codes(g).chunks_exact(2 * PANEL_ROWS).zip(x.codes.as_chunks::<2>().0) {
             for (dot, codes) in dots.iter_mut().zip(codes.as_chunks::<2>().0) {
                 *dot += i32::from(codes[0]) * i32::from(x[0]) + i32::from(codes[1]) * i32::from(x[1]);
             }
