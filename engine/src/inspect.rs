@@ -85,7 +85,8 @@ pub fn inspect(options: &EngineOptions) -> Result<Inspection> {
 #[doc(hidden)]
 pub fn inspect_among(options: &EngineOptions, devices: &dyn CudaDevices) -> Result<Inspection> {
     options.validate()?;
-    let files = ModelFiles::open(options)?;
+    let (files, text) = ModelFiles::open(options)?;
+    let tokenizer = text.finish()?.tokenizer;
     let (place, (levels, planned, limit_bytes)) = device::place(options.device, devices, |target| {
         let limit_bytes = memory_limit_bytes(options, target)?;
         let (levels, planned) = (weight_levels(options, &files, target)?, plan_memory(options, &files, target));
@@ -138,8 +139,8 @@ pub fn inspect_among(options: &EngineOptions, devices: &dyn CudaDevices) -> Resu
         num_parameters: tensors.iter().map(|tensor| tensor.shape.iter().map(|&n| n as u64).product::<u64>()).sum(),
         tensors,
         checkpoint_bytes: files.weights.total_bytes(),
-        tokenizer_vocab_size: files.tokenizer.vocab_size(),
-        special_tokens: files.tokenizer.special_tokens().map(|(_, text)| text.to_string()).collect(),
+        tokenizer_vocab_size: tokenizer.vocab_size(),
+        special_tokens: tokenizer.special_tokens().map(|(_, text)| text.to_string()).collect(),
         chat_template: files.tokenizer_config.chat_template.clone(),
         eos_token_ids: files.eos_token_ids.clone(),
         device_name: place.target.name(),

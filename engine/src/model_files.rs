@@ -1,6 +1,9 @@
-//! The files of a model, read as far as it can be without its weights: everything is checked that can be.
+//! The files of a model, read as far as it can be without its weights: everything is checked that can be. A vocabulary of
+//! 150,000 tokens takes the `tokenizers` crate half a second of one thread, so it is built on its own while others load.
 
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::thread::{self, JoinHandle};
 
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::config::{EngineOptions, MAX_DECODER_EMBEDDING_TOKENS};
@@ -16,35 +19,69 @@ pub(crate) struct ModelFiles {
     pub(crate) generation: GenerationConfig,
     pub(crate) sentence: SentenceConfig,
     pub(crate) tokenizer_config: TokenizerConfig,
-    pub(crate) tokenizer: Tokenizer,
-    pub(crate) chat_template: Option<ChatTemplate>,
     pub(crate) eos_token_ids: Vec<u32>,
     /// Hash of the tokenizer and the chat template.
     pub(crate) text_fingerprint: [u8; 32],
     pub(crate) weights: Weights,
 }
 
+/// What makes tokens of text and text of tokens.
+pub(crate) struct ModelText {
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) chat_template: Option<ChatTemplate>,
+}
+
+/// A [`ModelText`] that a thread is building. Dropped, it waits for the thread.
+pub(crate) struct PendingText(Option<JoinHandle<Result<ModelText>>>);
+
+impl PendingText {
+    fn start(tokenizer_json: Vec<u8>, config: TokenizerConfig) -> Result<PendingText> {
+        let build = move || {
+            let tokenizer = Tokenizer::from_json(&tokenizer_json, &config)?;
+            let chat_template = chat_template(&config, &tokenizer)?;
+            Ok(ModelText { tokenizer, chat_template })
+        };
+        let thread = thread::Builder::new().name("ns-llm-tokenizer".to_string()).spawn(build);
+        let thread = thread.map_err(|e| Error::Internal { reason: format!("no thread for the tokenizer: {e}") })?;
+        Ok(PendingText(Some(thread)))
+    }
+
+    /// Waits for it. Fails where the files are not what a tokenizer or a template can be made of.
+    pub(crate) fn finish(mut self) -> Result<ModelText> {
+        let thread = self.0.take().expect("taken once, here");
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+}
+
+impl Drop for PendingText {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            // Whoever drops it has an error of its own to tell.
+            let _ = thread.join();
+        }
+    }
+}
+
 impl ModelFiles {
-    /// Reads and checks them.
-    pub(crate) fn open(options: &EngineOptions) -> Result<ModelFiles> {
+    /// Reads and checks them, and begins to build what is not needed for loading the weights.
+    pub(crate) fn open(options: &EngineOptions) -> Result<(ModelFiles, PendingText)> {
         let source = ModelSource::open(&options.model)?;
         let config = ModelConfig::from_json(&source.config()?)?;
         let generation = source.generation_config()?;
         let sentence = sentence_config(&source, &config)?;
         let tokenizer_config = tokenizer_config(&source)?;
         let tokenizer_json = source.tokenizer_json()?;
-        let tokenizer = Tokenizer::from_json(&tokenizer_json, &tokenizer_config)?;
-        Ok(ModelFiles {
+        let files = ModelFiles {
             text_fingerprint: text_fingerprint(&tokenizer_json, &tokenizer_config),
-            chat_template: chat_template(&tokenizer_config, &tokenizer)?,
-            tokenizer,
             eos_token_ids: eos_token_ids(&generation, &config)?,
             weights: source.weights()?,
             config,
             generation,
             sentence,
             tokenizer_config,
-        })
+        };
+        let text = PendingText::start(tokenizer_json, files.tokenizer_config.clone())?;
+        Ok((files, text))
     }
 
     /// Longest input that is turned into a vector by an engine of such a context, tokens. A decoder has others to serve

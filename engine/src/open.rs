@@ -26,7 +26,7 @@ use crate::loader::{GenerationConfig, PoolingMode, SentenceConfig};
 use crate::memory_plan::{MemoryPlan, StoredBlocks};
 use crate::model;
 use crate::model::config::ModelConfig;
-use crate::model_files::{ModelFiles, model_name};
+use crate::model_files::{ModelFiles, ModelText, PendingText, model_name};
 use crate::request::SamplingDefaults;
 use crate::response_tiers::AnswerStore;
 use crate::scheduler::{Scheduler, SchedulerConfig};
@@ -63,7 +63,7 @@ pub fn load(options: EngineOptions) -> Result<Loaded> {
 /// Loads a model as [`load`] does, with these CUDA devices in the place of the machine's.
 pub fn load_among(options: EngineOptions, devices: &dyn CudaDevices) -> Result<Loaded> {
     let start = Instant::now();
-    let files = ModelFiles::open(&options)?;
+    let (files, text) = ModelFiles::open(&options)?;
     let (place, level) = device::place(options.device, devices, |target| {
         let level = plan_memory(&options, &files, target)?;
         level.plan.check(memory_limit_bytes(&options, target)?)?;
@@ -77,7 +77,7 @@ pub fn load_among(options: EngineOptions, devices: &dyn CudaDevices) -> Result<L
             let (isa, weights_bytes) = (backend.isa_name(), CpuBackend::weights_bytes);
             let numerics = format!("cpu {isa} v{}", cpu::NUMERICS_VERSION);
             let compute = Compute { backend, weights_bytes, isa, threads, numerics };
-            load_on(options, files, level, &place, compute, start)
+            load_on(options, (files, text), level, &place, compute, start)
         }
         Target::Cuda(cuda) => {
             let backend = CudaBackend::new(cuda.driver.clone(), cuda.name(), level.wanted);
@@ -86,7 +86,7 @@ pub fn load_among(options: EngineOptions, devices: &dyn CudaDevices) -> Result<L
             let numerics = format!("cuda {architecture} v{}", cuda::NUMERICS_VERSION);
             let isa = if backend.has_warpgroups() { "sm_90a" } else { architecture };
             let compute = Compute { backend, weights_bytes, isa, threads: 0, numerics };
-            load_on(options, files, level, &place, compute, start)
+            load_on(options, (files, text), level, &place, compute, start)
         }
     }
 }
@@ -112,7 +112,7 @@ struct Compute<B> {
 
 fn load_on<B: Backend>(
     mut options: EngineOptions,
-    files: ModelFiles,
+    (files, text): (ModelFiles, PendingText),
     level: WeightLevel,
     place: &Place,
     compute: Compute<B>,
@@ -130,11 +130,12 @@ fn load_on<B: Backend>(
     let answer_stores = std::mem::take(&mut stores.answers);
     let kv_disk_refusal = stores.disk_refusal().map(str::to_string);
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
-    let ModelFiles { config, generation, sentence, tokenizer, chat_template, eos_token_ids, weights, .. } = files;
+    let ModelFiles { config, generation, sentence, eos_token_ids, weights, .. } = files;
     let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut *on_progress)?;
     debug_assert_eq!(plan.weights_bytes, weights_bytes(&backend), "the plan of {}", options.model.display());
     plan.weights_bytes = weights_bytes(&backend);
     let kv = backend.allocate_kv(layout)?;
+    let ModelText { tokenizer, chat_template } = text.finish()?;
     let text = Arc::new(TextModel {
         tokenizer,
         chat_template,

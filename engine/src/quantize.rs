@@ -28,6 +28,7 @@ use crate::loader::{ModelSource, StoredDtype, Weights};
 use crate::model::config::{Architecture, ModelConfig};
 use crate::model_files::{ModelFiles, model_name};
 use crate::tensor::Encoding;
+use crate::tokenizer::Tokenizer;
 use crate::weight_levels::measure_weights;
 
 /// What to make of what, and where.
@@ -81,11 +82,12 @@ pub struct Quantized {
 pub fn quantize(mut options: QuantizeOptions) -> Result<Quantized> {
     let threads = options.threads.unwrap_or_else(|| host::usable_cores().clamp(1, MAX_THREADS));
     in_range("threads", threads, 1, MAX_THREADS)?;
-    let files = ModelFiles::open(&EngineOptions::new(&options.model))?;
+    let (files, text) = ModelFiles::open(&EngineOptions::new(&options.model))?;
+    let tokenizer = text.finish()?.tokenizer;
     // Finds what is missing or of another shape before anything is written.
     measure_weights(WeightFormat::Auto, &files.weights, &files.config)?;
     let source = ModelSource::open(&options.model)?;
-    let metadata = file_metadata(&source, &files, &options)?;
+    let metadata = file_metadata(&source, &files, &tokenizer, &options)?;
     let is_folder = matches!(source, ModelSource::Folder(_));
     let ModelFiles { config, mut weights, .. } = files;
     let tensors = planned_tensors(&weights, &config, is_folder, &options)?;
@@ -147,7 +149,12 @@ impl Progress {
 }
 
 /// The keys of the file.
-fn file_metadata(source: &ModelSource, files: &ModelFiles, options: &QuantizeOptions) -> Result<GgufMetadata> {
+fn file_metadata(
+    source: &ModelSource,
+    files: &ModelFiles,
+    tokenizer: &Tokenizer,
+    options: &QuantizeOptions,
+) -> Result<GgufMetadata> {
     let mut metadata = match source {
         ModelSource::Gguf(model) => {
             let mut metadata = model.metadata().clone();
@@ -156,7 +163,7 @@ fn file_metadata(source: &ModelSource, files: &ModelFiles, options: &QuantizeOpt
             metadata.retain(|key| !is_of_files(key) && key != "general.alignment");
             metadata
         }
-        ModelSource::Folder(_) => metadata::of_folder(source, files, &model_name(&options.model))?,
+        ModelSource::Folder(_) => metadata::of_folder(source, files, tokenizer, &model_name(&options.model))?,
     };
     metadata.set("general.file_type", options.file_type.id());
     metadata.set("general.quantization_version", QUANTIZATION_VERSION);

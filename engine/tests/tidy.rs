@@ -29,7 +29,7 @@ const ENGINE_IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("inspect", &["backend", "device", "loader", "memory_plan", "model_files", "weight_levels"]),
-    ("quantize", &["inspect", "loader", "model", "model_files", "tensor", "weight_levels"]),
+    ("quantize", &["inspect", "loader", "model", "model_files", "tensor", "tokenizer", "weight_levels"]),
     (
         "open",
         &[

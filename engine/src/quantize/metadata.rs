@@ -5,17 +5,23 @@ use crate::loader::gguf::{GgufMetadata, Stretching, set_vocabulary};
 use crate::loader::{JsonFile, ModelSource, PoolingMode};
 use crate::model::config::{Architecture, ModelConfig, RopeScaling};
 use crate::model_files::ModelFiles;
+use crate::tokenizer::Tokenizer;
 
 /// Keys of hyperparameters and vocabulary.
-pub(super) fn of_folder(source: &ModelSource, files: &ModelFiles, name: &str) -> Result<GgufMetadata> {
+pub(super) fn of_folder(
+    source: &ModelSource,
+    files: &ModelFiles,
+    tokenizer: &Tokenizer,
+    name: &str,
+) -> Result<GgufMetadata> {
     let mut metadata = GgufMetadata::default();
     metadata.set("general.name", name);
     set_hyperparameters(&mut metadata, &files.config)?;
     set_pooling(&mut metadata, files);
     set_vocabulary(&mut metadata, &source.tokenizer_json()?, files.config.vocab_size)?;
     match files.config.architecture {
-        Architecture::Bert => set_encoder_roles(&mut metadata, files)?,
-        _ => set_roles(&mut metadata, source, files)?,
+        Architecture::Bert => set_encoder_roles(&mut metadata, files, tokenizer)?,
+        _ => set_roles(&mut metadata, source, files, tokenizer)?,
     }
     if let Some(template) = &files.tokenizer_config.chat_template {
         metadata.set("tokenizer.chat_template", template.as_str());
@@ -112,13 +118,13 @@ fn set_pooling(metadata: &mut GgufMetadata, files: &ModelFiles) {
 }
 
 /// The special tokens of an encoder, which are what it puts around every text.
-fn set_encoder_roles(metadata: &mut GgufMetadata, files: &ModelFiles) -> Result<()> {
+fn set_encoder_roles(metadata: &mut GgufMetadata, files: &ModelFiles, tokenizer: &Tokenizer) -> Result<()> {
     let role = |name: &str, default: &str| {
         let text = files.tokenizer_config.special_tokens.get(name).map_or(default, String::as_str);
-        files.tokenizer.token_id(text)
+        tokenizer.token_id(text)
     };
     let (cls, sep) = (role("cls_token", "[CLS]"), role("sep_token", "[SEP]"));
-    let (bare, framed) = (files.tokenizer.encode("a", false)?, files.tokenizer.encode("a", true)?);
+    let (bare, framed) = (tokenizer.encode("a", false)?, tokenizer.encode("a", true)?);
     let is_framed = cls.into_iter().chain(bare).chain(sep).eq(framed);
     if cls.is_none() || sep.is_none() || !is_framed {
         return Err(Error::Config {
@@ -154,10 +160,15 @@ fn sliding_window(config: &ModelConfig) -> Result<Option<usize>> {
 }
 
 /// Which tokens begin, end and fill up.
-fn set_roles(metadata: &mut GgufMetadata, source: &ModelSource, files: &ModelFiles) -> Result<()> {
+fn set_roles(
+    metadata: &mut GgufMetadata,
+    source: &ModelSource,
+    files: &ModelFiles,
+    tokenizer: &Tokenizer,
+) -> Result<()> {
     let config = source.config()?;
     let role = |name: &str| {
-        let by_text = files.tokenizer_config.special_tokens.get(name).and_then(|text| files.tokenizer.token_id(text));
+        let by_text = files.tokenizer_config.special_tokens.get(name).and_then(|text| tokenizer.token_id(text));
         by_text.map_or_else(|| token_id(&config, &format!("{name}_id"), files.config.vocab_size), |id| Ok(Some(id)))
     };
     let bos = role("bos_token")?;
@@ -176,7 +187,7 @@ fn set_roles(metadata: &mut GgufMetadata, source: &ModelSource, files: &ModelFil
         metadata.set(key, token_id);
     }
     // What the tokenizer puts around a prompt.
-    let (bare, framed) = (files.tokenizer.encode("a", false)?, files.tokenizer.encode("a", true)?);
+    let (bare, framed) = (tokenizer.encode("a", false)?, tokenizer.encode("a", true)?);
     let refuse = || Error::Config {
         file: "tokenizer.json",
         field: "post_processor".to_string(),
