@@ -24,12 +24,12 @@ pub use packed::{MatrixSource, PANEL_ROWS, PackedLinear, WeightFormat};
 use super::dispatch::Cpu;
 use super::pool::DisjointMut;
 use crate::error::{Error, Result};
-pub(crate) use int8::{Int8Group, Int8Rows, RoundKernel, WideCodes, round};
+pub(crate) use int8::{Int8Group, Int8Rows, RoundKernel, WideCodes, round_groups};
 use operand::PlainRows;
 use packed::{Arrangement, PanelFormat};
 use plain_panel::PlainFormat;
 pub(crate) use quant_panel::{
-    CHUNK_GROUPS, CodeMeaning, CodeProducts, GROUP_CODES, GroupBytes, QuantLayout, UnpackedChunk,
+    CHUNK_GROUPS, CodeMeaning, CodeProducts, Codes, GROUP_CODES, GroupBytes, PanelCodes, QuantLayout, UnpackedChunk,
 };
 
 /// Activation rows of one work item at most. More would not fit the L2 cache beside the weights ([`BLOCK_COLUMNS`]).

@@ -17,7 +17,7 @@ use std::arch::x86_64::*;
 
 use super::linear_quant::panel_quant;
 use super::math::{gelu_erf, gelu_tanh, silu};
-use crate::cpu::linear::{CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, WideCodes, round};
+use crate::cpu::linear::{CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, WideCodes, round_groups};
 
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
     f32: panel::<F32>,
@@ -320,7 +320,7 @@ impl<W: Copy> Tile<W> {
 /// Activations to 8 bits.
 #[target_feature(enable = "avx2,fma")]
 fn round_int8(values: &[f32], groups: &mut [Int8Group], wide: &mut [WideCodes]) {
-    round::<true>(values, groups, wide);
+    round_groups::<true>(values, groups, wide);
 }
 
 /// `gate[i] = silu(gate[i]) * up[i]`, for whole vectors: the sums of a panel are 32 columns wide.

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::linear_quant::{LANES, Prefetch, broadcast, codes_of_planes, sum_depth, zero};
-use crate::cpu::linear::{CHUNK_GROUPS, CodeMeaning, Int8Group, PANEL_ROWS, QuantProduct};
+use crate::cpu::linear::{CHUNK_GROUPS, CodeMeaning, Codes, Int8Group, PANEL_ROWS, PanelCodes, QuantProduct};
 
 /// Rows that the products here are for, at most.
 pub(super) const MAX_ROWS: usize = 6;
@@ -20,51 +20,23 @@ pub(super) fn panel_rows(product: &QuantProduct<'_>, sums: &mut [f32]) {
     let layout = product.layout;
     match (layout.meaning, layout.low_bits, layout.high_bits, layout.halves) {
         (CodeMeaning::Signed, ..) => panic!("codes with sign have products of their own"),
-        (CodeMeaning::Offset(_), 4, 0, _) => panel::<Format<false, 4, 0, 0>>(product, sums),
-        (CodeMeaning::Offset(_), 4, 1, _) => panel::<Format<false, 4, 1, 0>>(product, sums),
-        (CodeMeaning::Offset(_), 4, ..) => panel::<Format<false, 4, 2, 2>>(product, sums),
-        (CodeMeaning::Offset(_), ..) => panel::<Format<false, 2, 1, 2>>(product, sums),
-        (CodeMeaning::Minimum, 4, 0, 0) => panel::<Format<true, 4, 0, 0>>(product, sums),
-        (CodeMeaning::Minimum, 4, 0, _) => panel::<Format<true, 4, 0, 1>>(product, sums),
-        (CodeMeaning::Minimum, 4, _, 0) => panel::<Format<true, 4, 1, 0>>(product, sums),
-        (CodeMeaning::Minimum, 4, ..) => panel::<Format<true, 4, 1, 1>>(product, sums),
-        (CodeMeaning::Minimum, ..) => panel::<Format<true, 2, 0, 2>>(product, sums),
+        (CodeMeaning::Offset(_), 4, 0, _) => panel::<Codes<false, 4, 0, 0>>(product, sums),
+        (CodeMeaning::Offset(_), 4, 1, _) => panel::<Codes<false, 4, 1, 0>>(product, sums),
+        (CodeMeaning::Offset(_), 4, ..) => panel::<Codes<false, 4, 2, 2>>(product, sums),
+        (CodeMeaning::Offset(_), ..) => panel::<Codes<false, 2, 1, 2>>(product, sums),
+        (CodeMeaning::Minimum, 4, 0, 0) => panel::<Codes<true, 4, 0, 0>>(product, sums),
+        (CodeMeaning::Minimum, 4, 0, _) => panel::<Codes<true, 4, 0, 1>>(product, sums),
+        (CodeMeaning::Minimum, 4, _, 0) => panel::<Codes<true, 4, 1, 0>>(product, sums),
+        (CodeMeaning::Minimum, 4, ..) => panel::<Codes<true, 4, 1, 1>>(product, sums),
+        (CodeMeaning::Minimum, ..) => panel::<Codes<true, 2, 0, 2>>(product, sums),
     }
 }
 
-/// What the compiler knows of a format: as in [`QuantLayout`](crate::cpu::linear::QuantLayout).
-struct Format<const MINIMUM: bool, const LOW: usize, const HIGH: usize, const HALVES: usize>;
-
-trait Codes {
-    const MINIMUM: bool;
-    const LOW: usize;
-    const HIGH: usize;
-    const HALVES: usize;
-    const PLANE_BYTES: usize = 128 * (Self::LOW + Self::HIGH);
-    /// Bytes of `d` and `d_min` of all rows.
-    const SCALE_BYTES: usize = 2 * PANEL_ROWS * (1 + Self::MINIMUM as usize);
-    const HEADER_BYTES: usize = if Self::HALVES == 0 { 0 } else { Self::SCALE_BYTES };
-    const GROUP_BYTES: usize = Self::PLANE_BYTES
-        + match Self::HALVES {
-            0 => Self::SCALE_BYTES,
-            halves => halves * PANEL_ROWS * (1 + Self::MINIMUM as usize),
-        };
-}
-
-impl<const MINIMUM: bool, const LOW: usize, const HIGH: usize, const HALVES: usize> Codes
-    for Format<MINIMUM, LOW, HIGH, HALVES>
-{
-    const MINIMUM: bool = MINIMUM;
-    const LOW: usize = LOW;
-    const HIGH: usize = HIGH;
-    const HALVES: usize = HALVES;
-}
-
 #[target_feature(enable = "avx2,fma,f16c")]
-fn panel<F: Codes>(product: &QuantProduct<'_>, sums: &mut [f32]) {
+fn panel<F: PanelCodes>(product: &QuantProduct<'_>, sums: &mut [f32]) {
     let &QuantProduct { x, groups_per_row, panel, layout, .. } = product;
     let num_rows = sums.len() / PANEL_ROWS;
-    assert_eq!((layout.header_bytes(), layout.group_bytes()), (F::HEADER_BYTES, F::GROUP_BYTES), "bytes of a format");
+    assert!(F::describes(layout), "{:?} is another format", layout.quant_type);
     assert_eq!(panel.len(), layout.panel_bytes(groups_per_row * 32), "bytes of a panel");
     assert_eq!(sums.len(), num_rows * PANEL_ROWS, "whole rows of sums");
     assert!(x.len() >= num_rows * groups_per_row, "activations of {num_rows} rows");
@@ -113,7 +85,7 @@ impl Chunk {
     /// The CPU has AVX2, FMA and F16C; `ROWS` rows have `num_groups` groups, `groups_per_row` apart; `bytes` points to as
     /// many groups of the format, with its header.
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn run<F: Codes, const ROWS: usize>(&mut self, sums: *mut f32) {
+    unsafe fn run<F: PanelCodes, const ROWS: usize>(&mut self, sums: *mut f32) {
         for g in 0..self.num_groups {
             self.prefetch.step();
             let x: [&Int8Group; ROWS] =
@@ -131,7 +103,7 @@ impl Chunk {
     /// # Safety
     /// As for [`run`](Self::run), for each row's group `x` and the first of the columns' `sums`.
     #[inline(always)]
-    unsafe fn add_vector<F: Codes, const ROWS: usize>(
+    unsafe fn add_vector<F: PanelCodes, const ROWS: usize>(
         &self,
         g: usize,
         vector: usize,
@@ -193,7 +165,7 @@ impl Chunk {
 /// # Safety
 /// As for [`Chunk::add_vector`].
 #[inline(always)]
-unsafe fn step<F: Codes, const ROWS: usize, const STEP: usize>(
+unsafe fn step<F: PanelCodes, const ROWS: usize, const STEP: usize>(
     (group, vector): (*const u8, usize),
     x: &[&Int8Group; ROWS],
     scales: &__m256i,
@@ -220,7 +192,7 @@ unsafe fn step<F: Codes, const ROWS: usize, const STEP: usize>(
 /// # Safety
 /// The CPU has AVX2; `bytes` points to eight.
 #[inline(always)]
-unsafe fn doubled<F: Codes>(bytes: *const u8) -> __m256i {
+unsafe fn doubled<F: PanelCodes>(bytes: *const u8) -> __m256i {
     // Each 128-bit half takes four of the eight bytes, which it has twice.
     const fn places(upper: bool) -> [u8; 32] {
         let (mut places, mut i) = ([0x80; 32], 0);

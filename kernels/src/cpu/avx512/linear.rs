@@ -20,7 +20,7 @@ use super::LANES;
 use super::linear_quant;
 use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::avx2;
-use crate::cpu::linear::{CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, WideCodes, round};
+use crate::cpu::linear::{CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, WideCodes, round_groups};
 
 /// The AVX-512 kernels.
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
@@ -386,7 +386,7 @@ impl<P: Product> Tile<P> {
 /// Activations to 8 bits.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 fn round_int8<const WIDE: bool>(values: &[f32], groups: &mut [Int8Group], wide: &mut [WideCodes]) {
-    round::<WIDE>(values, groups, wide);
+    round_groups::<WIDE>(values, groups, wide);
 }
 
 /// `gate[i] = silu(gate[i]) * up[i]`, for whole vectors: the sums of a panel are 32 columns wide.

@@ -23,7 +23,9 @@ use std::mem::offset_of;
 
 use super::LANES;
 use super::linear::next_tile_rows;
-use crate::cpu::linear::{CHUNK_GROUPS, CodeMeaning, GROUP_CODES, Int8Group, PANEL_ROWS, QuantLayout, QuantProduct};
+use crate::cpu::linear::{
+    CHUNK_GROUPS, CodeMeaning, Codes, GROUP_CODES, Int8Group, PANEL_ROWS, PanelCodes, QuantLayout, QuantProduct,
+};
 use crate::quant::QuantType;
 
 /// Vectors of a panel's columns.
@@ -47,33 +49,33 @@ pub(crate) fn panel_quant(product: &QuantProduct<'_>, sums: &mut [f32]) {
     let has_table = layout.unsigned_levels().is_some();
     match (layout.meaning, layout.low_bits, layout.high_bits, layout.halves) {
         (CodeMeaning::Signed, ..) => panic!("codes with sign have no products here"),
-        (CodeMeaning::Offset(_), 8, ..) => panel::<Codes<false, 8, 0, 0, false>>(product, sums),
+        (CodeMeaning::Offset(_), 8, ..) => panel::<Codes<false, 8, 0, 0>>(product, sums),
         (CodeMeaning::Offset(_), 4, 0, _) if has_table => panel::<Codes<false, 4, 0, 0, true>>(product, sums),
-        (CodeMeaning::Offset(_), 4, 0, _) => panel::<Codes<false, 4, 0, 0, false>>(product, sums),
-        (CodeMeaning::Offset(_), 4, 1, _) => panel::<Codes<false, 4, 1, 0, false>>(product, sums),
-        (CodeMeaning::Offset(_), 4, ..) => panel::<Codes<false, 4, 2, 2, false>>(product, sums),
-        (CodeMeaning::Offset(_), ..) => panel::<Codes<false, 2, 1, 2, false>>(product, sums),
-        (CodeMeaning::Minimum, 4, 0, 0) => panel::<Codes<true, 4, 0, 0, false>>(product, sums),
-        (CodeMeaning::Minimum, 4, 0, _) => panel::<Codes<true, 4, 0, 1, false>>(product, sums),
-        (CodeMeaning::Minimum, 4, _, 0) => panel::<Codes<true, 4, 1, 0, false>>(product, sums),
-        (CodeMeaning::Minimum, 4, ..) => panel::<Codes<true, 4, 1, 1, false>>(product, sums),
-        (CodeMeaning::Minimum, ..) => panel::<Codes<true, 2, 0, 2, false>>(product, sums),
+        (CodeMeaning::Offset(_), 4, 0, _) => panel::<Codes<false, 4, 0, 0>>(product, sums),
+        (CodeMeaning::Offset(_), 4, 1, _) => panel::<Codes<false, 4, 1, 0>>(product, sums),
+        (CodeMeaning::Offset(_), 4, ..) => panel::<Codes<false, 4, 2, 2>>(product, sums),
+        (CodeMeaning::Offset(_), ..) => panel::<Codes<false, 2, 1, 2>>(product, sums),
+        (CodeMeaning::Minimum, 4, 0, 0) => panel::<Codes<true, 4, 0, 0>>(product, sums),
+        (CodeMeaning::Minimum, 4, 0, _) => panel::<Codes<true, 4, 0, 1>>(product, sums),
+        (CodeMeaning::Minimum, 4, _, 0) => panel::<Codes<true, 4, 1, 0>>(product, sums),
+        (CodeMeaning::Minimum, 4, ..) => panel::<Codes<true, 4, 1, 1>>(product, sums),
+        (CodeMeaning::Minimum, ..) => panel::<Codes<true, 2, 0, 2>>(product, sums),
     }
 }
 
 /// All chunks of a panel, for all rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-fn panel<F: Format>(product: &QuantProduct<'_>, sums: &mut [f32]) {
+fn panel<F: PanelCodes>(product: &QuantProduct<'_>, sums: &mut [f32]) {
     let &QuantProduct { x, groups_per_row, panel, layout, .. } = product;
     let num_rows = sums.len() / PANEL_ROWS;
     assert_eq!(panel.len(), layout.panel_bytes(groups_per_row * 32), "bytes of a panel");
     assert!(x.len() >= num_rows * groups_per_row, "activations of {num_rows} rows");
-    assert_eq!((layout.low_bits, layout.high_bits, layout.halves), (F::LOW, F::HIGH, F::HALVES), "format of a panel");
+    assert!(F::describes(layout), "{:?} is another format", layout.quant_type);
     sums.fill(0.0);
     let levels = layout.unsigned_levels().unwrap_or_default();
     // Codes of a byte lie in their plane as they are multiplied.
-    let is_direct = F::LOW == 8 || num_rows <= F::TILE_ROWS;
-    let passes = num_rows.div_ceil(F::TILE_ROWS).max(1);
+    let is_direct = F::LOW == 8 || num_rows <= tile_rows::<F>();
+    let passes = num_rows.div_ceil(tile_rows::<F>()).max(1);
     CODES.with_borrow_mut(|codes| {
         for (bytes, first_group) in panel.chunks(layout.chunk_bytes()).zip((0..groups_per_row).step_by(CHUNK_GROUPS)) {
             let num_groups = CHUNK_GROUPS.min(groups_per_row - first_group);
@@ -85,10 +87,10 @@ fn panel<F: Format>(product: &QuantProduct<'_>, sums: &mut [f32]) {
                 Prefetch { address: bytes.as_ptr_range().end.cast(), step_bytes: bytes.len() / (passes * num_groups) };
             let mut row = 0;
             while row < num_rows {
-                let tile_rows = next_tile_rows(num_rows - row, F::TILE_ROWS);
+                let rows = next_tile_rows(num_rows - row, tile_rows::<F>());
                 let x = &x[row * groups_per_row + first_group..];
-                let sums = &mut sums[row * PANEL_ROWS..][..tile_rows * PANEL_ROWS];
-                assert!(x.len() >= (tile_rows - 1) * groups_per_row + num_groups, "activations of a tile");
+                let sums = &mut sums[row * PANEL_ROWS..][..rows * PANEL_ROWS];
+                assert!(x.len() >= (rows - 1) * groups_per_row + num_groups, "activations of a tile");
                 let tile = Tile {
                     x: x.as_ptr(),
                     groups_per_row,
@@ -99,15 +101,15 @@ fn panel<F: Format>(product: &QuantProduct<'_>, sums: &mut [f32]) {
                     levels: &levels,
                     sums: sums.as_mut_ptr(),
                 };
-                // SAFETY: the CPU has the features of this function; activations and sums of `tile_rows` rows were checked;
+                // SAFETY: the CPU has the features of this function; activations and sums of `rows` rows were checked;
                 // the chunk has `num_groups` groups of the format, whose codes were taken apart unless they are not read.
                 unsafe {
                     match is_direct {
-                        true => tile.run_rows::<F, true>(tile_rows, &mut prefetch),
-                        false => tile.run_rows::<F, false>(tile_rows, &mut prefetch),
+                        true => tile.run_rows::<F, true>(rows, &mut prefetch),
+                        false => tile.run_rows::<F, false>(rows, &mut prefetch),
                     }
                 }
-                row += tile_rows;
+                row += rows;
             }
         }
     });
@@ -115,7 +117,7 @@ fn panel<F: Format>(product: &QuantProduct<'_>, sums: &mut [f32]) {
 
 /// The codes of a chunk, as [`QuantLayout::unpack_codes`] does.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-fn unpack_codes<F: Format>(
+fn unpack_codes<F: PanelCodes>(
     layout: &QuantLayout,
     chunk: &[u8],
     num_groups: usize,
@@ -141,7 +143,7 @@ fn unpack_codes<F: Format>(
 /// # Safety
 /// The CPU has AVX-512 with VNNI; `planes` points to the planes of a group of the format; `step < 8`, `vector < 2`.
 #[inline(always)]
-unsafe fn codes_of_planes<F: Format>(planes: *const u8, step: usize, vector: usize, levels: &[u8; 16]) -> __m512i {
+unsafe fn codes_of_planes<F: PanelCodes>(planes: *const u8, step: usize, vector: usize, levels: &[u8; 16]) -> __m512i {
     // SAFETY: promised by the caller: the vector is inside each plane.
     unsafe {
         let code = (step * PANEL_ROWS + vector * LANES) * RUN;
@@ -167,32 +169,9 @@ unsafe fn codes_of_planes<F: Format>(planes: *const u8, step: usize, vector: usi
     }
 }
 
-/// What the compiler knows of a format.
-trait Format {
-    /// Groups have minimums, else codes an offset.
-    const MINIMUM: bool;
-    /// Bits of a code in the low plane.
-    const LOW: usize;
-    /// Bits of a code in the high plane.
-    const HIGH: usize;
-    /// Integer scales of a group.
-    const HALVES: usize;
-    /// Codes are indices of levels.
-    const TABLE: bool;
-    /// Rows of the largest tile: what the compiler keeps in registers.
-    const TILE_ROWS: usize = if Self::HALVES == 2 { 6 } else { 8 };
-}
-
-struct Codes<const MINIMUM: bool, const LOW: usize, const HIGH: usize, const HALVES: usize, const TABLE: bool>;
-
-impl<const MINIMUM: bool, const LOW: usize, const HIGH: usize, const HALVES: usize, const TABLE: bool> Format
-    for Codes<MINIMUM, LOW, HIGH, HALVES, TABLE>
-{
-    const MINIMUM: bool = MINIMUM;
-    const LOW: usize = LOW;
-    const HIGH: usize = HIGH;
-    const HALVES: usize = HALVES;
-    const TABLE: bool = TABLE;
+/// Rows of the largest tile: what the compiler keeps in registers.
+const fn tile_rows<F: PanelCodes>() -> usize {
+    if F::HALVES == 2 { 6 } else { 8 }
 }
 
 /// Where the next bytes are fetched from, step by step.
@@ -331,7 +310,7 @@ impl Tile<'_> {
     /// # Safety
     /// As for [`run`](Self::run), with `ROWS = rows`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-    unsafe fn run_rows<F: Format, const DIRECT: bool>(&self, rows: usize, prefetch: &mut Prefetch) {
+    unsafe fn run_rows<F: PanelCodes, const DIRECT: bool>(&self, rows: usize, prefetch: &mut Prefetch) {
         // SAFETY: promised by the caller.
         unsafe {
             match rows {
@@ -354,7 +333,7 @@ impl Tile<'_> {
     /// were taken apart.
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-    unsafe fn run<F: Format, const DIRECT: bool, const ROWS: usize>(&self, prefetch: &mut Prefetch) {
+    unsafe fn run<F: PanelCodes, const DIRECT: bool, const ROWS: usize>(&self, prefetch: &mut Prefetch) {
         let mut ahead = Prefetch { ..*prefetch };
         for g in 0..self.num_groups {
             ahead.step();
@@ -389,7 +368,7 @@ impl Tile<'_> {
     /// # Safety
     /// As for [`run`](Self::run); the tile has the group, and `rows` are its places in the rows.
     #[inline(always)]
-    unsafe fn dots<F: Format, const DIRECT: bool, const ROWS: usize>(
+    unsafe fn dots<F: PanelCodes, const DIRECT: bool, const ROWS: usize>(
         &self,
         g: usize,
         rows: &[*const Int8Group; ROWS],
@@ -439,7 +418,7 @@ impl Tile<'_> {
     /// # Safety
     /// As for [`dots`](Self::dots).
     #[inline(always)]
-    unsafe fn first_sums<F: Format, const ROWS: usize>(
+    unsafe fn first_sums<F: PanelCodes, const ROWS: usize>(
         &self,
         rows: &[*const Int8Group; ROWS],
         halves: [i16; 2],
@@ -465,7 +444,7 @@ impl Tile<'_> {
     /// # Safety
     /// As for [`dots`](Self::dots).
     #[inline(always)]
-    unsafe fn add_steps<F: Format, const DIRECT: bool, const ROWS: usize, const STEP: usize>(
+    unsafe fn add_steps<F: PanelCodes, const DIRECT: bool, const ROWS: usize, const STEP: usize>(
         &self,
         g: usize,
         rows: &[*const Int8Group; ROWS],
@@ -474,7 +453,7 @@ impl Tile<'_> {
         // SAFETY: promised by the caller.
         unsafe {
             let unpacked = self.codes.0.as_ptr().cast::<u8>().add(g * GROUP_CODES);
-            let planes = self.planes(g);
+            let planes = self.planes::<F>(g);
             let mut codes = [[_mm512_setzero_si512(); VECTORS]; 2];
             for step in 0..2 {
                 for vector in 0..VECTORS {
@@ -493,7 +472,7 @@ impl Tile<'_> {
     /// # Safety
     /// As for [`run`](Self::run); the tile has the group, `vector < 2`.
     #[inline(always)]
-    unsafe fn scales<F: Format>(&self, g: usize, vector: usize) -> Scales {
+    unsafe fn scales<F: PanelCodes>(&self, g: usize, vector: usize) -> Scales {
         // SAFETY: promised by the caller: all of it is inside the chunk.
         unsafe {
             let numbers = self.group_numbers::<F>(g).add(vector * LANES);
@@ -532,13 +511,13 @@ impl Tile<'_> {
         self.x.wrapping_add(row * self.groups_per_row + g)
     }
     #[inline(always)]
-    fn planes(&self, g: usize) -> *const u8 {
-        self.chunk.wrapping_add(self.layout.header_bytes() + g * self.layout.group_bytes())
+    fn planes<F: PanelCodes>(&self, g: usize) -> *const u8 {
+        self.chunk.wrapping_add(F::HEADER_BYTES + g * F::GROUP_BYTES)
     }
     /// What lies behind a group's planes: its scales and minimums.
     #[inline(always)]
-    fn group_numbers<F: Format>(&self, g: usize) -> *const u8 {
-        self.planes(g).wrapping_add(128 * (F::LOW + F::HIGH))
+    fn group_numbers<F: PanelCodes>(&self, g: usize) -> *const u8 {
+        self.planes::<F>(g).wrapping_add(F::PLANE_BYTES)
     }
 }
 
@@ -548,7 +527,7 @@ impl Scales {
     /// # Safety
     /// The CPU has AVX-512.
     #[inline(always)]
-    unsafe fn min<F: Format>(&self, x_sums: __m512i) -> __m512 {
+    unsafe fn min<F: PanelCodes>(&self, x_sums: __m512i) -> __m512 {
         // SAFETY: promised by the caller.
         unsafe {
             let factors = if F::HALVES == 2 { self.mins } else { _mm512_set1_epi16(1) };

@@ -44,7 +44,7 @@ pub(crate) type RoundKernel = unsafe fn(values: &[f32], groups: &mut [Int8Group]
 /// The [`RoundKernel`] of any instruction set: it becomes vector code of the function that it ends up in. Products of bytes
 /// need no codes in 16 bits.
 #[inline(always)]
-pub(crate) fn round<const WIDE: bool>(values: &[f32], groups: &mut [Int8Group], wide: &mut [WideCodes]) {
+pub(crate) fn round_groups<const WIDE: bool>(values: &[f32], groups: &mut [Int8Group], wide: &mut [WideCodes]) {
     let (whole, rest) = values.as_chunks::<GROUP_COLUMNS>();
     assert!(groups.len() == values.len().div_ceil(GROUP_COLUMNS) && wide.len() == groups.len(), "groups of the values");
     for ((group, wide), values) in groups.iter_mut().zip(wide.iter_mut()).zip(whole) {
@@ -148,7 +148,7 @@ mod tests {
 
     fn rounded(values: &[f32]) -> (Int8Group, WideCodes) {
         let (mut group, mut wide) = (Int8Group::default(), [0; GROUP_COLUMNS]);
-        round::<true>(values, std::slice::from_mut(&mut group), std::slice::from_mut(&mut wide));
+        round_groups::<true>(values, std::slice::from_mut(&mut group), std::slice::from_mut(&mut wide));
         (group, wide)
     }
 

@@ -95,7 +95,7 @@ impl Operand {
         assert_eq!(values.len(), self.rows * self.width, "elements of [{}, {}]", self.rows, self.width);
         let width = self.width.max(1);
         // SAFETY: it needs no instruction set.
-        let writer = unsafe { self.writer_with(int8::round::<true>) };
+        let writer = unsafe { self.writer_with(int8::round_groups::<true>) };
         for (row, values) in values.chunks_exact(width).enumerate() {
             // SAFETY: one thread, one row after the other.
             unsafe { writer.store(row, 0, values) };

@@ -342,6 +342,58 @@ impl QuantLayout {
     }
 }
 
+/// What the compiler knows of a layout of codes without sign.
+pub(crate) trait PanelCodes {
+    /// Groups have minimums, else codes an offset.
+    const MINIMUM: bool;
+    /// Bits of a code in the low plane.
+    const LOW: usize;
+    /// Bits of a code in the high plane.
+    const HIGH: usize;
+    /// Integer scales of a group.
+    const HALVES: usize;
+    /// Codes are indices of levels.
+    const TABLE: bool;
+
+    /// Bytes of a group's planes.
+    const PLANE_BYTES: usize = GROUP_CODES / 8 * (Self::LOW + Self::HIGH);
+    /// Bytes of `d` and `d_min` of all rows.
+    const SCALE_BYTES: usize = LANE_HALVES_BYTES * (1 + Self::MINIMUM as usize);
+    /// Bytes before a chunk's first group.
+    const HEADER_BYTES: usize = if Self::HALVES == 0 { 0 } else { Self::SCALE_BYTES };
+    const GROUP_BYTES: usize = Self::PLANE_BYTES
+        + match Self::HALVES {
+            0 => Self::SCALE_BYTES,
+            halves => halves * PANEL_ROWS * (1 + Self::MINIMUM as usize),
+        };
+
+    /// Whether a layout is this one.
+    fn describes(layout: &QuantLayout) -> bool {
+        let bits = (layout.low_bits, layout.high_bits, layout.halves) == (Self::LOW, Self::HIGH, Self::HALVES);
+        let bytes = (layout.header_bytes(), layout.group_bytes()) == (Self::HEADER_BYTES, Self::GROUP_BYTES);
+        bits && bytes && layout.has_minimum() == Self::MINIMUM && layout.levels.is_some() == Self::TABLE
+    }
+}
+
+/// The parameters are the constants of [`PanelCodes`].
+pub(crate) struct Codes<
+    const MINIMUM: bool,
+    const LOW: usize,
+    const HIGH: usize,
+    const HALVES: usize,
+    const TABLE: bool = false,
+>;
+
+impl<const MINIMUM: bool, const LOW: usize, const HIGH: usize, const HALVES: usize, const TABLE: bool> PanelCodes
+    for Codes<MINIMUM, LOW, HIGH, HALVES, TABLE>
+{
+    const MINIMUM: bool = MINIMUM;
+    const LOW: usize = LOW;
+    const HIGH: usize = HIGH;
+    const HALVES: usize = HALVES;
+    const TABLE: bool = TABLE;
+}
+
 /// The parts of a group.
 pub(crate) struct GroupBytes<'a> {
     pub(crate) low: &'a [u8],

@@ -11,7 +11,7 @@ use std::arch::aarch64::*;
 use super::linear_quant::{Bytes, Matrices, Pairs, panel_quant};
 use super::math::{gelu_erf, gelu_tanh, silu};
 use super::{LANES, f16_to_f32, tiles};
-use crate::cpu::linear::{CodeProducts, LinearKernels, PANEL_ROWS, PanelProduct, round};
+use crate::cpu::linear::{CodeProducts, LinearKernels, PANEL_ROWS, PanelProduct, round_groups};
 
 /// Any processor.
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
@@ -22,7 +22,7 @@ pub(crate) const KERNELS: LinearKernels = LinearKernels {
     quant: panel_quant::<Pairs>,
     // Codes are bytes, and lie in runs of four columns.
     code_products: CodeProducts::Wide,
-    round_int8: round::<false>,
+    round_int8: round_groups::<false>,
     swiglu,
     gelu_erf: gelu_erf_all,
     gelu_tanh: gelu_tanh_all,

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::linear::{
     CHUNK_GROUPS, CodeMeaning, CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, QuantProduct,
-    UnpackedChunk, round,
+    UnpackedChunk, round_groups,
 };
 
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
@@ -15,7 +15,7 @@ pub(crate) const KERNELS: LinearKernels = LinearKernels {
     bf16_pairs: None,
     quant: panel_quant,
     code_products: CodeProducts::Narrow,
-    round_int8: round::<true>,
+    round_int8: round_groups::<true>,
     swiglu,
     gelu_erf: |x| x.iter_mut().for_each(|x| *x = gelu_erf(*x)),
     gelu_tanh: |x| x.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
