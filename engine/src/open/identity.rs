@@ -144,7 +144,7 @@ mod tests {
     fn each_kv_dtype_has_its_own_block_keys() {
         let mut options = EngineOptions::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo")).threads(1);
         options.kv_bytes = Some(32 << 20);
-        let files = ModelFiles::open(&options).expect("the model that ships");
+        let (files, _text) = ModelFiles::open(&options).expect("the model that ships");
         let mut seen = Vec::new();
         for dtype in [None, Some(KvDtype::F32), Some(KvDtype::Bf16), Some(KvDtype::Int8)] {
             options.kv_dtype = dtype;

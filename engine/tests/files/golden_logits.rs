@@ -346,13 +346,14 @@ fn distance(exact: &mut DirectRun<CpuBackend>, other: &mut DirectRun<CpuBackend>
     (error / power, moved as f64 / positions as f64)
 }
 
-/// Keys and values in bf16 and in 8 bits stay within a normalised mean square error of f32 ones, weights as stored: f16
-/// 1e-7, bf16 6e-6, 8 bits 5e-5; one largest logit in a hundred may be another one. Shown over every position of all prompts.
+/// Smaller keys and values stay within a normalised mean square error of f32 ones: f16 1e-7, bf16 6e-6, 8 bits 5e-5; one
+/// largest logit in a hundred may be another one. Shown over every position of all prompts. The weights are f32: where
+/// products round activations to bf16, that alone is 5e-6 as soon as one number differs.
 #[test]
 fn small_kv_stays_near_f32() {
-    let mut exact = demo(WeightFormat::Auto, KvDtype::F32);
+    let mut exact = demo(WeightFormat::F32, KvDtype::F32);
     for (dtype, limit) in [(KvDtype::F16, 1e-7), (KvDtype::Bf16, 6e-6), (KvDtype::Int8, 5e-5)] {
-        let (nmse, moved) = distance(&mut exact, &mut demo(WeightFormat::Auto, dtype));
+        let (nmse, moved) = distance(&mut exact, &mut demo(WeightFormat::F32, dtype));
         println!("KV in {}: NMSE {nmse:.2e}, {:.2} % of the largest logits moved", dtype.name(), 100.0 * moved);
         assert!(nmse > 0.0, "{dtype:?}: both runs used the same numbers");
         assert!(nmse <= limit && moved <= 0.01, "{dtype:?}: {nmse:e}, {moved}");

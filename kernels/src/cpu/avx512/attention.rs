@@ -22,6 +22,7 @@ pub(crate) const KERNELS: AttentionKernels = AttentionKernels { f32: attend, f16
 
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
+const CACHE_LINE_BYTES: usize = 64;
 /// A chunk is one vector.
 const _: () = assert!(CHUNK_TOKENS == LANES);
 
@@ -80,6 +81,10 @@ fn attend<E: Load>(item: &AttentionItem<'_>, partition: &Partition<'_, E>, scrat
     if rows.is_empty() {
         return;
     }
+    // More rows take longer than their keys and values.
+    if rows.len() <= TILE_ROWS {
+        fetch_soon(partition);
+    }
     score_rows(item, partition, rows.clone(), scratch);
     for row in rows.clone() {
         let visible = item.visible(row, partition.start);
@@ -87,6 +92,19 @@ fn attend<E: Load>(item: &AttentionItem<'_>, partition: &Partition<'_, E>, scrat
         scratch.rows[row].merge(max, sum, |x| exp_one(x));
     }
     value_rows(item, partition, rows, scratch);
+}
+
+/// Asks for the keys and values of the next partition. Into L2: L1 is full of what is read now.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn fetch_soon<E: Load>(partition: &Partition<'_, E>) {
+    let Some((keys, values)) = partition.soon else { return };
+    let line = CACHE_LINE_BYTES / size_of::<E>();
+    for (keys, values) in keys.iter().zip(values) {
+        // Of blocks of more tokens, the chunk's part.
+        let values = &values[..values.len().min(CHUNK_TOKENS * partition.value_stride)];
+        let lines = keys.chunks(line.max(partition.key_stride)).chain(values.chunks(line));
+        lines.for_each(|line| _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()));
+    }
 }
 
 /// The rows that see any key of the partition. Visibility moves one way with the row, so they are consecutive.
