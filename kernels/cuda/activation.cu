@@ -15,6 +15,7 @@
  *
  *  Expected on an H200: 10 bytes an element of out; 16 rows of 12,288: the launch, about 2 us. */
 #include "math.cuh"
+#include "ptx.cuh"
 #include "vec.cuh"
 
 __device__ __forceinline__ void load_8_floats(const float* source, float (&values)[8]) {
@@ -32,6 +33,7 @@ __device__ __forceinline__ void store_8(float* target, const float (&values)[8])
 
 template <class T>
 __device__ __forceinline__ void swiglu_of(const float* gate_up, T* out, int width) {
+    wait_for_kernels_before();
     const int i = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= width) return;
     const float* gate_row = gate_up + static_cast<size_t>(blockIdx.y) * 2 * width;
@@ -44,17 +46,18 @@ __device__ __forceinline__ void swiglu_of(const float* gate_up, T* out, int widt
 }
 
 extern "C" __global__ void __launch_bounds__(256) swiglu(
-    const float* __restrict__ gate_up, bf16* __restrict__ out, int width) {
+    const float* gate_up, bf16* __restrict__ out, int width) {
     swiglu_of(gate_up, out, width);
 }
 
 extern "C" __global__ void __launch_bounds__(256) swiglu_rows(
-    const float* __restrict__ gate_up, float* __restrict__ out, int width) {
+    const float* gate_up, float* __restrict__ out, int width) {
     swiglu_of(gate_up, out, width);
 }
 
 extern "C" __global__ void __launch_bounds__(256) round_rows(
-    const float* __restrict__ x, bf16* __restrict__ out, int elements) {
+    const float* x, bf16* __restrict__ out, int elements) {
+    wait_for_kernels_before();
     const int i = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= elements) return;
     alignas(16) float values[8];
@@ -64,6 +67,7 @@ extern "C" __global__ void __launch_bounds__(256) round_rows(
 
 template <class T>
 __device__ __forceinline__ void gelu_of(const float* x, T* out, int elements, int tanh_form) {
+    wait_for_kernels_before();
     const int i = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= elements) return;
     alignas(16) float values[8];
@@ -74,11 +78,11 @@ __device__ __forceinline__ void gelu_of(const float* x, T* out, int elements, in
 }
 
 extern "C" __global__ void __launch_bounds__(256) gelu(
-    const float* __restrict__ x, bf16* __restrict__ out, int elements, int tanh_form) {
+    const float* x, bf16* __restrict__ out, int elements, int tanh_form) {
     gelu_of(x, out, elements, tanh_form);
 }
 
 extern "C" __global__ void __launch_bounds__(256) gelu_rows(
-    const float* __restrict__ x, float* __restrict__ out, int elements, int tanh_form) {
+    const float* x, float* __restrict__ out, int elements, int tanh_form) {
     gelu_of(x, out, elements, tanh_form);
 }

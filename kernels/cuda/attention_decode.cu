@@ -172,6 +172,7 @@ template <class Kv, int head_dim>
 __device__ __forceinline__ void attention_decode(const AttentionArguments& args, const AttentionPartials& partials,
                                                  int max_queries) {
     DYNAMIC_SHARED(DecodeShared<head_dim>, shared);
+    wait_for_kernels_before();
     const DecodeTile tile = decode_tile(args);
     const int span = blockIdx.z, warp = threadIdx.x / kLanes;
     if (span >= tile.num_spans) return;

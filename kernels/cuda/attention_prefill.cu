@@ -89,6 +89,7 @@ template <class Kv, int head_dim>
 __device__ __forceinline__ void attention_prefill(const AttentionArguments& args, const PrefillTile* tiles) {
     DYNAMIC_SHARED(PrefillShared<head_dim>, shared);
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, kv_head = blockIdx.y;
+    wait_for_kernels_before();
     const PrefillTile tile = tiles[blockIdx.x];
     const AttentionSequence sequence = args.sequences[tile.sequence];
     const int group = args.num_heads / args.num_kv_heads;

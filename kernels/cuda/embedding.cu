@@ -17,6 +17,7 @@
  *  Limits: width is a multiple of 8.
  *
  *  Expected on an H200: bound by the launch, about 2 us up to 512 rows of 4096 (12 MB, 3 us). */
+#include "ptx.cuh"
 #include "vec.cuh"
 
 __device__ __forceinline__ void load_numbers(const bf16* source, float (&values)[8]) {
@@ -32,6 +33,7 @@ __device__ __forceinline__ void load_numbers(const float* source, float (&values
 /** Gives the block's row of `out` what `table` has at its index. */
 template <bool adds, class T>
 __device__ __forceinline__ void take_row(const T* table, const uint32_t* indices, float* out, int table_rows, int width) {
+    wait_for_kernels_before();
     const uint32_t index = indices[blockIdx.x];
     const bool exists = index < static_cast<uint32_t>(table_rows);
     const T* source = table + (exists ? static_cast<size_t>(index) * width : 0);
@@ -48,25 +50,28 @@ __device__ __forceinline__ void take_row(const T* table, const uint32_t* indices
 }
 
 extern "C" __global__ void __launch_bounds__(512) embed(
-    const bf16* __restrict__ table, const uint32_t* __restrict__ indices, float* __restrict__ out, int table_rows,
+    const bf16* __restrict__ table, const uint32_t* indices, float* __restrict__ out, int table_rows,
     int width) {
     take_row<false>(table, indices, out, table_rows, width);
 }
 
 extern "C" __global__ void __launch_bounds__(512) add_embedding(
-    const bf16* __restrict__ table, const uint32_t* __restrict__ indices, float* __restrict__ out, int table_rows,
+    const bf16* __restrict__ table, const uint32_t* indices, float* __restrict__ out, int table_rows,
     int width) {
     take_row<true>(table, indices, out, table_rows, width);
 }
 
 extern "C" __global__ void __launch_bounds__(512) select_rows(
-    const float* __restrict__ table, const uint32_t* __restrict__ indices, float* __restrict__ out, int table_rows,
+    const float* table, const uint32_t* indices, float* __restrict__ out, int table_rows,
     int width) {
     take_row<false>(table, indices, out, table_rows, width);
 }
 
 extern "C" __global__ void __launch_bounds__(512) add_rows(
-    const float* __restrict__ rows, float* __restrict__ out, int elements) {
+    const float* rows, float* __restrict__ out, int elements) {
+#ifndef PLANT_NO_WAIT
+    wait_for_kernels_before();
+#endif
     const int i = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= elements) return;
 #pragma unroll
@@ -77,8 +82,9 @@ extern "C" __global__ void __launch_bounds__(512) add_rows(
 }
 
 extern "C" __global__ void __launch_bounds__(256) feed_back(
-    const uint32_t* __restrict__ given, const uint32_t* __restrict__ sources, const uint32_t* __restrict__ chosen,
+    const uint32_t* given, const uint32_t* sources, const uint32_t* chosen,
     uint32_t* __restrict__ out, int num_chosen, int tokens) {
+    wait_for_kernels_before();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= tokens) return;
     const uint32_t source = sources[i];

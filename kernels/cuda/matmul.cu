@@ -167,6 +167,7 @@ __device__ __forceinline__ void store_totals(const Sums<Shape>& totals, TileMemo
 /** Computes the sums of this block's tile over all columns, and leaves them in shared memory. */
 template <class Shape, bool two_matrices>
 __device__ __forceinline__ void multiply_tile(const Sources& sources, TileMemory<Shape>& memory) {
+    wait_for_kernels_before();
     const int num_stages = (sources.columns + kStageColumns - 1) / kStageColumns;
     Stage<Shape>(&stages)[kStages] = memory.stages;
 #pragma unroll
@@ -231,21 +232,21 @@ __device__ __forceinline__ void matmul_swiglu(const Sources& sources, TileMemory
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4) matmul_64(
-    const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias, void* __restrict__ out,
+    const bf16* x, const bf16* __restrict__ weight, const float* __restrict__ bias, void* __restrict__ out,
     int rows, int columns, int features, int finish) {
     DYNAMIC_SHARED(TileMemory<Tile64>, memory);
     matmul<Tile64>({x, weight, nullptr, rows, columns, features}, *memory, bias, out, finish);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1) matmul_128(
-    const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias, void* __restrict__ out,
+    const bf16* x, const bf16* __restrict__ weight, const float* __restrict__ bias, void* __restrict__ out,
     int rows, int columns, int features, int finish) {
     DYNAMIC_SHARED(TileMemory<Tile128>, memory);
     matmul<Tile128>({x, weight, nullptr, rows, columns, features}, *memory, bias, out, finish);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4) matmul_swiglu_64(
-    const bf16* __restrict__ x, const bf16* __restrict__ gate, const bf16* __restrict__ up,
+    const bf16* x, const bf16* __restrict__ gate, const bf16* __restrict__ up,
     const float* __restrict__ gate_bias, const float* __restrict__ up_bias, bf16* __restrict__ out, int rows,
     int columns, int features) {
     DYNAMIC_SHARED(TileMemory<Tile64>, memory);
@@ -253,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) matmul_swiglu_64(
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1) matmul_swiglu_128(
-    const bf16* __restrict__ x, const bf16* __restrict__ gate, const bf16* __restrict__ up,
+    const bf16* x, const bf16* __restrict__ gate, const bf16* __restrict__ up,
     const float* __restrict__ gate_bias, const float* __restrict__ up_bias, bf16* __restrict__ out, int rows,
     int columns, int features) {
     DYNAMIC_SHARED(TileMemory<Tile128>, memory);

@@ -36,8 +36,9 @@ constexpr int kQ4KHeader = 16;
 
 /** Rounds the group of this warp: `blockIdx.x` is the row, warps share its groups. Not finite: the scale is NaN. */
 extern "C" __global__ void __launch_bounds__(256) quantize_rows(
-    const float* __restrict__ x, int8_t* __restrict__ codes, float* __restrict__ scales, int* __restrict__ sums,
+    const float* x, int8_t* __restrict__ codes, float* __restrict__ scales, int* __restrict__ sums,
     int columns) {
+    wait_for_kernels_before();
     const int lane = threadIdx.x % kLanes, groups = columns / kGroupColumns;
     for (int group = threadIdx.x / kLanes; group < groups; group += blockDim.x / kLanes) {
         const size_t index = static_cast<size_t>(blockIdx.x) * columns + group * kGroupColumns + lane;
@@ -104,22 +105,30 @@ __device__ __forceinline__ void finish_block(const float4* slice_sums, const Qua
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) matvec_q8_0(
-    const int8_t* __restrict__ x_codes, const float* __restrict__ x_scales, const int8_t* __restrict__ codes,
+    const int8_t* x_codes, const float* x_scales, const int8_t* __restrict__ codes,
     const __half* __restrict__ scales, const float* __restrict__ bias, void* __restrict__ out, int rows, int columns,
     int features, int finish) {
     DYNAMIC_SHARED(float4, slice_sums);
     const QuantRows x = {x_codes, x_scales, nullptr, rows, columns};
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, groups = columns / kGroupColumns;
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, num_warps = blockDim.x / kLanes;
+    const int groups = columns / kGroupColumns, num_slices = count_slices(columns);
     const int feature = blockIdx.y * kTileFeatures + lane / 4;
     const int8_t* row = codes + static_cast<size_t>(feature) * columns + lane % 4 * kBytesPerLoad;
-    for (int slice = warp; slice < count_slices(columns); slice += blockDim.x / kLanes) {
-        const int first = slice * kSliceGroups;
-        uint2 words[kSliceGroups];
+    uint2 words[kSliceGroups];
+    // Behind the last column and behind the last feature they are zeros. A branch, as in matvec.cu.
+    const auto load_weights = [&](int slice) {
+        if (slice >= num_slices) return;
 #pragma unroll
         for (int i = 0; i < kSliceGroups; i++) {
-            const bool exists = feature < features && first + i < groups;
-            words[i] = exists ? load_streaming_8(row + (first + i) * kGroupColumns) : make_uint2(0, 0);
+            const int group = slice * kSliceGroups + i;
+            const bool exists = feature < features && group < groups;
+            words[i] = exists ? load_streaming_8(row + group * kGroupColumns) : make_uint2(0, 0);
         }
+    };
+    load_weights(warp);
+    wait_for_kernels_before();
+    for (int slice = warp; slice < num_slices; slice += num_warps, load_weights(slice)) {
+        const int first = slice * kSliceGroups;
         float sums[4] = {};
 #pragma unroll
         for (int i = 0; i < kSliceGroups; i++) {
@@ -173,25 +182,29 @@ __device__ __forceinline__ float half_of(uint32_t word, int part) {
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) matvec_q4_k(
-    const int8_t* __restrict__ x_codes, const float* __restrict__ x_scales, const int* __restrict__ x_sums,
+    const int8_t* x_codes, const float* x_scales, const int* x_sums,
     const uint8_t* __restrict__ blocks, const float* __restrict__ bias, void* __restrict__ out, int rows, int columns,
     int features, int finish) {
     DYNAMIC_SHARED(float4, slice_sums);
     const QuantRows x = {x_codes, x_scales, x_sums, rows, columns};
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, num_slices = columns / kSliceColumns;
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, num_warps = blockDim.x / kLanes;
+    const int num_slices = columns / kSliceColumns;
     const int feature = blockIdx.y * kTileFeatures + lane / 4;
-    for (int slice = warp; slice < num_slices; slice += blockDim.x / kLanes) {
-        uint4 header = make_uint4(0, 0, 0, 0);
-        // A plane of 32 bytes has two groups: the first in the lower halves of its bytes, the second in the upper.
-        uint2 planes[kSliceGroups / 2] = {};
-        if (feature < features) {
-            const uint8_t* block = blocks + (static_cast<size_t>(feature) * num_slices + slice) * kQ4KBytes;
+    uint4 header = make_uint4(0, 0, 0, 0);
+    // A plane of 32 bytes has two groups: the first in the lower halves of its bytes, the second in the upper.
+    uint2 planes[kSliceGroups / 2] = {};
+    const auto load_weights = [&](int slice) {
+        if (feature >= features || slice >= num_slices) return;
+        const uint8_t* block = blocks + (static_cast<size_t>(feature) * num_slices + slice) * kQ4KBytes;
 #pragma unroll
-            for (int i = 0; i < kSliceGroups / 2; i++) {
-                planes[i] = load_streaming_8(block + kQ4KHeader + i * kGroupColumns + lane % 4 * kBytesPerLoad);
-            }
-            header = load_streaming(block);
+        for (int i = 0; i < kSliceGroups / 2; i++) {
+            planes[i] = load_streaming_8(block + kQ4KHeader + i * kGroupColumns + lane % 4 * kBytesPerLoad);
         }
+        header = load_streaming(block);
+    };
+    load_weights(warp);
+    wait_for_kernels_before();
+    for (int slice = warp; slice < num_slices; slice += num_warps, load_weights(slice)) {
         // The two features whose sums this lane has: their headers are with the lanes that loaded them.
         const uint4 headers[2] = {shuffle_words(header, 4 * feature_of_sum(lane, 0)),
                                   shuffle_words(header, 4 * feature_of_sum(lane, 1))};
@@ -220,8 +233,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec_q4_k(
 
 /** Numbers of the matrix as they are, for tokens: a block has a row, a thread a number at a time. */
 extern "C" __global__ void __launch_bounds__(256) embed_q8_0(
-    const int8_t* __restrict__ codes, const __half* __restrict__ scales, const uint32_t* __restrict__ indices,
+    const int8_t* __restrict__ codes, const __half* __restrict__ scales, const uint32_t* indices,
     float* __restrict__ out, int table_rows, int columns) {
+    wait_for_kernels_before();
     const uint32_t index = indices[blockIdx.x];
     const bool exists = index < static_cast<uint32_t>(table_rows);
     const size_t source = exists ? static_cast<size_t>(index) * columns : 0;
@@ -233,8 +247,9 @@ extern "C" __global__ void __launch_bounds__(256) embed_q8_0(
 }
 
 extern "C" __global__ void __launch_bounds__(256) embed_q4_k(
-    const uint8_t* __restrict__ blocks, const uint32_t* __restrict__ indices, float* __restrict__ out, int table_rows,
+    const uint8_t* __restrict__ blocks, const uint32_t* indices, float* __restrict__ out, int table_rows,
     int columns) {
+    wait_for_kernels_before();
     const uint32_t index = indices[blockIdx.x];
     const bool exists = index < static_cast<uint32_t>(table_rows);
     const uint8_t* row = blocks + (exists ? static_cast<size_t>(index) * (columns / kSliceColumns) * kQ4KBytes : 0);

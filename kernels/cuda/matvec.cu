@@ -49,11 +49,17 @@ __device__ __forceinline__ void compute_slices(const bf16* x, const bf16* const 
                                                int rows, int columns) {
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, num_warps = blockDim.x / kLanes;
     const int num_slices = count_slices(columns);
-    for (int slice = warp; slice < num_slices; slice += num_warps) {
+    uint4 words[matrices][kSliceGroups];
+    const auto load_weights = [&](int slice) {
+        // A branch, and not predicates alone: past it ptxas does not carry the wait.
+        if (slice >= num_slices) return;
         const int column = slice * kSliceColumns + lane % 4 * kBf16PerVector;
-        uint4 words[matrices][kSliceGroups];
 #pragma unroll
         for (int m = 0; m < matrices; m++) load_weight_slice(weights[m], column, columns, words[m]);
+    };
+    load_weights(warp);
+    wait_for_kernels_before();
+    for (int slice = warp; slice < num_slices; slice += num_warps, load_weights(slice)) {
         float sums[matrices][4] = {};
 #pragma unroll
         for (int i = 0; i < kSliceGroups; i++) {
@@ -83,7 +89,7 @@ __device__ __forceinline__ const bf16* weight_row(const bf16* weight, int featur
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) matvec(
-    const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias, void* __restrict__ out,
+    const bf16* x, const bf16* __restrict__ weight, const float* __restrict__ bias, void* __restrict__ out,
     int rows, int columns, int features, int finish) {
     DYNAMIC_SHARED(float4, slice_sums);
     const bf16* const weights[1] = {weight_row(weight, features, columns)};
@@ -97,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matvec(
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) matvec_swiglu(
-    const bf16* __restrict__ x, const bf16* __restrict__ gate, const bf16* __restrict__ up,
+    const bf16* x, const bf16* __restrict__ gate, const bf16* __restrict__ up,
     const float* __restrict__ gate_bias, const float* __restrict__ up_bias, bf16* __restrict__ out, int rows,
     int columns, int features) {
     DYNAMIC_SHARED(float4, slice_sums);

@@ -19,6 +19,7 @@
  *
  *  Expected on an H200 (4.3 TB/s): 6 bytes an element. 16 rows of 4096 are 0.4 MB: bound by the launch, about 3 us; 8192 rows
  *  are 201 MB: 47 us. 2048 threads an SM. */
+#include "ptx.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -46,20 +47,26 @@ __device__ __forceinline__ float add_squares(float sum, float4 v) {
 template <class Out>
 __device__ __forceinline__ void rms_norm(const float* x, const float* weight, Out* out, int width, float eps,
                                          float (&partial)[kMaxWarps]) {
+#ifndef PLANT_EARLY_READ
+    wait_for_kernels_before();
+#endif
     const size_t row = static_cast<size_t>(blockIdx.x) * width;
     float sum = 0.0f;
     for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) sum = add_squares(sum, load_float4(x + row + i));
+#ifdef PLANT_EARLY_READ
+    wait_for_kernels_before();
+#endif
     store_row(x + row, weight, out + row, width, eps, block_sum(sum, partial));
 }
 
 extern "C" __global__ void __launch_bounds__(1024) rms_norm_bf16(
-    const float* __restrict__ x, const float* __restrict__ weight, bf16* __restrict__ out, int width, float eps) {
+    const float* x, const float* __restrict__ weight, bf16* __restrict__ out, int width, float eps) {
     __shared__ float partial[kMaxWarps];
     rms_norm(x, weight, out, width, eps, partial);
 }
 
 extern "C" __global__ void __launch_bounds__(1024) rms_norm_f32(
-    const float* __restrict__ x, const float* __restrict__ weight, float* __restrict__ out, int width, float eps) {
+    const float* x, const float* __restrict__ weight, float* __restrict__ out, int width, float eps) {
     __shared__ float partial[kMaxWarps];
     rms_norm(x, weight, out, width, eps, partial);
 }
@@ -68,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm_f32(
 template <class Store>
 __device__ __forceinline__ void layer_norm(const float* x, const float* weight, const float* bias, int width, float eps,
                                            float (&partial)[2][kMaxWarps], Store store) {
+    wait_for_kernels_before();
     float sum = 0.0f;
     for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
         const float4 v = load_float4(x + i);
@@ -88,7 +96,7 @@ __device__ __forceinline__ void layer_norm(const float* x, const float* weight, 
 }
 
 extern "C" __global__ void __launch_bounds__(1024) layer_norm_bf16(
-    const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, bf16* __restrict__ out,
+    const float* x, const float* __restrict__ weight, const float* __restrict__ bias, bf16* __restrict__ out,
     int width, float eps) {
     __shared__ float partial[2][kMaxWarps];
     const size_t row = static_cast<size_t>(blockIdx.x) * width;
@@ -96,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(1024) layer_norm_bf16(
 }
 
 extern "C" __global__ void __launch_bounds__(1024) layer_norm_f32(
-    const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, float* __restrict__ out,
+    const float* x, const float* __restrict__ weight, const float* __restrict__ bias, float* __restrict__ out,
     int width, float eps) {
     __shared__ float partial[2][kMaxWarps];
     const size_t row = static_cast<size_t>(blockIdx.x) * width;
@@ -104,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(1024) layer_norm_f32(
 }
 
 extern "C" __global__ void __launch_bounds__(1024) layer_norm_both(
-    const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
+    const float* x, const float* __restrict__ weight, const float* __restrict__ bias,
     float* __restrict__ normed, bf16* __restrict__ out, int width, float eps) {
     __shared__ float partial[2][kMaxWarps];
     const size_t row = static_cast<size_t>(blockIdx.x) * width;

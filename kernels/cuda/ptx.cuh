@@ -88,6 +88,20 @@ __device__ __forceinline__ uint2 load_streaming_8(const void* source) {
     return value;
 }
 
+/** Every kernel calls this, in every thread, before it reads what an earlier kernel writes and before it writes anything. Where the
+ *  kernel was launched before those in front of it had run (programmatic dependent launch, sm_90; device.rs) it waits until
+ *  they have, and all that they wrote is seen; anywhere else it is over at once. The kernel behind may be launched from then on; not
+ *  sooner, as its blocks would do nothing but take up room.
+ *
+ *  What an earlier kernel writes is never `const T* __restrict__`: compilers take that for memory which nobody writes, and may
+ *  load it before the wait. */
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /** `2^x` to about 2 units in the last place: 1 at 0, 0 at `-inf`, and 0 for results below the normal numbers. */
 __device__ __forceinline__ float exp2_approx(float x) {
     float result;

@@ -13,6 +13,7 @@
  *
  *  Expected on an H200: 8 bytes an element of q and k in place and 6 of v; Qwen3-0.6B, 512 tokens of 4096: 17 MB, 4 us; one token: the
  *  launch, about 2 us. 8 blocks of 8 warps an SM. */
+#include "ptx.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -76,6 +77,7 @@ __device__ __forceinline__ void rotate_head(float* head, const float* cosines, c
 
 template <class As>
 __device__ __forceinline__ void rope_and_store(const RopeArguments& args) {
+    wait_for_kernels_before();
     const int token = blockIdx.x, head = blockIdx.y * kHeadsPerBlock + threadIdx.x / kLanes;
     const int all_heads = args.num_heads + 2 * args.num_kv_heads;
     if (head >= all_heads) return;

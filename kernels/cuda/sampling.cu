@@ -25,6 +25,7 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "ptx.cuh"
 #include "reduce.cuh"
 
 /** Atomics and shuffles know 64 bits under this name. */
@@ -394,6 +395,7 @@ extern "C" __global__ void __launch_bounds__(kSamplingThreads) sample_rows(
     float* __restrict__ logits, int vocab_size, const SamplingRow* __restrict__ rows, const LogitBias* __restrict__ bias,
     const uint32_t* __restrict__ history, uint32_t* __restrict__ occurrences, uint32_t* __restrict__ tokens) {
     __shared__ SamplingShared shared;
+    wait_for_kernels_before();
     const SamplingRow row = rows[blockIdx.x];
     const size_t start = static_cast<size_t>(blockIdx.x) * vocab_size;
     logits += start;

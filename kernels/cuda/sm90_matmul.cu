@@ -208,6 +208,7 @@ __device__ __forceinline__ void for_each_tile(const TensorMap& x, const TensorMa
     DYNAMIC_SHARED(unsigned char, memory);
     Pipeline& pipeline = pipeline_in(memory);
     make_barriers(pipeline);
+    wait_for_kernels_before();
     const Tiles tiles(rows, features, two_matrices ? kFeatures / 2 : kFeatures);
     if (threadIdx.x / kLanes == kProductWarps) {
         if (threadIdx.x % kLanes == 0) copy_tiles<two_matrices>(pipeline, x, first, second, tiles, columns);

@@ -1,5 +1,8 @@
 /** Runs a grid: blocks one after the other, the threads of a block as fibers in one of several hostile orders. Barriers and
- *  warp collectives are rendezvous; a block in which nobody can go on is reported, not waited for. */
+ *  warp collectives are rendezvous; a block in which nobody can go on is reported, not waited for.
+ *
+ *  A kernel may be begun before the one in front of it has run, as with programmatic dependent launch: one of its blocks goes as
+ *  far as it can, and only when all of its threads wait for the kernel in front does that one run. */
 #pragma once
 
 #include <algorithm>
@@ -89,6 +92,7 @@ struct Thread {
     dim3 index;
     int lane, warp;
     bool done, at_barrier;
+    bool has_waited;  // for the kernels in front
     std::vector<AsyncCopy> copies;    // issued and not landed, in order
     std::vector<size_t> group_ends;  // committed groups: how many copies each and those before it have
 };
@@ -103,6 +107,12 @@ struct Warp {
     alignas(16) unsigned char in[kWarpLanes][kSlotBytes];
     alignas(16) unsigned char out[kWarpLanes][kSlotBytes];
     WarpProducts products;
+};
+
+/** The kernel in front, where it has not run yet. */
+struct KernelBefore {
+    void (*run)(void* context);
+    void* context;
 };
 
 struct Block {
@@ -121,6 +131,7 @@ struct Block {
     std::vector<TileCopy> tile_copies;                     // under way
     std::vector<std::vector<WarpProduct>> group_products;  // of each warpgroup: all that were issued
     bool has_unfenced_barriers = false;
+    bool is_early = false;  // the kernel in front has not run
     Landing landing = AT_ONCE;
     std::string error;  // a broken rule; ends the launch
 };
@@ -139,14 +150,26 @@ inline void yield() {
     for (;;) yield();
 }
 
+/** Apart from `thread_entry`, whose frame stays: a sanitizer would guard the message in it for ever. */
+__attribute__((noinline)) inline void require_wait() {
+    if (!B->current->has_waited) fail("a thread has ended that never waited for the kernels in front");
+}
+
 inline void thread_entry() {
     (*B->body)();
+    require_wait();
     Thread* me = B->current;
     me->done = true;
     B->live--;
     B->warps[me->warp].live &= ~(1u << me->lane);
     B->events++;
     for (;;) yield();
+}
+
+inline void wait_for_kernels_before() {
+    B->current->has_waited = true;
+    B->events++;
+    while (B->is_early) yield();
 }
 
 inline void barrier() {
@@ -238,24 +261,44 @@ __attribute__((no_sanitize_address)) inline void poison_shared() {
     for (volatile unsigned char* byte = __start_shim_shared; byte != __stop_shim_shared; byte++) *byte = kPoison;
 }
 
-/** Stacks of a block, kept from launch to launch; pages are taken as they are used. */
+/** Stacks of a block, kept from launch to launch; pages are taken as they are used. One set for the block that runs, one for the
+ *  early block of a kernel behind. */
 inline unsigned char* stacks_for(int num_threads) {
-    static unsigned char* stacks = nullptr;
-    static int have = 0;
-    if (have < num_threads) {
-        free(stacks);
-        stacks = static_cast<unsigned char*>(malloc(kStackBytes * num_threads));
-        have = num_threads;
+    struct Stacks {
+        unsigned char* bytes = nullptr;
+        int have = 0;
+    };
+    static Stacks sets[2];
+    Stacks& set = sets[B == nullptr ? 0 : 1];
+    if (set.have < num_threads) {
+        free(set.bytes);
+        set.bytes = static_cast<unsigned char*>(malloc(kStackBytes * num_threads));
+        set.have = num_threads;
     }
-    return stacks;
+    return set.bytes;
+}
+
+/** Runs the kernel in front of the block that waits for it. Both may be of this library. */
+__attribute__((no_sanitize_address)) inline void run_before(Block& waiting, const KernelBefore& before) {
+    const size_t shared_bytes = __stop_shim_shared - __start_shim_shared;
+    std::vector<unsigned char> shared(shared_bytes);
+    for (size_t i = 0; i < shared_bytes; i++) shared[i] = __start_shim_shared[i];
+    before.run(before.context);
+    for (size_t i = 0; i < shared_bytes; i++) __start_shim_shared[i] = shared[i];
+    B = &waiting;
+    waiting.is_early = false;
+    waiting.events++;
 }
 
 /** Runs `kernel` (a closure over the arguments) as `grid` blocks of `size` threads with `shared_bytes` of dynamic shared
- *  memory. Returns what went wrong; empty: nothing. */
+ *  memory, one of them before the kernel in front where there is one. Returns what went wrong; empty: nothing. */
 template <class Kernel>
-std::string launch(dim3 grid, dim3 size, size_t shared_bytes, Schedule schedule, Kernel&& kernel) {
+std::string launch(dim3 grid, dim3 size, size_t shared_bytes, Schedule schedule, const KernelBefore& before, Kernel&& kernel) {
     const int num_threads = size.x * size.y * size.z;
+    const uint64_t num_blocks = uint64_t{grid.x} * grid.y * grid.z;
+    if (num_blocks == 0) return "a grid without blocks";
     unsigned char* stacks = stacks_for(num_threads);
+    Block* const waiting = B;
     // Not rounded up: a sanitizer sees the byte behind the end.
     void* shared_memory = nullptr;
     if (posix_memalign(&shared_memory, 128, std::max(shared_bytes, size_t{1})) != 0) return "no shared memory";
@@ -263,12 +306,15 @@ std::string launch(dim3 grid, dim3 size, size_t shared_bytes, Schedule schedule,
     std::mt19937 random(schedule.seed);
     const std::function<void()> body = kernel;
     std::string error;
-    for (unsigned z = 0; z < grid.z && error.empty(); z++)
-    for (unsigned y = 0; y < grid.y && error.empty(); y++)
-    for (unsigned x = 0; x < grid.x && error.empty(); x++) {
+    // Any block may be the early one, and it is the first to run.
+    static uint64_t num_launches = 0;
+    const uint64_t early = before.run == nullptr ? 0 : (schedule.seed + num_launches++) % num_blocks;
+    for (uint64_t i = 0; i < num_blocks && error.empty(); i++) {
+        const uint64_t index = i == 0 ? early : i <= early ? i - 1 : i;
         Block block;
         B = &block;
-        block.index = dim3(x, y, z);
+        block.index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+        block.is_early = i == 0 && before.run != nullptr;
         block.size = size;
         block.grid = grid;
         block.body = &body;
@@ -293,12 +339,14 @@ std::string launch(dim3 grid, dim3 size, size_t shared_bytes, Schedule schedule,
         std::vector<int> sequence(units);
         for (int i = 0; i < units; i++) sequence[i] = schedule.order == REVERSE ? units - 1 - i : i;
         while (block.live > 0 && block.error.empty()) {
-            const uint64_t before = block.events;
+            const uint64_t events = block.events;
             run_round(schedule.order, sequence, random);
-            if (block.events == before && block.error.empty()) block.error = deadlock_message(block);
+            if (block.events != events || !block.error.empty()) continue;
+            if (block.is_early) run_before(block, before);
+            else block.error = deadlock_message(block);
         }
         error = block.error;
-        B = nullptr;
+        B = waiting;
     }
     free(shared);
     return error;

@@ -19,6 +19,7 @@ struct LaunchParameters {
     unsigned grid[3], block[3];
     size_t shared_bytes;
     unsigned order, landing, seed;
+    KernelBefore before;  // null: it has run
 };
 
 template <class T>
@@ -44,7 +45,8 @@ std::string launch_with(void (*kernel)(Parameters...), const LaunchParameters& p
     const dim3 block(parameters.block[0], parameters.block[1], parameters.block[2]);
     const Schedule schedule{static_cast<Order>(parameters.order), static_cast<Landing>(parameters.landing),
                             parameters.seed};
-    return launch(grid, block, parameters.shared_bytes, schedule, [&] { kernel(take<Parameters>(arguments[index])...); });
+    return launch(grid, block, parameters.shared_bytes, schedule, parameters.before,
+                  [&] { kernel(take<Parameters>(arguments[index])...); });
 }
 
 using Entry = std::string (*)(const LaunchParameters&, const Argument*, size_t);

@@ -179,5 +179,8 @@ inline uint2 load_streaming_8(const void* source) {
     return value;
 }
 
+/** Waits until the kernel in front has run, if this block was begun before; a thread that never asks is found out. */
+inline void wait_for_kernels_before() { cpu::wait_for_kernels_before(); }
+
 /** `2^x`; a GPU's is off by about 2 units in the last place. Results below the normal numbers are 0. */
 inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }

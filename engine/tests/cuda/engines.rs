@@ -1,6 +1,9 @@
 //! Whole engines on the shim: batching, the prefix cache, preemption, the host tier and sampling keep their promises there.
 
+use std::sync::Arc;
+
 use ns_llm::{Completion, Engine, Event, Priority, Request};
+use ns_llm_cuda_shim::ShimDevice;
 
 use crate::demo::{Rng, fingerprint, with_logprobs};
 use crate::{Test, shim};
@@ -14,6 +17,7 @@ pub(crate) const TESTS: &[Test] = &[
 /// Those that look into the shim.
 pub(crate) const TESTS_OF_THE_SHIM: &[Test] = &[
     ("a device gives its memory back", memory_comes_back),
+    ("kernels that are begun early change no bit", early_kernels_change_no_bit),
     ("blocks leave a device several at a time, through pinned memory", blocks_leave_together),
 ];
 
@@ -135,6 +139,22 @@ fn blocks_leave_together() {
     let again = engine.complete(request()).expect("runs");
     assert!(again.summary.usage.cached_tokens >= 32, "{:?}", again.summary.usage);
     assert_eq!(fingerprint(&again), first);
+}
+
+/// A device that begins kernels before those in front of them have run gives the bits of one that does not: of prompts and of
+/// captured steps.
+fn early_kernels_change_no_bit() {
+    let answers = |device: Arc<ShimDevice>| {
+        let engine = Engine::open_among(shim::options(|_| ()), shim::One(device.clone())).expect("opens");
+        let request = |seed| Request::tokens(Rng(seed).prompt(40)).max_tokens(12).temperature(0.0);
+        let mut answers = together(&engine, (50..53).map(request).collect());
+        assert!(engine.stats().cuda_graphs.is_some_and(|graphs| graphs.launched > 0));
+        answers.extend(together(&engine, (54..57).map(|seed| with_logprobs(request(seed))).collect()));
+        (answers.iter().map(fingerprint).collect::<Vec<_>>(), device.early_kernels())
+    };
+    let ((early, num_early), (in_order, none)) = (answers(shim::shim()), answers(shim::shim_in_order()));
+    assert_eq!(early, in_order);
+    assert!(num_early > 100 && none == 0, "{num_early} and {none} kernels");
 }
 
 /// What an engine took of a device is free again when it is closed.

@@ -31,7 +31,16 @@ pub(crate) fn model() -> PathBuf {
 
 /// A device that runs kernels in the tamest order: what hostile ones show is the kernels' own tests' to say.
 pub(crate) fn shim() -> Arc<ShimDevice> {
-    ShimDevice::new(Shim::new(env!("CARGO_TARGET_TMPDIR"), Schedule::TAME), MEMORY_BYTES)
+    ShimDevice::new(kernels(), MEMORY_BYTES)
+}
+
+/// The same, which begins no kernel before the one in front of it has run.
+pub(crate) fn shim_in_order() -> Arc<ShimDevice> {
+    ShimDevice::in_order(kernels(), MEMORY_BYTES)
+}
+
+fn kernels() -> Shim {
+    Shim::new(env!("CARGO_TARGET_TMPDIR"), Schedule::TAME)
 }
 
 /// The shim, or the GPU that the environment names. Panics when that cannot be opened: whoever asks for a GPU wants to hear that.

@@ -86,6 +86,37 @@ struct LaunchParameters {
     order: c_uint,
     landing: c_uint,
     seed: c_uint,
+    before: KernelBefore,
+}
+
+/// `KernelBefore` of `block.h`.
+#[repr(C)]
+struct KernelBefore {
+    run: Option<unsafe extern "C" fn(context: *mut c_void)>,
+    context: *mut c_void,
+}
+
+/// What runs a kernel in front of another one, out of the middle of that one.
+struct Before<'a> {
+    shim: &'a Shim,
+    library: Library,
+    launch: &'a Launch<'a>,
+    /// Once it has run.
+    result: Option<Result<()>>,
+}
+
+/// `KernelBefore::run`.
+///
+/// # Safety
+/// `context` is a [`Before`] that nobody else uses.
+unsafe extern "C" fn run_before(context: *mut c_void) {
+    // SAFETY: promised by the caller.
+    let before = unsafe { &mut *context.cast::<Before<'_>>() };
+    before.result = Some(before.shim.run(before.library, before.launch, KernelBefore::NONE));
+}
+
+impl KernelBefore {
+    const NONE: KernelBefore = KernelBefore { run: None, context: std::ptr::null_mut() };
 }
 
 /// `Argument` of `export.h`.
@@ -104,14 +135,34 @@ type ShimLaunch = unsafe extern "C" fn(
     message_bytes: usize,
 ) -> c_int;
 
-/// Compiled files: a library runs one launch at a time, because its shared variables are its own.
+/// Compiled files: a library runs one launch at a time, because its shared variables are its own; or two, where one
+/// waits for the other.
+#[derive(Clone, Copy)]
 struct Library {
     launch: ShimLaunch,
 }
 
 impl Stream for Shim {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let failed = |reason| Error::Launch { kernel: launch.kernel, reason };
+        let libraries = &mut *lock_libraries();
+        self.run(self.library(libraries, launch)?, launch, KernelBefore::NONE)
+    }
+}
+
+impl Shim {
+    /// Runs both, the second begun before the first has run, as a device may that was told so (programmatic dependent launch):
+    /// one block of it goes as far as it can without the first.
+    pub fn launch_early(&self, first: &Launch<'_>, second: &Launch<'_>) -> Result<()> {
+        let libraries = &mut *lock_libraries();
+        let mut before = Before { shim: self, library: self.library(libraries, first)?, launch: first, result: None };
+        let library = self.library(libraries, second)?;
+        let run = KernelBefore { run: Some(run_before), context: (&raw mut before).cast() };
+        let result = self.run(library, second, run);
+        before.result.unwrap_or(Ok(())).and(result)
+    }
+
+    /// Runs a kernel, and `before` in the middle of it. The list of libraries is locked.
+    fn run(&self, library: Library, launch: &Launch<'_>, before: KernelBefore) -> Result<()> {
         let arguments: Vec<SizedArgument> = launch
             .arguments
             .iter()
@@ -125,11 +176,10 @@ impl Stream for Shim {
             order,
             landing,
             seed,
+            before,
         };
         let name = CString::new(launch.kernel).expect("names have no zero byte");
         let mut message = [0; 512];
-        let libraries = &mut *lock_libraries();
-        let library = self.library(libraries, launch.file).map_err(failed)?;
         // SAFETY: the function is `shim_launch` of `export.h`; it checks number and size of the arguments against the
         // kernel's parameters. Slices in them are the caller's promise (`Slice::from_raw`).
         let status = unsafe {
@@ -140,7 +190,19 @@ impl Stream for Shim {
             return Ok(());
         }
         // SAFETY: `snprintf` ended the message with a zero byte inside the buffer.
-        Err(failed(unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy().into_owned()))
+        let reason = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy().into_owned();
+        Err(Error::Launch { kernel: launch.kernel, reason })
+    }
+
+    fn library(&self, libraries: &mut Libraries, launch: &Launch<'_>) -> Result<Library> {
+        use std::collections::btree_map::Entry;
+        match libraries.entry((launch.file, self.plant)) {
+            Entry::Occupied(library) => Ok(*library.get()),
+            Entry::Vacant(place) => compile(&self.folder, launch.file, self.plant)
+                .and_then(|path| load(&path))
+                .map(|library| *place.insert(library))
+                .map_err(|reason| Error::Launch { kernel: launch.kernel, reason }),
+        }
     }
 }
 
@@ -149,20 +211,6 @@ type Libraries = BTreeMap<(&'static str, Option<&'static str>), Library>;
 fn lock_libraries() -> std::sync::MutexGuard<'static, Libraries> {
     static LIBRARIES: Mutex<Libraries> = Mutex::new(BTreeMap::new());
     LIBRARIES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-impl Shim {
-    fn library<'a>(
-        &self,
-        libraries: &'a mut Libraries,
-        file: &'static str,
-    ) -> std::result::Result<&'a Library, String> {
-        use std::collections::btree_map::Entry;
-        Ok(match libraries.entry((file, self.plant)) {
-            Entry::Occupied(library) => library.into_mut(),
-            Entry::Vacant(place) => place.insert(load(&compile(&self.folder, file, self.plant)?)?),
-        })
-    }
 }
 
 fn load(path: &Path) -> std::result::Result<Library, String> {

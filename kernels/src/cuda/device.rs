@@ -8,7 +8,7 @@
 //! the driver keeps that per thread.
 
 use std::collections::BTreeSet;
-use std::ffi::c_void;
+use std::ffi::{OsString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cudarc::driver::result::{self, DriverError};
@@ -25,6 +25,12 @@ const NEEDED_DRIVER: i32 = 13_000;
 /// Oldest compute capability that kernels are compiled for: `cp.async` and bf16 on tensor cores came with it.
 const NEEDED_CAPABILITY: (i32, i32) = (8, 0);
 
+/// Environment variable that lets kernels be launched before those in front of them have run, when it says "on". Whether
+/// that pays has not been measured.
+pub const PROGRAMMATIC_LAUNCH_VARIABLE: &str = "NS_LLM_CUDA_PROGRAMMATIC_LAUNCH";
+/// The compute capability from which devices can do that.
+const PROGRAMMATIC_CAPABILITY: (i32, i32) = (9, 0);
+
 /// Numbers of the devices that were given up.
 static ABANDONED: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 
@@ -40,6 +46,9 @@ pub struct Device {
     stream: sys::CUstream,
     modules: Option<Modules>,
     info: DeviceInfo,
+    /// Whether kernels are launched before those in front of them have run (programmatic dependent launch): they wait
+    /// themselves, by `wait_for_kernels_before` in `kernels/cuda/ptx.cuh`.
+    launches_early: bool,
     /// Itself: what was captured keeps its device.
     this: Weak<Device>,
 }
@@ -88,7 +97,9 @@ impl Device {
         let context = unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         // From here on `drop` gives back what there is.
         let stream = std::ptr::null_mut();
-        let mut device = Device { ordinal, handle, context, stream, modules: None, info, this: Weak::new() };
+        let launches_early = launches_early(&info, std::env::var_os(PROGRAMMATIC_LAUNCH_VARIABLE));
+        let mut device =
+            Device { ordinal, handle, context, stream, modules: None, info, launches_early, this: Weak::new() };
         device.enter()?;
         let kind = result::stream::StreamKind::NonBlocking;
         device.stream = result::stream::create(kind).map_err(failed("cuStreamCreate"))?;
@@ -136,15 +147,27 @@ impl Stream for Device {
             map.as_ref().map_or(argument.value(), |map| (&raw const *map).cast()).cast_mut()
         };
         let mut values: Vec<*mut c_void> = launch.arguments.iter().zip(&maps).map(value).collect();
-        let [x, y, z] = launch.grid;
+        let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+        value.programmaticStreamSerializationAllowed = 1;
+        let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let mut early = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream,
+            attrs: &mut early,
+            numAttrs: u32::from(self.launches_early),
+        };
         // SAFETY: the function is one of this context. The driver copies the arguments before it returns; that they are those
         // of the kernel is shown by tests, which run each launcher against the kernel's own parameters. What the
         // addresses point to is the promise of the slices they came from.
-        let status = unsafe {
-            let threads = (launch.threads, 1, 1);
-            result::launch_kernel(function, (x, y, z), threads, launch.shared_bytes, self.stream, &mut values)
-        };
-        status.map_err(|error| match is_lost(error.0) {
+        let status = unsafe { sys::cuLaunchKernelEx(&config, function, values.as_mut_ptr(), std::ptr::null_mut()) };
+        status.result().map_err(|error| match is_lost(error.0) {
             true => Error::DeviceLost { call: launch.kernel, reason: describe(error) },
             false => Error::Launch { kernel: launch.kernel, reason: describe(error) },
         })
@@ -327,6 +350,10 @@ fn device_info(handle: sys::CUdevice) -> Result<DeviceInfo> {
     })
 }
 
+fn launches_early(info: &DeviceInfo, variable: Option<OsString>) -> bool {
+    variable.is_some_and(|value| value == "on") && info.compute_capability >= PROGRAMMATIC_CAPABILITY
+}
+
 /// Whether the driver has the function; a call of one that it has not would panic.
 fn has_tensor_maps() -> bool {
     // SAFETY: the library is there, since it told about the device; the symbol is looked for and not used.
@@ -424,6 +451,17 @@ fn describe(error: DriverError) -> String {
 mod tests {
     use super::*;
 
+    fn device(compute_capability: (i32, i32)) -> DeviceInfo {
+        DeviceInfo {
+            name: "Old One".to_owned(),
+            compute_capability,
+            num_multiprocessors: 1,
+            memory_bytes: 0,
+            max_shared_bytes: 0,
+            has_tensor_maps: false,
+        }
+    }
+
     /// Without a driver every entry is that error, not a panic; with one, a device that does not exist is refused by its number.
     #[test]
     fn a_machine_without_a_driver_is_told_so() {
@@ -439,6 +477,17 @@ mod tests {
         assert_eq!(Device::count(), Err(Error::NoCudaDriver));
         assert_eq!(Device::open(0).err(), Some(Error::NoCudaDriver));
         assert!(Error::NoCudaDriver.to_string().contains("libcuda"));
+    }
+
+    /// Kernels are launched early where that was asked for and the device can do it.
+    #[test]
+    fn kernels_are_launched_early_on_request() {
+        let launches = |variable: Option<&str>, compute_capability| {
+            launches_early(&device(compute_capability), variable.map(OsString::from))
+        };
+        assert!(launches(Some("on"), (9, 0)) && launches(Some("on"), (12, 0)));
+        assert!(!launches(Some("on"), (8, 9)), "the instruction is not there");
+        assert!(!launches(None, (9, 0)) && !launches(Some("off"), (9, 0)));
     }
 
     /// What ends a context is that error; a full memory or a wrong argument is not.
@@ -461,14 +510,6 @@ mod tests {
         assert_eq!(check_driver(NEEDED_DRIVER), Ok(()));
         let error = check_driver(12_080).expect_err("too old").to_string();
         assert_eq!(error, "the CUDA driver supports CUDA 12.8, needed is 13.0 (driver 580 or later)");
-        let device = |compute_capability| DeviceInfo {
-            name: "Old One".to_owned(),
-            compute_capability,
-            num_multiprocessors: 1,
-            memory_bytes: 0,
-            max_shared_bytes: 0,
-            has_tensor_maps: false,
-        };
         assert_eq!(check_capability(&device((8, 0))), Ok(()));
         let error = check_capability(&device((7, 5))).expect_err("too old").to_string();
         assert_eq!(error, "device `Old One` has compute capability 7.5, needed is 8.0");
