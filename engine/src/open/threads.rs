@@ -78,6 +78,8 @@ pub(crate) fn start(options: EngineOptions, devices: impl CudaDevices + 'static)
                 match spawned.collect() {
                     Ok(tiers) => {
                         let worker = Worker::new(executor, scheduler, text, commands, instruments, tiers, epoch);
+                        // Building a tokenizer has taken several times what it keeps.
+                        host::return_free_memory();
                         // From here on `Engine::open` may return.
                         let _ = ready_sender.send(Ok(ready));
                         worker.run(&ended);
