@@ -7,9 +7,10 @@ use std::process::Command;
 pub const NVCC_VARIABLE: &str = "NVCC";
 /// Environment variable that names the folder of an installed toolkit.
 pub const HOME_VARIABLE: &str = "CUDA_HOME";
-/// Environment variable with the architectures to compile for, separated by commas; `90` becomes `sm_90`.
+/// Environment variable with the architectures to compile for, oldest first, separated by commas; `90` becomes `sm_90`.
 pub const ARCHITECTURES_VARIABLE: &str = "NS_LLM_CUDA_ARCHITECTURES";
-/// Without it: Ampere (A100) and Hopper (H100, H200). Code for 8.0 also runs on 8.6 and 8.9.
+/// Without it: Ampere (A100) and Hopper (H100, H200). Code for 8.0 also runs on 8.6 and 8.9; for what came after the last, its
+/// driver compiles the text that is beside the code.
 const ARCHITECTURES: &str = "80,90";
 
 /// How to get a compiler.
@@ -26,20 +27,26 @@ pub fn nvcc(root: &Path) -> Option<PathBuf> {
     })
 }
 
-/// A compilation of `cuda/FILE.cu` for all architectures it is meant for, into a fat binary. A register that spills is an
-/// error: it is cheaper to notice it here than to measure it.
+/// A compilation of `cuda/FILE.cu` for all architectures it is meant for, into a fat binary, packed as tightly as nvcc can
+/// (a fifth of what it makes otherwise). A register that spills is an error: it is cheaper to notice it here than to measure it.
 pub fn compilation(nvcc: &Path, source: &Path, fatbin: &Path) -> Command {
     let stem = source.file_stem().unwrap_or_default().to_string_lossy();
     let wanted = std::env::var(ARCHITECTURES_VARIABLE).unwrap_or_else(|_| ARCHITECTURES.to_owned());
     let mut command = Command::new(nvcc);
     // No fused multiply-adds but those that the source names: two kernels then round alike, and the CPU shim as they do.
     command.args(["-O3", "-std=c++17", "-fmad=false", "-fatbin", "-Xptxas", "-v,-warn-spills,-Werror"]);
-    let architectures: Vec<&str> = match stem.starts_with("sm90_") {
+    command.arg("-compress-mode=size");
+    let is_for_hopper = stem.starts_with("sm90_");
+    let architectures: Vec<&str> = match is_for_hopper {
         true => vec!["90a"],
         false => wanted.split(',').map(str::trim).collect(),
     };
-    for architecture in architectures {
+    for architecture in &architectures {
         command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+    }
+    if let Some(newest) = architectures.last().filter(|_| !is_for_hopper) {
+        // Each multiplication and sum in it says how it rounds, so no other compiler fuses them either.
+        command.arg(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
     }
     command.arg("-o").arg(fatbin).arg(source);
     command

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::early_reads::early_reads;
+use crate::ptx::broken_promises;
 use crate::shim::entry_points;
 use crate::{Test, toolkit};
 
 /// The tests of this file.
-pub(crate) const TESTS: &[Test] = &[("kernels stay inside their budget and read nothing early", kernels_stay_inside)];
+pub(crate) const TESTS: &[Test] =
+    &[("kernels stay inside their budget, and their PTX keeps its promises", kernels_stay_inside)];
 /// Those that need no toolkit.
 pub(crate) const TESTS_OF_THE_RULE: &[Test] = &[("what exceeds a budget shows", what_exceeds_shows)];
 
@@ -102,7 +103,7 @@ fn usages(messages: &str) -> BTreeMap<(String, String), Usage> {
 }
 
 /// Every kernel of every file is in the budget and inside it on each architecture, and the budget names no others. Spills are
-/// errors of the compilation itself. The same compilation shows what kernels read before they wait.
+/// errors of the compilation itself. The same compilation leaves its PTX.
 fn kernels_stay_inside() {
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(kernels.join("budget.toml")).expect("budget.toml is there");
@@ -119,7 +120,7 @@ fn kernels_stay_inside() {
         let output = compilation.arg("--keep").arg("--keep-dir").arg(&folder).output().expect("nvcc runs");
         let messages = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "nvcc refuses {stem}.cu:\n{messages}");
-        broken.extend(early_reads_of(&folder).into_iter().map(|line| format!("{stem}.{line}")));
+        broken.extend(broken_promises_of(&folder).into_iter().map(|line| format!("{stem}.{line}")));
         std::fs::remove_dir_all(&folder).expect("nvcc wrote it");
         let usages = usages(&messages);
         for kernel in entry_points(&std::fs::read_to_string(&source).expect("readable")) {
@@ -143,14 +144,14 @@ fn kernels_stay_inside() {
     assert!(broken.is_empty(), "budget.toml:\n  {}", broken.join("\n  "));
 }
 
-/// What kernels read early in the PTX for devices that launch early, among the files that nvcc left.
-fn early_reads_of(folder: &Path) -> Vec<String> {
+/// Of the PTX for Hopper and later, among the files that nvcc left.
+fn broken_promises_of(folder: &Path) -> Vec<String> {
     let files = std::fs::read_dir(folder).expect("nvcc wrote there").flatten().map(|entry| entry.path());
     let texts = files.filter(|path| path.extension().is_some_and(|extension| extension == "ptx"));
     let texts = texts.map(|path| std::fs::read_to_string(path).expect("readable"));
     let for_hopper: Vec<String> = texts.filter(|text| text.contains(".target sm_90")).collect();
     assert_eq!(for_hopper.len(), 1, "one text of PTX for sm_90 in {}", folder.display());
-    early_reads(&for_hopper[0])
+    broken_promises(&for_hopper[0])
 }
 
 /// Messages of ptxas become numbers, and each number beyond its budget is told.

@@ -7,7 +7,6 @@
 mod attention;
 mod budget;
 mod check;
-mod early_reads;
 mod elementwise;
 #[cfg(feature = "cuda")]
 mod gpu;
@@ -16,6 +15,7 @@ mod mirror;
 mod norm;
 mod nvml;
 mod product;
+mod ptx;
 mod quant;
 mod sampler;
 mod sampling;
@@ -48,7 +48,7 @@ fn main() {
     let no_toolkit = toolkit::nvcc(root).is_none().then_some("the CUDA toolkit");
     let mut all = trials(&on_shim, shim::missing());
     all.extend(trials(budget::TESTS, no_toolkit));
-    all.extend(trials(&[budget::TESTS_OF_THE_RULE, early_reads::TESTS_OF_THE_RULE, memory::TESTS].concat(), None));
+    all.extend(trials(&[budget::TESTS_OF_THE_RULE, ptx::TESTS_OF_THE_RULE, memory::TESTS].concat(), None));
     // These run the others.
     if !shim::sanitized() {
         all.extend(trials(sanitizers::TESTS, sanitizers::missing()));

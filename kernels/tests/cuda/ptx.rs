@@ -1,0 +1,70 @@
+//! What the source of a kernel says and its PTX has to keep: before a kernel has waited for those in front of it
+//! (`wait_for_kernels_before`) it reads nothing but weights, though a compiler may move the load of what it takes for memory
+//! that nobody writes; and each sum and product names its rounding, so that no driver fuses two when it compiles this text for
+//! a device of its own.
+
+use crate::Test;
+
+/// Those that need no toolkit.
+pub(crate) const TESTS_OF_THE_RULE: &[Test] = &[("what PTX does not keep shows", broken_promises_show)];
+
+/// The wait.
+const WAIT: &str = "griddepcontrol.wait";
+/// Loads of weights (`load_streaming`), which no kernel writes.
+const OF_WEIGHTS: &str = "L1::no_allocate";
+/// What touches memory that another kernel may touch.
+const ACCESSES: [&str; 7] = ["ld.global", "st.global", "atom.", "red.", "cp.async", "ld.volatile", "st.volatile"];
+/// What a compiler may fuse where no rounding is named.
+const FUSIBLE: [&str; 6] = ["add.f32", "add.ftz.f32", "mul.f32", "mul.ftz.f32", "sub.f32", "sub.ftz.f32"];
+
+/// What the kernels of a file of PTX do not keep.
+pub(crate) fn broken_promises(ptx: &str) -> Vec<String> {
+    ptx.split(".entry ").skip(1).flat_map(of_kernel).collect()
+}
+
+fn of_kernel(text: &str) -> Vec<String> {
+    let name = text.split('(').next().unwrap_or_default();
+    let mut broken = match text.find(WAIT) {
+        None => vec![format!("{name} never waits")],
+        Some(wait) => with_operation(&text[..wait], |operation| {
+            ACCESSES.iter().any(|access| operation.starts_with(access)) && !operation.contains(OF_WEIGHTS)
+        })
+        .map(|line| format!("{name}, before it waits: {line}"))
+        .collect(),
+    };
+    let fusible = with_operation(text, |operation| FUSIBLE.contains(&operation));
+    broken.extend(fusible.map(|line| format!("{name}, rounded in whatever way: {line}")));
+    broken
+}
+
+/// Lines with such an operation. It may stand behind a predicate.
+fn with_operation(text: &str, is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = &str> {
+    let statements = text.lines().map(str::trim).filter(|line| !line.starts_with("//"));
+    statements.filter(move |line| {
+        let operation = line.split_whitespace().find(|word| !word.starts_with('@'));
+        operation.is_some_and(&is_wanted)
+    })
+}
+
+/// A load, a store and a copy in front of the wait are told, a kernel without it, and a product without a rounding; weights
+/// are not.
+fn broken_promises_show() {
+    let kernel = |before: &str, after: &str| {
+        format!(
+            ".visible .entry one(\n.param .u64 x\n)\n{{\n{before}\n{WAIT};\nld.global.f32 %f1, [%rd1];\n{after}\nret;\n}}\n"
+        )
+    };
+    let weights = "ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%r1,%r2,%r3,%r4}, [%rd2];\nld.param.u64 %rd1, [x];";
+    assert_eq!(broken_promises(&kernel(weights, "mul.rn.f32 %f2, %f1, %f1;")), Vec::<String>::new());
+    let early = [
+        "ld.global.nc.f32 %f1, [%rd1];",
+        "@%p1 st.global.f32 [%rd1], %f1;",
+        "cp.async.cg.shared.global [%r1], [%rd1], 16;",
+    ];
+    for access in early {
+        assert_eq!(broken_promises(&kernel(access, "")), [format!("one, before it waits: {access}")]);
+    }
+    let product = "@%p1 mul.f32 %f2, %f1, %f1;";
+    assert_eq!(broken_promises(&kernel("", product)), [format!("one, rounded in whatever way: {product}")]);
+    assert_eq!(broken_promises(".entry lazy(\n)\n{\nret;\n}\n"), ["lazy never waits"]);
+}
