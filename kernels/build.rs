@@ -32,6 +32,8 @@ fn main() {
         assert!(output.status.success(), "nvcc refuses {}:\n{messages}", source.display());
         writeln!(table, "    ({stem:?}, include_bytes!({fatbin:?})),").expect("a string grows");
     }
-    table.push_str("];\n");
+    let newest = toolkit::architectures().iter().map(|architecture| toolkit::number(architecture)).max();
+    writeln!(table, "];\npub(super) const NEWEST_ARCHITECTURE: u32 = {};", newest.unwrap_or(0))
+        .expect("a string grows");
     std::fs::write(out.join("fatbins.rs"), table).expect("OUT_DIR is writable");
 }

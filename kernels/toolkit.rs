@@ -27,20 +27,30 @@ pub fn nvcc(root: &Path) -> Option<PathBuf> {
     })
 }
 
+/// The architectures to compile for, oldest first.
+pub fn architectures() -> Vec<String> {
+    let wanted = std::env::var(ARCHITECTURES_VARIABLE).unwrap_or_else(|_| ARCHITECTURES.to_owned());
+    wanted.split(',').map(|architecture| architecture.trim().to_owned()).collect()
+}
+
+/// The number of an architecture: 90 of `90a`.
+pub fn number(architecture: &str) -> u32 {
+    let digits = architecture.trim_end_matches(|letter: char| letter.is_ascii_lowercase());
+    digits
+        .parse()
+        .unwrap_or_else(|_| panic!("{ARCHITECTURES_VARIABLE}: `{architecture}` is no architecture, such as 90"))
+}
+
 /// A compilation of `cuda/FILE.cu` for all architectures it is meant for, into a fat binary, packed as tightly as nvcc can
 /// (a fifth of what it makes otherwise). A register that spills is an error: it is cheaper to notice it here than to measure it.
 pub fn compilation(nvcc: &Path, source: &Path, fatbin: &Path) -> Command {
     let stem = source.file_stem().unwrap_or_default().to_string_lossy();
-    let wanted = std::env::var(ARCHITECTURES_VARIABLE).unwrap_or_else(|_| ARCHITECTURES.to_owned());
     let mut command = Command::new(nvcc);
     // No fused multiply-adds but those that the source names: two kernels then round alike, and the CPU shim as they do.
     command.args(["-O3", "-std=c++17", "-fmad=false", "-fatbin", "-Xptxas", "-v,-warn-spills,-Werror"]);
     command.arg("-compress-mode=size");
     let is_for_hopper = stem.starts_with("sm90_");
-    let architectures: Vec<&str> = match is_for_hopper {
-        true => vec!["90a"],
-        false => wanted.split(',').map(str::trim).collect(),
-    };
+    let architectures = if is_for_hopper { vec!["90a".to_owned()] } else { architectures() };
     for architecture in &architectures {
         command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
     }

@@ -1,5 +1,6 @@
-//! The files of a model, read as far as it can be without its weights: everything is checked that can be. A vocabulary of
-//! 150,000 tokens takes the `tokenizers` crate half a second of one thread, so it is built on its own while others load.
+//! The files of a model, read as far as it can be without its weights, and checked. A vocabulary of 150,000 tokens takes the
+//! `tokenizers` crate half a second of one thread, so tokenizer and chat template are built on their own while weights are
+//! loaded; what is wrong with these two is told behind them.
 
 use std::panic::resume_unwind;
 use std::path::Path;

@@ -1,12 +1,13 @@
-/** Products with weights that stay quantized, Q8_0 and Q4_K: made for decoding, right for any number of rows. Up to 16 rows are
- *  bound by the bytes of the weights, 1.06 and 0.56 a number; more read them again for every 16. Activations are rounded to 8 bits group by group of their own row, as on the CPU (src/cpu/linear/int8.rs).
+/** Products with weights that stay quantized, Q8_0 and Q4_K, and the rows of such matrices. Products are made for decoding, and right
+ *  for any number of rows: up to 16 are bound by the bytes of the weights, 1.06 and 0.56 a number; more read them again for every
+ *  16. Activations are rounded to 8 bits group by group of their own row, as on the CPU (src/cpu/linear/int8.rs).
  *
  *  | kernel | reads | writes |
  *  | --- | --- | --- |
  *  | quantize_rows | x f32 `[rows, columns]` | codes i8 `[rows, columns]`, scales f32 and sums i32 `[rows, groups]` |
  *  | matvec_q8_0 | codes and scales of x; codes i8 `[features, columns]`, scales f16 `[features, groups]`; bias or null | out `[rows, features]`, as `finish` says |
- *  | embed_q8_0, embed_q4_k | weights as below, indices `[rows]` | out f32 `[rows, columns]`: row `indices[i]` of the matrix; NaN where there is none |
  *  | matvec_q4_k | codes, scales, sums of x; blocks of 144 bytes `[features, columns / 256]` as in a GGUF file; bias or null | the same |
+ *  | embed_q8_0, embed_q4_k | weights as above, indices `[rows]` | out f32 `[rows, columns]`: row `indices[i]` of the matrix; NaN where there is none |
  *
  *  A group is 32 columns. With q the weight's codes, x those of the activations, d the scale(s) of the weight in the group:
  *
@@ -23,13 +24,13 @@
  *
  *  Limits: columns are a multiple of 32 (Q8_0) or 256 (Q4_K); rows are aligned to 16 bytes.
  *
- *  Expected on an H200 (4.3 TB/s): 4096 x 4096 in Q4_K (9.4 MB) 2.2 us of memory, in Q8_0 (17.8 MB) 4.1 us, and about 2 us for launch
- *  and tail. Q4_K has 2.3 KiB a warp in flight, half of what bf16 has: 2 blocks of 8 warps an SM (at most 128 registers) are 37 KiB,
- *  and 26 KiB are what the latency asks for (matvec.cu). */
+ *  Expected on an H200 (4.3 TB/s): 4096 x 4096 in Q8_0 (17.8 MB) 4.1 us of memory and about 2 us for launch and tail. Q4_K has 1.1 KiB
+ *  a warp in flight, a quarter of what bf16 has: 2 blocks of 8 warps an SM (at most 128 registers) are 18 KiB of the 26 KiB that the
+ *  latency asks for (matvec.cu), so its 9.4 MB take 3.2 us and not 2.2. Two slices at once would mend that, and need more registers. */
 #include "product.cuh"
 
 constexpr int kBytesPerLoad = 8;
-/** Numbers in a block of Q4_K: a slice. */
+/** Bytes of a block of Q4_K, whose 256 numbers are a slice. */
 constexpr int kQ4KBytes = 144;
 /** Bytes of its header: two scales and twelve bytes of packed scales and minima. */
 constexpr int kQ4KHeader = 16;

@@ -51,7 +51,7 @@ __device__ __forceinline__ void compute_slices(const bf16* x, const bf16* const 
     const int num_slices = count_slices(columns);
     uint4 words[matrices][kSliceGroups];
     const auto load_weights = [&](int slice) {
-        // A branch, and not predicates alone: past it ptxas does not carry the wait.
+        // A branch, and not predicates alone: ptxas moves `griddepcontrol.wait` above loads of its own block.
         if (slice >= num_slices) return;
         const int column = slice * kSliceColumns + lane % 4 * kBf16PerVector;
 #pragma unroll

@@ -136,7 +136,7 @@ struct Block {
     std::string error;  // a broken rule; ends the launch
 };
 
-/** The block that is running. One launch at a time: shared variables are the library's. */
+/** The block that is running. A launch at a time, because shared variables are the library's; or two, where one waits for the other. */
 inline Block* B = nullptr;
 
 inline void yield() {
@@ -261,8 +261,8 @@ __attribute__((no_sanitize_address)) inline void poison_shared() {
     for (volatile unsigned char* byte = __start_shim_shared; byte != __stop_shim_shared; byte++) *byte = kPoison;
 }
 
-/** Stacks of a block, kept from launch to launch; pages are taken as they are used. One set for the block that runs, one for the
- *  early block of a kernel behind. */
+/** Stacks of a block, kept from launch to launch; pages are taken as they are used. One set for a launch from outside, one for
+ *  the kernel in front that runs in the middle of its early block. */
 inline unsigned char* stacks_for(int num_threads) {
     struct Stacks {
         unsigned char* bytes = nullptr;

@@ -1,6 +1,6 @@
 //! What the machine is and can: memory in huge pages, memory and cores that this process may use, thread priority;
 //! and in [`gpu`], which GPUs it has.
-//! Everything else in this crate is portable because only this file asks the operating system. Outside Linux each
+//! Everything else in this crate is portable because only this module asks the operating system. Outside Linux each
 //! function falls back to what the standard library offers.
 
 pub mod gpu;
@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 use crate::error::{Error, Result};
 
 /// Size of a huge page on x86-64 and on aarch64 with 4 KiB base pages.
-pub const HUGE_PAGE_BYTES: usize = 2 << 20;
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Alignment of every buffer: a cache line, and a 512-bit vector.
 const ALIGN_BYTES: usize = 64;
 /// Smallest buffer that is worth pages of the system.
@@ -91,7 +91,7 @@ impl HugeBuffer {
     }
     /// The whole buffer as numbers; a rest that is shorter than one number is left out.
     pub fn as_slice<T: Plain>(&self) -> &[T] {
-        // SAFETY: `start` is aligned to 64 bytes, `len_bytes` are initialised (zeroed by the system), and
+        // SAFETY: `start` is aligned to 64 bytes, `len_bytes` are initialised (to zero), and
         // `T: Plain` has no invalid bit pattern.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.len_bytes / size_of::<T>()) }
     }

@@ -44,7 +44,7 @@ pub(crate) struct HostMemory {
     num_replays: AtomicU64,
     /// Whether a kernel may be begun before the one in front of it has run.
     begins_early: bool,
-    /// Kernels that were followed by another one, and how many of those were begun early.
+    /// Kernels behind which there was another one that might have been begun early, and how many of these were.
     num_followed: AtomicU64,
     num_early: AtomicU64,
 }
@@ -151,7 +151,7 @@ impl HostMemory {
         held(&self.allocations).values().map(|allocation| allocation.num_bytes as u64).sum()
     }
 
-    /// Full of what unwritten memory holds.
+    /// Full of poison.
     pub(crate) fn allocate_pinned(&self, num_bytes: usize) -> Result<u64> {
         self.forbid_in_capture("cuMemHostAlloc")?;
         let mut memory = vec![POISON; num_bytes].into_boxed_slice();

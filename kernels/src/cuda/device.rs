@@ -17,7 +17,7 @@ use cudarc::driver::sys;
 use super::driver::{DeviceInfo, Driver, Mark, Replay};
 use super::graph::Graph;
 use super::launch::{Argument, Launch, Stream, Tiles};
-use super::module::Modules;
+use super::module::{HAS_CODE_FOR_HOPPER, Modules};
 use crate::error::{Error, Result};
 
 /// The driver that the embedded kernels need, as the driver counts: 13.0, which came with 580.
@@ -97,7 +97,8 @@ impl Device {
         let context = unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         // From here on `drop` gives back what there is.
         let stream = std::ptr::null_mut();
-        let launches_early = launches_early(&info, std::env::var_os(PROGRAMMATIC_LAUNCH_VARIABLE));
+        let launches_early =
+            HAS_CODE_FOR_HOPPER && launches_early(&info, std::env::var_os(PROGRAMMATIC_LAUNCH_VARIABLE));
         let mut device =
             Device { ordinal, handle, context, stream, modules: None, info, launches_early, this: Weak::new() };
         device.enter()?;
@@ -143,10 +144,10 @@ impl Stream for Device {
             _ => Ok(None),
         };
         let maps = launch.arguments.iter().map(map_of).collect::<Result<Vec<_>>>()?;
-        let value = |(argument, map): (&Argument<'_>, &Option<sys::CUtensorMap>)| {
+        let value_of = |(argument, map): (&Argument<'_>, &Option<sys::CUtensorMap>)| {
             map.as_ref().map_or(argument.value(), |map| (&raw const *map).cast()).cast_mut()
         };
-        let mut values: Vec<*mut c_void> = launch.arguments.iter().zip(&maps).map(value).collect();
+        let mut values: Vec<*mut c_void> = launch.arguments.iter().zip(&maps).map(value_of).collect();
         let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
         value.programmaticStreamSerializationAllowed = 1;
         let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -165,7 +166,8 @@ impl Stream for Device {
         };
         // SAFETY: the function is one of this context. The driver copies the arguments before it returns; that they are those
         // of the kernel is shown by tests, which run each launcher against the kernel's own parameters. What the
-        // addresses point to is the promise of the slices they came from.
+        // addresses point to is the promise of the slices they came from. The attribute is there until the call returns, and kernels
+        // that are launched early wait themselves.
         let status = unsafe { sys::cuLaunchKernelEx(&config, function, values.as_mut_ptr(), std::ptr::null_mut()) };
         status.result().map_err(|error| match is_lost(error.0) {
             true => Error::DeviceLost { call: launch.kernel, reason: describe(error) },

@@ -12,6 +12,10 @@ use crate::error::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
+/// Whether the code that a device of 9.0 or later has of these files is for 9.0 at least: none for older ones runs there but what
+/// its driver compiles, and that is the newest.
+pub(super) const HAS_CODE_FOR_HOPPER: bool = NEWEST_ARCHITECTURE >= 90;
+
 /// All kernels of a context. Loaded at once: a first use in the middle of a captured step may not load anything.
 pub(super) struct Modules {
     modules: BTreeMap<&'static str, sys::CUmodule>,

@@ -22,10 +22,11 @@ pub(super) struct Pages {
     mapping: Arc<Mapping>,
 }
 
-/// Memory that was mapped, from a huge page on.
+/// Whole huge pages, aligned to one.
 struct Mapping {
     start: NonNull<u8>,
     len_bytes: usize,
+    is_shared: bool,
 }
 
 /// The mapping that takes the next buffer, while one of its buffers is there.
@@ -47,7 +48,7 @@ impl Pages {
         let len_bytes = len_bytes.checked_next_multiple_of(page_bytes())?;
         if len_bytes > MAX_SHARING_BYTES {
             // Whole huge pages: the last one too is then backed by a huge page.
-            let mapping = Mapping::new(len_bytes.checked_next_multiple_of(HUGE_PAGE_BYTES)?)?;
+            let mapping = Mapping::new(len_bytes.checked_next_multiple_of(HUGE_PAGE_BYTES)?, false)?;
             return Some(Pages { start: mapping.start, len_bytes, mapping: Arc::new(mapping) });
         }
         let mut sharing = SHARING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -55,7 +56,7 @@ impl Pages {
         let mapping = match with_room {
             Some(mapping) => mapping,
             None => {
-                let mapping = Arc::new(Mapping::new(SHARED_BYTES)?);
+                let mapping = Arc::new(Mapping::new(SHARED_BYTES, true)?);
                 *sharing = Sharing { mapping: Arc::downgrade(&mapping), used_bytes: 0 };
                 mapping
             }
@@ -74,7 +75,7 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        if self.mapping.len_bytes == SHARED_BYTES {
+        if self.mapping.is_shared {
             // Their addresses stay taken while a neighbour is there, their memory does not. A refusal does no harm.
             // SAFETY: whole pages of this buffer alone, which nobody uses any more.
             unsafe { libc::madvise(self.start.as_ptr().cast(), self.len_bytes, libc::MADV_DONTNEED) };
@@ -83,8 +84,8 @@ impl Drop for Pages {
 }
 
 impl Mapping {
-    /// `len_bytes`, whole huge pages, from the start of one on.
-    fn new(len_bytes: usize) -> Option<Mapping> {
+    /// `len_bytes`: a multiple of a huge page.
+    fn new(len_bytes: usize, is_shared: bool) -> Option<Mapping> {
         let reserved = len_bytes.checked_add(HUGE_PAGE_BYTES)?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory in use.
@@ -102,7 +103,7 @@ impl Mapping {
             }
             libc::munmap(start.byte_add(len_bytes), HUGE_PAGE_BYTES - lead);
             libc::madvise(start, len_bytes, libc::MADV_HUGEPAGE);
-            Some(Mapping { start: NonNull::new(start.cast())?, len_bytes })
+            Some(Mapping { start: NonNull::new(start.cast())?, len_bytes, is_shared })
         }
     }
 }

@@ -144,14 +144,13 @@ fn kernels_stay_inside() {
     assert!(broken.is_empty(), "budget.toml:\n  {}", broken.join("\n  "));
 }
 
-/// Of the PTX for Hopper and later, among the files that nvcc left.
+/// Of all PTX that nvcc left in the folder.
 fn broken_promises_of(folder: &Path) -> Vec<String> {
     let files = std::fs::read_dir(folder).expect("nvcc wrote there").flatten().map(|entry| entry.path());
     let texts = files.filter(|path| path.extension().is_some_and(|extension| extension == "ptx"));
-    let texts = texts.map(|path| std::fs::read_to_string(path).expect("readable"));
-    let for_hopper: Vec<String> = texts.filter(|text| text.contains(".target sm_90")).collect();
-    assert_eq!(for_hopper.len(), 1, "one text of PTX for sm_90 in {}", folder.display());
-    broken_promises(&for_hopper[0])
+    let texts: Vec<String> = texts.map(|path| std::fs::read_to_string(path).expect("readable")).collect();
+    assert!(!texts.is_empty(), "no PTX in {}", folder.display());
+    texts.iter().flat_map(|text| broken_promises(text)).collect()
 }
 
 /// Messages of ptxas become numbers, and each number beyond its budget is told.

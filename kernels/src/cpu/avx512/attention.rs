@@ -81,7 +81,7 @@ fn attend<E: Load>(item: &AttentionItem<'_>, partition: &Partition<'_, E>, scrat
     if rows.is_empty() {
         return;
     }
-    // More rows take longer than their keys and values.
+    // With more rows arithmetic takes longer than reading.
     if rows.len() <= TILE_ROWS {
         fetch_soon(partition);
     }

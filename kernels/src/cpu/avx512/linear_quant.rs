@@ -8,8 +8,9 @@
 //! Products of bytes and of floats go to the same two ports, so what is done once a group decides: two operations of
 //! floats beside eight products where the format has an offset, three where it has minimums, two more where a group has two
 //! scales. That is why integers are multiplied with their scales as floats. All of it is exact until the rounding that
-//! [`QuantProduct`] names: a scale of a chunk has 11 bits, one of a group 8, sums 17, so a product of any two of the three,
-//! and the sum of two products with integer scales, fit the 24 bits of a float.
+//! [`QuantProduct`] names, because it fits the 24 bits of a float: a sum has less than 2^20; a group's integer scale times a
+//! sum less than 2^23 (of Q6_K, the largest, 128 * 32 * 127 * 16), two of them less than 2^24; `d` times an integer scale 11
+//! and 8 bits.
 //!
 //! A tile is up to eight rows (six where groups have two scales) times the two vectors of a panel's 32 output columns. It
 //! takes the codes from the panel's planes as it goes, if that is one tile; for more of them a chunk of 256 columns is taken
@@ -80,7 +81,7 @@ fn panel<F: PanelCodes>(product: &QuantProduct<'_>, sums: &mut [f32]) {
         for (bytes, first_group) in panel.chunks(layout.chunk_bytes()).zip((0..groups_per_row).step_by(CHUNK_GROUPS)) {
             let num_groups = CHUNK_GROUPS.min(groups_per_row - first_group);
             if !is_direct {
-                unpack_codes::<F>(layout, bytes, num_groups, &levels, codes);
+                unpack_codes::<F>(bytes, num_groups, &levels, codes);
             }
             // The next chunk, or panel, lies behind this one. A prefetch of an address that is not mapped does nothing.
             let mut prefetch =
@@ -117,20 +118,14 @@ fn panel<F: PanelCodes>(product: &QuantProduct<'_>, sums: &mut [f32]) {
 
 /// The codes of a chunk, as [`QuantLayout::unpack_codes`] does.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-fn unpack_codes<F: PanelCodes>(
-    layout: &QuantLayout,
-    chunk: &[u8],
-    num_groups: usize,
-    levels: &[u8; 16],
-    out: &mut ChunkCodes,
-) {
-    for (group, out) in layout.groups(chunk).take(num_groups).zip(&mut out.0) {
-        assert_eq!((group.low.len(), group.high.len()), (128 * F::LOW, 128 * F::HIGH), "bytes of planes");
+fn unpack_codes<F: PanelCodes>(chunk: &[u8], num_groups: usize, levels: &[u8; 16], out: &mut ChunkCodes) {
+    for (g, out) in out.0.iter_mut().take(num_groups).enumerate() {
+        let planes = &chunk[F::HEADER_BYTES + g * F::GROUP_BYTES..][..F::PLANE_BYTES];
         for (i, out) in out.as_chunks_mut::<{ RUN * LANES }>().0.iter_mut().enumerate() {
-            // SAFETY: the CPU has the features of this function; the planes have the format's size, the high one lies
-            // behind the low one, and a group has 16 times 64 codes; 64 bytes are written to as many.
+            // SAFETY: the CPU has the features of this function; these are the planes of a group, which has 16 times 64
+            // codes; 64 bytes are written to as many.
             unsafe {
-                let codes = codes_of_planes::<F>(group.low.as_ptr(), i / VECTORS, i % VECTORS, levels);
+                let codes = codes_of_planes::<F>(planes.as_ptr(), i / VECTORS, i % VECTORS, levels);
                 _mm512_storeu_si512(out.as_mut_ptr().cast(), codes);
             }
         }

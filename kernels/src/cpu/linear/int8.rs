@@ -16,8 +16,8 @@ const ROUND: f32 = 12_582_912.0;
 pub(crate) struct Int8Rows {
     groups_per_row: usize,
     groups: Vec<Int8Group>,
-    /// The same codes for products of 16 bits, where there are such. They lie apart: without them a group is so small that
-    /// those of a block stay in the L1 cache.
+    /// The same codes for products of 16 bits; where there are products of bytes nobody writes or reads them. They lie apart:
+    /// without them a group is so small that those of a block stay in the L1 cache.
     wide: Vec<WideCodes>,
 }
 

@@ -12,9 +12,11 @@
 //! group of them                                [low plane][high plane][scales i8, halves x 32]([mins u8, halves x 32])
 //! ```
 //!
+//! (`d` of MXFP4 is a bf16, which holds its powers of two.)
+//!
 //! So a plane becomes codes by one shift and one mask of whole vectors, a thread reads one linear stream, and a weight
 //! takes the bits that it has in a file, but for scales of less than a byte, which are bytes here (Q3_K, Q4_K and Q5_K 1/8 bit
-//! more a weight, Q2_K 1/2).
+//! more a weight, MXFP4 1/4, Q2_K 1/2).
 
 use super::packed::PANEL_ROWS;
 use crate::quant::{BlockParts, IQ4_NL_LEVELS, MXFP4_LEVELS, QuantType, take_apart};
@@ -95,7 +97,7 @@ impl QuantLayout {
     fn run(&self) -> usize {
         if self.meaning == CodeMeaning::Signed { 2 } else { 4 }
     }
-    /// What each code is too large by, in formats of minimums the factor of them: 1.
+    /// What each code is too large by; in formats of minimums their factor, 1, as of codes with sign, which ask for none.
     pub(crate) fn offset(&self) -> i16 {
         match self.meaning {
             CodeMeaning::Offset(offset) => i16::from(offset),
@@ -274,7 +276,7 @@ impl QuantLayout {
         }
     }
 
-    /// Integer scales and minimums of group `g`, each doubled into the pairs that 16-bit products take.
+    /// Integer scales and minimums of group `g` as 16-bit products take them: a scale twice, the minimums of both halves as a pair.
     fn unpack_integers(&self, group: &GroupBytes<'_>, g: usize, out: &mut UnpackedChunk) {
         for (out, scales) in out.scales[g].iter_mut().zip(group.scales.as_chunks::<PANEL_ROWS>().0) {
             out.iter_mut().zip(scales).for_each(|(out, &scale)| *out = doubled(i32::from(scale as i8)));
