@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 pub use self::generation_config::GenerationConfig;
 pub use self::json::{JsonFile, JsonList, JsonObject};
 pub use self::sentence_transformers::{PoolingMode, SentenceConfig};
-pub use self::source::ModelSource;
+pub use self::source::{ModelSource, StoredTokenizer};
 pub use self::stored::StoredDtype;
 use self::stored::{StoredTensor, WeightsFile};
 use crate::config::{MAX_CONFIG_BYTES, MAX_JSON_BYTES, MAX_SHARDS, MAX_TEMPLATE_BYTES};

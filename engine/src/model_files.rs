@@ -10,7 +10,7 @@ use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::config::{EngineOptions, MAX_DECODER_EMBEDDING_TOKENS};
 use crate::error::{Error, Result};
 use crate::field_hash::{FieldHash, FieldTag};
-use crate::loader::{GenerationConfig, ModelSource, SentenceConfig, Weights};
+use crate::loader::{GenerationConfig, ModelSource, SentenceConfig, StoredTokenizer, Weights};
 use crate::model::config::ModelConfig;
 use crate::tokenizer::{Tokenizer, TokenizerConfig};
 
@@ -36,9 +36,9 @@ pub(crate) struct ModelText {
 pub(crate) struct PendingText(Option<JoinHandle<Result<ModelText>>>);
 
 impl PendingText {
-    fn start(tokenizer_json: Vec<u8>, config: TokenizerConfig) -> Result<PendingText> {
+    fn start(stored: StoredTokenizer, config: TokenizerConfig) -> Result<PendingText> {
         let build = move || {
-            let tokenizer = Tokenizer::from_json(&tokenizer_json, &config)?;
+            let tokenizer = Tokenizer::from_json(&stored.json()?, &config)?;
             let chat_template = chat_template(&config, &tokenizer)?;
             Ok(ModelText { tokenizer, chat_template })
         };
@@ -71,9 +71,9 @@ impl ModelFiles {
         let generation = source.generation_config()?;
         let sentence = sentence_config(&source, &config)?;
         let tokenizer_config = tokenizer_config(&source)?;
-        let tokenizer_json = source.tokenizer_json()?;
+        let tokenizer = source.tokenizer()?;
         let files = ModelFiles {
-            text_fingerprint: text_fingerprint(&tokenizer_json, &tokenizer_config),
+            text_fingerprint: text_fingerprint(&tokenizer, &tokenizer_config),
             eos_token_ids: eos_token_ids(&generation, &config)?,
             weights: source.weights()?,
             config,
@@ -81,7 +81,7 @@ impl ModelFiles {
             sentence,
             tokenizer_config,
         };
-        let text = PendingText::start(tokenizer_json, files.tokenizer_config.clone())?;
+        let text = PendingText::start(tokenizer, files.tokenizer_config.clone())?;
         Ok((files, text))
     }
 
@@ -148,7 +148,7 @@ fn eos_token_ids(generation: &GenerationConfig, config: &ModelConfig) -> Result<
 #[repr(u8)]
 enum Tag {
     What = 1,
-    TokenizerJson,
+    Tokenizer,
     AddBosToken,
     AddEosToken,
     SpecialTokenName,
@@ -163,11 +163,11 @@ impl FieldTag for Tag {
 }
 
 /// Tokenizer and chat template, byte for byte.
-fn text_fingerprint(tokenizer_json: &[u8], config: &TokenizerConfig) -> [u8; 32] {
+fn text_fingerprint(tokenizer: &StoredTokenizer, config: &TokenizerConfig) -> [u8; 32] {
     let TokenizerConfig { add_bos_token, add_eos_token, special_tokens, chat_template } = config;
     let mut hash = FieldHash::new()
         .text(Tag::What, "text of a model")
-        .field(Tag::TokenizerJson, tokenizer_json)
+        .field(Tag::Tokenizer, &tokenizer.bytes())
         .optional(Tag::AddBosToken, add_bos_token.map(u64::from))
         .optional(Tag::AddEosToken, add_eos_token.map(u64::from));
     for (name, text) in special_tokens {

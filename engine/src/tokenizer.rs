@@ -15,8 +15,12 @@ use std::ops::Range;
 
 use serde::Deserialize;
 use serde_json::Value;
+use tokenizers::models::bpe::BPE;
+use tokenizers::models::unigram::Unigram;
+use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::{
-    Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Token,
+    DecoderWrapper, Model, NormalizedString, Normalizer, NormalizerWrapper, OffsetReferential, OffsetType,
+    PostProcessorWrapper, PreTokenizedString, PreTokenizer, PreTokenizerWrapper, Token, TokenizerImpl,
 };
 
 use crate::config::MAX_JSON_BYTES;
@@ -42,12 +46,24 @@ pub struct Tokenizer {
     suffix: Vec<u32>,
 }
 
-/// The part of `tokenizer.json` that is read here, too.
+/// The parts of `tokenizer.json` that are read here, too.
 #[derive(Deserialize)]
-struct DecoderOnly {
+#[serde(expecting = "an object")]
+struct Outline {
     #[serde(default)]
     decoder: Value,
+    model: Option<ModelKind>,
 }
+
+/// Files of old versions do not say of which kind their model is.
+#[derive(Deserialize)]
+struct ModelKind {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+}
+
+/// A tokenizer with a model of one kind, all else of any.
+type With<M> = TokenizerImpl<M, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
 impl Tokenizer {
     /// Reads `tokenizer.json`, and the choices that `tokenizer_config.json` makes.
@@ -55,10 +71,9 @@ impl Tokenizer {
         if tokenizer_json.len() as u64 > MAX_JSON_BYTES {
             return Err(file_error("(file)", format!("has {} bytes, at most {MAX_JSON_BYTES}", tokenizer_json.len())));
         }
-        let file: DecoderOnly =
-            serde_json::from_slice(tokenizer_json).map_err(|e| file_error("(root)", e.to_string()))?;
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(tokenizer_json).map_err(|e| file_error("(root)", e.to_string()))?;
+        let file: Outline = serde_json::from_slice(tokenizer_json).map_err(|e| file_error("(root)", e.to_string()))?;
+        let kind = file.model.and_then(|model| model.kind);
+        let mut inner = parse(tokenizer_json, kind.as_deref()).map_err(|e| file_error("(root)", e.to_string()))?;
         // Files may keep the settings of their training; a prompt is neither cut nor filled up silently.
         inner.with_truncation(None).map_err(|e| file_error("truncation", e.to_string()))?;
         inner.with_padding(None);
@@ -205,6 +220,17 @@ impl Tokenizer {
         }
         found.sort_by_key(|found| found.range.start);
         found
+    }
+}
+
+/// Parses `tokenizer.json`. Of a model whose kind is known its parts are read as what they are; the library, which finds the kind
+/// itself, keeps all of them as trees first, several times over, and takes four times as long.
+fn parse(json: &[u8], model_kind: Option<&str>) -> serde_json::Result<tokenizers::Tokenizer> {
+    match model_kind {
+        Some("BPE") => serde_json::from_slice::<With<BPE>>(json).map(Into::into),
+        Some("Unigram") => serde_json::from_slice::<With<Unigram>>(json).map(Into::into),
+        Some("WordPiece") => serde_json::from_slice::<With<WordPiece>>(json).map(Into::into),
+        _ => serde_json::from_slice(json),
     }
 }
 

@@ -172,9 +172,9 @@ pub fn encode(quant_type: QuantType, values: &[f32], bytes: &mut [u8]) -> Result
     Ok(())
 }
 
-/// Takes the first block in `bytes` apart. Panics without a whole one.
-pub(crate) fn take_apart(quant_type: QuantType, bytes: &[u8], parts: &mut BlockParts) {
-    (quant_type.format().take_apart)(bytes, parts);
+/// What takes the blocks of a format apart, as many as there are parts for. Asked for once, outside of loops over blocks.
+pub(crate) fn taking_apart(quant_type: QuantType) -> fn(&[u8], &mut [BlockParts]) {
+    quant_type.format().take_apart
 }
 
 fn check_size(operation: &'static str, quant_type: QuantType, num_values: usize, actual: usize) -> Result<()> {
@@ -207,7 +207,7 @@ struct Format {
     block_bytes: usize,
     decode: fn(&[u8], &mut [f32]),
     encode: fn(&[f32], &mut [u8]),
-    take_apart: fn(&[u8], &mut BlockParts),
+    take_apart: fn(&[u8], &mut [BlockParts]),
 }
 
 impl Format {
@@ -227,7 +227,11 @@ impl Format {
                     *block = B::encode(values);
                 }
             },
-            take_apart: |bytes, parts| blocks_of::<B, VALUES>(bytes)[0].take_apart(parts),
+            take_apart: |bytes, parts| {
+                for (block, parts) in blocks_of::<B, VALUES>(bytes).iter().zip(parts) {
+                    block.take_apart(parts);
+                }
+            },
         }
     }
 }

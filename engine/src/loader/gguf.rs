@@ -34,6 +34,8 @@ pub use self::names::{known_name_in_file, name_in_file};
 use self::reader::{Damage, HeaderReader};
 pub use self::rope_factors::{Stretching, TENSOR as ROPE_FACTORS_TENSOR};
 pub use self::tokenizer_keys::set_vocabulary;
+pub(super) use self::vocabulary::tokenizer_json;
+pub(super) use self::writer::metadata_bytes;
 pub use self::writer::{GgufTensor, GgufWriter};
 use super::stored::{RowOrder, StoredDtype, StoredTensor};
 use crate::config::{MAX_GGUF_AXES, MAX_GGUF_KEYS, MAX_GGUF_TENSORS};

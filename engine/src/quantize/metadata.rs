@@ -18,7 +18,7 @@ pub(super) fn of_folder(
     metadata.set("general.name", name);
     set_hyperparameters(&mut metadata, &files.config)?;
     set_pooling(&mut metadata, files);
-    set_vocabulary(&mut metadata, &source.tokenizer_json()?, files.config.vocab_size)?;
+    set_vocabulary(&mut metadata, &source.tokenizer()?.json()?, files.config.vocab_size)?;
     match files.config.architecture {
         Architecture::Bert => set_encoder_roles(&mut metadata, files, tokenizer)?,
         _ => set_roles(&mut metadata, source, files, tokenizer)?,

@@ -44,13 +44,23 @@ impl PieceTable {
             _ => decoder_rule(decoder)?,
         };
         let (mut bytes, mut starts) = (Vec::new(), vec![0]);
-        for token_id in 0..num_ids(tokenizer)? {
+        // Copying the vocabulary only to find its highest id would cost more than all the rest here.
+        let (mut num_left, mut num_ids) = (tokenizer.get_vocab_size(true), 0);
+        for token_id in 0..MAX_TOKEN_IDS {
+            if num_left == 0 {
+                break;
+            }
             if let Some(token) = tokenizer.id_to_token(token_id) {
                 append_piece(&token, &rule, &mut bytes);
+                (num_left, num_ids) = (num_left - 1, token_id as usize + 1);
             }
             let end = u32::try_from(bytes.len()).map_err(|_| unsupported("the vocabulary's texts exceed 4 GiB"))?;
             starts.push(end);
         }
+        if num_left > 0 {
+            check_highest_id(tokenizer)?;
+        }
+        starts.truncate(num_ids + 1);
         Ok(PieceTable { bytes, starts, leading_spaces })
     }
 
@@ -86,14 +96,16 @@ enum Rule {
 /// What the library's `cleanup` joins to the word before.
 const JOINED: [&str; 9] = [".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re"];
 
-/// One more than the highest id. Vocabularies may have holes, but not so that one absurd id costs gigabytes.
-fn num_ids(tokenizer: &Tokenizer) -> Result<u32> {
-    let num_ids = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| u64::from(id) + 1);
-    u32::try_from(num_ids).ok().filter(|&n| n <= MAX_TOKEN_IDS).ok_or_else(|| Error::Config {
-        file: "tokenizer.json",
-        field: "model.vocab".to_string(),
-        reason: format!("has token id {}, at most {} is allowed", num_ids - 1, MAX_TOKEN_IDS - 1),
-    })
+/// Vocabularies may have holes, and texts that share an id, but not so that one absurd id costs gigabytes.
+fn check_highest_id(tokenizer: &Tokenizer) -> Result<()> {
+    match tokenizer.get_vocab(true).into_values().max() {
+        Some(highest @ MAX_TOKEN_IDS..) => Err(Error::Config {
+            file: "tokenizer.json",
+            field: "model.vocab".to_string(),
+            reason: format!("has token id {highest}, at most {} is allowed", MAX_TOKEN_IDS - 1),
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn decoder_rule(decoder: &Value) -> Result<(Rule, LeadingSpaces)> {

@@ -251,7 +251,7 @@ fn converted_demo() -> GgufFile {
 fn tokenizer(path: &Path) -> Tokenizer {
     let source = ModelSource::open(path).unwrap();
     let config = TokenizerConfig::parse(&source.tokenizer_config().unwrap().unwrap().into_value()).unwrap();
-    Tokenizer::from_json(&source.tokenizer_json().unwrap(), &config).unwrap()
+    Tokenizer::from_json(&source.tokenizer().unwrap().json().unwrap(), &config).unwrap()
 }
 
 /// The converted vocabulary gives the original's ids: for the texts of the golden file in many languages, code and

@@ -118,7 +118,7 @@ fn tokenizer_of(file: &GgufFile) -> Tokenizer {
     folder.write("model.gguf", file.bytes());
     let source = ModelSource::open(&folder.path().join("model.gguf")).unwrap();
     let config = TokenizerConfig::parse(&source.tokenizer_config().unwrap().unwrap().into_value()).unwrap();
-    Tokenizer::from_json(&source.tokenizer_json().unwrap(), &config).unwrap_or_else(|e| panic!("{e}"))
+    Tokenizer::from_json(&source.tokenizer().unwrap().json().unwrap(), &config).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// Both give the same ids for every text, as it is and with special tokens as plain text, and the same text for them.
@@ -315,7 +315,7 @@ fn older_word_pieces_are_read() {
     let folder = TempFolder::new("gguf-tokenizers");
     folder.write("model.gguf", file.bytes());
     let source = ModelSource::open(&folder.path().join("model.gguf")).unwrap();
-    let refused = source.tokenizer_json().unwrap_err().to_string();
+    let refused = source.tokenizer().unwrap().json().unwrap_err().to_string();
     assert!(
         refused.contains("`tokenizer.ggml.cls_token_id`: is missing, and its default, 101, is no token"),
         "{refused}"

@@ -244,7 +244,7 @@ fn tokenizer(path: &Path) -> Tokenizer {
     let source = ModelSource::open(path).unwrap();
     let config = source.tokenizer_config().unwrap().map(|config| TokenizerConfig::parse(&config.into_value()).unwrap());
     let config = config.unwrap_or_default();
-    Tokenizer::from_json(&source.tokenizer_json().unwrap(), &config).unwrap()
+    Tokenizer::from_json(&source.tokenizer().unwrap().json().unwrap(), &config).unwrap()
 }
 
 /// The demo model in a file has the folder's ids, special tokens, end tokens and template, and gives the same answers to the

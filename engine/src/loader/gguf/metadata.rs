@@ -292,6 +292,12 @@ impl Metadata {
         self.values.retain(|key, _| keep(key));
     }
 
+    /// The keys that begin with `prefix`.
+    pub(crate) fn below(&self, prefix: &str) -> Metadata {
+        let values = self.values.iter().filter(|(key, _)| key.starts_with(prefix));
+        Metadata { values: values.map(|(key, value)| (key.clone(), value.clone())).collect() }
+    }
+
     /// All keys in alphabetical order, with their values.
     pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> {
         self.values.iter().map(|(key, value)| (key.as_str(), value))

@@ -87,11 +87,6 @@ impl GgufModel {
         vocabulary::tokenizer_config(&self.metadata)
     }
 
-    /// What `tokenizer.json` would be.
-    pub fn tokenizer_json(&self) -> Result<Vec<u8>> {
-        vocabulary::tokenizer_json(&self.metadata)
-    }
-
     /// Everything that the file says but for its tensors.
     pub fn metadata(&self) -> &Metadata {
         &self.metadata

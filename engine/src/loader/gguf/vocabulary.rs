@@ -71,7 +71,6 @@ pub(super) enum TokenType {
 
 /// Texts of tokens as `tokenizer.json` has them, and their ids. (Each merge asks for three of them: of 150,000 tokens, an
 /// ordered map is several times slower.)
-#[derive(Default)]
 pub(super) struct Vocab<'a> {
     ids: HashMap<Cow<'a, str>, u32>,
 }
@@ -240,10 +239,10 @@ pub(super) fn end_tokens(metadata: &Metadata) -> Result<Vec<u32>> {
 }
 
 /// `tokenizer.json`.
-pub(super) fn tokenizer_json(metadata: &Metadata) -> Result<Vec<u8>> {
+pub(crate) fn tokenizer_json(metadata: &Metadata) -> Result<Vec<u8>> {
     let kind = Kind::of(metadata)?;
     let vocabulary = Vocabulary::read(metadata)?;
-    let mut vocab = Vocab::default();
+    let mut vocab = Vocab { ids: HashMap::with_capacity(vocabulary.tokens.len()) };
     for (id, token, token_type) in vocabulary.used() {
         let text = match kind {
             Kind::ByteLevel | Kind::SentencePiece => Cow::Borrowed(token),

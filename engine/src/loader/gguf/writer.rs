@@ -133,10 +133,7 @@ fn header(metadata: &Metadata, tensors: &[GgufTensor]) -> Result<(Vec<u8>, Vec<u
     out.extend(3_u32.to_le_bytes());
     push_len(&mut out, tensors.len());
     push_len(&mut out, metadata.iter().len());
-    for (key, value) in metadata.iter() {
-        push_string(&mut out, key.as_bytes());
-        push_value(&mut out, value);
-    }
+    out.extend(metadata_bytes(metadata));
     let (mut offset, mut sizes) = (0_u64, Vec::new());
     for tensor in tensors {
         let unfit = || Error::TensorDtype { name: tensor.name.clone(), dtype: tensor.dtype.to_string() };
@@ -154,6 +151,16 @@ fn header(metadata: &Metadata, tensors: &[GgufTensor]) -> Result<(Vec<u8>, Vec<u
     let end = out.len().next_multiple_of(DEFAULT_ALIGNMENT as usize);
     out.resize(end, 0);
     Ok((out, sizes))
+}
+
+/// All keys and values, as a file has them.
+pub(crate) fn metadata_bytes(metadata: &Metadata) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (key, value) in metadata.iter() {
+        push_string(&mut out, key.as_bytes());
+        push_value(&mut out, value);
+    }
+    out
 }
 
 fn push_len(out: &mut Vec<u8>, len: usize) {

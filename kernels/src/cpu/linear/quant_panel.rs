@@ -19,7 +19,7 @@
 //! more a weight, MXFP4 1/4, Q2_K 1/2).
 
 use super::packed::PANEL_ROWS;
-use crate::quant::{BlockParts, IQ4_NL_LEVELS, MXFP4_LEVELS, QuantType, take_apart};
+use crate::quant::{BlockParts, IQ4_NL_LEVELS, MXFP4_LEVELS, QuantType, taking_apart};
 
 /// Columns of a chunk: a block of the K formats.
 pub(crate) const CHUNK_COLUMNS: usize = 256;
@@ -143,30 +143,48 @@ impl QuantLayout {
 
     /// Writes the blocks of up to 32 rows, each those of all columns, into a panel.
     pub(crate) fn store_rows(&self, panel: &mut [u8], rows: &[&[u8]]) {
-        let (mut parts, mut codes) = (BlockParts::default(), [[0; GROUP_CODES]; CHUNK_GROUPS]);
-        let block_groups = self.quant_type.block_values() / GROUP_COLUMNS;
-        let blocks_bytes = CHUNK_GROUPS / block_groups * self.quant_type.block_bytes();
+        match self.quant_type.block_values() {
+            GROUP_COLUMNS => self.store_blocks::<1>(panel, rows),
+            _ => self.store_blocks::<CHUNK_GROUPS>(panel, rows),
+        }
+    }
+
+    fn store_blocks<const BLOCK_GROUPS: usize>(&self, panel: &mut [u8], rows: &[&[u8]]) {
+        let take_apart = taking_apart(self.quant_type);
+        let block_bytes = self.quant_type.block_bytes();
+        let chunk_blocks = const { CHUNK_GROUPS / BLOCK_GROUPS };
+        let (group_bytes, plane_bytes) = (self.group_bytes(), self.low_bytes() + self.high_bytes());
+        let mut parts: [BlockParts; CHUNK_GROUPS] = Default::default();
+        let mut codes = [[0; GROUP_CODES]; CHUNK_GROUPS];
         for (idx, chunk) in panel.chunks_mut(self.chunk_bytes()).enumerate() {
             let (header, groups) = chunk.split_at_mut(self.header_bytes());
+            let num_blocks = groups.len() / group_bytes / BLOCK_GROUPS;
             for (row, blocks) in rows.iter().enumerate() {
-                let blocks = blocks[idx * blocks_bytes..].chunks_exact(self.quant_type.block_bytes());
-                for (block_idx, block) in blocks.take(CHUNK_GROUPS / block_groups).enumerate() {
-                    take_apart(self.quant_type, block, &mut parts);
-                    self.map_codes(&mut parts.q[..self.quant_type.block_values()]);
-                    self.store_scales(header, row, &parts);
-                    for (g, q) in parts.q.as_chunks().0[..block_groups].iter().enumerate() {
-                        let group = block_idx * block_groups + g;
-                        self.scatter(q, row, &mut codes[group]);
-                        let group = &mut groups[group * self.group_bytes()..][..self.group_bytes()];
-                        let scales = &mut group[self.low_bytes() + self.high_bytes()..];
-                        self.store_group_scales(scales, row, g, &parts);
+                let blocks = &blocks[idx * chunk_blocks * block_bytes..][..num_blocks * block_bytes];
+                take_apart(blocks, &mut parts);
+                let groups = groups.chunks_exact_mut(BLOCK_GROUPS * group_bytes);
+                for ((parts, groups), codes) in parts.iter().zip(groups).zip(codes.as_chunks_mut::<BLOCK_GROUPS>().0) {
+                    self.store_scales(header, row, parts);
+                    for (g, group) in groups.chunks_exact_mut(group_bytes).enumerate() {
+                        self.scatter(&parts.q.as_chunks().0[g], row, &mut codes[g]);
+                        self.store_group_scales(&mut group[plane_bytes..], row, g, parts);
                     }
                 }
             }
-            for (group, codes) in groups.chunks_exact_mut(self.group_bytes()).zip(&codes) {
+            for (group, codes) in groups.chunks_exact_mut(group_bytes).zip(&codes) {
                 let (low, rest) = group.split_at_mut(self.low_bytes());
-                fold(low, self.low_bits, 0, codes);
-                fold(&mut rest[..self.high_bytes()], self.high_bits, self.low_bits, codes);
+                let high = &mut rest[..self.high_bytes()];
+                match self.low_bits {
+                    8 => low.copy_from_slice(codes),
+                    4 => fold::<4, 0>(low, codes),
+                    _ => fold::<2, 0>(low, codes),
+                }
+                match (self.high_bits, self.low_bits) {
+                    (0, _) => {}
+                    (1, 4) => fold::<1, 4>(high, codes),
+                    (1, _) => fold::<1, 2>(high, codes),
+                    _ => fold::<2, 4>(high, codes),
+                }
             }
         }
     }
@@ -184,22 +202,18 @@ impl QuantLayout {
         }
     }
 
-    /// Codes of a file to codes of a panel.
-    fn map_codes(&self, codes: &mut [u8]) {
-        if self.low_bits == 8 && self.meaning == CodeMeaning::Offset(LEVEL_OFFSET) {
-            codes.iter_mut().for_each(|code| *code = code.wrapping_add(LEVEL_OFFSET));
-        }
-    }
-
     /// The codes of one row of a group to their places among those of all rows.
     fn scatter(&self, q: &[u8; GROUP_COLUMNS], row: usize, codes: &mut [u8; GROUP_CODES]) {
-        fn runs<const RUN: usize>(q: &[u8; GROUP_COLUMNS], row: usize, codes: &mut [u8; GROUP_CODES]) {
-            let steps = codes.as_chunks_mut::<RUN>().0.chunks_exact_mut(PANEL_ROWS);
-            steps.zip(q.as_chunks::<RUN>().0).for_each(|(step, q)| step[row] = *q);
+        if self.run() == 2 {
+            let steps = codes.as_chunks_mut::<2>().0.as_chunks_mut::<PANEL_ROWS>().0;
+            return steps.iter_mut().zip(q.as_chunks().0).for_each(|(step, q)| step[row] = *q);
         }
-        match self.run() {
-            2 => runs::<2>(q, row, codes),
-            _ => runs::<4>(q, row, codes),
+        // The offset turns the highest bit of a signed code over. As words: the compiler takes bytes one by one.
+        let is_signed_in_file = self.low_bits == 8 && self.meaning == CodeMeaning::Offset(LEVEL_OFFSET);
+        let flip = if is_signed_in_file { u32::from_ne_bytes([LEVEL_OFFSET; 4]) } else { 0 };
+        let steps = codes.as_chunks_mut::<4>().0.as_chunks_mut::<PANEL_ROWS>().0;
+        for (step, q) in steps.iter_mut().zip(q.as_chunks().0) {
+            step[row] = (u32::from_ne_bytes(*q) ^ flip).to_ne_bytes();
         }
     }
 
@@ -408,13 +422,12 @@ pub(crate) struct GroupBytes<'a> {
     pub(crate) d: &'a [u8],
 }
 
-/// Puts the bits `shift..shift + bits` of all codes of a group into their plane.
-fn fold(plane: &mut [u8], bits: usize, shift: usize, codes: &[u8; GROUP_CODES]) {
-    let mask = ((1_usize << bits) - 1) as u8;
+/// Puts bits `SHIFT..SHIFT + BITS` of all codes of a group into their plane.
+fn fold<const BITS: usize, const SHIFT: usize>(plane: &mut [u8], codes: &[u8; GROUP_CODES]) {
     plane.fill(0);
-    for (place, codes) in codes.chunks_exact(plane.len().max(1)).enumerate().take(8 / bits.max(1)) {
+    for (place, codes) in codes.chunks_exact(GROUP_CODES * BITS / 8).enumerate() {
         for (byte, code) in plane.iter_mut().zip(codes) {
-            *byte |= (code >> shift & mask) << (place * bits);
+            *byte |= (code >> SHIFT & ((1 << BITS) - 1)) << (place * BITS);
         }
     }
 }
