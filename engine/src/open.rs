@@ -1,5 +1,5 @@
-//! From a path to a loaded model, and to a running engine ([`start`]): the only place where loader, tokenizer, chat, model
-//! and backend meet.
+//! From a path to a loaded model, and to a running engine ([`start`]): the only place where a model's files
+//! (`model_files.rs`), its architecture and a backend meet.
 
 mod identity;
 mod storage;
@@ -112,7 +112,7 @@ struct Compute<B> {
 
 fn load_on<B: Backend>(
     mut options: EngineOptions,
-    (files, text): (ModelFiles, PendingText),
+    (files, mut text): (ModelFiles, PendingText),
     level: WeightLevel,
     place: &Place,
     compute: Compute<B>,
@@ -131,7 +131,10 @@ fn load_on<B: Backend>(
     let kv_disk_refusal = stores.disk_refusal().map(str::to_string);
     let mut on_progress = options.on_progress.take().unwrap_or_else(|| Box::new(|_: LoadProgress| true));
     let ModelFiles { config, generation, sentence, eos_token_ids, weights, .. } = files;
-    let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut *on_progress)?;
+    let mut go_on = |progress| text.check().is_ok() && on_progress(progress);
+    let loaded = model::load(&backend, weights, &config, plan.context_tokens, &mut go_on);
+    text.check()?;
+    let loaded = loaded?;
     debug_assert_eq!(plan.weights_bytes, weights_bytes(&backend), "the plan of {}", options.model.display());
     plan.weights_bytes = weights_bytes(&backend);
     let kv = backend.allocate_kv(layout)?;

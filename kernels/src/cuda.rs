@@ -3,7 +3,8 @@
 //!
 //! A launcher checks sizes, chooses the grid and hands a [`launch::Launch`] to a [`launch::Stream`]; it knows neither
 //! driver nor device. So launchers and kernels run in tests on a stream that executes kernels on the CPU
-//! (`kernels/shim/`), and only what speaks to the driver itself (`device`, `module`, `graph`) needs the feature `cuda`. Whoever
+//! (`kernels/shim/`), and only what speaks to the driver itself (`device`, `module`, `graph`, and their `driver_error`) needs the feature
+//! `cuda`. Whoever
 //! also needs memory asks a [`driver::Driver`], which has two forms: the device, and the shim.
 
 pub mod activation;
@@ -13,6 +14,8 @@ mod attention_prefill;
 #[cfg(feature = "cuda")]
 pub mod device;
 pub mod driver;
+#[cfg(feature = "cuda")]
+mod driver_error;
 pub mod embedding;
 pub mod forms;
 #[cfg(feature = "cuda")]

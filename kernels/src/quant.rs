@@ -172,7 +172,8 @@ pub fn encode(quant_type: QuantType, values: &[f32], bytes: &mut [u8]) -> Result
     Ok(())
 }
 
-/// What takes the blocks of a format apart, as many as there are parts for. Asked for once, outside of loops over blocks.
+/// What takes whole blocks of a format apart, as many as there are parts for; parts without a block keep what they held. Asked
+/// for once, outside of loops over blocks.
 pub(crate) fn taking_apart(quant_type: QuantType) -> fn(&[u8], &mut [BlockParts]) {
     quant_type.format().take_apart
 }

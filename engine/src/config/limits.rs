@@ -185,6 +185,9 @@ pub const MAX_GGUF_TENSORS: u64 = 100_000;
 pub const MAX_GGUF_AXES: u32 = 4;
 /// Text of a token of a SentencePiece vocabulary, bytes: the longest in use are rows of some 30 spaces.
 pub const MAX_PIECE_BYTES: usize = 256;
+/// Pairs of tokens that become one, where a file has none and each cut of each token may be one; the largest vocabularies in
+/// use have some 600,000.
+pub const MAX_MERGES: usize = 1 << 22;
 /// Token ids of one vocabulary; the largest in use have some 260,000.
 pub const MAX_TOKEN_IDS: u32 = 1 << 22;
 /// JSON files of a model folder (configuration, index, tokenizer), bytes.

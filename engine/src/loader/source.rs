@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use super::gguf::{self, GgufMetadata, GgufModel};
+use super::gguf::{GgufModel, GgufTokenizer};
 use super::{GenerationConfig, JsonFile, ModelFolder, SentenceConfig, Weights};
 use crate::error::Result;
 
@@ -66,11 +66,11 @@ impl ModelSource {
         }
     }
 
-    /// The tokenizer.
+    /// The tokenizer, as it is stored.
     pub fn tokenizer(&self) -> Result<StoredTokenizer> {
         Ok(match self {
             ModelSource::Folder(folder) => StoredTokenizer::Json(folder.tokenizer_json()?),
-            ModelSource::Gguf(model) => StoredTokenizer::Gguf(model.metadata().below("tokenizer.")),
+            ModelSource::Gguf(model) => StoredTokenizer::Gguf(model.tokenizer()),
         })
     }
 
@@ -88,8 +88,8 @@ impl ModelSource {
 pub enum StoredTokenizer {
     /// `tokenizer.json`.
     Json(Vec<u8>),
-    /// The keys of a GGUF file that say the same.
-    Gguf(GgufMetadata),
+    /// In keys of a GGUF file.
+    Gguf(GgufTokenizer),
 }
 
 impl StoredTokenizer {
@@ -97,15 +97,15 @@ impl StoredTokenizer {
     pub fn json(&self) -> Result<Cow<'_, [u8]>> {
         match self {
             StoredTokenizer::Json(json) => Ok(Cow::Borrowed(json)),
-            StoredTokenizer::Gguf(metadata) => gguf::tokenizer_json(metadata).map(Cow::Owned),
+            StoredTokenizer::Gguf(tokenizer) => tokenizer.json().map(Cow::Owned),
         }
     }
 
-    /// Bytes that differ where two tokenizers do, at a small part of the cost of [`StoredTokenizer::json`].
-    pub fn bytes(&self) -> Cow<'_, [u8]> {
+    /// Bytes that are others where [`StoredTokenizer::json`] is, at a small part of its cost: what a tokenizer is known by.
+    pub fn identity_bytes(&self) -> Cow<'_, [u8]> {
         match self {
             StoredTokenizer::Json(json) => Cow::Borrowed(json),
-            StoredTokenizer::Gguf(metadata) => Cow::Owned(gguf::metadata_bytes(metadata)),
+            StoredTokenizer::Gguf(tokenizer) => Cow::Owned(tokenizer.identity_bytes()),
         }
     }
 }

@@ -57,10 +57,12 @@ impl PieceTable {
             let end = u32::try_from(bytes.len()).map_err(|_| unsupported("the vocabulary's texts exceed 4 GiB"))?;
             starts.push(end);
         }
+        // Of texts that share an id one is found.
         if num_left > 0 {
             check_highest_id(tokenizer)?;
+            starts.truncate(num_ids + 1);
+            starts.shrink_to_fit();
         }
-        starts.truncate(num_ids + 1);
         Ok(PieceTable { bytes, starts, leading_spaces })
     }
 
@@ -240,6 +242,43 @@ mod tests {
             }
             assert_eq!(table.leading_spaces, LeadingSpaces::Dropped(1));
         }
+    }
+
+    /// Vocabularies have holes, texts that share an id, and added tokens behind the others; ids end where limits say.
+    #[test]
+    fn ids_may_have_holes_and_several_texts() {
+        let with = |vocab: Value, added: &[&str]| {
+            let added: Vec<Value> = added
+                .iter()
+                .map(|text| {
+                    json!({"id": 0, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+                           "normalized": false, "special": false})
+                })
+                .collect();
+            let tokenizer = json!({
+                "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+                "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"},
+                "model": {"type": "BPE", "vocab": vocab, "merges": []},
+            });
+            let tokenizer = Tokenizer::from_bytes(tokenizer.to_string()).unwrap();
+            PieceTable::new(&tokenizer, &json!({"type": "Fuse"}))
+        };
+        let pieces = |table: &PieceTable| -> Vec<String> {
+            let ids = 0..table.num_ids() as u32;
+            ids.map(|id| String::from_utf8(table.bytes(id).to_vec()).unwrap()).collect()
+        };
+        assert_eq!(pieces(&with(json!({}), &[]).unwrap()), [""; 0]);
+        assert_eq!(pieces(&with(json!({"a": 1, "b": 4}), &[]).unwrap()), ["", "a", "", "", "b"]);
+        // The library numbers added tokens from the size of the vocabulary on.
+        assert_eq!(pieces(&with(json!({"a": 0, "b": 1}), &["new"]).unwrap()), ["a", "b", "new"]);
+        let shared = with(json!({"a": 0, "b": 0, "c": 2}), &[]).unwrap();
+        assert!(["a", "b"].contains(&pieces(&shared)[0].as_str()), "{shared:?}");
+        assert_eq!(pieces(&shared)[1..], ["", "c"]);
+        assert!(shared.starts.capacity() < 100, "{}", shared.starts.capacity());
+        let highest = with(json!({"a": 0, "b": MAX_TOKEN_IDS - 1}), &[]).unwrap();
+        assert_eq!((highest.num_ids() as u32, highest.bytes(MAX_TOKEN_IDS - 1)), (MAX_TOKEN_IDS, &b"b"[..]));
+        let error = with(json!({"a": 0, "b": MAX_TOKEN_IDS}), &[]).unwrap_err().to_string();
+        assert!(error.contains("has token id 4194304, at most 4194303 is allowed"), "{error}");
     }
 
     /// A decoder that is not understood is refused by name instead of giving wrong text.

@@ -321,3 +321,50 @@ fn older_word_pieces_are_read() {
         "{refused}"
     );
 }
+
+/// What text becomes is known by the keys that say it, and by no others.
+#[test]
+fn tokenizers_are_known_by_their_keys() {
+    let identity = |change: &dyn Fn(&mut GgufFile)| {
+        let mut file = converted(&small_config(), &weights(&small_config(), Dtype::F32));
+        change(&mut file);
+        let folder = TempFolder::new("gguf-tokenizers");
+        folder.write("model.gguf", file.bytes());
+        let source = ModelSource::open(&folder.path().join("model.gguf")).unwrap();
+        source.tokenizer().unwrap().identity_bytes().into_owned()
+    };
+    let same = identity(&|_| ());
+    assert_eq!(identity(&|file| file.set("general.name", Value::string("another"))), same);
+    let mut seen = HashSet::from([same]);
+    let changes: [&dyn Fn(&mut GgufFile); 5] = [
+        &|file| file.set("tokenizer.ggml.pre", Value::string("qwen2")),
+        &|file| file.set("tokenizer.ggml.merges", Value::strings(&["d c"])),
+        &|file| file.set("tokenizer.ggml.token_type", Value::i32s(&[NORMAL, CONTROL])),
+        &|file| file.set("tokenizer.ggml.add_space_prefix", Value::bool(false)),
+        &|file| file.remove("tokenizer.ggml.merges"),
+    ];
+    for (idx, change) in changes.into_iter().enumerate() {
+        assert!(seen.insert(identity(change)), "change {idx} shows");
+    }
+}
+
+/// Tokens that are all substrings of one text can be put together in more ways than memory has room for: refused by the
+/// key and the limit.
+#[test]
+fn merges_that_follow_from_scores_are_bounded() {
+    let mut rng = Rng(7);
+    let text: String = (0..400).map(|_| char::from(b'a' + rng.below(26) as u8)).collect();
+    let ends = |from: usize| from + 1..=text.len().min(from + 256);
+    let tokens: HashSet<&str> = (0..text.len())
+        .flat_map(|from| ends(from).map(move |to| (from, to)))
+        .map(|(from, to)| &text[from..to])
+        .collect();
+    let tokens: Vec<String> = tokens.into_iter().map(str::to_string).collect();
+    let mut file = file_with("llama", &tokens, &vec![NORMAL; tokens.len()]);
+    file.set("tokenizer.ggml.scores", Value::f32s(&vec![0.0; tokens.len()]));
+    let folder = TempFolder::new("gguf-tokenizers");
+    folder.write("model.gguf", file.bytes());
+    let source = ModelSource::open(&folder.path().join("model.gguf")).unwrap();
+    let refused = source.tokenizer().unwrap().json().unwrap_err().to_string();
+    assert!(refused.contains("`tokenizer.ggml.tokens`: has more than 4194304 ways"), "{refused}");
+}

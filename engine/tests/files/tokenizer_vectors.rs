@@ -225,7 +225,10 @@ fn damaged_files_are_refused() {
     };
     assert_eq!(change(&|_| ()), None);
     for (edit, part) in [
-        ((&|json: &mut Value| json["model"]["vocab"]["absurd"] = 4_000_000_000u32.into()) as &dyn Fn(&mut Value), "id"),
+        (
+            (&|json: &mut Value| json["model"]["vocab"]["absurd"] = 4_000_000_000u32.into()) as &dyn Fn(&mut Value),
+            "field `model.vocab`: has token id 4000000000, at most 4194303",
+        ),
         (
             &|json| {
                 json["decoder"] = serde_json::json!({"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": true});

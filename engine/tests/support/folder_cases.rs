@@ -197,7 +197,7 @@ fn text_cases() -> Vec<Case> {
             "config",
             "tokenizer.json: field `(root)`: EOF",
         ),
-        case("tokenizer.json is a list", |f| f.write("tokenizer.json", "[]"), "config", "expected an object"),
+        case("tokenizer.json is a list", |f| f.write("tokenizer.json", "[]"), "config", "invalid type: sequence"),
         case(
             "tokenizer.json without a model",
             tokenizer_with("model", json!(null)),

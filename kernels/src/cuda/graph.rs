@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
-use super::device::{Device, failed};
+use super::device::Device;
 use super::driver::Replay;
+use super::driver_error::failed;
 use crate::error::{Error, Result};
 
 /// Kernels that were captured. Their buffers are the caller's to keep: the graph knows addresses only.

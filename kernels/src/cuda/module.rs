@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::{result, sys};
 
-use super::device::failed;
 use super::driver::DeviceInfo;
+use super::driver_error::failed;
 use crate::error::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));

@@ -40,8 +40,9 @@ impl BlockParts {
         self.scales[..8].copy_from_slice(&scales.map(|scale| scale as i8));
         self.mins[..8].copy_from_slice(&mins);
     }
-    /// Codes of a block of 32.
-    pub(super) fn set_codes(&mut self, q: [u8; 32]) {
-        self.q[..32].copy_from_slice(&q);
+    /// Codes of a block of 32. (From an iterator: an array that is mapped first is not kept in registers.)
+    pub(super) fn set_codes(&mut self, q: impl IntoIterator<Item = u8>) {
+        let codes: &mut [u8; 32] = self.q.first_chunk_mut().expect("256 codes");
+        codes.iter_mut().zip(q).for_each(|(code, q)| *code = q);
     }
 }

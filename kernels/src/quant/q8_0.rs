@@ -29,10 +29,7 @@ unsafe impl Block<32> for BlockQ8_0 {
     }
 
     fn take_apart(&self, parts: &mut BlockParts) {
-        let codes: &mut [u8; 32] = parts.q.first_chunk_mut().expect("256 codes");
-        for (code, q) in codes.iter_mut().zip(self.q) {
-            *code = q as u8;
-        }
+        parts.set_codes(self.q.into_iter().map(|q| q as u8));
         parts.d = self.d.to_bits();
     }
 

@@ -292,8 +292,8 @@ impl Metadata {
         self.values.retain(|key, _| keep(key));
     }
 
-    /// The keys that begin with `prefix`.
-    pub(crate) fn below(&self, prefix: &str) -> Metadata {
+    /// The keys that begin with `prefix`, with their values.
+    pub(super) fn with_prefix(&self, prefix: &str) -> Metadata {
         let values = self.values.iter().filter(|(key, _)| key.starts_with(prefix));
         Metadata { values: values.map(|(key, value)| (key.clone(), value.clone())).collect() }
     }

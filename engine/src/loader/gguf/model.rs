@@ -14,7 +14,8 @@ use ::safetensors::Dtype;
 use super::config::{self, Architecture};
 use super::metadata::{self, Metadata};
 use super::rope_factors::{self, Stretching};
-use super::{GgufFile, name_in_file, names, vocabulary};
+use super::vocabulary::{self, GgufTokenizer};
+use super::{GgufFile, name_in_file, names};
 use crate::config::MAX_SHARDS;
 use crate::error::{Error, Result};
 use crate::loader::stored::{RowOrder, StoredDtype, StoredTensor, WeightsFile};
@@ -85,6 +86,11 @@ impl GgufModel {
     /// What `tokenizer_config.json` would say.
     pub fn tokenizer_config(&self) -> Result<JsonFile> {
         vocabulary::tokenizer_config(&self.metadata)
+    }
+
+    /// What `tokenizer.json` would say.
+    pub fn tokenizer(&self) -> GgufTokenizer {
+        GgufTokenizer::of(&self.metadata)
     }
 
     /// Everything that the file says but for its tensors.

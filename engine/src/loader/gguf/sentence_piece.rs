@@ -9,7 +9,7 @@ use serde_json::{Value as Json, json};
 
 use super::metadata;
 use super::vocabulary::Vocab;
-use crate::config::MAX_PIECE_BYTES;
+use crate::config::{MAX_MERGES, MAX_PIECE_BYTES};
 use crate::error::Result;
 
 /// Pairs of tokens that become one, highest score first; of one token's pairs that with the longest first part.
@@ -29,6 +29,10 @@ pub(super) fn merges<'a>(
         let cuts = piece.char_indices().rev().map(|(at, _)| piece.split_at(at));
         let pairs = cuts.filter(|(left, right)| vocab.contains(left) && vocab.contains(right));
         ranked.extend(pairs.map(|pair| (score, pair)));
+        if ranked.len() > MAX_MERGES {
+            let reason = format!("has more than {MAX_MERGES} ways to put a token together from two others");
+            return Err(metadata::error(key, reason));
+        }
     }
     // Stable: pairs of one token stay in their order.
     ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));

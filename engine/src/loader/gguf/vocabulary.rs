@@ -15,7 +15,7 @@ use serde_json::{Value as Json, json};
 
 use super::metadata::{self, FILE, Metadata, Strings};
 use super::pre_tokenizer::PreTokenizer;
-use super::{sentence_piece, word_piece};
+use super::{sentence_piece, word_piece, writer};
 use crate::config::{MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES, MAX_TOKEN_IDS};
 use crate::error::Result;
 use crate::loader::JsonFile;
@@ -28,6 +28,9 @@ const ADD_SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
 const UNKNOWN: &str = "tokenizer.ggml.unknown_token_id";
 const MERGES: &str = "tokenizer.ggml.merges";
 const TEMPLATE: &str = "tokenizer.chat_template";
+
+/// Changes when the same keys become another `tokenizer.json` than before.
+const TRANSLATION_VERSION: u8 = 1;
 
 /// Texts of control tokens that end an answer in known chat formats: files often name only one of several.
 const END_OF_TURN: &[&str] =
@@ -199,8 +202,18 @@ pub(super) fn tokenizer_config(metadata: &Metadata) -> Result<JsonFile> {
         config.extend(word_piece::Frame::of(metadata, &vocabulary)?.names());
         return Ok(JsonFile::translated(FILE, config, BTreeMap::new()));
     }
-    let by_default =
-        config.contains_key("bos_token") && (kind == Kind::SentencePiece || PreTokenizer::of(metadata)?.adds_bos());
+    // What is missing is told here, before weights are loaded; the rest of the vocabulary is checked beside them.
+    let adds_bos = match kind {
+        Kind::ByteLevel => {
+            required_strings(metadata, MERGES)?;
+            PreTokenizer::of(metadata)?.adds_bos()
+        }
+        Kind::SentencePiece | Kind::WordPiece => true,
+    };
+    if kind == Kind::SentencePiece && !metadata.has(SCORES) {
+        return Err(metadata::error(SCORES, "is missing"));
+    }
+    let by_default = config.contains_key("bos_token") && adds_bos;
     for (key, name, token, default) in [
         ("tokenizer.ggml.add_bos_token", "add_bos_token", "bos_token", by_default),
         ("tokenizer.ggml.add_eos_token", "add_eos_token", "eos_token", false),
@@ -238,8 +251,30 @@ pub(super) fn end_tokens(metadata: &Metadata) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
+/// The keys of a file that say what `tokenizer.json` would.
+#[derive(Debug)]
+pub struct GgufTokenizer(Metadata);
+
+impl GgufTokenizer {
+    pub(super) fn of(metadata: &Metadata) -> GgufTokenizer {
+        GgufTokenizer(metadata.with_prefix("tokenizer."))
+    }
+
+    /// `tokenizer.json`. Checks the vocabulary.
+    pub fn json(&self) -> Result<Vec<u8>> {
+        tokenizer_json(&self.0)
+    }
+
+    /// Keys and values, and the version of their translation.
+    pub fn identity_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![TRANSLATION_VERSION];
+        writer::push_metadata(&mut bytes, &self.0);
+        bytes
+    }
+}
+
 /// `tokenizer.json`.
-pub(crate) fn tokenizer_json(metadata: &Metadata) -> Result<Vec<u8>> {
+pub(super) fn tokenizer_json(metadata: &Metadata) -> Result<Vec<u8>> {
     let kind = Kind::of(metadata)?;
     let vocabulary = Vocabulary::read(metadata)?;
     let mut vocab = Vocab { ids: HashMap::with_capacity(vocabulary.tokens.len()) };

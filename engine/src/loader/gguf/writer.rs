@@ -133,7 +133,7 @@ fn header(metadata: &Metadata, tensors: &[GgufTensor]) -> Result<(Vec<u8>, Vec<u
     out.extend(3_u32.to_le_bytes());
     push_len(&mut out, tensors.len());
     push_len(&mut out, metadata.iter().len());
-    out.extend(metadata_bytes(metadata));
+    push_metadata(&mut out, metadata);
     let (mut offset, mut sizes) = (0_u64, Vec::new());
     for tensor in tensors {
         let unfit = || Error::TensorDtype { name: tensor.name.clone(), dtype: tensor.dtype.to_string() };
@@ -153,14 +153,15 @@ fn header(metadata: &Metadata, tensors: &[GgufTensor]) -> Result<(Vec<u8>, Vec<u
     Ok((out, sizes))
 }
 
-/// All keys and values, as a file has them.
-pub(crate) fn metadata_bytes(metadata: &Metadata) -> Vec<u8> {
-    let mut out = Vec::new();
+/// All keys and values, as a file has them. A tokenizer is known by these bytes ([`GgufTokenizer::identity_bytes`]): written in
+/// another way it is another one.
+///
+/// [`GgufTokenizer::identity_bytes`]: super::GgufTokenizer::identity_bytes
+pub(super) fn push_metadata(out: &mut Vec<u8>, metadata: &Metadata) {
     for (key, value) in metadata.iter() {
-        push_string(&mut out, key.as_bytes());
-        push_value(&mut out, value);
+        push_string(out, key.as_bytes());
+        push_value(out, value);
     }
-    out
 }
 
 fn push_len(out: &mut Vec<u8>, len: usize) {

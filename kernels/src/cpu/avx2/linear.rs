@@ -18,6 +18,7 @@ use std::arch::x86_64::*;
 use super::linear_quant::panel_quant;
 use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::linear::{CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, WideCodes, round_groups};
+use crate::cpu::prefetch::CACHE_LINE_BYTES;
 
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
     f32: panel::<F32>,
@@ -39,7 +40,6 @@ const LANES: usize = 8;
 /// How far ahead one or two rows prefetch. Measured on Zen 3 with two threads, beside a plain read of memory: 1 KiB 1.0 to
 /// 1.2 times its speed, 4 and 16 KiB 0.9 to 1.1, none 0.8 to 1.1.
 const STREAM_AHEAD_BYTES: usize = 1024;
-const CACHE_LINE_BYTES: usize = 64;
 
 /// How a panel stores its weights. (Functions that must become part of the tile's loop are `inline(always)`, which
 /// excludes `target_feature`: they have the features of the function that they end up in.)

@@ -19,13 +19,13 @@ use super::linear_quant_rows;
 use crate::cpu::linear::{
     CHUNK_GROUPS, CodeMeaning, GroupBytes, Int8Group, PANEL_ROWS, QuantLayout, QuantProduct, UnpackedChunk, WideCodes,
 };
+use crate::cpu::prefetch::Prefetch;
 use crate::quant::QuantType;
 
 /// Rows of most tiles.
 const TILE_ROWS: usize = 6;
 /// 32-bit lanes of a vector.
 pub(super) const LANES: usize = 8;
-const CACHE_LINE_BYTES: usize = 64;
 
 thread_local! {
     static UNPACKED: RefCell<Box<UnpackedChunk>> = RefCell::new(UnpackedChunk::zeroed());
@@ -179,28 +179,6 @@ fn next_tile_rows(rows_left: usize) -> usize {
         7 | 8 => 4,
         9 | 10 => 5,
         _ => TILE_ROWS,
-    }
-}
-
-/// Where the next bytes are fetched from, step by step.
-pub(super) struct Prefetch {
-    address: *const i8,
-    step_bytes: usize,
-}
-
-impl Prefetch {
-    /// What lies behind a chunk, as long as the chunk, in so many steps: the next chunk, or panel. (A prefetch of an address
-    /// that is not mapped does nothing.)
-    pub(super) fn behind(chunk: &[u8], num_steps: usize) -> Prefetch {
-        Prefetch { address: chunk.as_ptr_range().end.cast(), step_bytes: chunk.len() / num_steps }
-    }
-    #[inline(always)]
-    pub(super) fn step(&mut self) {
-        for line in (0..self.step_bytes).step_by(CACHE_LINE_BYTES) {
-            // SAFETY: a prefetch has no effect that could be seen.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.address.wrapping_add(line)) };
-        }
-        self.address = self.address.wrapping_add(self.step_bytes);
     }
 }
 
@@ -562,7 +540,7 @@ impl Tile<'_> {
     #[inline(never)]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn run<P: Products, const ROWS: usize, const VECTORS: usize>(&self, first: usize, prefetch: &mut Prefetch) {
-        let mut ahead = Prefetch { ..*prefetch };
+        let mut ahead = *prefetch;
         for g in 0..self.num_groups {
             ahead.step();
             // Sums stay in memory from group to group: the registers are the integer sums'.
@@ -608,6 +586,6 @@ impl Tile<'_> {
                 }
             }
         }
-        prefetch.address = ahead.address;
+        *prefetch = ahead;
     }
 }

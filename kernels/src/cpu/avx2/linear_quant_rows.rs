@@ -6,8 +6,9 @@
 
 use std::arch::x86_64::*;
 
-use super::linear_quant::{LANES, Prefetch, broadcast, codes_of_planes, sum_depth, zero};
+use super::linear_quant::{LANES, broadcast, codes_of_planes, sum_depth, zero};
 use crate::cpu::linear::{CHUNK_GROUPS, CodeMeaning, Codes, Int8Group, PANEL_ROWS, PanelCodes, QuantProduct};
+use crate::cpu::prefetch::Prefetch;
 
 /// Rows that the products here are for, at most.
 pub(super) const MAX_ROWS: usize = 6;

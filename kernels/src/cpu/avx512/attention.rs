@@ -16,13 +16,13 @@ use crate::cpu::attention::{
     AttentionItem, AttentionKernels, Line, PARTITION_CHUNKS, PARTITION_TOKENS, Partition, Scales, Scratch,
 };
 use crate::cpu::kv_blocks::{CHUNK_TOKENS, KvElement};
+use crate::cpu::prefetch::CACHE_LINE_BYTES;
 
 /// The AVX-512 kernels.
 pub(crate) const KERNELS: AttentionKernels = AttentionKernels { f32: attend, f16: attend, bf16: attend, int8: attend };
 
 /// Rows of a register tile.
 const TILE_ROWS: usize = 6;
-const CACHE_LINE_BYTES: usize = 64;
 /// A chunk is one vector.
 const _: () = assert!(CHUNK_TOKENS == LANES);
 

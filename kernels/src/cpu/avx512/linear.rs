@@ -21,6 +21,7 @@ use super::linear_quant;
 use super::math::{gelu_erf, gelu_tanh, silu};
 use crate::cpu::avx2;
 use crate::cpu::linear::{CodeProducts, Int8Group, LinearKernels, PANEL_ROWS, PanelProduct, WideCodes, round_groups};
+use crate::cpu::prefetch::CACHE_LINE_BYTES;
 
 /// The AVX-512 kernels.
 pub(crate) const KERNELS: LinearKernels = LinearKernels {
@@ -50,7 +51,6 @@ const VECTORS: usize = PANEL_ROWS / LANES;
 /// How far ahead of its reads a single pass over a panel prefetches. Panels follow each other: near its end that is the
 /// next one.
 const STREAM_AHEAD_BYTES: usize = 4096;
-const CACHE_LINE_BYTES: usize = 64;
 
 /// How a panel stores its weights, and how they are multiplied.
 trait Product {

@@ -27,13 +27,13 @@ use super::linear::next_tile_rows;
 use crate::cpu::linear::{
     CHUNK_GROUPS, CodeMeaning, Codes, GROUP_CODES, Int8Group, PANEL_ROWS, PanelCodes, QuantLayout, QuantProduct,
 };
+use crate::cpu::prefetch::Prefetch;
 use crate::quant::QuantType;
 
 /// Vectors of a panel's columns.
 const VECTORS: usize = PANEL_ROWS / LANES;
 /// Columns that one instruction multiplies and adds up.
 const RUN: usize = 4;
-const CACHE_LINE_BYTES: usize = 64;
 
 /// Codes of a chunk, a byte each.
 #[repr(C, align(64))]
@@ -83,9 +83,7 @@ fn panel<F: PanelCodes>(product: &QuantProduct<'_>, sums: &mut [f32]) {
             if !is_direct {
                 unpack_codes::<F>(bytes, num_groups, &levels, codes);
             }
-            // The next chunk, or panel, lies behind this one. A prefetch of an address that is not mapped does nothing.
-            let mut prefetch =
-                Prefetch { address: bytes.as_ptr_range().end.cast(), step_bytes: bytes.len() / (passes * num_groups) };
+            let mut prefetch = Prefetch::behind(bytes, passes * num_groups);
             let mut row = 0;
             while row < num_rows {
                 let rows = next_tile_rows(num_rows - row, tile_rows::<F>());
@@ -167,23 +165,6 @@ unsafe fn codes_of_planes<F: PanelCodes>(planes: *const u8, step: usize, vector:
 /// Rows of the largest tile: what the compiler keeps in registers.
 const fn tile_rows<F: PanelCodes>() -> usize {
     if F::HALVES == 2 { 6 } else { 8 }
-}
-
-/// Where the next bytes are fetched from, step by step.
-struct Prefetch {
-    address: *const i8,
-    step_bytes: usize,
-}
-
-impl Prefetch {
-    #[inline(always)]
-    fn step(&mut self) {
-        for line in (0..self.step_bytes).step_by(CACHE_LINE_BYTES) {
-            // SAFETY: a prefetch has no effect that could be seen.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.address.wrapping_add(line)) };
-        }
-        self.address = self.address.wrapping_add(self.step_bytes);
-    }
 }
 
 /// 64 bytes. Assembly, as [`multiply_add`] is: the compiler would load the codes of all steps first, and spill them.
@@ -329,7 +310,7 @@ impl Tile<'_> {
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
     unsafe fn run<F: PanelCodes, const DIRECT: bool, const ROWS: usize>(&self, prefetch: &mut Prefetch) {
-        let mut ahead = Prefetch { ..*prefetch };
+        let mut ahead = *prefetch;
         for g in 0..self.num_groups {
             ahead.step();
             // Sums stay in memory from group to group: the registers are the integer sums'. Each row's place is kept in a
@@ -355,7 +336,7 @@ impl Tile<'_> {
                 }
             }
         }
-        prefetch.address = ahead.address;
+        *prefetch = ahead;
     }
 
     /// Products of a group: `dots[row][vector] = codes . x`, less their offset; `scales (codes . x)` where a group has two.

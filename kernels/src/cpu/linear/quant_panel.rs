@@ -177,13 +177,15 @@ impl QuantLayout {
                 match self.low_bits {
                     8 => low.copy_from_slice(codes),
                     4 => fold::<4, 0>(low, codes),
-                    _ => fold::<2, 0>(low, codes),
+                    2 => fold::<2, 0>(low, codes),
+                    bits => unreachable!("no format has a low plane of {bits} bits"),
                 }
                 match (self.high_bits, self.low_bits) {
                     (0, _) => {}
                     (1, 4) => fold::<1, 4>(high, codes),
-                    (1, _) => fold::<1, 2>(high, codes),
-                    _ => fold::<2, 4>(high, codes),
+                    (1, 2) => fold::<1, 2>(high, codes),
+                    (2, 4) => fold::<2, 4>(high, codes),
+                    planes => unreachable!("no format has planes of {planes:?} bits"),
                 }
             }
         }
