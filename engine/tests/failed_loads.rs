@@ -6,7 +6,8 @@ mod gguf_file;
 #[path = "support/tiny_model.rs"]
 mod tiny_model;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use gguf_file::{GgufFile, converted};
@@ -113,6 +114,31 @@ fn settled_resources() -> (usize, usize, usize) {
         }
         last = now;
     }
+}
+
+/// A tokenizer that cannot be built ends the load of the weights beside which it is built, with its own error.
+#[test]
+fn bad_tokenizers_end_the_load_of_weights() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let reports = |tokenizer: &str| {
+        let folder = TempFolder::new("failed-load");
+        write_model(&folder, &small_config(), Dtype::F32, 1);
+        folder.write("tokenizer.json", tokenizer);
+        let num_reports = Arc::new(AtomicUsize::new(0));
+        let counted = num_reports.clone();
+        let options = EngineOptions::new(folder.path()).threads(1).on_progress(move |_| {
+            if counted.fetch_add(1, Ordering::Relaxed) == 0 {
+                // Long enough for the other thread to end.
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            true
+        });
+        let code = Engine::open(options).map(drop).map_err(|error| error.code());
+        (code, num_reports.load(Ordering::Relaxed))
+    };
+    let (good, num_reports) = reports(TOKENIZER);
+    assert!(good.is_ok() && num_reports > 5, "{good:?} after {num_reports} reports");
+    assert_eq!(reports(r#"{"model": {"type": "none"}}"#), (Err("config"), 1));
 }
 
 /// Refusing a header takes time in proportion to its length: ten times the tensors, at most some thirty times the time.

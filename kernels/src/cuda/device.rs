@@ -165,10 +165,9 @@ impl Stream for Device {
             attrs: &mut early,
             numAttrs: u32::from(self.launches_early),
         };
-        // SAFETY: the function is one of this context. The driver copies the arguments before it returns; that they are those
-        // of the kernel is shown by tests, which run each launcher against the kernel's own parameters. What the
-        // addresses point to is the promise of the slices they came from. The attribute is there until the call returns, and kernels
-        // that are launched early wait themselves.
+        // SAFETY: the function is one of this context; arguments and attribute are copied before the call returns, and tests run each
+        // launcher against its kernel's own parameters. What addresses point to is the promise of the slices they came from, and
+        // kernels that are launched early wait themselves.
         let status = unsafe { sys::cuLaunchKernelEx(&config, function, values.as_mut_ptr(), std::ptr::null_mut()) };
         status.result().map_err(|error| match is_lost(error.0) {
             true => Error::DeviceLost { call: launch.kernel, reason: describe(error) },
